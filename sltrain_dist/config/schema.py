@@ -1,0 +1,232 @@
+"""The configuration: one strict pydantic model per section.
+
+Unknown keys, wrong types and out-of-range values are errors (:mod:`sltrain_dist.config.load` turns them
+into one readable message). A field's docstring is its documentation: units, and why the default is what
+it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown keys, no type coercion, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """A LLaMA decoder."""
+
+    vocab_size: PositiveInt = 32_000
+    """Rows of the embedding and of the head. At least the tokenizer's size."""
+    hidden_size: PositiveInt = 512
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt = 1376
+    """Width of the SwiGLU MLP."""
+    num_layers: PositiveInt = 8
+    """Decoder blocks."""
+    num_heads: PositiveInt = 8
+    """Query heads; hidden_size / num_heads is the head dimension, and must be even for rotary embeddings."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention). Null: as many as num_heads."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary embedding's frequencies."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in RMSNorm."""
+    tie_head: bool = False
+    """Whether lm_head shares the embedding's weight."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the embedding, the head and, with reparam.method=full, of every linear layer."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, with the default filled in."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class ReparamConfig(Section):
+    """How the linear layers of attention and MLP are parametrised."""
+
+    method: Literal["sltrain", "full", "lowrank"] = "sltrain"
+    """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight."""
+    rank: PositiveInt = 128
+    """r, the inner size of B (m, r) and A (r, n)."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.03
+    """δ, the share of W's entries that S holds (`sp_ratio` in the reference code)."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the low-rank factor's scale alpha/rank."""
+    support: Literal["random"] = "random"
+    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper."""
+    path: Literal["auto", "materialize"] = "auto"
+    """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward."""
+
+
+class DataConfig(Section):
+    """Training documents, and how they become rows of tokens."""
+
+    source: str | list[str] = "embedded"
+    """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
+    directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list."""
+    subset: str | None = None
+    """Configuration of a Hub dataset, such as en for allenai/c4."""
+    split: str = "train"
+    """Split of a Hub dataset, or of the embedded corpus."""
+    text_field: str = "text"
+    """Key of the document's text in each JSON line."""
+    tokenizer: str = "embedded"
+    """A SentencePiece model file. "embedded": trained on the embedded corpus, with model.vocab_size pieces."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens in a row."""
+    batching: Literal["pad", "pack"] = "pad"
+    """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
+    streams: PositiveInt = 16
+    """Virtual streams that the documents are dealt to. Part of the data order: changing it changes every
+    batch. Best a multiple of the number of ranks; each stream keeps one file open."""
+    shuffle_block: PositiveInt = 1024
+    """Documents that are read and permuted together inside a stream."""
+    workers: CountOrZero = 1
+    """Background processes per rank that read and tokenize. 0: in the training process itself."""
+    prefetch: PositiveInt = 4
+    """Updates' worth of rows that each worker prepares ahead."""
+    max_bad_fraction: Fraction = 0.01
+    """The run stops (exit code 3) when more than this share of the documents read are unusable."""
+    cache_dir: str | None = None
+    """Where the embedded corpus is kept. Null: $XDG_CACHE_HOME/sltrain_dist or ~/.cache/sltrain_dist."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: torch's AdamW. sgd: plain stochastic gradient descent, for tests and comparisons."""
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of Adam's second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: FloatOrZero = 0.0
+    """Decoupled weight decay; never applied to norms and embeddings."""
+    clip: FloatOrZero = 0.0
+    """Largest global gradient norm; gradients of a larger norm are scaled down to it. 0: no clipping."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: CountOrZero = 0
+    """Updates over which the learning rate rises linearly to its peak."""
+    min_lr_ratio: Fraction = 0.1
+    """Final learning rate, as a share of the peak (cosine and linear)."""
+
+
+class ParallelConfig(Section):
+    """The distributed engine."""
+
+    engine: Literal["ddp", "zero"] = "ddp"
+    """ddp: whole replicas (one rank needs no process group). zero: DeepSpeed ZeRO."""
+    zero_stage: Literal[1, 2] = 2
+    """ZeRO stage. 1: optimizer states are sharded. 2: gradients too."""
+    shard: Literal["factors", "all"] = "factors"
+    """factors: only the replaced linear layers' parameters are sharded; embeddings, head and norms stay
+    whole on every rank. all: those are sharded too."""
+    timeout_s: PositiveInt = 1800
+    """Seconds after which a collective that got no answer ends the run."""
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: PositiveInt | None = None
+    """Updates to make. Exactly one of steps and tokens must be set."""
+    tokens: PositiveInt | None = None
+    """Non-padding tokens to train on; the run ends with the first update that reaches them."""
+    micro_batch: PositiveInt = 8
+    """Sequences per rank and forward pass."""
+    global_batch: PositiveInt = 512
+    """Sequences per update, over all ranks and micro-batches."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of parameters, gradients, activations and (but for zero, which keeps fp32 masters) optimizer
+    states. bf16 is the paper's."""
+    dry_run: bool = False
+    """Build everything, make one update on made-up data, report the peak memory and stop."""
+
+
+class EvalConfig(Section):
+    """Evaluation during training: mean loss over a fixed set of tokens."""
+
+    source: str | list[str] | None = None
+    """Evaluation documents, in the notation of data.source. Null: no evaluation."""
+    subset: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str = "validation"
+    """Split of a Hub dataset, or of the embedded corpus."""
+    every: CountOrZero = 1000
+    """Updates between evaluations. 0: only before the first and after the last update."""
+    tokens: PositiveInt = 10_000_000
+    """Non-padding tokens to evaluate on, in the order of the files; fewer if the source ends before."""
+    micro_batch: PositiveInt | None = None
+    """Sequences per rank and forward pass. Null: train.micro_batch."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: CountOrZero = 1000
+    """Updates between checkpoints. 0: only at the end."""
+    keep: PositiveInt = 3
+    """Newest checkpoints to keep; older ones are deleted after a newer one is complete."""
+    resume: str = "auto"
+    """auto: go on from the newest complete checkpoint in run_dir, if there is one. never: start anew, and
+    refuse a run_dir that already holds checkpoints. Else: the path of a checkpoint or of a run_dir."""
+
+
+class TrackingConfig(Section):
+    """Progress, metrics and experiment tracking."""
+
+    log_every: PositiveInt = 10
+    """Updates between lines of metrics.jsonl and of the log."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """bar: a live progress bar. lines: plain lines. auto: a bar on a terminal."""
+    mlflow: bool = True
+    """Whether to track with MLflow. A failing tracker is reported once and never stops training."""
+    mlflow_uri: str | None = None
+    """MLflow tracking server. Null: the SQLite file run_dir/mlflow.db."""
+    experiment: str = "sltrain"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """MLflow run name. Null: the name of run_dir."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    preset: str | None = None
+    """Name of a preset whose values stand for what this configuration does not say (see config/presets.py)."""
+    run_dir: str = "runs/default"
+    """Directory of everything that the run writes. Read-write for every rank."""
+    seed: CountOrZero = 0
+    """Seed of initialisation, supports and data order."""
+    model: ModelConfig = ModelConfig()
+    reparam: ReparamConfig = ReparamConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -1,0 +1,53 @@
+"""Typed errors, and the exit code that each of them ends a process with.
+
+Every error that a user can cause derives from :class:`SltrainError`; its message says what was wrong
+and what to change. Launchers lose exit codes (torchrun returns 1 for a child's 75), so that the code is
+also written to ``run_dir/exit.json``.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a run ended. The numbers are a public interface: batch scripts read them."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    CONFIG = 2
+    DATA = 3
+    DIVERGED = 4
+    CHECKPOINT = 5
+    STOPPED_EARLY = 75
+    """Stopped on request with everything saved (``EX_TEMPFAIL``): safe to requeue."""
+
+
+class SltrainError(Exception):
+    """Base of all errors with a documented exit code."""
+
+    exit_code: ExitCode = ExitCode.UNEXPECTED
+
+
+class ConfigError(SltrainError):
+    """The configuration, or what it asks of this machine, cannot be run."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(SltrainError):
+    """The data is missing, unreadable, or worse than ``data.max_bad_fraction`` allows."""
+
+    exit_code = ExitCode.DATA
+
+
+class DivergedError(SltrainError):
+    """The loss or the gradient norm is not finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class CheckpointError(SltrainError):
+    """A checkpoint cannot be written, read, or does not belong to this run."""
+
+    exit_code = ExitCode.CHECKPOINT

@@ -1,0 +1,83 @@
+"""Parameter and FLOP counts in closed form (no torch): the rules behind the model, the summary, the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sltrain_dist.config.schema import ModelConfig, ReparamConfig
+from sltrain_dist.sparse_lowrank.layout import nonzeros
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One replaced linear layer: its name inside a decoder block, m = out_features and n = in_features."""
+
+    name: str
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters by kind."""
+
+    embedding: int
+    head: int
+    norms: int
+    factors: int
+    """B and A of all replaced layers."""
+    sparse: int
+    """V of all replaced layers."""
+    dense: int
+    """Weights of the linear layers where they are not replaced (method full)."""
+
+    @property
+    def remainder(self) -> int:
+        """What is never replaced: embedding, head and norms ("base" in the paper's accounting)."""
+        return self.embedding + self.head + self.norms
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.remainder + self.factors + self.sparse + self.dense
+
+
+def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
+    """The linear layers of one decoder block, in the order of the forward pass."""
+    h, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim
+    return (
+        LinearShape("self_attn.q_proj", h, h),
+        LinearShape("self_attn.k_proj", kv, h),
+        LinearShape("self_attn.v_proj", kv, h),
+        LinearShape("self_attn.o_proj", h, h),
+        LinearShape("mlp.gate_proj", f, h),
+        LinearShape("mlp.up_proj", f, h),
+        LinearShape("mlp.down_proj", h, f),
+    )
+
+
+def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCount:
+    """Counts the parameters of a model (the paper's `base + LR + SP`, or `F` with method full)."""
+    h, layers, linears = model.hidden_size, model.num_layers, block_linears(model)
+    replaced = reparam.method != "full"
+    return ParameterCount(
+        embedding=model.vocab_size * h,
+        head=0 if model.tie_head else model.vocab_size * h,
+        norms=(2 * layers + 1) * h,
+        factors=layers * sum(reparam.rank * (s.m + s.n) for s in linears) if replaced else 0,
+        sparse=layers * sum(nonzeros(s.m, s.n, reparam.density) for s in linears)
+        if reparam.method == "sltrain"
+        else 0,
+        dense=0 if replaced else layers * sum(s.m * s.n for s in linears),
+    )
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of the *equivalent dense* model per token, forward plus backward.
+
+    The numerator of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): 6 per weight of the
+    linear layers and the head, plus 12 · layers · width · sequence for attention. Rebuilding W, or
+    not forming it at all, does not change it, so that two methods' MFU compare like their tokens/s.
+    """
+    weights = model.num_layers * sum(s.m * s.n for s in block_linears(model)) + model.vocab_size * model.hidden_size
+    return 6 * weights + 12 * model.num_layers * model.hidden_size * seq_len
