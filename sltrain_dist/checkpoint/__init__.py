@@ -1,0 +1,1 @@
+"""Saving and resuming: atomic, hashed, engine-neutral."""

@@ -1,0 +1,1 @@
+"""The LLaMA decoder, its loss, and its counts."""

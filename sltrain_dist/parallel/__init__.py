@@ -1,0 +1,1 @@
+"""Distributed engines behind one protocol."""

@@ -1,0 +1,23 @@
+"""The paper's heart: linear layers W = (alpha/r)·BA + S with a fixed sparse support.
+
+The public names are loaded on first use, so that the torch-free modules of this package (sizes, cost) can
+be imported where torch is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sltrain_dist.sparse_lowrank.functional import sl_linear
+    from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+    from sltrain_dist.sparse_lowrank.support import RandomSupport
+
+__all__ = ["LowRankLinear", "RandomSupport", "SLLinear", "sl_linear"]
+
+_HOME = {"sl_linear": "functional", "LowRankLinear": "linear", "SLLinear": "linear", "RandomSupport": "support"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

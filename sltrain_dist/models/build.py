@@ -1,0 +1,89 @@
+"""Builds a model from the configuration: on the meta device first, then initialised in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from sltrain_dist.config.schema import Config, ReparamConfig
+from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
+from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Torch types by the name that `train.dtype` uses."""
+
+
+def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:
+    """Builds and initialises the model on `device`.
+
+    It is laid out on the meta device and then filled in place, parameter by parameter, so that no dense
+    copy of a replaced weight ever exists. Initial values depend on (seed, parameter name) only. With
+    device "meta" nothing is allocated or initialised.
+    """
+    model = build_meta_model(config)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        initialise(model)
+    return model
+
+
+def build_meta_model(config: Config) -> LlamaForCausalLM:
+    """Lays the model out on the meta device, in `train.dtype`."""
+    with torch.device("meta"):
+        factory = linear_factory(config.reparam, config.seed, config.model.init_std)
+        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed)
+    dtype = DTYPES[config.train.dtype]
+    for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def initialise(model: nn.Module) -> None:
+    """Sets all parameters and computed buffers of a materialised model, in place."""
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    if isinstance(model, LlamaForCausalLM) and model.config.tie_head:
+        model.model.embed_tokens.reset_parameters()  # the head is the embedding, and was reset last
+
+
+def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> LinearFactory:
+    """The function that makes each linear layer of attention and MLP, as `reparam.method` asks."""
+
+    def make(in_features: int, out_features: int, name: str) -> nn.Module:
+        if reparam.method == "full":
+            return DenseLinear(in_features, out_features, name=name, seed=seed, std=init_std)
+        if reparam.method == "lowrank":
+            return LowRankLinear(in_features, out_features, reparam.rank, reparam.alpha, name=name, seed=seed)
+        return SLLinear(
+            in_features,
+            out_features,
+            reparam.rank,
+            reparam.density,
+            reparam.alpha,
+            support=reparam.support,
+            path=reparam.path,
+            name=name,
+            seed=seed,
+        )
+
+    return make
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SLLinear]]:
+    """Yields (construction name, layer) of all sparse plus low-rank layers."""
+    for module in model.modules():
+        if isinstance(module, SLLinear):
+            yield module.name, module
+
+
+def supports_fingerprint(model: nn.Module) -> str:
+    """16 hex digits over all supports, by layer name; equal on every rank and in every resumed run."""
+    digest = hashlib.sha256()
+    for name, layer in sparse_layers(model):
+        digest.update(f"{name}:{layer.support.fingerprint()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,219 @@
+"""The LLaMA decoder. Modules are named as in Hugging Face's LLaMA, so that an export is a rename."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sltrain_dist.config.schema import ModelConfig
+from sltrain_dist.models.loss import cross_entropy_sum
+from sltrain_dist.numerics.keyed import fill_
+
+LinearFactory = Callable[[int, int, str], nn.Module]
+"""Makes the linear layer of (in_features, out_features, name)."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a gain (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        """Sets the gain to 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., size) to (..., size)."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """Token embedding whose initial values are keyed by its name."""
+
+    def __init__(self, vocab_size: int, size: int, *, name: str, seed: int, std: float) -> None:
+        self._init = (seed, f"{name}.weight", std)
+        super().__init__(vocab_size, size)
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values from N(0, std²)."""
+        seed, key, std = self._init
+        if not self.weight.is_meta:
+            fill_(self.weight, seed, key, normal=std)
+
+
+class DenseLinear(nn.Linear):
+    """A bias-free dense layer whose initial values are keyed by its name."""
+
+    def __init__(self, in_features: int, out_features: int, *, name: str, seed: int, std: float) -> None:
+        self._init = (seed, f"{name}.weight", std)
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values from N(0, std²)."""
+        seed, key, std = self._init
+        if not self.weight.is_meta:
+            fill_(self.weight, seed, key, normal=std)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary position embedding (arXiv 2104.09864), in float32.
+
+    A buffer that is computed, not saved; it grows when a longer sequence comes.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, theta: float, length: int) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.length = head_dim, theta, length
+        self.register_buffer("cos", torch.empty(length, head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(length, head_dim), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Computes the table, on the device where it is."""
+        if self.cos.is_meta:
+            return
+        with torch.no_grad():
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+            angles = torch.outer(torch.arange(self.length, dtype=torch.float32), self.theta**-exponents)
+            angles = torch.cat((angles, angles), dim=-1)
+            self.cos.copy_(angles.cos())
+            self.sin.copy_(angles.sin())
+
+    def forward(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns (cos, sin), each (length, head_dim) of type `dtype`."""
+        if length > self.length:
+            raise ValueError(f"a sequence of {length} tokens is longer than the model was built for: {self.length}")
+        return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies the rotary embedding to x (batch, heads, length, head_dim), halves paired as in Hugging Face's."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key and value heads."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads != config.num_heads
+        kv_size = config.kv_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, config.hidden_size, f"{name}.q_proj")
+        self.k_proj = linear(config.hidden_size, kv_size, f"{name}.k_proj")
+        self.v_proj = linear(config.hidden_size, kv_size, f"{name}.v_proj")
+        self.o_proj = linear(config.hidden_size, config.hidden_size, f"{name}.o_proj")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Maps (batch, length, hidden) to the same shape; a position sees itself and what is before it."""
+        batch, length, _ = x.shape
+        q, k, v = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """The SwiGLU feed-forward network (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, f"{name}.gate_proj")
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, f"{name}.up_proj")
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, f"{name}.down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., hidden) to (..., hidden)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, linear, f"{name}.self_attn")
+        self.mlp = MLP(config, linear, f"{name}.mlp")
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Maps (batch, length, hidden) to the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder blocks and the final norm."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, seq_len: int, seed: int) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, name="model.embed_tokens", seed=seed, std=config.init_std
+        )
+        self.layers = nn.ModuleList(DecoderLayer(config, linear, f"model.layers.{i}") for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, seq_len)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Maps token ids (batch, length) to hidden states (batch, length, hidden)."""
+        x = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(input_ids.shape[1], x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The decoder with its language-model head.
+
+    Args:
+        config: Shape of the model.
+        linear: Makes the linear layers of attention and MLP.
+        seq_len: Longest sequence, in tokens.
+        seed: Keys the initial values.
+    """
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory, seq_len: int, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, linear, seq_len, seed)
+        self.lm_head = DenseLinear(
+            config.hidden_size, config.vocab_size, name="lm_head", seed=seed, std=config.init_std
+        )
+        if config.tie_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Predicts the next token at every position.
+
+        Args:
+            input_ids: (batch, length), int64.
+            labels: (batch, length), int64: the token after each position (already shifted), or
+                `loss.IGNORE` where nothing is to be predicted.
+
+        Returns:
+            Logits (batch, length, vocabulary) without labels; with labels the summed loss, a float32 scalar.
+        """
+        logits = self.lm_head(self.model(input_ids))
+        return logits if labels is None else cross_entropy_sum(logits, labels)
+
+
+def initial_loss(config: ModelConfig) -> float:
+    """Loss of a model that knows nothing: ln(vocabulary), in nats."""
+    return math.log(config.vocab_size)

@@ -1,0 +1,76 @@
+"""Whole replicas on every rank: torch's DistributedDataParallel, or nothing at all on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.parallel.engine import Chunk, ReadChunk, Replicated, clip_coefficient, squared_norm
+from sltrain_dist.parallel.environment import Environment
+
+
+class DDPEngine:
+    """The `ddp` engine. One rank needs no process group and is plain single-process training.
+
+    Args:
+        model: The model, on the environment's device, equal on every rank.
+        optim: Optimizer settings.
+        env: This process among all.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, env: Environment) -> None:
+        self._env = env
+        self._module = model
+        self._ddp: DistributedDataParallel | None = None
+        if env.world_size > 1:
+            self._ddp = DistributedDataParallel(
+                model,
+                device_ids=[env.device] if env.device.type == "cuda" else None,
+                broadcast_buffers=False,  # supports and rotary tables are computed, equal everywhere
+                gradient_as_bucket_view=True,
+            )
+        self._replicas = Replicated(list(model.named_parameters()), optim, env.rank, env.world_size)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self._module
+
+    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+        """Forward and backward; the all-reduce overlaps the backward pass of the last micro-batch alone."""
+        with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
+            loss = (self._ddp or self._module)(input_ids, labels)
+            # DDP averages over ranks; gradients here are sums.
+            (loss * (weight * self._env.world_size)).backward()
+        return loss.detach()
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """The gradient norm, the same on every rank because every rank holds the same gradients."""
+        gradients = self._replicas.gradients()
+        norm = float(squared_norm(gradients, self._env.device).sqrt())
+        coefficient = clip_coefficient(norm, max_norm)
+        if coefficient < 1:
+            torch._foreach_mul_(gradients, coefficient)
+        return norm
+
+    def update(self, lr: float) -> None:
+        """Makes the optimizer's step and clears the gradients."""
+        self._replicas.update(lr)
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of a batch."""
+        return self._module(input_ids, labels)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """This rank's share of the replicas."""
+        return self._replicas.chunks()
+
+    def load(self, read: ReadChunk, step: int) -> None:
+        """Takes parameters and states from a checkpoint, on every rank."""
+        self._replicas.load(read, step)

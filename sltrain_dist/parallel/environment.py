@@ -1,0 +1,147 @@
+"""Who this process is among all processes: ranks, device, process group, and small collectives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from sltrain_dist.errors import ConfigError, SltrainError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among all.
+
+    Attributes:
+        rank: 0 … world_size − 1, over all hosts.
+        world_size: Processes in all.
+        local_rank: Rank on this host.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums a few numbers over all ranks, in float64."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """Runs `action` on every rank and returns every rank's result.
+
+        Raises:
+            SltrainError: The first rank's, on all ranks alike, if it failed on any: none is left waiting.
+        """
+        outcome: tuple[Any, SltrainError | None]
+        try:
+            outcome = action(), None
+        except SltrainError as error:
+            outcome = None, error
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on the main rank and returns its result on all; an error is raised on all."""
+        result = self.together(lambda: action() if self.is_main else None)[0]
+        return cast(T, result)
+
+
+def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) from a launcher's variables, or (0, 1, 0) without a launcher.
+
+    Raises:
+        ConfigError: The variables contradict each other.
+    """
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, deepspeed
+            rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+            local_rank = int(environ.get("LOCAL_RANK", 0))
+        elif int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ:  # srun
+            rank, world_size = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
+            local_rank = int(environ.get("SLURM_LOCALID", 0))
+        else:
+            rank, world_size, local_rank = 0, 1, 0
+    except ValueError as error:
+        raise ConfigError(f"the launcher's rank variables are not numbers: {error}") from None
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK = {rank} is outside 0 … WORLD_SIZE − 1 = {world_size - 1}")
+    return rank, world_size, local_rank
+
+
+def start(timeout_s: int, *, need_group: bool) -> Environment:
+    """Finds this process's place, picks its device, and joins the process group.
+
+    Args:
+        timeout_s: Seconds after which a collective fails.
+        need_group: Whether a single process needs a group too (DeepSpeed does).
+    """
+    rank, world_size, local_rank = rank_variables()
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
+                "start as many processes on each host as it has GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 or need_group:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+        if world_size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        timeout = timedelta(seconds=timeout_s)
+        # DeepSpeed makes groups of its own without passing a timeout on; they take the library's default.
+        distributed_c10d.default_pg_timeout = timeout
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return Environment(rank, world_size, local_rank, device)
+
+
+def in_group() -> bool:
+    """Whether this process has joined a process group."""
+    return dist.is_initialized()
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,198 @@
+"""The composition root: builds everything that a run is made of, in an order that reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.config.load import load_config, to_yaml
+from sltrain_dist.config.rules import micro_batches_per_update, without_effect
+from sltrain_dist.config.schema import Config
+from sltrain_dist.data.evaluation import evaluation_rows
+from sltrain_dist.data.loader import TrainLoader
+from sltrain_dist.data.prepare.embedded import build_embedded
+from sltrain_dist.data.source import resolve_shards
+from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.models.build import build_model, supports_fingerprint
+from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.parallel.ddp import DDPEngine
+from sltrain_dist.parallel.engine import Engine
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.zero import ZeroEngine
+from sltrain_dist.tracking.tracker import RunTracker
+from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
+from sltrain_dist.train.step import Rows
+from sltrain_dist.train.stop import StopRequest
+from sltrain_dist.train.summary import summarise
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where text comes from, resolved: shard lists, evaluation rows, tokenizer file."""
+
+    train_shards: list[str]
+    eval_rows: Rows | None
+    tokenizer: Path
+
+
+@dataclass
+class Run:
+    """A run, ready to go."""
+
+    config: Config
+    env: Environment
+    run_dir: Path
+    engine: Engine
+    state: TrainState
+    loader: TrainLoader
+    eval_rows: Rows | None
+    store: CheckpointStore
+    tracker: RunTracker
+    stop: StopRequest
+    supports: str
+
+    @property
+    def eval_micro_batch(self) -> int:
+        """Sequences per rank and forward pass in evaluation."""
+        return self.config.eval.micro_batch or self.config.train.micro_batch
+
+
+def build_run(config: Config, env: Environment, run_dir: Path, say: Callable[[str], None]) -> Run:
+    """Builds a run, resumed where the configuration asks for it and there is something to resume.
+
+    Args:
+        config: The run.
+        env: This process among all.
+        run_dir: Exists and is writable.
+        say: Prints a line of progress on the main rank, before the tracker exists.
+
+    Raises:
+        SltrainError: On all ranks alike, or on the one rank that found it.
+    """
+    micro_batches_per_update(config, env.world_size)
+    stop = StopRequest(run_dir)
+    corpus = prepare_corpus(config, env, say)
+    store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep)
+    reader = open_checkpoint(config, env, store, say)
+    notes = [] if reader is None else _compare(reader, config)
+
+    model = build_model(config, env.device)
+    supports = supports_fingerprint(model)
+    engine = build_engine(model, config, env)
+    state = TrainState() if reader is None else _restore(reader, engine, env, supports)
+    loader = TrainLoader(
+        config.data,
+        shards=corpus.train_shards,
+        tokenizer_path=corpus.tokenizer,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        rank=env.rank,
+        world_size=env.world_size,
+        state=None if reader is None else reader.state["data"],
+    )
+    tracker = RunTracker(
+        config.tracking,
+        run_dir,
+        config_flat=flatten(config.model_dump()),
+        total_steps=config.train.steps,
+        total_tokens=config.train.tokens,
+        is_main=env.is_main,
+        resumed_step=state.step,
+    )
+    env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
+    tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
+    for warning in without_effect(config):
+        tracker.warn(warning)
+    if reader is not None:
+        tracker.note(f"resumed from {reader.path} at update {state.step}")
+        for note in notes:
+            tracker.note(f"changed since then: {note}")
+    return Run(config, env, run_dir, engine, state, loader, corpus.eval_rows, store, tracker, stop, supports)
+
+
+def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:
+    """Wraps the model in the engine that the configuration names."""
+    if config.parallel.engine == "zero":
+        return ZeroEngine(model, config, env)
+    return DDPEngine(model, config.optim, env)
+
+
+def prepare_corpus(
+    config: Config, env: Environment, say: Callable[[str], None], *, with_evaluation: bool = True
+) -> Corpus:
+    """Resolves sources and tokenizer, building the embedded corpus where it is asked for and missing."""
+    data, evaluation = config.data, config.eval
+    train_source, eval_source, tokenizer_path = data.source, evaluation.source, data.tokenizer
+    if "embedded" in (train_source, eval_source, tokenizer_path):
+        cache = None if data.cache_dir is None else Path(data.cache_dir)
+        corpus = env.on_main(lambda: build_embedded(cache, config.model.vocab_size, report=say))
+        split = {"train": corpus.train_glob, "validation": corpus.validation_glob}
+        for name, source, wanted in (("data", train_source, data.split), ("eval", eval_source, evaluation.split)):
+            if source == "embedded" and wanted not in split:
+                raise ConfigError(f"{name}.split = {wanted!r}: the embedded corpus has train and validation")
+        train_source = split[data.split] if train_source == "embedded" else train_source
+        eval_source = split[evaluation.split] if eval_source == "embedded" else eval_source
+        tokenizer_path = str(corpus.tokenizer) if tokenizer_path == "embedded" else tokenizer_path
+    tokenizer = Tokenizer(Path(tokenizer_path))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of "
+            f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    shards = env.on_main(lambda: resolve_shards(train_source, data.subset, data.split))
+    eval_rows = None
+    if eval_source is not None and with_evaluation:
+        eval_shards = env.on_main(lambda: resolve_shards(eval_source, evaluation.subset, evaluation.split))
+        eval_rows = evaluation_rows(evaluation, data, eval_shards, tokenizer)
+    return Corpus(shards, eval_rows, Path(tokenizer_path))
+
+
+def open_checkpoint(
+    config: Config, env: Environment, store: CheckpointStore, say: Callable[[str], None]
+) -> CheckpointReader | None:
+    """The checkpoint that `checkpoint.resume` names, verified; None to start from the beginning."""
+    resume = config.checkpoint.resume
+    if resume == "auto":
+        path = store.newest(say)
+    elif resume == "never":
+        if store.newest(say) is not None:
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {config.run_dir} holds checkpoints; use another run_dir, or resume=auto"
+            )
+        path = None
+    else:
+        path = _named_checkpoint(Path(resume), config, env, store, say)
+    return None if path is None else CheckpointReader(path)
+
+
+def _named_checkpoint(
+    path: Path, config: Config, env: Environment, store: CheckpointStore, say: Callable[[str], None]
+) -> Path:
+    if (path / "checkpoints").is_dir():
+        newest = CheckpointStore(path / "checkpoints", env, config.checkpoint.keep).newest(say)
+        if newest is not None:
+            return newest
+    problem = store.check(path)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
+    return path
+
+
+def _compare(reader: CheckpointReader, config: Config) -> list[str]:
+    return check_resumable(load_config(reader.path / "config.yaml"), config, str(reader.path))
+
+
+def _restore(reader: CheckpointReader, engine: Engine, env: Environment, supports: str) -> TrainState:
+    if reader.state["supports"] != supports:
+        raise CheckpointError(
+            f"{reader.path} was made with other supports (fingerprint {reader.state['supports']}, here {supports}), "
+            "although seed and model agree: this version draws them differently; resume with the version that saved it"
+        )
+    state = TrainState(**reader.state["counters"])
+    engine.load(reader.read, state.step)
+    if len(reader.state["rng"]) == env.world_size:
+        restore_rng(reader.state["rng"][env.rank], env.device)
+    return state

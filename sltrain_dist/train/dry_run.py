@@ -1,0 +1,49 @@
+"""`train.dry_run`: everything is built, one update is made on made-up data, the peak memory is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ExitCode
+from sltrain_dist.models.build import build_model
+from sltrain_dist.numerics.keyed import integers, key64
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.tracking.console import format_bytes
+from sltrain_dist.tracking.meters import peak_memory_bytes
+from sltrain_dist.train.build import build_engine, prepare_corpus
+from sltrain_dist.train.exit import Outcome
+from sltrain_dist.train.step import Rows, forward_backward
+
+
+def dry_run(config: Config, env: Environment) -> Outcome:
+    """Makes one full-sized update without reading a document or writing a checkpoint.
+
+    Sources and tokenizer are resolved, so that a wrong path is found too.
+    """
+
+    def say(line: str) -> None:
+        if env.is_main:
+            print(line, flush=True)
+
+    passes = micro_batches_per_update(config, env.world_size)
+    corpus = prepare_corpus(config, env, say, with_evaluation=False)
+    say(f"data: {len(corpus.train_shards)} shards, tokenizer {corpus.tokenizer}")
+    engine = build_engine(build_model(config, env.device), config, env)
+    rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
+    loss, tokens = forward_backward(engine, rows, config.train.micro_batch, env)
+    norm = engine.clip_gradients(config.optim.clip)
+    engine.update(config.optim.lr)
+    peaks = env.gather(peak_memory_bytes())
+    say(f"one update on {tokens} made-up tokens: loss {loss:.3f}, gradient norm {norm:.3f}")
+    kind = "allocated on the device" if env.device.type == "cuda" else "resident, with libraries"
+    say(f"peak memory ({kind}), largest of {env.world_size} ranks: {format_bytes(max(peaks))}")
+    return Outcome(ExitCode.DONE, f"dry run: peak memory {max(peaks)} bytes", 0)
+
+
+def made_up_rows(config: Config, rank: int, rows: int) -> Rows:
+    """Rows of uniform random token ids, full to the last slot."""
+    count = rows * (config.data.seq_len + 1)
+    ids = integers(key64(config.seed, f"dry-run-rank-{rank}"), 0, count, config.model.vocab_size)
+    return ids.astype(np.int32).reshape(rows, -1)

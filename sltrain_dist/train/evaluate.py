@@ -1,0 +1,43 @@
+"""Evaluation: mean loss over a fixed set of tokens, the same for any batch size and number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sltrain_dist.parallel.engine import Engine
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.train.step import Rows, to_batch
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Attributes: mean loss over all labels (nats), and their number."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that does not fit."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(engine: Engine, rows: Rows, micro_batch: int, env: Environment) -> EvalResult:
+    """Evaluates all rows, dealt to the ranks in turn; every label counts exactly once.
+
+    Ranks that have fewer rows fill up with padding, because an engine's forward pass may be a collective.
+    """
+    mine = rows[env.rank :: env.world_size]
+    passes = -(-len(rows) // (env.world_size * micro_batch))
+    filler = np.full((passes * micro_batch - len(mine), rows.shape[1]), -1, dtype=np.int32)
+    mine = np.concatenate((mine, filler))
+    loss = torch.zeros((), dtype=torch.float64, device=env.device)
+    for start in range(0, len(mine), micro_batch):
+        loss += engine.evaluate(*to_batch(mine[start : start + micro_batch], env.device))
+    (total,) = env.sum([float(loss)])
+    tokens = int(np.count_nonzero(rows[:, 1:] >= 0))
+    return EvalResult(total / tokens, tokens)

@@ -1,0 +1,144 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from sltrain_dist.config.load import to_yaml
+from sltrain_dist.data.loader import merge_states
+from sltrain_dist.errors import ExitCode
+from sltrain_dist.models.count import model_flops_per_token
+from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.tracking.meters import Throughput, device_peak_flops, mfu, peak_memory_bytes
+from sltrain_dist.train.build import Run
+from sltrain_dist.train.evaluate import evaluate
+from sltrain_dist.train.exit import Outcome
+from sltrain_dist.train.guard import check_finite
+from sltrain_dist.train.state import rng_state
+from sltrain_dist.train.step import forward_backward
+
+
+@dataclass
+class Clock:
+    """Time of this process's part of the run, added to that of the parts before it."""
+
+    before_s: float
+    meter: Throughput
+    started: float = field(default_factory=time.monotonic)
+    wait_s: float = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent on the run, over all resumed parts."""
+        return self.before_s + time.monotonic() - self.started
+
+
+def fit(run: Run) -> Outcome:
+    """Trains until the budget is used up or a stop is requested; evaluates and saves on the way.
+
+    Raises:
+        DivergedError: The loss or the gradient norm is not finite.
+        DataError: The data gave out, or is worse than allowed.
+        CheckpointError: A checkpoint could not be written.
+    """
+    train, state = run.config.train, run.state
+    if state.finished(train):
+        return Outcome(ExitCode.DONE, f"nothing left to do: {state.step} updates were made before", state.step)
+    run.stop.install()
+    clock = Clock(state.elapsed_s, Throughput())
+    if state.step == 0:
+        _evaluate(run, clock)
+    while not state.finished(train):
+        _update(run, clock)
+        finished = state.finished(train)
+        if finished or _due(run.config.eval.every, state.step):
+            _evaluate(run, clock)
+        reason = None if finished else _stop_reason(run)
+        if finished or reason or _due(run.config.checkpoint.every, state.step):
+            _save(run, clock)
+        if reason:
+            run.stop.acknowledge()
+            return Outcome(ExitCode.STOPPED_EARLY, f"stopped early and saved: {reason}", state.step)
+    return Outcome(ExitCode.DONE, "done", state.step)
+
+
+def _update(run: Run, clock: Clock) -> None:
+    config, state, engine = run.config, run.state, run.engine
+    started = time.monotonic()
+    rows = next(run.loader)
+    waited = time.monotonic() - started
+    progress = state.progress(config.train, config.optim.warmup_steps)
+    lr = learning_rate(config.optim, progress)
+    loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
+    grad_norm = engine.clip_gradients(config.optim.clip)
+    check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
+    engine.update(lr)
+    state.advance(tokens, config.optim.warmup_steps)
+    clock.meter.add(tokens=tokens, data_wait_s=waited)
+    run.tracker.progress(state.step, state.tokens, loss)
+    if _due(config.tracking.log_every, state.step) or state.finished(config.train):
+        _log(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+
+
+def _log(run: Run, clock: Clock, **values: float) -> None:
+    window = clock.meter.read()
+    peak = device_peak_flops(run.env.device, run.config.train.dtype)
+    flops = model_flops_per_token(run.config.model, run.config.data.seq_len)
+    # Utilisation counts padding too: the device computes it.
+    slots = run.config.train.global_batch * run.config.data.seq_len
+    record = {
+        "step": run.state.step,
+        **values,
+        "tokens": run.state.tokens,
+        "tokens_per_s": window.tokens_per_s,
+        "data_wait_s": window.data_wait_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "elapsed_s": clock.elapsed_s,
+        **run.loader.stats.counters(),
+    }
+    if peak is not None:
+        record["mfu"] = mfu(slots * window.updates / window.seconds, flops, peak * run.env.world_size)
+    run.tracker.train(record)
+
+
+def _evaluate(run: Run, clock: Clock) -> None:
+    if run.eval_rows is None:
+        return
+    with clock.meter.paused():
+        result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env)
+    run.tracker.evaluation(
+        {
+            "step": run.state.step,
+            "eval_loss": result.loss,
+            "eval_perplexity": result.perplexity,
+            "eval_tokens": result.tokens,
+        }
+    )
+
+
+def _save(run: Run, clock: Clock) -> None:
+    env, state = run.env, run.state
+    with clock.meter.paused():
+        state.elapsed_s = clock.elapsed_s
+        path = run.store.save(
+            state.step,
+            run.engine.chunks(),
+            {
+                "counters": state.to_dict(),
+                "data": merge_states(env.gather(run.loader.state_dict())),
+                "rng": env.gather(rng_state(env.device)),
+                "supports": run.supports,
+            },
+            to_yaml(run.config),
+        )
+    run.tracker.note(f"saved {path}")
+
+
+def _stop_reason(run: Run) -> str | None:
+    """Why to stop, agreed on by all ranks: a signal may have reached only one of them."""
+    return next((reason for reason in run.env.gather(run.stop.reason()) if reason), None)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

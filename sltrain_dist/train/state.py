@@ -1,0 +1,131 @@
+"""What a resumed run takes over besides tensors, and which settings may differ from before."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sltrain_dist.config.schema import Config, TrainConfig
+from sltrain_dist.errors import CheckpointError
+from sltrain_dist.optim.schedule import Progress
+
+_FIXED_SECTIONS = ("model", "reparam")
+_FIXED_KEYS = ("seed", "train.global_batch", "optim.name")
+_FREE_KEYS = ("reparam.path",)
+"""Data keys are not here: the loader's cursor carries a fingerprint of what decides the order, and checks it."""
+
+
+@dataclass
+class TrainState:
+    """Counters of a run.
+
+    Attributes:
+        step: Updates made.
+        tokens: Non-padding tokens trained on.
+        warmup_tokens: `tokens` at the end of the warm-up.
+        elapsed_s: Seconds spent, over all resumed parts.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    warmup_tokens: int = 0
+    elapsed_s: float = 0.0
+
+    def advance(self, tokens: int, warmup_steps: int) -> None:
+        """Counts one update."""
+        self.step += 1
+        self.tokens += tokens
+        if self.step <= warmup_steps:
+            self.warmup_tokens = self.tokens
+
+    def finished(self, train: TrainConfig) -> bool:
+        """Whether the budget is used up."""
+        if train.steps is not None:
+            return self.step >= train.steps
+        return self.tokens >= (train.tokens or 0)
+
+    def progress(self, train: TrainConfig, warmup_steps: int) -> Progress:
+        """How far the run is, for the learning-rate schedule."""
+        if train.steps is not None:
+            # The last update is the one that reaches the end of the schedule.
+            last = max(1, train.steps - 1)
+            return Progress(self.step, self.step / last, min(1.0, max(0, warmup_steps - 1) / last))
+        budget = train.tokens or 1
+        warm = self.warmup_tokens if self.step >= warmup_steps else 0
+        return Progress(self.step, self.tokens / budget, warm / budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """The random-number states of this process, as text."""
+    state = {"torch": _encode(torch.get_rng_state()), "python": repr(random.getstate())}
+    if device.type == "cuda":
+        state["cuda"] = _encode(torch.cuda.get_rng_state(device))
+    return state
+
+
+def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
+    """Takes random-number states over; a state of another kind of device is left out."""
+    import ast
+
+    torch.set_rng_state(_decode(state["torch"]))
+    random.setstate(ast.literal_eval(state["python"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+
+
+def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted key, before, now) of all settings that differ."""
+    old, new = flatten(before.model_dump()), flatten(now.model_dump())
+    for key in new:
+        if old.get(key) != new[key]:
+            yield key, old.get(key), new[key]
+
+
+def check_resumable(before: Config, now: Config, where: str) -> list[str]:
+    """Compares the configuration of a checkpoint with the present one.
+
+    Returns:
+        A line for every allowed difference.
+
+    Raises:
+        CheckpointError: A setting that changes the mathematics differs.
+    """
+    notes, fatal = [], []
+    for key, old, new in changed_settings(before, now):
+        section = key.partition(".")[0]
+        fixed = (section in _FIXED_SECTIONS or key in _FIXED_KEYS) and key not in _FREE_KEYS
+        (fatal if fixed else notes).append(f"{key}: {old!r} → {new!r}")
+    if fatal:
+        raise CheckpointError(
+            f"{where} belongs to a run of another configuration ({'; '.join(fatal)}); "
+            "set these back, or use another run_dir"
+        )
+    return notes
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _encode(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,43 @@
+"""Stopping on request: signals and the STOP file, acted on between two updates."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # not USR1, which NCCL catches
+
+
+class StopRequest:
+    """Notes that this process was asked to stop. The ranks agree on it at the next update's end.
+
+    A second Ctrl-C interrupts at once, without saving.
+
+    Args:
+        run_dir: A file named STOP in it is a request too.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / "STOP"
+        self._signal: str | None = None
+
+    def install(self) -> None:
+        """Handles SIGTERM, SIGINT and SIGUSR2 from now on."""
+        for number in _SIGNALS:
+            signal.signal(number, self._note)
+
+    def reason(self) -> str | None:
+        """Why to stop, or None."""
+        if self._signal:
+            return self._signal
+        return f"{self._file} is there" if self._file.exists() else None
+
+    def acknowledge(self) -> None:
+        """Removes the STOP file, so that the run can be started again."""
+        self._file.unlink(missing_ok=True)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = f"received {signal.Signals(number).name}"

@@ -1,0 +1,89 @@
+"""The start-up summary: what is about to be trained, on what, and where it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.schema import Config
+from sltrain_dist.models.build import DTYPES
+from sltrain_dist.models.count import count_parameters
+from sltrain_dist.optim.factory import STATE_NAMES
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.tracking.console import format_bytes, format_count
+
+Sections = dict[str, list[tuple[str, str]]]
+
+
+def summarise(config: Config, env: Environment, run_dir: Path, shards: int, resumed_step: int) -> Sections:
+    """Titled lists of (what, value) for the console."""
+    return {
+        "Model": _model(config),
+        "Data": _data(config, shards),
+        "Training": _training(config, env, resumed_step),
+        "Outputs": _outputs(config, run_dir),
+    }
+
+
+def _model(config: Config) -> list[tuple[str, str]]:
+    counted = count_parameters(config.model, config.reparam)
+    full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
+    width = torch.finfo(DTYPES[config.train.dtype]).bits // 8
+    states = len(STATE_NAMES[config.optim.name])
+    kinds = [
+        ("embedding, head, norms", counted.remainder),
+        ("low-rank factors", counted.factors),
+        ("sparse values", counted.sparse),
+        ("dense weights", counted.dense),
+    ]
+    lines = [(kind, format_count(number)) for kind, number in kinds if number]
+    lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
+    lines.append(("weights", format_bytes(width * counted.total)))
+    lines.append(("gradients", f"{format_bytes(width * counted.total)}  before sharding"))
+    lines.append(("optimizer states", f"{format_bytes(width * states * counted.total)}  before sharding"))
+    return lines
+
+
+def _data(config: Config, shards: int) -> list[tuple[str, str]]:
+    data = config.data
+    source = data.source if isinstance(data.source, str) else ", ".join(data.source)
+    return [
+        ("source", f"{source}  ({shards} shards)"),
+        ("tokenizer", data.tokenizer),
+        ("rows", f"{data.seq_len} tokens, {data.batching}"),
+    ]
+
+
+def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple[str, str]]:
+    train, parallel, optim = config.train, config.parallel, config.optim
+    engine: str = "single process" if env.world_size == 1 and parallel.engine == "ddp" else parallel.engine
+    if parallel.engine == "zero":
+        engine = f"zero stage {parallel.zero_stage}, shards {parallel.shard}"
+    budget = f"{train.steps} updates" if train.steps is not None else f"{format_count(train.tokens or 0)} tokens"
+    per_update = train.global_batch * config.data.seq_len
+    passes = micro_batches_per_update(config, env.world_size)
+    where = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"
+    clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
+    return [
+        ("engine", f"{engine}, {env.world_size} × {where}, {train.dtype}"),
+        ("budget", budget + (f", {resumed_step} made" if resumed_step else "")),
+        (
+            "update",
+            f"{train.global_batch} sequences = {format_count(per_update)} token slots, in {passes} micro-batches",
+        ),
+        ("optimizer", f"{optim.name}, lr {optim.lr:g} ({optim.schedule}, {optim.warmup_steps} warm-up), {clip}"),
+    ]
+
+
+def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
+    every = f"every {config.checkpoint.every} updates and " if config.checkpoint.every else ""
+    lines = [
+        ("run directory", str(run_dir)),
+        ("checkpoints", f"{run_dir / 'checkpoints'}, {every}at the end"),
+        ("metrics", str(run_dir / "metrics.jsonl")),
+    ]
+    if config.tracking.mlflow:
+        lines.append(("mlflow", config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"))
+    return lines
