@@ -1,0 +1,1 @@
+"""The strict configuration: schema, presets, loading, cross-field rules."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,63 @@ from sltrain_dist.config.rules import check_fields
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
+_Key = tuple[str, ...]
+
+_COMMAND_LINE = "command line"
+_IS_A_SECTION = "this is a section; give it keys with values"
+_UNION_MEMBERS = {"str": "text", "list[str]": "a list of texts"}
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+
+_FLOAT = re.compile(
+    r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|[-+]?\.(inf|nan)$"
+)
+_INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$")
+
+
+def _plain_scalars(base: type[Any]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """`base`'s rules for unquoted values, with numbers as everyone means them.
+
+    YAML 1.1 reads 3e-3 as text, 010 as eight, 1:30 as ninety and 2024-01-01 as a date. Here the first is a
+    number and the others are text.
+    """
+    replaced = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp")}
+    rules = {
+        first: [rule for rule in known if rule[0] not in replaced]
+        for first, known in base.yaml_implicit_resolvers.items()
+    }
+    for first in "-+.0123456789":
+        rules.setdefault(first, []).extend([("tag:yaml.org,2002:float", _FLOAT), ("tag:yaml.org,2002:int", _INT)])
+    return rules
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-3 as text; here it is the number that everyone means. Repeated keys are errors."""
+    """Safe YAML in which repeated keys, and keys that are not text, are errors."""
+
+    yaml_implicit_resolvers = _plain_scalars(yaml.SafeLoader)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is there twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        for key, _ in node.value:
+            problem = None
+            if key.tag not in {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}:
+                problem = "a key that is not text"
+            elif key.value in seen:
+                problem = f"the key {key.value!r} is there twice"
+            if problem:
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|nan)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would not read back as text, such as a run_dir called 1e-3."""
+
+    yaml_implicit_resolvers = _plain_scalars(yaml.SafeDumper)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -43,19 +80,30 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: A YAML file, or None for the defaults.
-        overrides: `section.key=value` strings, values in YAML; they win over the file.
+        overrides: `section.key=value` strings, values in YAML; they win over the file. `section={key: value}`
+            sets several keys and leaves the section's others.
 
     Raises:
         ConfigError: The file cannot be read, or a key or a value is wrong. The message names the key, the
-            value, where it came from, and what to change.
+            value, where it came from, and what to change; one line for each problem.
     """
-    origin = {"": str(path) if path else "defaults"}
-    values = _read_yaml(path) if path else {}
+    values = {} if path is None else _read_yaml(path)
+    origin = dict.fromkeys(_leaves(values), str(path)) | {"": "configuration" if path is None else str(path)}
     for override in overrides:
         key, value = _parse_override(override)
         _set(values, key, value)
-        origin[".".join(key)] = "command line"
+        origin |= dict.fromkeys(_leaves(value, key), _COMMAND_LINE)
     return build_config(values, origin)
+
+
+def run_dir_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """The run directory that a configuration names, even where the rest of it is wrong; None if none is legible."""
+    named = [override.partition("=")[2] for override in overrides if override.startswith("run_dir=")]
+    try:
+        value = named[-1] if named else _read_yaml(path).get("run_dir")
+    except ConfigError:
+        return None
+    return value if isinstance(value, str) else None
 
 
 def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
@@ -63,30 +111,38 @@ def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = N
 
     Args:
         values: What a YAML file holds: sections of values.
-        origin: Where the values under a dotted key came from; "" for all others.
+        origin: Where the value of a dotted key came from; "" names the whole.
 
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    origin = origin or {"": "configuration"}
+    origin = dict(origin) if origin is not None else dict.fromkeys(_leaves(values), "configuration")
     preset = values.get("preset")
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(_message(origin, ("preset",), preset, f"unknown preset{_hint(str(preset), PRESETS)}"))
+        origin = dict.fromkeys(_leaves(PRESETS[preset]), f"preset {preset}") | origin
         values = _merged(PRESETS[preset], values)
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_describe(origin, dict(item)) for item in error.errors()]
+        by_key: dict[_Key, list[Any]] = {}
+        for item in error.errors():
+            by_key.setdefault(_written_key(item["loc"]), []).append(item)
+        problems = [_message(origin, key, _lookup(values, key), _reason(key, items)) for key, items in by_key.items()]
         raise ConfigError("\n".join(problems)) from None
-    for key, reason in check_fields(config):
-        raise ConfigError(_message(origin, tuple(key.split(".")), _get(config, key), reason))
+    broken = [
+        _message(origin, tuple(key.split(".")), _lookup(config.model_dump(), key.split(".")), reason)
+        for key, reason in check_fields(config)
+    ]
+    if broken:
+        raise ConfigError("\n".join(broken))
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, with every default written out."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The resolved configuration, with every default written out. :func:`load_config` reads it back."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -97,43 +153,77 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: {_yaml_problem(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, not a {type(values).__name__}")
-    # An empty section (`eval:` with nothing under it) means "all defaults".
-    return {k: {} if v is None and _is_section(k) else v for k, v in values.items()}
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, not {_show(values)}")
+    for key, value in values.items():
+        if _section((key,)) is None:
+            continue
+        if value is None:  # `eval:` with nothing under it means "all defaults"
+            values[key] = {}
+        elif not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key} = {_show(value)}: {_IS_A_SECTION}")
+    return values
 
 
-def _is_section(key: Any) -> bool:
-    field = Config.model_fields.get(str(key))
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-
-
-def _parse_override(override: str) -> tuple[tuple[str, ...], Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
+def _parse_override(override: str) -> tuple[_Key, Any]:
+    dotted, equals, text = override.partition("=")
+    key = tuple(dotted.split("."))
+    if not equals or not all(key):
+        raise ConfigError(f"{_COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
-        return tuple(key.split(".")), yaml.load(text, _Loader)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"command line: the value of {key} is not valid YAML: {error}") from None
+        raise ConfigError(
+            f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}\n"
+            f"Text with special characters needs quotes, and those need the shell's: '{dotted}=\"...\"'"
+        ) from None
 
 
-def _set(values: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
-    for depth, part in enumerate(key[:-1]):
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"command line: {'.'.join(key[: depth + 1])} is a value, not a section")
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"not valid YAML: {error}"
+    mark = error.problem_mark
+    problem = ": ".join(filter(None, (error.context, error.problem)))
+    return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}\n{mark.get_snippet() or ''}"
+
+
+def _set(values: dict[str, Any], key: _Key, value: Any) -> None:
+    """Puts an override's value into `values`.
+
+    Raises:
+        ConfigError: The key goes on below a plain value, or a whole section is set to a plain value.
+    """
+    shown = f"{_COMMAND_LINE}: {'.'.join(key)} = {_show(value)}"
+    for depth in range(1, len(key)):
+        if _is_field(key[:depth]) and _section(key[:depth]) is None:
+            raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is a value, not a section")
+        below = values.get(key[depth - 1])
+        if not isinstance(below, dict):
+            below = values[key[depth - 1]] = {}
+        values = below
+    if _section(key) is not None:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{shown}: {_IS_A_SECTION}")
+        value = {**values.get(key[-1], {}), **value}
     values[key[-1]] = value
 
 
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def _leaves(value: Any, key: _Key = ()) -> Iterator[str]:
+    """Dotted keys of all values that are not mappings."""
+    if isinstance(value, Mapping) and value:
+        for part, below in value.items():
+            yield from _leaves(below, (*key, str(part)))
+    elif key:
+        yield ".".join(key)
+
+
+def _lookup(values: Any, key: Sequence[str]) -> Any:
+    for part in key:
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,36 +234,84 @@ def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _hint(word: str, choices: Any) -> str:
-    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(map(str, choices)))}"
-
-
-def _known_keys(loc: tuple[str, ...]) -> list[str]:
-    """Dotted keys that could stand beside the unknown key `loc`."""
-    model: Any = Config
-    for part in loc[:-1]:
+def _section(key: Sequence[str]) -> type[BaseModel] | None:
+    """The model of the section that `key` names (the empty key: of the whole), or None."""
+    model: type[BaseModel] = Config
+    for part in key:
         field = model.model_fields.get(part)
-        if field is None or not hasattr(field.annotation, "model_fields"):
-            return []
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return None
         model = field.annotation
-    return list(model.model_fields)
+    return model
 
 
-def _describe(origin: Mapping[str, str], item: dict[str, Any]) -> str:
-    loc = tuple(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        hint = _hint(loc[-1], _known_keys(loc))
-        if "did you mean" not in hint and len(loc) == 1:  # perhaps a field without its section
-            homes = [s for s, f in Config.model_fields.items() if loc[0] in getattr(f.annotation, "model_fields", ())]
-            hint = f"; did you mean {homes[0]}.{loc[0]!s}?" if homes else hint
-        return _message(origin, loc, item["input"], f"unknown key{hint}")
-    # Members of a union (str | list[str]) come as extra parts of the location that no user wrote.
-    while len(loc) > 1 and loc[-1] in {"str", "list[str]", "int"}:
-        loc = loc[:-1]
-    return _message(origin, loc, item["input"], item["msg"][:1].lower() + item["msg"][1:])
+def _is_field(key: _Key) -> bool:
+    parent = _section(key[:-1])
+    return parent is not None and key[-1] in parent.model_fields
 
 
-def _message(origin: Mapping[str, str], loc: tuple[str, ...], value: Any, reason: str) -> str:
-    where = next((origin[k] for k in (".".join(loc[:n]) for n in range(len(loc), -1, -1)) if k in origin), "")
-    return f"{where}: {'.'.join(loc)} = {value!r}: {reason}"
+def _written_key(loc: Sequence[int | str]) -> _Key:
+    """The part of pydantic's location that a user wrote, without members of unions and places in lists."""
+    key = tuple(map(str, loc))
+    return next((key[:n] for n in range(1, len(key) + 1) if _section(key[:n]) is None), key)
+
+
+def _reason(key: _Key, items: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with the value of `key`, from all that pydantic says about it."""
+    if len(items) > 1:  # one for each member of a union
+        members = dict.fromkeys(str(item["loc"][len(key)]) for item in items)
+        return f"should be {' or '.join(_UNION_MEMBERS.get(member, member) for member in members)}"
+    item = items[0]
+    kind, value = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key{_key_hint(key)}"
+    if kind in {"model_type", "dict_type"}:
+        return _IS_A_SECTION
+    reason = "should be " + _EXPECTED[kind] if kind in _EXPECTED else re.sub("^Input ", "", item["msg"])
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        reason += "; put it in quotes"
+    elif kind == "int_type" and isinstance(value, float) and value.is_integer():
+        reason += f"; write {int(value)}"
+    elif kind == "literal_error":
+        close = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", reason), n=1)
+        reason += f"; did you mean {close[0]!r}?" if close else ""
+    return reason
+
+
+def _key_hint(key: _Key) -> str:
+    """Keys that were perhaps meant by the unknown `key`, or those that stand beside it."""
+    beside = _section(key[:-1])
+    if beside is None:
+        return ""
+    prefix = "".join(f"{part}." for part in key[:-1])
+    near = {prefix + name: name for name in beside.model_fields}
+    everywhere = {name: name for name in Config.model_fields}
+    for section, field in Config.model_fields.items():
+        everywhere |= {f"{section}.{name}": name for name in getattr(field.annotation, "model_fields", ())}
+    meant = [dotted for dotted, name in everywhere.items() if name == key[-1]]
+    for choices, cutoff in ((near, 0.6), (everywhere, 0.75)):
+        if not meant:
+            close = difflib.get_close_matches(key[-1], list(choices.values()), n=1, cutoff=cutoff)
+            meant = [dotted for dotted, name in choices.items() if name in close]
+    return f"; did you mean {' or '.join(meant)}?" if meant else f"; there are: {', '.join(sorted(near.values()))}"
+
+
+def _hint(word: str, choices: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(choices))}"
+
+
+def _message(origin: Mapping[str, str], key: _Key, value: Any, reason: str) -> str:
+    dotted = ".".join(key)
+    above = [".".join(key[:n]) for n in range(len(key), 0, -1)]
+    below = [known for known in origin if known.startswith(f"{dotted}.")]
+    source = next((origin[known] for known in (*above, *below) if known in origin), None)
+    if source is None:  # nobody wrote it
+        return f"{origin.get('', 'configuration')}: {dotted} = {_show(value)} (default): {reason}"
+    return f"{source}: {dotted} = {_show(value)}: {reason}"
+
+
+def _show(value: Any) -> str:
+    """A value as a user would write it in YAML, cut if it is long."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

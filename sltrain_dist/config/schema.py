@@ -160,8 +160,8 @@ class TrainConfig(Section):
     global_batch: PositiveInt = 512
     """Sequences per update, over all ranks and micro-batches."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of parameters, gradients, activations and (but for zero, which keeps fp32 masters) optimizer
-    states. bf16 is the paper's."""
+    """Type of parameters, gradients, activations and optimizer states, under every engine. bf16, with no
+    fp32 copies, is the paper's."""
     dry_run: bool = False
     """Build everything, make one update on made-up data, report the peak memory and stop."""
 

@@ -26,6 +26,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForC
     model = build_meta_model(config)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
+        model.tie()
         initialise(model)
     return model
 

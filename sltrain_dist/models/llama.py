@@ -196,7 +196,11 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = DenseLinear(
             config.hidden_size, config.vocab_size, name="lm_head", seed=seed, std=config.init_std
         )
-        if config.tie_head:
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes head and embedding one parameter, where the configuration says so; `to_empty` undoes it."""
+        if self.config.tie_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -67,9 +67,9 @@ class Environment:
         except SltrainError as error:
             outcome = None, error
         outcomes = self.gather(outcome)
-        for _, error in outcomes:
-            if error is not None:
-                raise error
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
         return [result for result, _ in outcomes]
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -128,11 +128,6 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         distributed_c10d.default_pg_timeout = timeout
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return Environment(rank, world_size, local_rank, device)
-
-
-def in_group() -> bool:
-    """Whether this process has joined a process group."""
-    return dist.is_initialized()
 
 
 def stop() -> None:

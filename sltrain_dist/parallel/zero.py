@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,8 @@ class ZeroEngine:
         except ImportError as error:
             raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use ddp") from None
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that torch 2.13 has renamed.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         self._env = env
         named = list(model.named_parameters())
         everything = config.parallel.shard == "all"

@@ -12,8 +12,8 @@ from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
-from sltrain_dist.data.prepare.embedded import build_embedded
-from sltrain_dist.data.source import resolve_shards
+from sltrain_dist.data.prepare.build import build_embedded
+from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model, supports_fingerprint
@@ -142,10 +142,10 @@ def prepare_corpus(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of "
             f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    shards = env.on_main(lambda: resolve_shards(train_source, data.subset, data.split))
+    shards = env.on_main(lambda: resolve_source(train_source, subset=data.subset, split=data.split))
     eval_rows = None
     if eval_source is not None and with_evaluation:
-        eval_shards = env.on_main(lambda: resolve_shards(eval_source, evaluation.subset, evaluation.split))
+        eval_shards = env.on_main(lambda: resolve_source(eval_source, subset=evaluation.subset, split=evaluation.split))
         eval_rows = evaluation_rows(evaluation, data, eval_shards, tokenizer)
     return Corpus(shards, eval_rows, Path(tokenizer_path))
 

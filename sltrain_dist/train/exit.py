@@ -31,15 +31,27 @@ def write_running(run_dir: Path) -> None:
     _write(run_dir, {"code": None, "reason": "running, or killed before it could say why", "step": None})
 
 
-def write_outcome(run_dir: Path, outcome: Outcome) -> None:
-    """Says how the run ended, unless another rank has said it first: its peers only lost their connection."""
+def write_outcome(run_dir: Path, outcome: Outcome, started: float) -> str | None:
+    """Says how the run ended, unless another rank has said it first: its peers only lost their connection.
+
+    Args:
+        run_dir: Where exit.json is.
+        outcome: How this process ended.
+        started: When this process started (`time.time`); what was written before is of an earlier run.
+
+    Returns:
+        What another rank gave as the reason, or None if this one's was written.
+    """
+    path = run_dir / "exit.json"
     try:
-        previous = json.loads((run_dir / "exit.json").read_text())
+        recent = path.stat().st_mtime >= started
+        previous = json.loads(path.read_text())
     except (OSError, ValueError):
-        previous = {}
-    if isinstance(previous, dict) and previous.get("code") is not None:
-        return
+        recent, previous = False, {}
+    if recent and previous.get("code") is not None:
+        return str(previous["reason"])
     _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
+    return None
 
 
 def _write(run_dir: Path, values: dict[str, object]) -> None:

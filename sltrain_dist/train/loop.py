@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import torch
+
 from sltrain_dist.config.load import to_yaml
 from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.tracking.meters import Throughput, device_peak_flops, mfu, peak_memory_bytes
+from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
@@ -21,12 +23,12 @@ from sltrain_dist.train.step import forward_backward
 
 @dataclass
 class Clock:
-    """Time of this process's part of the run, added to that of the parts before it."""
+    """Time, of the whole run and of the window since the last log line."""
 
     before_s: float
-    meter: Throughput
+    meter: Throughput = field(default_factory=Throughput)
     started: float = field(default_factory=time.monotonic)
-    wait_s: float = 0.0
+    logged_step: int = 0
 
     @property
     def elapsed_s(self) -> float:
@@ -46,7 +48,7 @@ def fit(run: Run) -> Outcome:
     if state.finished(train):
         return Outcome(ExitCode.DONE, f"nothing left to do: {state.step} updates were made before", state.step)
     run.stop.install()
-    clock = Clock(state.elapsed_s, Throughput())
+    clock = Clock(state.elapsed_s, logged_step=state.step)
     if state.step == 0:
         _evaluate(run, clock)
     while not state.finished(train):
@@ -65,9 +67,8 @@ def fit(run: Run) -> Outcome:
 
 def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
-    started = time.monotonic()
-    rows = next(run.loader)
-    waited = time.monotonic() - started
+    with clock.meter.waiting_for_data():
+        rows = next(run.loader)
     progress = state.progress(config.train, config.optim.warmup_steps)
     lr = learning_rate(config.optim, progress)
     loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
@@ -75,37 +76,55 @@ def _update(run: Run, clock: Clock) -> None:
     check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
     engine.update(lr)
     state.advance(tokens, config.optim.warmup_steps)
-    clock.meter.add(tokens=tokens, data_wait_s=waited)
+    clock.meter.add(tokens)
     run.tracker.progress(state.step, state.tokens, loss)
     if _due(config.tracking.log_every, state.step) or state.finished(config.train):
         _log(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
 
 
 def _log(run: Run, clock: Clock, **values: float) -> None:
-    window = clock.meter.read()
-    peak = device_peak_flops(run.env.device, run.config.train.dtype)
-    flops = model_flops_per_token(run.config.model, run.config.data.seq_len)
+    window, state = clock.meter.window(), run.state
     # Utilisation counts padding too: the device computes it.
-    slots = run.config.train.global_batch * run.config.data.seq_len
-    record = {
-        "step": run.state.step,
-        **values,
-        "tokens": run.state.tokens,
-        "tokens_per_s": window.tokens_per_s,
-        "data_wait_s": window.data_wait_s,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "elapsed_s": clock.elapsed_s,
-        **run.loader.stats.counters(),
-    }
-    if peak is not None:
-        record["mfu"] = mfu(slots * window.updates / window.seconds, flops, peak * run.env.world_size)
-    run.tracker.train(record)
+    slots = (state.step - clock.logged_step) * run.config.train.global_batch * run.config.data.seq_len
+    clock.logged_step = state.step
+    utilisation = mfu(
+        slots / window.elapsed_s, model_flops_per_token(run.config.model, run.config.data.seq_len), _peak_flops(run)
+    )
+    run.tracker.train(
+        {
+            "step": state.step,
+            **values,
+            "tokens": state.tokens,
+            "tokens_per_s": window.tokens_per_s,
+            "data_wait_s": window.data_wait_s,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "elapsed_s": clock.elapsed_s,
+            **({"mfu": utilisation} if utilisation is not None else {}),
+            **_data_faults(run),
+        }
+    )
+
+
+def _peak_flops(run: Run) -> float | None:
+    """Peak of all devices together, where it is known."""
+    if run.env.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(run.env.device))
+    per_device = peak and (peak.bf16 if run.config.train.dtype == "bf16" else peak.fp32)
+    return run.env.world_size * per_device if per_device else None
+
+
+def _data_faults(run: Run) -> dict[str, int]:
+    """Unusable documents so far by cause, over all ranks; nothing where there were none."""
+    names = list(run.loader.stats.bad)
+    totals = run.env.sum([float(run.loader.stats.bad[name]) for name in names])
+    return {f"bad_documents_{name}": int(total) for name, total in zip(names, totals, strict=True) if total}
 
 
 def _evaluate(run: Run, clock: Clock) -> None:
     if run.eval_rows is None:
         return
-    with clock.meter.paused():
+    with clock.meter.excluded():
         result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env)
     run.tracker.evaluation(
         {
@@ -119,7 +138,7 @@ def _evaluate(run: Run, clock: Clock) -> None:
 
 def _save(run: Run, clock: Clock) -> None:
     env, state = run.env, run.state
-    with clock.meter.paused():
+    with clock.meter.excluded():
         state.elapsed_s = clock.elapsed_s
         path = run.store.save(
             state.step,

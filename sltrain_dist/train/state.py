@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import random
 from collections.abc import Iterator, Mapping
@@ -74,8 +75,6 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
     """Takes random-number states over; a state of another kind of device is left out."""
-    import ast
-
     torch.set_rng_state(_decode(state["torch"]))
     random.setstate(ast.literal_eval(state["python"]))
     if device.type == "cuda" and "cuda" in state:
@@ -99,7 +98,8 @@ def check_resumable(before: Config, now: Config, where: str) -> list[str]:
     Raises:
         CheckpointError: A setting that changes the mathematics differs.
     """
-    notes, fatal = [], []
+    notes: list[str] = []
+    fatal: list[str] = []
     for key, old, new in changed_settings(before, now):
         section = key.partition(".")[0]
         fixed = (section in _FIXED_SECTIONS or key in _FIXED_KEYS) and key not in _FREE_KEYS

@@ -1,0 +1,1 @@
+"""Making C4-format shards from raw text."""

@@ -1,0 +1,123 @@
+"""The data cursor in a checkpoint: the positions of all streams, and what they are positions in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sltrain_dist.data.stream import StreamSettings, StreamState
+from sltrain_dist.errors import CheckpointError
+
+_VERSION = 1
+
+
+def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
+    """Everything that must be equal for a cursor to mean the same documents, for JSON."""
+    return {
+        "seed": settings.seed,
+        "data.source": _names_fingerprint(settings.shards),
+        "data.text_field": settings.text_field,
+        "data.tokenizer": tokenizer_fingerprint,
+        "data.seq_len": settings.seq_len,
+        "data.batching": settings.batching,
+        "data.streams": settings.streams,
+        "data.shuffle_block": settings.shuffle_block,
+    }
+
+
+def make_cursor(order: Mapping[str, str | int], updates: int, states: Mapping[int, StreamState]) -> dict[str, Any]:
+    """A cursor for JSON.
+
+    Args:
+        order: See :func:`data_order`.
+        updates: Updates that the streams have given rows to.
+        states: Positions by stream.
+    """
+    return {
+        "version": _VERSION,
+        "order": dict(order),
+        "updates": updates,
+        "streams": {str(stream): state.to_dict() for stream, state in sorted(states.items())},
+    }
+
+
+def read_cursor(
+    cursor: Mapping[str, Any], order: Mapping[str, str | int], streams: Sequence[int]
+) -> tuple[int, dict[int, StreamState]]:
+    """Number of updates, and the positions of the given streams.
+
+    Raises:
+        CheckpointError: The cursor belongs to other data or another order, is damaged, or lacks a stream.
+    """
+    _check_form(cursor)
+    saved = cursor["order"]
+    differing = [key for key in {**saved, **order} if saved.get(key) != order.get(key)]
+    if differing:
+        changes = ", ".join(
+            f"{key} ({_show(key, saved.get(key))}, now {_show(key, order.get(key))})" for key in differing
+        )
+        raise CheckpointError(
+            f"the checkpoint's place in the data has no meaning in this run, because these differ: {changes}. "
+            "Set them as they were, or start a new run"
+        )
+    missing = [stream for stream in streams if str(stream) not in cursor["streams"]]
+    if missing:
+        raise CheckpointError(f"the checkpoint's data cursor lacks the streams {missing}; it was not merged over ranks")
+    return cursor["updates"], {stream: StreamState.from_dict(cursor["streams"][str(stream)]) for stream in streams}
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One cursor from those of all ranks, with which any number of ranks can go on.
+
+    Args:
+        states: `TrainLoader.state_dict()` of every rank, after the same number of updates.
+
+    Raises:
+        CheckpointError: They disagree, or streams are missing.
+    """
+    if not states:
+        raise CheckpointError("no rank has given its data cursor")
+    for state in states:
+        _check_form(state)
+    first = states[0]
+    streams: dict[str, Any] = {}
+    for rank, state in enumerate(states):
+        for key in ("order", "updates"):
+            if state[key] != first[key]:
+                raise CheckpointError(f"ranks 0 and {rank} disagree on the data's {key}: {first[key]} and {state[key]}")
+        for stream, position in state["streams"].items():
+            if streams.setdefault(stream, position) != position:
+                raise CheckpointError(
+                    f"rank {rank} disagrees with a rank before it on the position of data stream {stream}: {position} "
+                    f"instead of {streams[stream]}; do all ranks see the same files?"
+                )
+    missing = [stream for stream in range(first["order"]["data.streams"]) if str(stream) not in streams]
+    if missing:
+        raise CheckpointError(f"no rank has given the position of the data streams {missing}")
+    return {**first, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
+
+
+def _check_form(cursor: Mapping[str, Any]) -> None:
+    if cursor.get("version") != _VERSION:
+        raise CheckpointError(
+            f"the checkpoint's data cursor is of version {cursor.get('version')}; this program reads version {_VERSION}"
+        )
+    form = {"order": dict, "updates": int, "streams": dict}
+    for key, kind in form.items():
+        if not isinstance(cursor.get(key), kind):
+            raise CheckpointError(f"the checkpoint's data cursor is damaged: no {key}")
+
+
+def _names_fingerprint(shards: Sequence[str]) -> str:
+    """Number and hash of the shards' names below their common directory: data may move between runs."""
+    parts = [shard.split("/") for shard in shards]
+    common = 0
+    while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
+        common += 1
+    names = "\n".join("/".join(names[common:]) for names in parts)
+    return f"{len(shards)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def _show(key: str, value: Any) -> str:
+    return f"{value}" if key in ("data.source", "data.tokenizer") else f"{value!r}"

@@ -1,0 +1,157 @@
+"""From lines to token ids: parsing, the causes for which a document cannot be used, and tokenization."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sltrain_dist.errors import DataError
+
+TokenIds = npt.NDArray[np.int32]
+
+SAMPLE = 1000
+"""Documents from which on a share of unusable ones is taken for that of the source."""
+_CHUNK_DOCUMENTS = 64
+_CHUNK_BYTES = 1 << 20
+"""Documents are tokenized in chunks, for speed, bounded so that the first row does not wait for long."""
+_CHARS_PER_TOKEN = 8
+_MARGIN = 32
+
+
+class Fault(Enum):
+    """Why a line cannot be used."""
+
+    NOT_JSON = "not_json"
+    """The line is not JSON."""
+    NO_TEXT = "no_text"
+    """The text field is missing or is not a string."""
+    INVALID_UTF8 = "invalid_utf8"
+    """The line is not UTF-8, or its text is a sequence of characters that UTF-8 has no form for."""
+    EMPTY = "empty"
+    """A blank line, a blank text, or one that the tokenizer has no tokens for."""
+
+
+@dataclass
+class Tally:
+    """Documents read, and how many of them cannot be used."""
+
+    documents: int = 0
+    faults: Counter[Fault] = field(default_factory=Counter)
+    example: tuple[str, int, Fault] | None = None
+    """Shard, line index and cause of an unusable one."""
+
+    def add(self, shard: str, line: int, result: object) -> None:
+        """Counts one document, which could be used unless `result` is a :class:`Fault`."""
+        self.documents += 1
+        if isinstance(result, Fault):
+            self.faults[result] += 1
+            self.example = self.example or (shard, line, result)
+
+    def exceeds(self, max_bad_fraction: float) -> bool:
+        """Whether the share of unusable documents is larger than accepted."""
+        return sum(self.faults.values()) > max_bad_fraction * self.documents
+
+    def error(self, where: str, max_bad_fraction: float, text_field: str) -> DataError:
+        """The error to raise then; `where` says what was read."""
+        causes = ", ".join(f"{fault.value}: {count}" for fault, count in self.faults.items() if count)
+        example = ""
+        if self.example is not None:
+            shard, line, fault = self.example
+            example = f"; for example line {line + 1} of {shard} ({fault.value})"
+        return DataError(
+            f"{where}: {sum(self.faults.values())} of {self.documents} documents cannot be used ({causes}), more than "
+            f"data.max_bad_fraction={max_bad_fraction} allows{example}. Repair or leave out the file, check "
+            f"data.text_field={text_field!r}, or raise data.max_bad_fraction"
+        )
+
+
+class Encoder(Protocol):
+    """What of :class:`sltrain_dist.data.tokenizer.Tokenizer` is needed here."""
+
+    eos_id: int
+
+    def encode(self, texts: list[str]) -> list[TokenIds]:
+        """Ids of each text, without special tokens."""
+
+
+def parse(line: bytes, text_field: str) -> str | Fault:
+    """The text of one JSON line, or why there is none."""
+    try:
+        decoded = line.decode("utf-8")
+    except UnicodeDecodeError:
+        return Fault.INVALID_UTF8
+    if not decoded.strip():
+        return Fault.EMPTY
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError):
+        return Fault.NOT_JSON
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return Fault.NO_TEXT
+    if not text.strip():
+        return Fault.EMPTY
+    # JSON escapes can spell half of a surrogate pair, which cannot be encoded and hence not tokenized.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Fault.INVALID_UTF8
+    return text
+
+
+def encode_documents(
+    lines: Iterable[tuple[int, bytes]], tokenizer: Encoder, text_field: str, max_tokens: int | None
+) -> Iterator[tuple[int, TokenIds | Fault]]:
+    """Token ids of each line, with the line's index, in the order of the lines.
+
+    Args:
+        lines: Line indices and lines, as :func:`sltrain_dist.data.source.read_lines` yields them.
+        tokenizer: The tokenizer.
+        text_field: Key of the text in each JSON object.
+        max_tokens: How many leading tokens of a document matter; None: all. More may come.
+    """
+    chunk: list[tuple[int, bytes]] = []
+    size = 0
+    for index, line in lines:
+        chunk.append((index, line))
+        size += len(line)
+        if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
+            yield from _encode_chunk(chunk, tokenizer, text_field, max_tokens)
+            chunk, size = [], 0
+    yield from _encode_chunk(chunk, tokenizer, text_field, max_tokens)
+
+
+def _encode_chunk(
+    chunk: list[tuple[int, bytes]], tokenizer: Encoder, text_field: str, max_tokens: int | None
+) -> Iterator[tuple[int, TokenIds | Fault]]:
+    parsed = [parse(line, text_field) for _, line in chunk]
+    encoded = iter(_encode_texts([text for text in parsed if isinstance(text, str)], tokenizer, max_tokens))
+    for (index, _), result in zip(chunk, parsed, strict=True):
+        if isinstance(result, Fault):
+            yield index, result
+        else:
+            ids = next(encoded)
+            yield index, ids if len(ids) else Fault.EMPTY
+
+
+def _encode_texts(texts: list[str], tokenizer: Encoder, max_tokens: int | None) -> list[TokenIds]:
+    """Token ids of the texts; with `max_tokens`, of so much of each text as gives that many tokens.
+
+    A tokenizer decides locally, so that cutting a text changes its last tokens only: a prefix that has
+    `_MARGIN` tokens more than needed is enough. Books would otherwise cost several times what they need.
+    """
+    if max_tokens is None:
+        return tokenizer.encode(texts)
+    limit = max_tokens * _CHARS_PER_TOKEN
+    encoded = tokenizer.encode([text[:limit] for text in texts])
+    short = [i for i, text in enumerate(texts) if len(text) > limit and len(encoded[i]) < max_tokens + _MARGIN]
+    for i, ids in zip(short, tokenizer.encode([texts[i] for i in short]), strict=True):
+        encoded[i] = ids
+    return encoded

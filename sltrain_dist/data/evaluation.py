@@ -1,0 +1,58 @@
+"""The fixed set of rows that a run evaluates on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from sltrain_dist.config.schema import DataConfig, EvalConfig
+from sltrain_dist.data.batching import count_tokens, make_rows
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents
+from sltrain_dist.data.source import read_lines
+from sltrain_dist.errors import DataError
+
+
+def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> TokenIds:
+    """Rows for evaluation: documents in the order of the files, batched as for training.
+
+    With `data.batching: pack`, a last row is filled with padding, so that every token but the very first is
+    predicted exactly once.
+
+    Args:
+        eval_config: `tokens` is where to stop: with the row that reaches as many non-padding tokens.
+        data: How documents are read and batched.
+        shards: What `eval.source` resolves to.
+        tokenizer: The tokenizer.
+
+    Returns:
+        int32 array of shape (rows, seq_len + 1); −1 is padding.
+
+    Raises:
+        DataError: A shard cannot be read, too many documents are unusable, or all are.
+    """
+    rows: list[TokenIds] = []
+    tokens = 0
+    documents = _usable_documents(data, shards, tokenizer)
+    for row in make_rows(documents, data.batching, seq_len=data.seq_len, eos_id=tokenizer.eos_id, rest=True):
+        rows.append(row.tokens)
+        tokens += count_tokens(row.tokens)
+        if tokens >= eval_config.tokens:
+            break
+    if not rows:
+        raise DataError(f"no usable document for evaluation in {', '.join(shards[:3])}; check eval.source")
+    return np.stack(rows)
+
+
+def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[TokenIds]:
+    tally = Tally()
+    max_tokens = data.seq_len if data.batching == "pad" else None
+    for shard in shards:
+        for line, result in encode_documents(read_lines(shard), tokenizer, data.text_field, max_tokens):
+            tally.add(shard, line, result)
+            if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):
+                raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)
+            if not isinstance(result, Fault):
+                yield result
+    if tally.exceeds(data.max_bad_fraction):
+        raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)

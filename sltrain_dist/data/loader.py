@@ -1,0 +1,153 @@
+"""The training loader: this rank's rows of every update, prepared in the background, resumable exactly."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sltrain_dist.config.schema import DataConfig
+from sltrain_dist.data import order
+from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
+from sltrain_dist.data.documents import Fault, TokenIds
+from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.data.worker import Job, Worker
+from sltrain_dist.errors import DataError
+
+__all__ = ["LoaderStats", "TrainLoader", "merge_states"]
+
+
+@dataclass
+class LoaderStats:
+    """Totals since the loader was made. A stream that two ranks share counts on both."""
+
+    wait_s: float = 0.0
+    """Seconds that the caller has waited for rows."""
+    documents: int = 0
+    """Documents read, unusable ones included."""
+    bad: dict[str, int] = field(default_factory=lambda: {fault.value: 0 for fault in Fault})
+    """Documents that could not be used, by cause."""
+
+
+class TrainLoader:
+    """Endless iterator over this rank's rows of each update.
+
+    The rows of all ranks together, in the order of ranks, are the same for any number of ranks and workers.
+
+    Args:
+        data: The data section of the configuration. Its `source` and `tokenizer` are not looked at.
+        shards: What `data.source` resolves to, see :func:`sltrain_dist.data.source.resolve_source`.
+        tokenizer_path: The SentencePiece model file.
+        seed: Seed of the order of documents.
+        global_batch: Rows of an update, over all ranks.
+        rank: In 0 … world_size − 1.
+        world_size: Number of ranks; divides `global_batch`.
+        state: Where to go on: what :func:`merge_states` returned, for any number of ranks. None: from the start.
+
+    Raises:
+        DataError: The tokenizer cannot be read, or there are no shards.
+        CheckpointError: `state` belongs to other data, or to another order.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        shards: Sequence[str],
+        tokenizer_path: Path,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if not shards:
+            raise DataError("the training data has no shards; check data.source")
+        self.stats = LoaderStats()
+        settings = StreamSettings(
+            shards=tuple(shards),
+            text_field=data.text_field,
+            seed=seed,
+            streams=order.num_streams(data.streams, global_batch),
+            batching=data.batching,
+            seq_len=data.seq_len,
+            shuffle_block=data.shuffle_block,
+            max_bad_fraction=data.max_bad_fraction,
+        )
+        tokenizer = Tokenizer(tokenizer_path)
+        shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
+        self._order = data_order(settings, tokenizer.fingerprint)
+        self._updates = 0
+        self._states = {share.stream: StreamState() for share in shares}
+        if state is not None:
+            self._updates, self._states = read_cursor(state, self._order, list(self._states))
+        self._failure: Exception | None = None
+        self._workers: list[Worker] = []
+        self._groups: list[StreamGroup] | list[Worker]
+        if data.workers == 0:
+            self._groups = [StreamGroup(settings, tokenizer, shares, self._states)]
+            return
+        for some in _contiguous_groups(shares, data.workers):
+            states = {share.stream: self._states[share.stream] for share in some}
+            self._workers.append(Worker(Job(settings, tokenizer_path, some, states, data.prefetch)))
+        self._groups = self._workers
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> TokenIds:
+        """This rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
+
+        −1 is padding. An error is raised again by every later call.
+
+        Raises:
+            DataError: A shard cannot be read, too many documents are unusable, or a worker died.
+        """
+        if self._failure is not None:
+            raise self._failure
+        start = time.perf_counter()
+        try:
+            updates = [group.next_update() for group in self._groups]
+        except Exception as error:
+            self._failure = error
+            raise
+        self._updates += 1
+        self._states = {stream: state for update in updates for stream, state in update.states.items()}
+        self._count(updates, time.perf_counter() - start)
+        return np.concatenate([update.rows for update in updates])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor after the last returned rows, for JSON: the positions of this rank's streams.
+
+        :func:`merge_states` joins those of all ranks.
+        """
+        return make_cursor(self._order, self._updates, self._states)
+
+    def close(self) -> None:
+        """Ends the workers. May be called twice."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.hang_up()
+        for worker in workers:
+            worker.join()
+        self._failure = self._failure or RuntimeError("the loader is closed")
+
+    def _count(self, updates: Sequence[Update], wait_s: float) -> None:
+        faults = sum((update.faults_found for update in updates), Counter[Fault]())
+        self.stats.wait_s += wait_s
+        self.stats.documents = sum(update.documents_read for update in updates)
+        self.stats.bad = {fault.value: faults[fault] for fault in Fault}
+
+
+def _contiguous_groups(shares: list[order.StreamShare], workers: int) -> list[list[order.StreamShare]]:
+    """The streams dealt to at most `workers` workers, so that the rows stay in order."""
+    count = min(workers, len(shares))
+    bounds = [len(shares) * index // count for index in range(count + 1)]
+    return [shares[begin:end] for begin, end in pairwise(bounds)]

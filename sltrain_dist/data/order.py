@@ -1,0 +1,128 @@
+"""Which document comes when: a pure function of the seed, the epoch and the position.
+
+The source is a list of S shards (files of documents). Its documents are dealt to V virtual streams, and
+every update takes a fixed number of rows from every stream, so that neither the number of ranks nor that
+of worker processes has any influence on a batch. In epoch e of a stream::
+
+    shards        0 1 2 3 ...                     permuted with a key of (seed, e)
+      └ units     (shard, part) ...               every shard split in `parts`, so that all streams have work
+          └ stream v takes units v, v + V, ...    part p of a shard: its documents p, p + parts, ...
+              └ blocks of `shuffle_block` documents, each permuted with a key of (seed, e, shard, part, block)
+
+Each document of the source is in exactly one unit, hence read exactly once per epoch. Streams go on to
+their next epoch by themselves: no stream waits for another.
+
+The generator is splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written out here, because a library
+generator's stream may change between versions and resuming must not.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class _Purpose(IntEnum):
+    """First word of every key, so that no two uses of the same seed share random numbers."""
+
+    SHARDS = 1
+    BLOCK = 2
+
+
+class Unit(NamedTuple):
+    """The documents `part`, `part + parts`, `part + 2·parts`, … of one shard."""
+
+    shard: int
+    part: int
+    parts: int
+
+
+class StreamShare(NamedTuple):
+    """What a rank takes of one stream in every update.
+
+    The stream always advances by `rows`; the rank keeps rows `begin` to `end` of these.
+    """
+
+    stream: int
+    rows: int
+    begin: int
+    end: int
+
+
+def num_streams(streams: int, global_batch: int) -> int:
+    """Number of virtual streams V: at least one row of every update must come from each."""
+    return min(streams, global_batch)
+
+
+def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> list[StreamShare]:
+    """The streams that rank `rank` reads, in the order of its rows.
+
+    The rows of an update are ordered by (stream, row of the stream), and every rank takes a contiguous
+    chunk, so that a stream may be shared by ranks when the number of streams is not a multiple of theirs.
+
+    Args:
+        rank: In 0 … world_size − 1.
+        world_size: Number of ranks N; divides `global_batch`.
+        global_batch: Rows of an update G, over all ranks.
+        streams: Number of virtual streams V, at most G.
+    """
+    if global_batch % world_size or not 0 <= rank < world_size or streams > global_batch:
+        raise ValueError(f"no share for rank {rank} of {world_size}: {global_batch} rows from {streams} streams")
+    rows_per_rank = global_batch // world_size
+    first, last = rank * rows_per_rank, (rank + 1) * rows_per_rank
+    shares = []
+    for stream in range(streams):
+        start, stop = _first_row(stream, global_batch, streams), _first_row(stream + 1, global_batch, streams)
+        begin, end = max(start, first), min(stop, last)
+        if begin < end:
+            shares.append(StreamShare(stream, stop - start, begin - start, end - start))
+    return shares
+
+
+def stream_units(seed: int, epoch: int, num_shards: int, streams: int, stream: int) -> list[Unit]:
+    """The units that `stream` reads in its epoch `epoch`, in order. Never empty."""
+    parts = -(-streams // num_shards)
+    shards = permutation(num_shards, _key(_Purpose.SHARDS, seed, epoch))
+    return [
+        Unit(int(shards[index // parts]), index % parts, parts) for index in range(stream, num_shards * parts, streams)
+    ]
+
+
+def block_permutation(seed: int, epoch: int, unit: Unit, block: int, size: int) -> npt.NDArray[np.int64]:
+    """The order, of shape (size,), in which the `size` documents of a unit's block are read."""
+    return permutation(size, _key(_Purpose.BLOCK, seed, epoch, unit.shard, unit.part, block))
+
+
+def permutation(size: int, key: int) -> npt.NDArray[np.int64]:
+    """A permutation of 0 … size − 1, of shape (size,), that depends on nothing but `size` and the 64-bit `key`."""
+    counter = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+    counter = (counter ^ (counter >> np.uint64(30))) * np.uint64(_MIX_1)
+    counter = (counter ^ (counter >> np.uint64(27))) * np.uint64(_MIX_2)
+    return np.argsort(counter ^ (counter >> np.uint64(31)), kind="stable").astype(np.int64)
+
+
+def _first_row(stream: int, global_batch: int, streams: int) -> int:
+    """Index in the update of the stream's first row: the first G % V streams have one row more."""
+    return stream * (global_batch // streams) + min(stream, global_batch % streams)
+
+
+def _key(*words: int) -> int:
+    state = 0
+    for word in words:
+        state = _splitmix64((state + word) & _MASK)
+    return state
+
+
+def _splitmix64(state: int) -> int:
+    mixed = (state + _GAMMA) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * _MIX_1) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * _MIX_2) & _MASK
+    return mixed ^ (mixed >> 31)

@@ -1,0 +1,293 @@
+"""The two ways to make a corpus: the embedded one, cached, and one from a user's files."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sltrain_dist.data.prepare.clean import Cleaner, Deduplicator, Rules, unwrap
+from sltrain_dist.data.prepare.embedded import Installation, find_installation, find_packages, raw_documents
+from sltrain_dist.data.prepare.inputs import Document, TxtUnit, find_inputs, read_documents
+from sltrain_dist.data.prepare.markup import prose
+from sltrain_dist.data.prepare.shards import (
+    Manifest,
+    Split,
+    is_complete,
+    new_directory,
+    temporary_prefix,
+    write_corpus,
+)
+from sltrain_dist.errors import ConfigError, DataError
+
+Report = Callable[[str], None]
+
+EMBEDDED = "embedded"
+_EMBEDDED_SHARDS = 4
+_EMBEDDED_RULES = Rules(min_sentences=2, curly="line")
+"""Docstrings are short, and what is left of code in them should not cost the prose around it."""
+_LEFTOVER_AGE_S = 24 * 3600
+_VALIDATION_SHARE = (0.05, 0.08)
+"""Wanted and largest share of the embedded corpus's text that is held out for validation."""
+
+
+@dataclass(frozen=True)
+class EmbeddedCorpus:
+    """Where the embedded corpus lies."""
+
+    train_glob: str
+    validation_glob: str
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a user's documents are prepared."""
+
+    txt_unit: TxtUnit = "file"
+    """What a document is in a text file."""
+    text_field: str = "text"
+    """Key of the text in JSON lines."""
+    unwrap: bool = False
+    """Join the lines of a paragraph, for text files that are wrapped at a fixed width."""
+    clean: bool = True
+    """Apply C4's line and page rules."""
+    dedup: bool = True
+    """Drop repeated documents and three-sentence spans."""
+    min_sentences: int = Rules.min_sentences
+    """Sentences that a page must keep."""
+    validation_fraction: float = 0.01
+    """Share of the documents that is held out."""
+    num_shards: int = 4
+    """Shards of the training split."""
+
+
+def build_embedded(cache_dir: Path | None, vocab_size: int, *, report: Report | None = None) -> EmbeddedCorpus:
+    """Builds the embedded corpus and a tokenizer for it, unless they are in the cache already.
+
+    They lie in `<cache>/embedded-<fingerprint>/`, the fingerprint being that of the installed packages'
+    versions. Safe to call from several processes at once: one builds, the others wait.
+
+    Args:
+        cache_dir: None: $XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist.
+        vocab_size: Pieces of the tokenizer.
+        report: Called with a line of text at each stage.
+
+    Raises:
+        ConfigError: The corpus is too small for the vocabulary.
+        DataError: The cache cannot be written, or there is no prose to be found.
+    """
+    # Here because SentencePiece is not needed to prepare data.
+    from sltrain_dist.data.tokenizer import train_tokenizer
+
+    report = report or (lambda line: None)
+    installation = find_installation()
+    cache = cache_dir or default_cache_dir()
+    directory = cache / f"{EMBEDDED}-{installation.fingerprint()}"
+    tokenizer = directory / f"tokenizer-{vocab_size}.model"
+    if not (is_complete(directory) and tokenizer.is_file()):
+        with _lock(cache, directory.name):
+            if not is_complete(directory):
+                _remove_leftovers(directory)
+                build_corpus_of_packages(installation, directory, report=report)
+            if not tokenizer.is_file():
+                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus")
+                try:
+                    # bpe: unigram takes ten times as long, packs 1 % better, and cannot find 32,000 pieces here.
+                    train_tokenizer(_texts(directory), tokenizer, vocab_size=vocab_size, model_type="bpe")
+                except ConfigError as error:
+                    raise ConfigError(f"data.tokenizer=embedded, model.vocab_size={vocab_size}: {error}") from None
+    return EmbeddedCorpus(
+        train_glob=str(directory / f"{EMBEDDED}-train.*.json.gz"),
+        validation_glob=str(directory / f"{EMBEDDED}-validation.*.json.gz"),
+        tokenizer=tokenizer,
+    )
+
+
+def build_corpus_of_packages(
+    installation: Installation,
+    directory: Path,
+    *,
+    num_shards: int = _EMBEDDED_SHARDS,
+    report: Report | None = None,
+) -> Manifest:
+    """Writes the corpus of an installation's prose into `directory`, which must not exist.
+
+    Validation is made of whole packages, about a twentieth of the text, so that no package is in both.
+
+    Raises:
+        DataError: There are not two packages with prose, or the directory cannot be written.
+    """
+    report = report or (lambda line: None)
+    dropped: Counter[str] = Counter()
+    report("reading docstrings and descriptions of the installed packages")
+    documents = list(_embedded_documents(installation, dropped))
+    if len({document.source for document in documents}) < 2:
+        raise DataError(
+            "two packages with prose are needed, one of them for validation; set data.source to your own text"
+        )
+    report(f"writing {len(documents)} documents")
+    # In packages' order, neighbours would be alike.
+    documents.sort(key=lambda d: (_key(d.url), d.text))
+    validation = _validation_packages(documents)
+    with new_directory(directory, yields_to_other=True) as temporary:
+        return write_corpus(
+            temporary,
+            ((("validation" if d.source in validation else "train"), d) for d in documents),
+            Manifest(EMBEDDED, [f"{name} {version}" for name, version in installation.versions()]),
+            num_shards=num_shards,
+            dropped=dropped,
+        )
+
+
+def prepare_files(
+    patterns: Sequence[str],
+    output: Path,
+    options: PrepareOptions,
+    *,
+    name: str = "corpus",
+    report: Report | None = None,
+) -> Manifest:
+    """Cleans, deduplicates, splits and shards a user's files into `output`.
+
+    A document's split depends on its text alone, but the first goes to validation and the second to training,
+    so that neither is empty.
+
+    Args:
+        patterns: Files and globs of text and JSON lines.
+        output: Directory to make. It must not exist or be empty.
+        options: What is done to the documents.
+        name: How the shards' names begin.
+        report: Called with a line of text for each file.
+
+    Raises:
+        ConfigError: The output exists, or a pattern matches nothing.
+        DataError: A file cannot be read, or no two documents are left.
+    """
+    refuse_existing(output)
+    paths = find_inputs(patterns)
+    dropped: Counter[str] = Counter()
+    with new_directory(output) as temporary:
+        documents = _prepared(_read_all(paths, options, report or (lambda line: None)), options, dropped)
+        manifest = write_corpus(
+            temporary,
+            _split(documents, options.validation_fraction),
+            Manifest(name, [{"file": path.name, "bytes": path.stat().st_size} for path in paths]),
+            num_shards=options.num_shards,
+            dropped=dropped,
+        )
+        if "train" not in manifest.splits:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common()) or "none was found"
+            raise DataError(
+                f"not enough documents are left for a corpus ({reasons}); text that is wrapped at a fixed width needs "
+                "--unwrap, and --no-clean turns C4's rules off"
+            )
+    return manifest
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises ConfigError if the output directory exists and is not empty: it would be lost."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} exists already; choose another directory or remove it")
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltrain_dist"
+
+
+def _embedded_documents(installation: Installation, dropped: Counter[str]) -> Iterator[Document]:
+    cleaner = Cleaner(_EMBEDDED_RULES, dropped)
+    deduplicator = Deduplicator(_EMBEDDED_RULES.min_sentences, dropped)
+    for document in raw_documents(find_packages(installation)):
+        text = cleaner.clean(prose(document.text))
+        if text and (text := deduplicator.keep(text)):
+            yield Document(text, document.url, document.source)
+
+
+def _validation_packages(documents: list[Document]) -> set[str]:
+    """Packages in order of their names' hashes, as long as they fit; the smallest if none does."""
+    sizes: Counter[str] = Counter()
+    for document in documents:
+        sizes[document.source] += len(document.text)
+    wanted, largest = (share * sizes.total() for share in _VALIDATION_SHARE)
+    chosen: set[str] = set()
+    total = 0
+    for package in sorted(sizes, key=_key):
+        if total < wanted and total + sizes[package] <= largest:
+            chosen.add(package)
+            total += sizes[package]
+    return chosen or {min(sizes, key=lambda package: (sizes[package], package))}
+
+
+def _read_all(paths: list[Path], options: PrepareOptions, report: Report) -> Iterator[Document]:
+    for number, path in enumerate(paths, start=1):
+        report(f"{number}/{len(paths)} {path.name}")
+        yield from read_documents(path, text_field=options.text_field, txt_unit=options.txt_unit)
+
+
+def _prepared(documents: Iterable[Document], options: PrepareOptions, dropped: Counter[str]) -> Iterator[Document]:
+    cleaner = Cleaner(Rules(min_sentences=options.min_sentences), dropped)
+    deduplicator = Deduplicator(options.min_sentences if options.clean else 1, dropped)
+    for document in documents:
+        text: str | None = unwrap(document.text) if options.unwrap else document.text.strip()
+        if not text:
+            dropped["empty"] += 1
+            continue
+        if options.clean:
+            text = cleaner.clean(text)
+        if text and options.dedup:
+            text = deduplicator.keep(text)
+        if text:
+            yield Document(text, document.url, document.source)
+
+
+def _split(documents: Iterable[Document], validation_fraction: float) -> Iterator[tuple[Split, Document]]:
+    for number, document in enumerate(documents):
+        drawn = number == 0 if number < 2 else _key(document.text) < validation_fraction * 2**64
+        yield "validation" if drawn and validation_fraction > 0 else "train", document
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _texts(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.glob(f"{EMBEDDED}-train.*.json.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            yield from (json.loads(line)["text"] for line in file)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes a corpus with files missing, and what killed builds left (others may be building: see _lock)."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for path in directory.parent.glob(f"{temporary_prefix(directory)}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _lock(cache: Path, name: str) -> Iterator[None]:
+    """Waits until no other process builds `name`, so that they do not all do the same work."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        file = (cache / f".{name}.lock").open("w")
+    except OSError as error:
+        raise DataError(
+            f"cannot write to the cache {cache}: {error.strerror or error}; set data.cache_dir to one that can be"
+        ) from None
+    with file:
+        # Some cluster file systems have no locks. Results are renamed into place, hence right without one too.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

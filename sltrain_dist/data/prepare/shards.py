@@ -1,0 +1,202 @@
+"""Corpora on disk: C4-format shards (gzipped JSON lines) with a manifest, which appear whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from sltrain_dist import __version__
+from sltrain_dist.data.prepare.inputs import Document
+from sltrain_dist.errors import DataError
+
+Split = Literal["train", "validation"]
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_TIMESTAMP = "1970-01-01T00:00:00Z"
+"""C4's field for the time of the crawl. There was none, and the time of preparation would change the bytes."""
+
+
+@dataclass
+class SplitCounts:
+    """What went into one split."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    """Size of the documents' text in UTF-8."""
+
+
+@dataclass
+class Manifest:
+    """What a corpus consists of, and what it was made from."""
+
+    name: str
+    inputs: Any
+    """Names and versions, or names and sizes, of what the documents were taken from."""
+    fingerprint: str = ""
+    """16 hexadecimal digits of SHA-256 over all lines, split by split, in order of the shards."""
+    splits: dict[str, SplitCounts] = field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Documents by source and split."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Documents read but not written, by reason."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size of each shard, in bytes."""
+
+    def to_json(self) -> str:
+        """The manifest's file."""
+        values = {"format": _FORMAT, "tool": f"sltrain_dist {__version__}", **vars(self)}
+        values["splits"] = {split: vars(counts) for split, counts in self.splits.items()}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_corpus(
+    directory: Path,
+    documents: Iterable[tuple[Split, Document]],
+    manifest: Manifest,
+    *,
+    num_shards: int,
+    dropped: Counter[str],
+) -> Manifest:
+    """Writes `<name>-<split>.00000-of-00004.json.gz` and the manifest into an existing directory.
+
+    Documents are dealt to a split's shards in turn, so that none is empty: few documents make fewer shards.
+    Validation is one shard. The same documents give the same bytes (with the same version of zlib).
+
+    Args:
+        directory: Where to write; see :func:`new_directory`.
+        documents: With their splits, in order.
+        manifest: With name and inputs; the rest is filled in.
+        num_shards: Shards of the training split.
+        dropped: Counts of what the documents' producer drops; read when the documents are exhausted.
+
+    Raises:
+        DataError: The disk is full or the directory cannot be written.
+    """
+    writers: dict[Split, _SplitWriter] = {
+        split: _SplitWriter(directory, num_shards if split == "train" else 1) for split in ("train", "validation")
+    }
+    try:
+        for split, document in documents:
+            writers[split].write(document)
+            counts = manifest.sources.setdefault(document.source, {})
+            counts[split] = counts.get(split, 0) + 1
+        digest = hashlib.sha256()
+        for split, writer in writers.items():
+            if writer.counts.documents:
+                manifest.splits[split] = writer.counts
+                manifest.files.update(writer.finish(f"{manifest.name}-{split}", digest))
+        manifest.fingerprint = digest.hexdigest()[:16]
+        manifest.sources = dict(sorted(manifest.sources.items()))
+        manifest.dropped = dict(sorted(dropped.items()))
+        (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write to {directory.parent}: {error.strerror or error}") from None
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return manifest
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the directory holds a manifest and all the shards that it lists, with their sizes."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["format"] == _FORMAT and all(
+            (directory / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@contextmanager
+def new_directory(target: Path, *, yields_to_other: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place at the end, if no exception is raised.
+
+    Args:
+        target: The directory to make. It must not exist, or be empty.
+        yields_to_other: Whether a directory that another process put there in the meantime is as good as ours.
+
+    Raises:
+        DataError: The directory cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise DataError(f"cannot make {target}: {error.strerror or error}") from None
+    try:
+        yield temporary
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if not (yields_to_other and target.is_dir()):
+                raise DataError(f"cannot make {target}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_prefix(target: Path) -> str:
+    """How the names of the temporary directories for `target` begin."""
+    return f".{target.name}.tmp-"
+
+
+class _SplitWriter:
+    """Deals documents to gzip files in turn. Files get their names at the end, when their number is known."""
+
+    def __init__(self, directory: Path, num_shards: int) -> None:
+        self.counts = SplitCounts()
+        self._directory = directory
+        self._num_shards = num_shards
+        self._open: list[tuple[Path, IO[bytes], gzip.GzipFile, Any]] = []
+
+    def write(self, document: Document) -> None:
+        index = self.counts.documents % self._num_shards
+        if index == len(self._open):
+            descriptor, name = tempfile.mkstemp(dir=self._directory)
+            raw = os.fdopen(descriptor, "wb")
+            # No name and no time in the header: they would differ between builds.
+            self._open.append((Path(name), raw, gzip.GzipFile("", "wb", 6, raw, mtime=0), hashlib.sha256()))
+        row = {"text": document.text, "timestamp": _TIMESTAMP, "url": document.url}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        _, _, file, digest = self._open[index]
+        file.write(line)
+        digest.update(line)
+        self.counts.documents += 1
+        self.counts.text_bytes += len(document.text.encode())
+
+    def finish(self, stem: str, corpus_digest: Any) -> dict[str, int]:
+        """Closes and names the shards; returns their sizes."""
+        self.close()
+        sizes = {}
+        for index, (temporary, _, _, digest) in enumerate(self._open):
+            path = self._directory / f"{stem}.{index:05d}-of-{len(self._open):05d}.json.gz"
+            temporary.chmod(0o666 & ~_umask())
+            temporary.rename(path)
+            sizes[path.name] = path.stat().st_size
+            corpus_digest.update(digest.digest())
+        return sizes
+
+    def close(self) -> None:
+        for _, raw, file, _ in self._open:
+            try:
+                file.close()
+            finally:
+                raw.close()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

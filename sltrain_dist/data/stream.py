@@ -1,0 +1,262 @@
+"""Virtual streams: each reads its units without end and makes rows of them, from any position onwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sltrain_dist.data import order
+from sltrain_dist.data.batching import Batching, make_rows
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents, parse
+from sltrain_dist.data.source import read_lines
+from sltrain_dist.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What determines the rows of all streams, besides the tokenizer."""
+
+    shards: tuple[str, ...]
+    text_field: str
+    seed: int
+    streams: int
+    """Number of virtual streams, over all ranks."""
+    batching: Batching
+    seq_len: int
+    shuffle_block: int
+    max_bad_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """Where a stream stands: what it takes to go on at exactly the next row, and its counts in this epoch."""
+
+    rows: int = 0
+    """Rows made since the beginning of training."""
+    epoch: int = 0
+    unit: int = 0
+    """Index among the stream's units of this epoch."""
+    block: int = 0
+    """Index among the blocks of the unit."""
+    document: int = 0
+    """Index in the permuted block of the document with which the next row begins."""
+    token: int = 0
+    """Index in this document of the token with which the next row begins; always 0 for pad."""
+    documents: int = 0
+    """Documents read in this epoch and done with, unusable ones included."""
+    not_json: int = 0
+    no_text: int = 0
+    invalid_utf8: int = 0
+    empty: int = 0
+
+    def tally(self, example: tuple[str, int, Fault] | None = None) -> Tally:
+        """The counts of this epoch."""
+        return Tally(self.documents, Counter({fault: getattr(self, fault.value) for fault in Fault}), example)
+
+    def after(self, fault: Fault | None) -> StreamState:
+        """The position after one more document, which could be used or not."""
+        counts = {fault.value: getattr(self, fault.value) + 1} if fault else {}
+        return replace(self, document=self.document + 1, token=0, documents=self.documents + 1, **counts)
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
+        """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
+        expected = {field.name for field in fields(cls)}
+        if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
+            raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
+        return cls(**values)
+
+
+class _Document(NamedTuple):
+    ids: TokenIds
+    start: StreamState
+    end: StreamState
+
+
+class Stream:
+    """One virtual stream.
+
+    Args:
+        settings: What all streams have in common.
+        tokenizer: The tokenizer.
+        number: Which of the streams this is.
+        state: Where to start.
+    """
+
+    def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
+        self.state = state
+        """Position after the last row taken."""
+        self.documents_read = 0
+        """Documents read by this object, unusable ones included."""
+        self.faults_found: Counter[Fault] = Counter()
+        """How many of these were unusable, by cause."""
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._number = number
+        self._accepted: set[int] = set()
+        self._rows = self._make_rows(state)
+
+    def take(self, count: int) -> TokenIds:
+        """The next rows, shape (count, seq_len + 1).
+
+        Raises:
+            DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
+        """
+        rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
+        for index, (row, state) in enumerate(islice(self._rows, count)):
+            rows[index] = row
+            self.state = state
+        return rows
+
+    def _make_rows(self, state: StreamState) -> Iterator[tuple[TokenIds, StreamState]]:
+        """Rows without end, each with the position after it."""
+        settings = self._settings
+        pending: list[_Document] = []  # taken, and not finished before the last row
+        passed = 0  # documents that were dropped from there
+
+        def ids_of(documents: Iterable[_Document]) -> Iterator[TokenIds]:
+            for document in documents:
+                pending.append(document)
+                yield document.ids
+
+        rows = make_rows(
+            ids_of(self._documents(replace(state, token=0))),
+            settings.batching,
+            seq_len=settings.seq_len,
+            eos_id=self._tokenizer.eos_id,
+            offset=state.token,
+        )
+        for number, row in enumerate(rows, start=state.rows + 1):
+            done = row.finished - passed
+            position = pending[done].start if done < len(pending) else pending[done - 1].end
+            del pending[:done]
+            passed = row.finished
+            yield row.tokens, replace(position, rows=number, token=row.offset)
+
+    def _documents(self, state: StreamState) -> Iterator[_Document]:
+        """Usable documents without end, from a position onwards."""
+        settings = self._settings
+        while True:
+            units = order.stream_units(settings.seed, state.epoch, len(settings.shards), settings.streams, self._number)
+            for unit in units[state.unit :]:
+                state = yield from self._unit(unit, state)
+            if state.documents == state.tally().faults.total():
+                raise DataError(
+                    f"stream {self._number} of {settings.streams} found no usable document in its share of the source "
+                    f"({state.documents} documents, all unusable, in {len(units)} parts of files): lower data.streams, "
+                    "of which each needs at least one document, or check the source"
+                )
+            state = StreamState(rows=state.rows, epoch=state.epoch + 1)
+
+    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[_Document, None, StreamState]:
+        """The documents of one unit from a position in it onwards; returns the position after it."""
+        size = self._settings.shuffle_block
+        first = unit.part + state.block * size * unit.parts
+        lines = read_lines(self._settings.shards[unit.shard], first, unit.parts)
+        while block := list(islice(lines, size)):
+            state = yield from self._block(unit, state, block)
+            state = replace(state, block=state.block + 1, document=0)
+        self._check_unit(unit, state)
+        return replace(state, unit=state.unit + 1, block=0, document=0)
+
+    def _block(
+        self, unit: order.Unit, state: StreamState, lines: Sequence[tuple[int, bytes]]
+    ) -> Generator[_Document, None, StreamState]:
+        settings = self._settings
+        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(lines))
+        todo = (lines[index] for index in permuted[state.document :])
+        max_tokens = settings.seq_len if settings.batching == "pad" else None
+        for line, result in encode_documents(todo, self._tokenizer, settings.text_field, max_tokens):
+            self.documents_read += 1
+            if isinstance(result, Fault):
+                self.faults_found[result] += 1
+                state = state.after(result)
+                if state.documents >= SAMPLE:
+                    self._check(unit, state.tally((settings.shards[unit.shard], line, result)))
+            else:
+                end = state.after(None)
+                yield _Document(result, state, end)
+                state = end
+        return state
+
+    def _check_unit(self, unit: order.Unit, state: StreamState) -> None:
+        """Checks the share of unusable documents at the end of a unit.
+
+        One bad line among the dozen that a stream has of a small file says nothing about the source. So, if
+        the stream's own share is too large but comes of few documents, that of the next `SAMPLE` documents
+        from this shard on (or of the whole source, if it has fewer) decides.
+        """
+        own = state.tally()
+        if own.documents >= SAMPLE:
+            self._check(unit, own)
+        if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
+            return
+        shards = self._settings.shards[unit.shard :] + self._settings.shards[: unit.shard]
+        lines = ((shard, index, line) for shard in shards for index, line in read_lines(shard))
+        sample = Tally()
+        for shard, index, line in islice(lines, SAMPLE):
+            sample.add(shard, index, parse(line, self._settings.text_field))
+        self._check(unit, sample)
+        self._accepted.add(unit.shard)
+
+    def _check(self, unit: order.Unit, tally: Tally) -> None:
+        limit = self._settings.max_bad_fraction
+        if tally.exceeds(limit):
+            where = f"training data, at {self._settings.shards[unit.shard]} (stream {self._number})"
+            raise tally.error(where, limit, self._settings.text_field)
+
+
+class Update(NamedTuple):
+    """What some streams give to one update."""
+
+    rows: TokenIds
+    """Shape (rows, seq_len + 1)."""
+    states: dict[int, StreamState]
+    """Position of each stream after these rows."""
+    documents_read: int
+    """Documents read by these streams since their start in this process, unusable ones included."""
+    faults_found: Counter[Fault]
+    """How many of these were unusable, by cause."""
+
+
+class StreamGroup:
+    """Some streams, read in turn: a rank's, or those of one of its workers.
+
+    Args:
+        settings: What all streams have in common.
+        tokenizer: The tokenizer.
+        shares: The streams, and what of each is kept.
+        states: Where each stream starts.
+    """
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        tokenizer: Encoder,
+        shares: Sequence[order.StreamShare],
+        states: Mapping[int, StreamState],
+    ) -> None:
+        self._shares = shares
+        self._streams = [Stream(settings, tokenizer, share.stream, states[share.stream]) for share in shares]
+
+    def next_update(self) -> Update:
+        """The rows of the next update. Raises DataError as :meth:`Stream.take` does."""
+        rows = [
+            stream.take(share.rows)[share.begin : share.end]
+            for share, stream in zip(self._shares, self._streams, strict=True)
+        ]
+        return Update(
+            np.concatenate(rows),
+            {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
+            sum(stream.documents_read for stream in self._streams),
+            sum((stream.faults_found for stream in self._streams), Counter()),
+        )

@@ -1,0 +1,189 @@
+"""Background processes that read and tokenize.
+
+A worker is a plain child process, connected by one socket: the job goes down, updates come up. It is not
+started through `multiprocessing`, which would import the training script again in every worker (and
+with it torch), cannot start from a script on standard input, and waits for its children when the parent
+ends. When the parent's end of the socket closes, for whatever reason, SIGKILL included, the worker ends.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from sltrain_dist.data.order import StreamShare
+from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.errors import DataError, SltrainError
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Batch systems and terminals send these to all processes of a job; only the trainer answers them."""
+_PARENT_CHECK_S = 1.0
+_EXIT_WAIT_S = 5.0
+_PROGRAM = "from sltrain_dist.data.worker import main; main()"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker has to do."""
+
+    settings: StreamSettings
+    tokenizer_path: Path
+    shares: Sequence[StreamShare]
+    states: Mapping[int, StreamState]
+    prefetch: int
+    """Updates to prepare ahead."""
+
+
+class _Failure(NamedTuple):
+    """What a worker sends in place of an update that it cannot make."""
+
+    error: SltrainError | None
+    """The error to raise in the parent."""
+    traceback: str
+    """For any other exception: a mistake of this program."""
+
+
+class Worker:
+    """A running worker, as its parent sees it.
+
+    Args:
+        job: What to do.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._connection, theirs = Pipe(duplex=True)
+        # Blocked signals stay blocked in a child: no moment is left at which one could end the worker.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        try:
+            self._connection.send(job)
+        except OSError:
+            raise self._death() from None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def next_update(self) -> Update:
+        """Waits for the next update.
+
+        Raises:
+            DataError: The worker died.
+            SltrainError: What the worker raised.
+        """
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if isinstance(message, Update):
+            return message
+        failure: _Failure = message
+        if failure.error is not None:
+            raise failure.error
+        raise RuntimeError(f"a data worker failed:\n{failure.traceback}")
+
+    def hang_up(self) -> None:
+        """Tells the worker to end."""
+        self._connection.close()
+
+    def join(self) -> None:
+        """Waits for its end, which :meth:`hang_up` has asked for."""
+        try:
+            self._process.wait(_EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _death(self) -> DataError:
+        self.hang_up()
+        self.join()
+        code = self._process.returncode
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        return DataError(
+            f"the data worker with process id {self.pid} {how}; its output is above. If the machine ran out of memory, "
+            "lower data.shuffle_block, data.prefetch or data.workers"
+        )
+
+
+def _environment() -> dict[str, str]:
+    """The parent's module path, and no threads for linear algebra, of which a worker does none."""
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def main() -> None:
+    """The worker's program: `sys.argv` holds the number of its socket and the parent's process id."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    try:
+        job: Job = connection.recv()
+    except (EOFError, OSError):
+        return
+    parent = int(sys.argv[2])
+    threading.Thread(target=_end_with_parent, args=(connection, parent), daemon=True).start()
+    outbox: queue.Queue[Update | _Failure] = queue.Queue(job.prefetch)
+    sender = threading.Thread(target=_send, args=(connection, outbox))
+    sender.start()
+    outbox.put(_produce(job, outbox))
+    sender.join()
+
+
+def _produce(job: Job, outbox: queue.Queue[Update | _Failure]) -> _Failure:
+    """Makes updates until that fails."""
+    try:
+        group = StreamGroup(job.settings, Tokenizer(job.tokenizer_path), job.shares, job.states)
+        while True:
+            outbox.put(group.next_update())
+    except SltrainError as error:
+        return _Failure(error, "")
+    except Exception:
+        return _Failure(None, traceback.format_exc())
+
+
+def _send(connection: Connection, outbox: queue.Queue[Update | _Failure]) -> None:
+    """Sends what the outbox holds, in a thread of its own, so that updates are prepared ahead."""
+    while True:
+        message = outbox.get()
+        try:
+            connection.send(message)
+        except OSError:
+            os._exit(0)
+        if isinstance(message, _Failure):
+            return
+
+
+def _end_with_parent(connection: Connection, parent: int) -> None:
+    """Ends the process, wherever its other threads are, when the parent hangs up or is gone.
+
+    The process id is looked at as well, because a fork of the parent's may hold its end of the socket open.
+    """
+    try:
+        while not connection.poll(_PARENT_CHECK_S):
+            if False:
+                break
+    except OSError:
+        pass
+    os._exit(0)

@@ -1,0 +1,237 @@
+"""What the user sees: a summary, a progress bar or plain lines, and the same lines in run_dir/log.txt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+Value = float | int | str | None
+
+Sections = Mapping[str, Sequence[tuple[str, str]]]
+"""Titles, and under each of them rows of (name, value)."""
+
+
+class Screen(RichConsole):
+    """Rich's console, which by itself ends the process when the reader of its output is gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Lets the error through, for :class:`Console` to deal with."""
+        raise  # rich calls this in its handler of the BrokenPipeError
+
+
+class Console:
+    """The terminal (or whatever standard output is) and the log file.
+
+    On a terminal, training lines move a live bar, and everything else is printed above it. Elsewhere all
+    lines are printed plainly, with a time. The log file always gets the plain lines, appended.
+
+    Args:
+        log_path: The log file. Its directory must exist.
+        mode: As `tracking.progress`.
+        total: Length of the run, in `unit`; None if it is not known.
+        unit: What the length is given in.
+        screen: Where to print; None: standard output.
+        now: The time of day, for the lines.
+
+    Raises:
+        OSError: The log file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        log_path: Path,
+        mode: Literal["auto", "bar", "lines"],
+        *,
+        total: int | None,
+        unit: Literal["steps", "tokens"] = "steps",
+        screen: Screen | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self._screen = screen or Screen()
+        self._now = now
+        self._total, self._unit = total, unit
+        self._log: TextIO | None = log_path.open("a", encoding="utf-8", buffering=1)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._details: dict[str, Value] = {}
+        self._screen_is_gone = False
+        # A bar on what is no terminal would be a file full of control characters.
+        self._live = mode != "lines" and self._screen.is_terminal and not self._screen.is_dumb_terminal
+        if mode == "bar" and not self._live:
+            self.note("tracking.progress=bar needs a terminal; printing lines")
+
+    def summary(self, sections: Sections) -> None:
+        """Prints what the run is about to do, as one table, and as plain lines to the log file."""
+        width = max((len(name) for rows in sections.values() for name, _ in rows), default=0)
+        for title, rows in sections.items():
+            self._write([title, *(f"  {name:<{width}}  {value}" for name, value in rows)], echo=not self._live)
+        if self._live:
+            table = Table(box=None, show_header=False, pad_edge=False)
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
+            for title, rows in sections.items():
+                table.add_row(Text(title, "bold"))
+                for name, value in rows:
+                    table.add_row(Text(f"  {name}"), Text(value))
+            self._show(lambda: self._screen.print(table))
+
+    def note(self, message: str) -> None:
+        """Prints what the user may want to know."""
+        self._print(message)
+
+    def warn(self, message: str) -> None:
+        """Prints what the user should know."""
+        self._print(f"warning: {message}", "yellow")
+
+    def progress(self, step: int, tokens: int, loss: float, eta_s: float | None) -> None:
+        """Moves the bar (where there is one)."""
+        self._details["loss"] = loss
+        self._move_bar(step, tokens, eta_s)
+
+    def train(self, record: Mapping[str, Value], eta_s: float | None) -> None:
+        """Prints a training line; on a terminal it goes into the bar, and only the log file gets the line."""
+        step, tokens = record["step"], record.get("tokens") or 0
+        assert isinstance(step, int) and isinstance(tokens, int)
+        self._write([self._training_line(step, tokens, _details(record, _LINE), eta_s)], echo=not self._live)
+        self._details = dict(record)
+        self._move_bar(step, tokens, eta_s)
+
+    def evaluation(self, record: Mapping[str, Value]) -> None:
+        """Prints an evaluation line."""
+        self._print(
+            f"step {record['step']}  eval loss {_number(record.get('eval_loss'), '.3f')}"
+            f"  perplexity {_number(record.get('eval_perplexity'), ',.1f')}"
+            f"  ({_number(record.get('eval_tokens'), ',')} tokens)",
+            "bold",
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it is, gives the cursor back, and closes the log file. May be called twice."""
+        if self._bar is not None:
+            self._show(self._bar.stop)
+            self._bar = None
+        self._live = False
+        self._close_log()
+
+    def _move_bar(self, step: int, tokens: int, eta_s: float | None) -> None:
+        if self._live:
+            self._show(lambda: self._update_bar(step, tokens, eta_s))
+
+    def _update_bar(self, step: int, tokens: int, eta_s: float | None) -> None:
+        if self._bar is None:
+            columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self._screen, refresh_per_second=4)
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        line = self._training_line(step, tokens, _details(self._details, _BAR), eta_s)
+        self._bar.update(self._task, completed=tokens if self._unit == "tokens" else step, description=line)
+
+    def _training_line(self, step: int, tokens: int, details: Sequence[str], eta_s: float | None) -> str:
+        eta = () if eta_s is None else (f"ETA {format_duration(eta_s)}",)
+        return "  ".join((self._position(step, tokens), *details, *eta))
+
+    def _position(self, step: int, tokens: int) -> str:
+        if self._total is None:
+            return f"step {step}"
+        if self._unit == "steps":
+            return f"step {step}/{self._total}"
+        return f"step {step}  {format_count(tokens)}/{format_count(self._total)} tokens"
+
+    def _print(self, message: str, style: str = "") -> None:
+        self._write([message], echo=not self._live)
+        if self._live:
+            self._show(lambda: self._screen.print(Text(message, style), soft_wrap=True))
+
+    def _write(self, lines: Sequence[str], *, echo: bool) -> None:
+        stamp = self._now().strftime("%Y-%m-%d %H:%M:%S")
+        text = "".join(f"{stamp}  {line}\n" for message in lines for line in message.split("\n"))
+        if echo:
+            # Past rich, which would break lines at 80 columns when there is no terminal to measure.
+            self._show(lambda: (self._screen.file.write(text), self._screen.file.flush()))
+        if self._log is not None:
+            try:
+                self._log.write(text)
+            except OSError as error:
+                self._close_log()
+                self.warn(f"log.txt ends here: {error}")
+
+    def _show(self, write: Callable[[], object]) -> None:
+        """Writes to standard output, unless its reader (`| head`, a closed ssh session) is gone."""
+        if self._screen_is_gone:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._screen_is_gone, self._live = True, False
+            self.warn(f"standard output is gone: {error}")
+
+    def _close_log(self) -> None:
+        log, self._log = self._log, None
+        if log is not None:
+            with suppress(OSError):  # what a full disk did not take is tried again here
+                log.close()
+
+
+_LINE = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu")
+_BAR = ("loss", "tokens_per_s", "mfu", "lr")  # has to fit into 80 columns
+
+
+def _details(record: Mapping[str, Value], keys: Sequence[str]) -> list[str]:
+    """The values of `keys` that are known, each with its label or unit."""
+    formats: dict[str, Callable[[float], str]] = {
+        "loss": lambda value: f"loss {value:.3f}",
+        "lr": lambda value: f"lr {value:.1e}",
+        "grad_norm": lambda value: f"grad {value:.3g}",
+        "tokens_per_s": lambda value: f"{format_count(value)} tok/s",
+        "mfu": lambda value: f"MFU {100 * value:.1f} %",
+    }
+    known = {key: record.get(key) for key in keys}
+    return [formats[key](value) for key, value in known.items() if isinstance(value, int | float)]
+
+
+def _number(value: Value, spec: str) -> str:
+    return "?" if value is None or isinstance(value, str) else format(value, spec)
+
+
+def format_bytes(num_bytes: float, *, decimal: bool = False) -> str:
+    """Bytes for people, with three significant digits: "1.50 GiB" (2^30), or with `decimal` "1.61 GB" (10^9)."""
+    units = ("B", "kB", "MB", "GB", "TB", "PB") if decimal else ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+    return _scaled(num_bytes, 1000 if decimal else 1024, units, " ")
+
+
+def format_count(count: float) -> str:
+    """A count with three significant digits: "512", "18.3k", "5.03M", "1.34B", "2.00T"."""
+    return _scaled(count, 1000, ("", "k", "M", "B", "T"), "")
+
+
+def _scaled(value: float, base: int, units: Sequence[str], space: str) -> str:
+    if not math.isfinite(value):
+        return f"{value}{space}{units[0]}"
+    sign, value, power = "-" if value < 0 else "", abs(value), 0
+    # 999.6k is 1.00M: the unit is chosen for the rounded number.
+    while power < len(units) - 1 and value >= base - 0.5:
+        value, power = value / base, power + 1
+    whole = value >= 99.95 or (power == 0 and value == int(value))
+    digits = 0 if whole else 1 if value >= 9.995 else 2
+    return f"{sign}{value:.{digits}f}{space}{units[power]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as "0:07", "12:31", "1:02:03" or "2d 03:04:05"; "?" for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

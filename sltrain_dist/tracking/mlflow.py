@@ -1,0 +1,269 @@
+"""MLflow, from a background thread: a slow, broken or absent tracker never slows or stops training."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sltrain_dist.config.schema import TrackingConfig
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+RUN_ID_FILE = "mlflow_run_id"
+"""In run_dir: the MLflow run that a resumed run goes on with."""
+
+_ENVIRONMENT = {
+    # What a tracker at its limit needs least is the same request again.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    # A training job opens no connection that its user did not ask for.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # Migrations and links would tear the progress bar; failures reach the user through `warn`.
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Defaults, for what the user's environment does not say."""
+
+_DATABASES = ("sqlite:", "mysql", "postgresql", "mssql")
+_THREAD = "sltrain-mlflow"
+_QUEUE_SIZE = 10_000
+_LINES_PER_REQUEST = 50
+_METRICS_PER_REQUEST = 1000  # MLflow's own limits
+_PARAMS_PER_REQUEST = 100
+_COMPARED = 5000  # MLflow cuts values at 6000 characters
+
+
+class _Line(NamedTuple):
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class MlflowTracker:
+    """One MLflow run: parameters at the start, metrics per log line, a status at the end.
+
+    `log` only puts a line into a bounded queue; a daemon thread talks to MLflow. Whatever goes wrong there is
+    told once through `warn`, on the caller's thread, and ends the tracking, not the training. MLflow itself
+    is imported by the constructor, though, which takes seconds: a process that forks data workers while
+    another thread imports modules can hand them import locks that nobody will ever release.
+
+    A resumed run goes on with its MLflow run. MLflow can neither take back metrics nor change parameters:
+    updates that are made a second time are there twice, and parameters that changed are noted as tags
+    `resumed.<step>.<key>`.
+
+    Args:
+        tracking: Server, experiment and run name.
+        run_dir: Where the database and artifacts are by default, and the run's id. Must exist.
+        params: The configuration, flattened to dotted keys.
+        resumed_step: The update that the run goes on after; 0 for a new run.
+        warn: Takes one line of text.
+        close_timeout_s: Seconds that `close` gives MLflow for what is still queued. None: 5 for a server,
+            which may hang; 60 for a database file, whose making alone can take several on a busy machine.
+    """
+
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        run_dir: Path,
+        params: Mapping[str, object],
+        *,
+        resumed_step: int,
+        warn: Callable[[str], None],
+        close_timeout_s: float | None = None,
+    ) -> None:
+        self._tracking = tracking
+        self._run_dir = run_dir.resolve()
+        self._params = {key: _without_password(str(value)) for key, value in params.items()}
+        self._resumed_step = resumed_step
+        self._warn = warn
+        self._uri = tracking.mlflow_uri or f"sqlite:///{self._run_dir / 'mlflow.db'}"
+        local = self._uri.startswith("sqlite:")
+        self._close_timeout_s = close_timeout_s if close_timeout_s is not None else 60.0 if local else 5.0
+        self._queue: queue.Queue[_Line | Status] = queue.Queue(_QUEUE_SIZE)
+        self._failure: str | None = None
+        self._active = False
+        self._complained_of_full_queue = False
+        try:
+            _import_mlflow(self._uri)
+            _check_sqlite_file(self._uri)
+        except Exception as error:  # an installation can be broken in any way
+            self._fail(error)
+            self._report_failure()
+            return
+        self._active = True
+        self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queues the metrics of one line. Returns at once."""
+        self._report_failure()
+        if not self._active:
+            return
+        try:
+            self._queue.put_nowait(_Line(step, int(time.time() * 1000), dict(metrics)))
+        except queue.Full:
+            if not self._complained_of_full_queue:
+                self._warn("MLflow is slower than training; lines that it cannot take are only in metrics.jsonl")
+                self._complained_of_full_queue = True
+
+    def close(self, status: Status) -> None:
+        """Ends the MLflow run, and waits a few seconds for what is queued. May be called twice."""
+        if self._active:
+            deadline = time.monotonic() + self._close_timeout_s
+            try:
+                self._queue.put(status, timeout=self._close_timeout_s)
+                self._thread.join(max(0.0, deadline - time.monotonic()))
+            except queue.Full:
+                pass  # the thread is still alive, and told of below
+            if self._thread.is_alive() and self._failure is None:
+                timeout = f"{self._close_timeout_s:.0f} s"
+                self._fail(TimeoutError(f"it has not taken everything within {timeout} after the end"))
+        self._report_failure()
+        self._active = False
+
+    def _fail(self, error: BaseException) -> None:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0] if len(lines[0]) <= 300 else f"{lines[0][:297]}..."
+        self._failure = _without_password(
+            f"MLflow tracking to {self._uri} is off, training is not affected: {reason}; "
+            "tracking.mlflow=false silences this"
+        )
+
+    def _report_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure, self._active = self._failure, None, False
+            self._warn(failure)
+
+    # From here on: the background thread.
+
+    def _run(self) -> None:
+        try:
+            client, run_id = self._connect()
+            while True:
+                lines, status = self._next_lines()
+                self._send(client, run_id, lines)
+                if status is not None:
+                    client.set_terminated(run_id, status)
+                    return
+        except Exception as error:  # MLflow's plugins and databases raise errors of any type
+            self._fail(error)
+
+    def _next_lines(self) -> tuple[list[_Line], Status | None]:
+        """Waits for a line, and takes those that are queued behind it."""
+        lines: list[_Line] = []
+        item = self._queue.get()
+        while isinstance(item, _Line):
+            lines.append(item)
+            if len(lines) == _LINES_PER_REQUEST or self._queue.empty():
+                return lines, None
+            item = self._queue.get_nowait()
+        return lines, item
+
+    def _send(self, client: Any, run_id: str, lines: list[_Line]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, line.time_ms, line.step) for line in lines for name, value in line.metrics.items()
+        ]
+        for start in range(0, len(metrics), _METRICS_PER_REQUEST):
+            client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST], synchronous=True)
+
+    def _connect(self) -> tuple[Any, str]:
+        """Returns a client, and the id of the run that the file in run_dir names, or of a new one."""
+        from mlflow.entities import Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=self._uri)
+        run = self._existing_run(client) if self._resumed_step else None
+        if run is None:
+            run = client.create_run(
+                self._experiment_id(client),
+                run_name=self._tracking.run_name or self._run_dir.name,
+                tags={"mlflow.source.name": "sltrain_dist", "run_dir": str(self._run_dir)},
+            )
+            (self._run_dir / RUN_ID_FILE).write_text(f"{run.info.run_id}\n", encoding="utf-8")
+        run_id: str = run.info.run_id
+        known = run.data.params
+        new = [Param(key, value) for key, value in self._params.items() if key not in known]
+        changed = [
+            RunTag(f"resumed.{self._resumed_step}.{key}", value)
+            for key, value in self._params.items()
+            if key in known and known[key][:_COMPARED] != value[:_COMPARED]
+        ]
+        for start in range(0, len(new), _PARAMS_PER_REQUEST):
+            client.log_batch(run_id, params=new[start : start + _PARAMS_PER_REQUEST], synchronous=True)
+        for start in range(0, len(changed), _PARAMS_PER_REQUEST):
+            client.log_batch(run_id, tags=changed[start : start + _PARAMS_PER_REQUEST], synchronous=True)
+        return client, run_id
+
+    def _existing_run(self, client: Any) -> Any | None:
+        """The run named in run_dir, set to running again; None if this server does not have it (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        path = self._run_dir / RUN_ID_FILE
+        if not path.exists():
+            return None
+        run_id = path.read_text(encoding="utf-8").strip()
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        if run.info.lifecycle_stage != "active":
+            return None
+        client.update_run(run_id, status="RUNNING")
+        return run
+
+    def _experiment_id(self, client: Any) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self._tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            # A server has its own place for artifacts.
+            artifacts = None if self._tracking.mlflow_uri else (self._run_dir / "mlartifacts").as_uri()
+            try:
+                return str(client.create_experiment(name, artifact_location=artifacts))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)  # another run was faster
+        return str(experiment.experiment_id)
+
+
+def _import_mlflow(uri: str) -> None:
+    """Imports what the background thread will need, quietly."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    importlib.import_module("mlflow.tracking")
+    if uri.startswith(_DATABASES):
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
+    logging.getLogger("urllib3.connectionpool").addFilter(_is_not_ours)
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Keeps urllib3's warnings of retries off the terminal, but only those that MLflow caused."""
+    return record.threadName != _THREAD
+
+
+def _check_sqlite_file(uri: str) -> None:
+    """Opens a database file once: MLflow tries for minutes before it gives up on one that cannot be opened."""
+    if uri.startswith("sqlite:///"):
+        with Path(uri.removeprefix("sqlite:///").partition("?")[0]).open("ab"):
+            pass
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)

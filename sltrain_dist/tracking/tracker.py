@@ -1,0 +1,144 @@
+"""The one object that the training loop reports to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from sltrain_dist.config.schema import TrackingConfig
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.tracking.console import Console, Screen, Sections, Value
+from sltrain_dist.tracking.jsonl import JsonLines
+from sltrain_dist.tracking.meters import Clock, Eta
+from sltrain_dist.tracking.mlflow import MlflowTracker, Status
+
+
+class RunTracker:
+    """Console, log.txt, metrics.jsonl and MLflow, on the main rank; does nothing on the others.
+
+    Once it is made, nothing that it does can stop training: what cannot be written is told once.
+
+    Args:
+        tracking: How to track.
+        run_dir: Where the files go. Made if it is not there.
+        config_flat: The resolved configuration, flattened to dotted keys; MLflow's parameters.
+        total_steps: Length of the run in updates; None: the run ends with `total_tokens`.
+        total_tokens: Length of the run in tokens, which counts if `total_steps` is None.
+        is_main: Whether this is the rank that reports.
+        resumed_step: The update that the run goes on after; 0 for a new run.
+        screen: Where to print; None: standard output.
+        clock: Seconds of a clock that never goes back, for the time that is left.
+
+    Raises:
+        ConfigError: `run_dir` cannot be written.
+    """
+
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        run_dir: Path,
+        *,
+        config_flat: Mapping[str, object],
+        total_steps: int | None,
+        total_tokens: int | None,
+        is_main: bool,
+        resumed_step: int = 0,
+        screen: Screen | None = None,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._is_main = is_main
+        if not is_main:
+            return
+        self._by_tokens = total_steps is None
+        total = total_tokens if total_steps is None else total_steps
+        self._eta = Eta(total, clock) if total is not None else None
+        self._jsonl_failed = False
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._console = Console(
+                run_dir / "log.txt",
+                tracking.progress,
+                total=total,
+                unit="tokens" if self._by_tokens else "steps",
+                screen=screen,
+            )
+            self._jsonl = JsonLines(run_dir / "metrics.jsonl", resumed_step)
+        except OSError as error:
+            raise ConfigError(f"run_dir = {str(run_dir)!r} cannot be written: {error}") from None
+        self._mlflow = (
+            MlflowTracker(tracking, run_dir, config_flat, resumed_step=resumed_step, warn=self.warn)
+            if tracking.mlflow
+            else None
+        )
+
+    def summary(self, sections: Sections) -> None:
+        """Prints what the run is about to do: titles, and rows of (name, value) under each."""
+        if self._is_main:
+            self._console.summary(sections)
+
+    def note(self, message: str) -> None:
+        """Prints what the user may want to know."""
+        if self._is_main:
+            self._console.note(message)
+
+    def warn(self, message: str) -> None:
+        """Prints what the user should know."""
+        if self._is_main:
+            self._console.warn(message)
+
+    def progress(self, step: int, tokens: int, loss: float) -> None:
+        """Moves the progress bar; cheap enough for every update.
+
+        Args:
+            step: Updates made.
+            tokens: Non-padding tokens trained on, over all ranks and since the run's beginning.
+            loss: Of this update.
+        """
+        if self._is_main:
+            if self._eta is not None:
+                self._eta.update(tokens if self._by_tokens else step)
+            self._console.progress(step, tokens, loss, self._eta_s)
+
+    def train(self, record: Mapping[str, float | int | None]) -> None:
+        """Records a training line.
+
+        Args:
+            record: `step`, `loss`, `lr`, `grad_norm`, `tokens` (cumulative), `tokens_per_s`, `data_wait_s`,
+                `peak_memory_bytes`, `elapsed_s`, and others such as `mfu` (a share of one).
+        """
+        if self._is_main:
+            self._record(record)
+            self._console.train(record, self._eta_s)
+
+    def evaluation(self, record: Mapping[str, float | int | None]) -> None:
+        """Records an evaluation line: `step`, `eval_loss`, `eval_perplexity`, `eval_tokens`."""
+        if self._is_main:
+            self._record(record)
+            self._console.evaluation(record)
+
+    def close(self, status: Status) -> None:
+        """Ends the tracking: takes the bar away and waits a few seconds for MLflow. May be called twice."""
+        if self._is_main:
+            if self._mlflow is not None:
+                self._mlflow.close(status)
+            self._console.close()
+            self._jsonl.close()
+
+    @property
+    def _eta_s(self) -> float | None:
+        return self._eta.seconds if self._eta is not None else None
+
+    def _record(self, record: Mapping[str, Value]) -> None:
+        try:
+            self._jsonl.write(record)
+        except OSError as error:
+            if not self._jsonl_failed:
+                self.warn(f"lines are missing from metrics.jsonl: {error}")
+                self._jsonl_failed = True
+        step = record["step"]
+        assert isinstance(step, int)
+        if self._mlflow is not None:
+            known = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            known.pop("step")
+            self._mlflow.log(step, known)

@@ -1,0 +1,64 @@
+"""Small sources and tokenizers for the tests of the data pipeline."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sltrain_dist.config.schema import DataConfig
+from sltrain_dist.data.stream import StreamSettings
+
+
+class NumberTokenizer:
+    """Tokenizes "12 7 12" as 12, 7, 12: rows show which documents they were made of."""
+
+    eos_id = 0
+    fingerprint = "0123456789abcdef"
+
+    def __init__(self, path=None):
+        pass
+
+    def encode(self, texts):
+        return [np.array([int(word) for word in text.split() if word.isdigit()], dtype=np.int32) for text in texts]
+
+
+def write_shard(path: Path, texts, *, raw=()) -> str:
+    """Writes texts as JSON lines, then raw lines (bytes), gzipped if the name says so."""
+    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts) + b"".join(
+        line + b"\n" for line in raw
+    )
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+def write_numbered(directory: Path, sizes, length=lambda number: 1) -> list[str]:
+    """Shards of the given numbers of documents; document i (from 1) is `length(i)` times the token i."""
+    number = 0
+    shards = []
+    for index, size in enumerate(sizes):
+        texts = []
+        for _ in range(size):
+            number += 1
+            texts.append(" ".join([str(number)] * length(number)))
+        shards.append(write_shard(directory / f"shard-{index:03}.jsonl", texts))
+    return shards
+
+
+def settings(shards, **changes) -> StreamSettings:
+    values = {
+        "shards": tuple(shards),
+        "text_field": "text",
+        "seed": 1,
+        "streams": 4,
+        "batching": "pad",
+        "seq_len": 8,
+        "shuffle_block": 4,
+        "max_bad_fraction": 0.01,
+    }
+    return StreamSettings(**{**values, **changes})
+
+
+def data_config(**changes) -> DataConfig:
+    values = {"seq_len": 8, "streams": 6, "shuffle_block": 4, "workers": 0}
+    return DataConfig(**{**values, **changes})

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sltrain_dist import cli
+from sltrain_dist.errors import CheckpointError
+
+SENTENCES = "The {0} fox is quick today. A {0} dog sleeps in the sun. They meet at the {0} river.\n"
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process: fast, and with the very function that the entry point calls."""
+    monkeypatch.setattr(sys, "argv", ["sltrain", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    names = [a + b for a in ("red", "blue", "small", "old", "grey") for b in ("ish", "er", "est", "ly")]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(SENTENCES.format(name))
+    return str(tmp_path / "*.txt")
+
+
+@pytest.mark.parametrize("command", [command.name for command in cli.app.registered_commands])
+def test_help_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert _run(monkeypatch, command, "--help") == 0
+    assert "--output" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom sltrain_dist import cli\nsys.argv = ['sltrain', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit as e:\n    assert not e.code\n"
+        "heavy = {'torch', 'numpy', 'sentencepiece', 'datasets', 'mlflow', 'deepspeed'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "prepare-data" in result.stdout and "train-tokenizer" in result.stdout
+
+
+def test_prepare_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
+) -> None:
+    arguments = ("prepare-data", "-i", texts, "-o", str(tmp_path / "out"), "--shards", "2", "--name", "foxes")
+    assert _run(monkeypatch, *arguments) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == [
+        "foxes-train.00000-of-00002.json.gz",
+        "foxes-train.00001-of-00002.json.gz",
+        "foxes-validation.00000-of-00001.json.gz",
+    ]
+    captured = capsys.readouterr()
+    assert manifest["fingerprint"] in captured.out
+    assert f"{manifest['splits']['train']['documents']} (" in captured.out
+    assert "20/20" in captured.err
+    assert _run(monkeypatch, *arguments) == 2
+    assert (
+        capsys.readouterr().err == f"error: --output {tmp_path / 'out'} exists already; choose another directory "
+        "or remove it\n"
+    )
+
+
+def test_train_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "t.model"
+    assert _run(monkeypatch, "train-tokenizer", "-i", texts, "-o", str(output), "--vocab-size", "300") == 0
+    from sltrain_dist.data.tokenizer import Tokenizer
+
+    out = capsys.readouterr().out
+    assert Tokenizer(output).vocab_size == 300
+    assert "300 pieces" in out and "bytes per token" in out and Tokenizer(output).fingerprint in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["prepare-data", "-o", "out"], 2, "either --input"),
+        (["prepare-data", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
+        (["prepare-data", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
+        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 2, "no file matches"),
+        (["prepare-data", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
+        (["prepare-data", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
+        (["train-tokenizer", "-o", "t.model"], 2, "give --input"),
+        (["train-tokenizer", "-o", "t.model", "-i", "{texts}"], 2, "32000 is too large"),
+        (["train-tokenizer", "-o", "t.model", "-i", "{broken}"], 3, "not JSON"),
+    ],
+)
+def test_mistakes_are_one_message_and_a_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    texts: str,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "broken.jsonl").write_text("not json\n")
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(texts=texts, broken=tmp_path / "broken.jsonl") for a in arguments]
+    assert _run(monkeypatch, *filled) == code
+    captured = capsys.readouterr()
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "t.model").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prepare-dat"], ["prepare-data", "-o", "x", "--shards", "0"], ["train-tokenizer"]]
+)
+def test_usage_errors_are_code_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    assert _run(monkeypatch, *arguments) == 2
+
+
+def test_every_typed_error_has_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise CheckpointError("the checkpoint is damaged")
+
+    monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", fail)
+    assert _run(monkeypatch, "prepare-data", "-o", str(tmp_path / "x"), "-i", "y") == 5
+    assert capsys.readouterr().err == "error: the checkpoint is damaged\n"

@@ -1,0 +1,354 @@
+"""Configuration: loading, presets, rules, and above all what the messages say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from sltrain_dist.config.load import build_config, load_config, to_yaml
+from sltrain_dist.config.presets import PRESETS
+from sltrain_dist.config.rules import check_fields, micro_batches_per_update, without_effect
+from sltrain_dist.config.schema import Config, ModelConfig
+from sltrain_dist.errors import ConfigError, ExitCode
+from sltrain_dist.models.count import count_parameters
+
+RUNNABLE = "train: {steps: 10}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def _write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def message(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code is ExitCode.CONFIG
+    return str(caught.value)
+
+
+class TestSchema:
+    def test_every_field_is_documented(self) -> None:
+        sections = [field.annotation for field in Config.model_fields.values() if field.annotation]
+        models = [kind for kind in sections if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        assert len(models) == 9
+        fields = [(model, name, field) for model in models for name, field in model.model_fields.items()]
+        assert [f"{model.__name__}.{name}" for model, name, field in fields if not field.description] == []
+
+    def test_frozen(self) -> None:
+        config = load_config(None, ["train.steps=1"])
+        with pytest.raises(ValidationError, match="frozen"):
+            config.train.steps = 2
+
+    def test_derived_sizes(self) -> None:
+        assert ModelConfig(hidden_size=64, num_heads=4).head_dim == 16
+        assert ModelConfig(num_heads=4).kv_heads == 4
+        assert ModelConfig(num_heads=4, num_kv_heads=2).kv_heads == 2
+
+
+class TestLoading:
+    def test_file_then_overrides(self, write: Callable[[str], Path]) -> None:
+        path = write("train: {steps: 10, global_batch: 64}\noptim: {lr: 0.5}\nseed: 4\n")
+        config = load_config(path, ["train.steps=20", "optim.lr=1e-4", "optim.lr=2e-4", "data.source=[a, b]"])
+        assert (config.train.steps, config.train.global_batch, config.seed) == (20, 64, 4)
+        assert config.optim.lr == 2e-4
+        assert config.data.source == ["a", "b"]
+        assert config.optim.beta1 == Config().optim.beta1
+
+    def test_whole_section_as_override_leaves_its_other_keys(self, write: Callable[[str], Path]) -> None:
+        config = load_config(write("train: {steps: 10, global_batch: 64}"), ["train={steps: 5}"])
+        assert (config.train.steps, config.train.global_batch) == (5, 64)
+
+    @pytest.mark.parametrize("text", ["", "# nothing\n", "train:\nmodel:\npreset:\n"])
+    def test_empty_file_and_empty_sections_are_defaults(self, write: Callable[[str], Path], text: str) -> None:
+        assert load_config(write(text), ["train.steps=3"]) == load_config(None, ["train.steps=3"])
+
+    def test_override_value_may_hold_an_equals_sign(self) -> None:
+        assert load_config(None, ["train.steps=1", "data.source=s3://b?x=y"]).data.source == "s3://b?x=y"
+
+    def test_null_values(self) -> None:
+        config = load_config(None, ["train.steps=null", "train.tokens=100", "eval.source=~", "tracking.run_name="])
+        assert (config.train.steps, config.eval.source, config.tracking.run_name) == (None, None, None)
+
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("1e-3", 1e-3),
+            ("3E+2", 300.0),
+            ("1.5e2", 150.0),
+            (".5e1", 5.0),
+            ("+.5", 0.5),
+            ("2.", 2.0),
+            ("7", 7.0),
+            ("1_000.5", 1000.5),
+        ],
+    )
+    def test_floats(self, text: str, value: float) -> None:
+        assert load_config(None, ["train.steps=1", f"optim.lr={text}"]).optim.lr == value
+
+    @pytest.mark.parametrize("text", ["2024-01-01", "1:30", "010", "1e", "e5", "1.2.3", "."])
+    def test_what_only_looks_like_a_number_is_text(self, text: str) -> None:
+        assert load_config(None, ["train.steps=1", f"run_dir={text}"]).run_dir == text
+
+    def test_yaml_round_trip(self) -> None:
+        config = load_config(None, ["train.steps=7", "optim.lr=1e-5", "data.source=[a, 'ü: b']", "eval.source=null"])
+        assert build_config(yaml.safe_load(to_yaml(config))) == config
+
+    @pytest.mark.parametrize("text", ["1e-3", "12", "010", "null", "true", "", "a: b", "2024-01-01", "ü", "1_0", "*x"])
+    def test_round_trip_of_awkward_text(self, write: Callable[[str], Path], text: str) -> None:
+        config = build_config({"run_dir": text, "train": {"steps": 1}})
+        assert load_config(write(to_yaml(config))) == config
+
+    @given(st.text(max_size=12))
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_any_override_loads_or_is_a_config_error(self, text: str) -> None:
+        try:
+            assert isinstance(load_config(None, ["train.steps=1", f"tracking.run_name={text}"]), Config)
+        except ConfigError as error:
+            assert str(error).startswith("command line: ")
+
+    @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=30))
+    @settings(max_examples=200, deadline=None)
+    def test_any_run_dir_survives_yaml(self, text: str) -> None:
+        from sltrain_dist.config.load import _Loader  # the loader without the detour over a file
+
+        config = build_config({"run_dir": text, "train": {"steps": 1}})
+        assert yaml.load(to_yaml(config), _Loader)["run_dir"] == text
+
+
+class TestMessages:
+    """One line a problem: where it came from, the key, the value, the reason, what to change."""
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            # unknown keys
+            ("train.stepz=3", "train.stepz = 3: unknown key; did you mean train.steps?"),
+            ("lr=3", "lr = 3: unknown key; did you mean optim.lr?"),
+            ("train.lr=3", "train.lr = 3: unknown key; did you mean optim.lr?"),
+            ("train.seed=3", "train.seed = 3: unknown key; did you mean seed?"),
+            ("resume=never", "resume = 'never': unknown key; did you mean checkpoint.resume?"),
+            ("source=x", "source = 'x': unknown key; did you mean data.source or eval.source?"),
+            ("Train.steps=3", "Train = {'steps': 3}: unknown key; did you mean train?"),
+            ("hiden_size=3", "hiden_size = 3: unknown key; did you mean model.hidden_size?"),
+            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; there are: every, keep, resume"),
+            # wrong types
+            ("optim.lr=fast", "optim.lr = 'fast': should be a number"),
+            ("optim.lr=null", "optim.lr = null: should be a number"),
+            ("seed=1.5", "seed = 1.5: should be a whole number"),
+            ("seed='1'", "seed = '1': should be a whole number"),
+            ("seed=true", "seed = true: should be a whole number"),
+            ("train.tokens=1e9", "train.tokens = 1000000000.0: should be a whole number; write 1000000000"),
+            ("train.dry_run=1", "train.dry_run = 1: should be true or false"),
+            ("run_dir=2024", "run_dir = 2024: should be text; put it in quotes"),
+            ("data.subset=no", "data.subset = false: should be text; put it in quotes"),
+            ("data.source=[1]", "data.source = [1]: should be text or a list of texts"),
+            ("data.source=3", "data.source = 3: should be text or a list of texts"),
+            ("eval.source={a: 1}", "eval.source = {'a': 1}: should be text or a list of texts"),
+            # out of range
+            ("train.micro_batch=0", "train.micro_batch = 0: should be greater than 0"),
+            ("reparam.density=1.5", "reparam.density = 1.5: should be less than or equal to 1"),
+            ("optim.lr=.nan", "optim.lr = nan: should be a finite number"),
+            ("reparam.method=sltran", "'sltran': should be 'sltrain', 'full' or 'lowrank'; did you mean 'sltrain'?"),
+            # sections and values
+            ("train=5", "train = 5: this is a section; give it keys with values"),
+            ("train=", "train = null: this is a section; give it keys with values"),
+            ("seed.x=3", "seed.x = 3: seed is a value, not a section"),
+            ("train.steps.x=3", "train.steps.x = 3: train.steps is a value, not a section"),
+            # presets
+            ("preset=llama_60", "preset = 'llama_60': unknown preset; did you mean 'llama_60m'?"),
+            ("preset=xyz", "preset = 'xyz': unknown preset; there are: llama_130m, llama_1b"),
+            ("preset=[a]", "preset = ['a']: unknown preset; there are: "),
+            # combinations
+            ("model.num_heads=3", "model.num_heads = 3: does not divide model.hidden_size = 512"),
+        ],
+    )
+    def test_override(self, override: str, expected: str) -> None:
+        text = message(None, "train.steps=1", override)
+        assert "\n" not in text
+        assert text.startswith("command line: ")
+        assert expected in text
+
+    @pytest.mark.parametrize("override", ["train.steps", "=3", "train.=3", ".steps=3", "train..steps=3", ""])
+    def test_not_an_override(self, override: str) -> None:
+        assert message(None, override) == f"command line: {override!r} is not of the form section.key=value"
+
+    def test_override_that_needs_quotes(self) -> None:
+        text = message(None, "data.source=*.json.gz")
+        assert "the value of data.source" in text
+        assert "quotes" in text
+
+    def test_several_problems_are_told_together(self, write: Callable[[str], Path]) -> None:
+        path = write("optim: {lrr: 3, beta1: 4}\ntrain: {steps: x}")
+        assert sorted(message(path).splitlines()) == [
+            f"{path}: optim.beta1 = 4: should be less than 1",
+            f"{path}: optim.lrr = 3: unknown key; did you mean optim.lr?",
+            f"{path}: train.steps = 'x': should be a whole number",
+        ]
+
+    def test_several_broken_rules_are_told_together(self) -> None:
+        text = message(None, "train.steps=1", "optim.warmup_steps=2", "train.micro_batch=7")
+        assert [line.split(" = ")[0] for line in text.splitlines()] == [
+            "command line: optim.warmup_steps",
+            "command line: train.micro_batch",
+        ]
+
+    def test_where_a_value_came_from(self, write: Callable[[str], Path]) -> None:
+        path = write("preset: llama_60m\nreparam: {rank: 600}\n")
+        assert message(path).startswith(f"{path}: reparam.rank = 600: is larger than")
+        assert message(path, "reparam.rank=700").startswith("command line: reparam.rank = 700: ")
+        assert message(None, "preset=llama_60m", "train.steps=5").startswith(
+            "preset llama_60m: optim.warmup_steps = 1100: is longer than the run; at most train.steps = 5"
+        )
+        assert message(None).startswith("configuration: train.steps = null (default): set exactly one of")
+
+    def test_long_values_are_cut(self) -> None:
+        assert len(message(None, "train.steps=1", f"train.dtype={'x' * 5000}")) < 250
+
+    def test_build_config_from_plain_values(self) -> None:
+        with pytest.raises(ConfigError, match=r"^configuration: optim\.lr = -1: should be greater than 0$"):
+            build_config({"optim": {"lr": -1}})
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            (
+                "train: {steps: 10}\ntrain: {steps: 11}\n",
+                ": line 2, column 1: not valid YAML: the key 'train' is there",
+            ),
+            ("train: {steps: 10, steps: 11}", ": line 1, column 20: not valid YAML: the key 'steps' is there twice"),
+            ("1: 2\n", ": line 1, column 1: not valid YAML: a key that is not text"),
+            ("? [a]\n: 2\n", "a key that is not text"),
+            ("train: [", "not valid YAML: while parsing a flow node"),
+            ("x: !!python/object:os.system {}", "could not determine a constructor"),
+            ("a: 1\n---\nb: 2\n", "expected a single document"),
+            ("hello", ": a configuration is a mapping of sections, not 'hello'"),
+            ("- a", ": a configuration is a mapping of sections, not ['a']"),
+            ("train: 5", ": train = 5: this is a section; give it keys with values"),
+        ],
+    )
+    def test_file(self, write: Callable[[str], Path], text: str, expected: str) -> None:
+        path = write(text)
+        # A wrong section in the file is the file's fault, also when an override would cover it.
+        assert message(path, "train.steps=3").startswith(f"{path}: ")
+        assert expected in message(path, "train.steps=3")
+
+    def test_unreadable_file(self, tmp_path: Path) -> None:
+        assert "cannot read the configuration" in message(tmp_path / "absent.yaml")
+        assert "cannot read the configuration" in message(tmp_path)
+        (tmp_path / "latin.yaml").write_bytes(b"run_dir: \xe9")
+        assert "cannot read the configuration" in message(tmp_path / "latin.yaml")
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", sorted(PRESETS))
+    def test_loads_alone_and_warns_of_nothing(self, name: str) -> None:
+        config = load_config(None, [f"preset={name}"])
+        assert config.preset == name
+        assert list(check_fields(config)) == []
+        assert list(without_effect(config)) == []
+        for section, values in PRESETS[name].items():
+            for key, value in values.items():
+                assert getattr(getattr(config, section), key) == value
+
+    # Table 1 and section 5.1 of arXiv 2406.02214 (millions of parameters, full rank and SLTrain).
+    @pytest.mark.parametrize(
+        ("name", "full", "sltrain"),
+        [("llama_60m", 58, 44), ("llama_130m", 134, 97), ("llama_350m", 368, 194), ("llama_1b", 1339, 646)],
+    )
+    def test_parameters_are_the_papers(self, name: str, full: int, sltrain: int) -> None:
+        for method, millions in (("full", full), ("sltrain", sltrain)):
+            config = load_config(None, [f"preset={name}", f"reparam.method={method}"])
+            assert count_parameters(config.model, config.reparam).total / 1e6 == pytest.approx(millions, rel=0.02)
+
+    def test_the_file_wins_over_the_preset_key_by_key(self, write: Callable[[str], Path]) -> None:
+        config = load_config(write("preset: llama_130m\noptim: {lr: 0.1}\nmodel:\n"), ["reparam.rank=64"])
+        assert (config.optim.lr, config.optim.warmup_steps) == (0.1, 2_200)
+        assert (config.model.hidden_size, config.reparam.rank, config.reparam.alpha) == (768, 64, 16.0)
+
+    def test_a_null_takes_a_preset_value_away(self) -> None:
+        config = load_config(None, ["preset=llama_60m", "train.steps=null", "train.tokens=1000"])
+        assert (config.train.steps, config.train.tokens) == (None, 1000)
+
+    def test_loading_changes_no_preset(self) -> None:
+        before = repr(PRESETS)
+        load_config(None, ["preset=llama_60m", "model.num_layers=1", "optim={lr: 0.5}"])
+        assert repr(PRESETS) == before
+
+
+class TestRules:
+    @pytest.mark.parametrize(
+        ("values", "key"),
+        [
+            ({"model": {"hidden_size": 513}}, "model.num_heads"),
+            ({"model": {"hidden_size": 24, "num_heads": 8}, "reparam": {"rank": 4}}, "model.num_heads"),
+            ({"model": {"num_heads": 8, "num_kv_heads": 3}}, "model.num_kv_heads"),
+            ({"reparam": {"rank": 513}}, "reparam.rank"),
+            ({"model": {"num_kv_heads": 2}, "reparam": {"rank": 129}}, "reparam.rank"),
+            ({"reparam": {"density": 1e-7}}, "reparam.density"),
+            ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
+            ({"train": {}}, "train.steps"),
+            ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
+            ({"train": {"steps": 10, "micro_batch": 3}}, "train.micro_batch"),
+        ],
+    )
+    def test_broken(self, values: dict[str, Any], key: str) -> None:
+        config = Config.model_validate({"train": {"steps": 10}} | values)
+        assert [found for found, _ in check_fields(config)] == [key]
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"train": {"tokens": 5}},
+            {"train": {"dry_run": True}},
+            {"optim": {"warmup_steps": 10}},
+            {"reparam": {"rank": 512}},
+            {"reparam": {"rank": 5000, "method": "full"}},
+            {"reparam": {"density": 1e-7, "method": "lowrank"}},
+            {"train": {"steps": 10, "micro_batch": 512}},
+        ],
+    )
+    def test_kept(self, values: dict[str, Any]) -> None:
+        assert list(check_fields(Config.model_validate({"train": {"steps": 10}} | values))) == []
+
+    def test_micro_batches_per_update(self) -> None:
+        config = load_config(None, ["train.steps=1", "train.micro_batch=8", "train.global_batch=96"])
+        assert [micro_batches_per_update(config, ranks) for ranks in (1, 2, 3, 12)] == [12, 6, 4, 1]
+        with pytest.raises(ConfigError, match=r"8 times 5 ranks = 40; .* train\.global_batch=120$"):
+            micro_batches_per_update(config, 5)
+
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            ((), []),
+            (("reparam.method=full",), []),
+            (("reparam.method=full", "reparam.rank=8"), ["reparam.rank has no effect with reparam.method=full"]),
+            (("reparam.method=full", "preset=llama_130m"), []),
+            (
+                ("reparam.method=lowrank", "reparam.density=0.5"),
+                ["reparam.density has no effect with reparam.method=lowrank"],
+            ),
+            (("parallel.zero_stage=1",), ["parallel.zero_stage has no effect with parallel.engine=ddp"]),
+            (("parallel.zero_stage=1", "parallel.engine=zero"), []),
+            (("eval.every=5",), ["eval.every has no effect without eval.source"]),
+            (("eval.every=5", "eval.source=embedded"), []),
+            (
+                ("tracking.mlflow=false", "tracking.mlflow_uri=http://h"),
+                ["tracking.mlflow_uri has no effect with tracking.mlflow=false"],
+            ),
+        ],
+    )
+    def test_warnings_of_settings_without_effect(self, overrides: tuple[str, ...], expected: list[str]) -> None:
+        assert list(without_effect(load_config(None, ["train.steps=1000000", *overrides]))) == expected

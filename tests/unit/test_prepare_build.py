@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sltrain_dist.data.prepare import build, embedded, shards
+from sltrain_dist.data.prepare.build import PrepareOptions, build_corpus_of_packages, build_embedded, prepare_files
+from sltrain_dist.data.prepare.embedded import docstrings, find_installation, find_packages, raw_documents
+from sltrain_dist.data.prepare.inputs import Document, find_inputs, read_documents
+from sltrain_dist.data.prepare.shards import MANIFEST, Manifest, is_complete, new_directory, write_corpus
+from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.errors import ConfigError, DataError
+
+TEXT = "the river of time is a long and quiet one that nobody can see but all of us follow to sea for ever"
+WORDS = TEXT.split()
+
+
+def _prose(seed: str, sentences: int = 4) -> str:
+    rng = random.Random(seed)
+    return " ".join(" ".join(["The", *rng.choices(WORDS, k=9)]) + "." for _ in range(sentences))
+
+
+def _package(root: Path, name: str, version: str = "1.0", functions: int = 6) -> None:
+    """An installed package that must never be imported."""
+    definitions = "".join(
+        f'\ndef f{i}():\n    """{_prose(f"{name}{i}")}"""\n    raise SystemExit\n' for i in range(functions)
+    )
+    body = f'"""{_prose(name)}"""\nraise RuntimeError("imported")\n{definitions}'
+    (root / name / "tests").mkdir(parents=True)
+    (root / name / "__init__.py").write_text(body)
+    (root / name / "tests" / "test_it.py").write_text(f'"""{_prose(name + "tests")}"""\n')
+    info = root / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n# {name}\n\n{_prose(name + 'description')}\n"
+    )
+    (info / "RECORD").write_text(f"{name}/__init__.py,,\n{name}/tests/test_it.py,,\n../../bin/{name}.py,,\n")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    root = tmp_path / "somewhere" / "site-packages"
+    for number in range(30):
+        _package(root, f"pack{number:02d}")
+    return root
+
+
+@pytest.fixture
+def cached(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The fake packages are what is installed."""
+    monkeypatch.setattr(build, "find_installation", lambda: find_installation([site]))
+    yield site.parent.parent / "cache"
+
+
+def _rows(directory: Path, split: str) -> list[dict[str, str]]:
+    return [
+        json.loads(line)
+        for path in sorted(directory.glob(f"*-{split}.*.json.gz"))
+        for line in gzip.decompress(path.read_bytes()).splitlines()
+    ]
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_docstrings_of_source() -> None:
+    source = b'''# -*- coding: latin-1 -*-
+"""Module \xe4."""
+class A:
+    """Class."""
+    async def f(self):
+        """Method."""
+        def inner():
+            """Not read."""
+    x = """Not a docstring."""
+def g(): "Half a pair: \\ud800"
+'''
+    assert list(docstrings(source)) == [
+        ("", "Module ä."),
+        ("A", "Class."),
+        ("A.f", "Method."),
+        ("g", "Half a pair: ?"),
+    ]
+
+
+@pytest.mark.parametrize("source", [b"def (:", b"\0", b"\xff\xfe", b"# coding: nonsense\n", b"(" * 5000])
+def test_source_that_is_not_python_has_no_docstrings(source: bytes) -> None:
+    assert list(docstrings(source)) == []
+
+
+def test_invalid_escapes_are_silent(recwarn: pytest.WarningsRecorder) -> None:
+    assert list(docstrings(b'"""A \\d in it."""')) == [("", "A \\d in it.")]
+    assert not recwarn.list
+
+
+def test_topics() -> None:
+    source = b"# -*- coding: utf-8 -*-\ntopics = {'b': 'Text of b.', 'a': 'Text ' 'of a.'}\n"
+    assert list(docstrings(source, is_topics=True)) == [("a", "Text of a."), ("b", "Text of b.")]
+
+
+def test_packages_are_read_and_not_imported(site: Path) -> None:
+    before = set(sys.modules)
+    documents = list(raw_documents(find_packages(find_installation([site]))))
+    assert {d.source for d in documents} == {f"pack{i:02d}" for i in range(30)}
+    assert not {name for name in set(sys.modules) - before if name.startswith("pack")}
+    urls = {d.url for d in documents}
+    assert {"python://pack00/__init__.py#", "python://pack00/__init__.py#f1", "python://pack00#description"} <= urls
+    assert len(urls) == 30 * 8
+    assert not any("tests" in url or "bin" in url or str(site) in url for url in urls)
+
+
+def test_files_of_little_prose_and_deleted_files_are_skipped(site: Path) -> None:
+    _package(site, "code")
+    (site / "code" / "__init__.py").write_text('"""' + _prose("x") + '"""\n' + "x = 1\n" * 1000)
+    (site / "pack00" / "__init__.py").unlink()
+    sources = [d for d in raw_documents(find_packages(find_installation([site]))) if d.source in {"code", "pack00"}]
+    assert {d.url for d in sources} == {"python://code#description", "python://pack00#description"}
+
+
+def test_bound_of_source_per_package(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_MAX_PACKAGE_BYTES", 100)
+    documents = list(raw_documents(find_packages(find_installation([site]))))
+    assert {d.url.partition("#")[2] for d in documents} == {"description"}
+
+
+def test_editable_installations_and_the_project_itself_are_left_out(site: Path) -> None:
+    fingerprint = find_installation([site]).fingerprint()
+    _package(site, "sltrain_dist")
+    _package(site, "mine")
+    (site / "mine-1.0.dist-info" / "direct_url.json").write_text('{"url": "file:///x", "dir_info": {"editable": true}}')
+    installation = find_installation([site])
+    assert installation.fingerprint() == fingerprint
+    assert not {"mine", "sltrain_dist"} & {package.name for package in find_packages(installation)}
+
+
+def test_fingerprint_depends_on_versions_and_rules(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprints = [find_installation([site]).fingerprint()]
+    _package(site, "another", version="1.0")
+    fingerprints.append(find_installation([site]).fingerprint())
+    (site / "another-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: another\nVersion: 1.1\n")
+    fingerprints.append(find_installation([site]).fingerprint())
+    monkeypatch.setattr(embedded, "EXTRACTION_VERSION", -1)
+    fingerprints.append(find_installation([site]).fingerprint())
+    assert len(set(fingerprints)) == 4
+
+
+def test_standard_library_is_found() -> None:
+    installation = find_installation()
+    assert ("python", sys.version.split()[0]) in installation.versions()
+    assert installation.standard_library and (installation.standard_library / "json").is_dir()
+
+
+def test_corpus_of_packages(site: Path, tmp_path: Path) -> None:
+    manifest = build_corpus_of_packages(find_installation([site]), tmp_path / "out", num_shards=3)
+    rows = {split: _rows(tmp_path / "out", split) for split in ("train", "validation")}
+    assert {split: len(r) for split, r in rows.items()} == {s: c.documents for s, c in manifest.splits.items()}
+    packages = {s: {r["url"].split("//")[1].split("/")[0].split("#")[0] for r in rs} for s, rs in rows.items()}
+    assert packages["train"] and packages["validation"]
+    assert not packages["train"] & packages["validation"]
+    assert len(packages["train"] | packages["validation"]) == 30
+    share = len(rows["validation"]) / (len(rows["train"]) + len(rows["validation"]))
+    assert 0.03 <= share <= 0.08
+    assert all(set(row) == {"text", "timestamp", "url"} for row in rows["train"])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [
+        "embedded-train.00000-of-00003.json.gz",
+        "embedded-train.00001-of-00003.json.gz",
+        "embedded-train.00002-of-00003.json.gz",
+        "embedded-validation.00000-of-00001.json.gz",
+        MANIFEST,
+    ]
+    stored = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert stored["inputs"] == [f"pack{i:02d} 1.0" for i in range(30)]
+    assert sum(sum(counts.values()) for counts in stored["sources"].values()) == len(rows["train"] + rows["validation"])
+    assert stored["fingerprint"] == manifest.fingerprint
+
+
+def test_two_builds_in_different_places_are_identical(site: Path, tmp_path: Path) -> None:
+    build_corpus_of_packages(find_installation([site]), tmp_path / "first")
+    elsewhere = tmp_path / "elsewhere" / "dist-packages"
+    elsewhere.parent.mkdir()
+    site.rename(elsewhere)
+    time.sleep(1.1)  # gzip's header counts seconds
+    build_corpus_of_packages(find_installation([elsewhere]), tmp_path / "second")
+    assert _contents(tmp_path / "first") == _contents(tmp_path / "second")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_validation_is_never_empty_and_never_all(tmp_path: Path, count: int) -> None:
+    root = tmp_path / "site-packages"
+    for number in range(count):
+        _package(root, f"p{number}", functions=3 * number + 1)
+    if count == 1:
+        with pytest.raises(DataError, match="two packages"):
+            build_corpus_of_packages(find_installation([root]), tmp_path / "out")
+        return
+    manifest = build_corpus_of_packages(find_installation([root]), tmp_path / "out")
+    assert set(manifest.splits) == {"train", "validation"}
+
+
+def test_embedded_is_built_once_and_tokenizers_are_added(cached: Path) -> None:
+    lines: list[str] = []
+    first = build_embedded(cached, 300, report=lines.append)
+    assert len(lines) == 3
+    (directory,) = (path for path in cached.iterdir() if path.is_dir())
+    assert sorted(str(p) for p in directory.glob("*.gz")) == sorted(
+        str(p) for pattern in (first.train_glob, first.validation_glob) for p in directory.glob(Path(pattern).name)
+    )
+    assert Tokenizer(first.tokenizer).vocab_size == 300
+    before = _contents(directory)
+    lines.clear()
+    assert build_embedded(cached, 300, report=lines.append) == first
+    assert lines == []
+    other = build_embedded(cached, 305, report=lines.append)
+    assert Tokenizer(other.tokenizer).vocab_size == 305 and other.train_glob == first.train_glob
+    assert len(lines) == 1
+    assert before.items() <= _contents(directory).items()
+
+
+def test_embedded_with_a_shard_missing_is_built_again(cached: Path) -> None:
+    corpus = build_embedded(cached, 300)
+    directory = corpus.tokenizer.parent
+    before = _contents(directory)
+    next(directory.glob("*-train.*")).unlink()
+    assert not is_complete(directory)
+    build_embedded(cached, 300)
+    assert _contents(directory) == before
+
+
+def test_embedded_vocabulary_too_large_and_unwritable_cache(cached: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=9000: .*too large"):
+        build_embedded(cached, 9000)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache_dir"):
+        build_embedded(tmp_path / "file", 300)
+
+
+def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.default_cache_dir() == tmp_path / "sltrain_dist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.default_cache_dir() == tmp_path / ".cache" / "sltrain_dist"
+
+
+def _build_in_process(site: str, cache: str, barrier: Any, results: Any) -> None:
+    build.find_installation = lambda: find_installation([Path(site)])  # type: ignore[assignment]
+    barrier.wait()
+    lines: list[str] = []
+    corpus = build_embedded(Path(cache), 300, report=lines.append)
+    results.put((str(corpus.tokenizer), len(lines), Tokenizer(corpus.tokenizer).fingerprint))
+
+
+def test_processes_that_build_at_once(site: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    arguments = (str(site), str(tmp_path / "cache"), barrier, results)
+    processes = [context.Process(target=_build_in_process, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({(path, fingerprint) for path, _, fingerprint in found}) == 1
+    assert sorted(lines for _, lines, _ in found) == [0, 0, 3], "one builds, the others wait"
+    assert not list((tmp_path / "cache").glob("*.tmp-*"))
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def documents() -> Iterator[tuple[shards.Split, Document]]:
+        yield "train", Document("One.", "u", "s")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as temporary:
+        from collections import Counter
+
+        write_corpus(temporary, documents(), Manifest("x", []), num_shards=2, dropped=Counter())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_appears_meanwhile(tmp_path: Path) -> None:
+    def race(yields: bool) -> None:
+        with new_directory(tmp_path / "out", yields_to_other=yields) as temporary:
+            (temporary / "ours").write_text("")
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "theirs").write_text("")
+
+    race(True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+    with pytest.raises(DataError, match="cannot make"):
+        race(False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def _page(seed: str) -> str:
+    return _prose(seed, 3).replace(". ", ".\n") + "\nMenu\n"
+
+
+def test_files_of_all_kinds(tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text(_page("a") + "\n" + _page("b"))
+    row = json.dumps({"body": _page("c"), "url": "https://c"})
+    (tmp_path / "in" / "b.jsonl").write_text(row + "\n\n")
+    (tmp_path / "in" / "deep" / "c.json.gz").write_bytes(gzip.compress(json.dumps({"body": _page("d")}).encode()))
+    paths = find_inputs([str(tmp_path / "in" / "**"), str(tmp_path / "in" / "a.txt")])
+    assert [path.name for path in paths] == ["a.txt", "b.jsonl", "c.json.gz"]
+    documents = [d for p in paths for d in read_documents(p, text_field="body", txt_unit="paragraph")]
+    assert [d.url for d in documents] == ["file:a.txt#0", "file:a.txt#1", "https://c", "file:c.json.gz#0"]
+    assert [d.text for d in documents] == [_page(s) for s in "abcd"]
+    assert len(list(read_documents(paths[0]))) == 1
+
+    options = PrepareOptions(text_field="body", validation_fraction=0.5, num_shards=2, txt_unit="paragraph")
+    manifest = prepare_files([str(tmp_path / "in" / "**")], tmp_path / "out", options, name="mine")
+    kept = [row["text"] for split in ("train", "validation") for row in _rows(tmp_path / "out", split)]
+    assert sorted(kept) == sorted(_page(s).replace("\nMenu\n", "") for s in "abcd")
+    assert manifest.inputs[1] == {"file": "b.jsonl", "bytes": len(row) + 2}
+    assert set(manifest.splits) == {"train", "validation"}
+
+
+def _write_txt(directory: Path, count: int) -> str:
+    directory.mkdir()
+    for number in range(count):
+        (directory / f"{number:03d}.txt").write_text(_prose(f"doc{number}"))
+    return str(directory / "*.txt")
+
+
+def test_split_is_by_text_and_repeatable(tmp_path: Path) -> None:
+    pattern = _write_txt(tmp_path / "in", 200)
+    options = PrepareOptions(validation_fraction=0.2)
+    manifest = prepare_files([pattern], tmp_path / "a", options)
+    prepare_files([pattern], tmp_path / "b", options)
+    assert _contents(tmp_path / "a") == _contents(tmp_path / "b")
+    assert 20 <= manifest.splits["validation"].documents <= 60
+    assert set(prepare_files([pattern], tmp_path / "c", PrepareOptions(validation_fraction=0)).splits) == {"train"}
+
+
+def test_few_documents_make_few_shards_but_both_splits(tmp_path: Path) -> None:
+    prepare_files([_write_txt(tmp_path / "in", 3)], tmp_path / "out", PrepareOptions(num_shards=8))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.gz")) == [
+        "corpus-train.00000-of-00002.json.gz",
+        "corpus-train.00001-of-00002.json.gz",
+        "corpus-validation.00000-of-00001.json.gz",
+    ]
+
+
+def test_duplicates_across_files_and_no_dedup(tmp_path: Path) -> None:
+    pattern = _write_txt(tmp_path / "in", 4)
+    (tmp_path / "in" / "copy.txt").write_text(_prose("doc1"))
+    assert prepare_files([pattern], tmp_path / "a", PrepareOptions()).dropped == {"duplicate": 1}
+    assert prepare_files([pattern], tmp_path / "b", PrepareOptions(dedup=False)).dropped == {}
+
+
+def test_wrapped_text_needs_unwrap(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        wrapped = "\n".join(" ".join(words) for words in zip(*[iter(_prose(name, 7).split())] * 7, strict=True))
+        (tmp_path / "in" / f"{name}.txt").write_text(wrapped.replace(".\n", ". \n"))
+    pattern = str(tmp_path / "in" / "*")
+    with pytest.raises(DataError, match=r"(?s)too few sentences|no line passes.*--unwrap"):
+        prepare_files([pattern], tmp_path / "a", PrepareOptions())
+    assert not (tmp_path / "a").exists()
+    prepare_files([pattern], tmp_path / "b", PrepareOptions(unwrap=True))
+    assert _rows(tmp_path / "b", "train")[0]["text"] == _prose("b", 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
+        (b'{"body": "x"}\n', r"line 1: no text under 'text' \(there is: body\)"),
+        (b"[1]\n", r"line 1: no text .*there is: list"),
+        (b'{"text": 3}\n', "line 1: no text"),
+        (b'{"text": "\xff"}\n', "cannot read"),
+    ],
+)
+def test_bad_json(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_documents(tmp_path / "x.jsonl"))
+
+
+def test_damaged_gzip_and_lone_surrogates(tmp_path: Path) -> None:
+    compressed = gzip.compress(b'{"text": "' + random.Random(0).randbytes(500).hex().encode() + b'"}\n')
+    (tmp_path / "cut.json.gz").write_bytes(compressed[:-40])
+    with pytest.raises(DataError, match=r"cannot read .*cut\.json\.gz"):
+        list(read_documents(tmp_path / "cut.json.gz"))
+    (tmp_path / "half.jsonl").write_text('{"text": "half \\ud800 a pair"}\n')
+    assert [d.text for d in read_documents(tmp_path / "half.jsonl")] == ["half ? a pair"]
+
+
+def test_inputs_and_outputs_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no file matches"):
+        find_inputs([str(tmp_path / "*.txt")])
+    with pytest.raises(ConfigError, match=r"name its files"):
+        find_inputs([str(tmp_path)])
+    (tmp_path / "x.parquet").write_text("")
+    with pytest.raises(ConfigError, match="unknown kind of file"):
+        find_inputs([str(tmp_path / "x.parquet")])
+    pattern = _write_txt(tmp_path / "in", 3)
+    with pytest.raises(ConfigError, match="exists already"):
+        prepare_files([pattern], tmp_path / "in", PrepareOptions())
+    (tmp_path / "empty").mkdir()
+    prepare_files([pattern], tmp_path / "empty", PrepareOptions())
+    assert is_complete(tmp_path / "empty")
