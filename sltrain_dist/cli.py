@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sltrain_dist.errors import ConfigError, SltrainError
+from sltrain_dist.errors import CheckpointError, ConfigError, SltrainError
 
 app = typer.Typer(
     name="sltrain",
@@ -36,6 +36,13 @@ class ModelType(StrEnum):
 
     unigram = "unigram"
     bpe = "bpe"
+
+
+class Dtype(StrEnum):
+    """Type of exported weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 InputOption = Annotated[
@@ -159,6 +166,36 @@ def train_tokenizer(
             "fingerprint": result.fingerprint,
         },
     )
+
+
+@app.command("export")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory (its newest checkpoint).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
+) -> None:
+    """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
+    from sltrain_dist.checkpoint.export import export_dense
+
+    with _progress() as report:
+        report(f"merging {checkpoint}")
+        parameters = export_dense(checkpoint, output, dtype=dtype.value)
+    _print_table(f"Model in {output}", {"parameters": f"{parameters:,}", "type": dtype.value})
+
+
+@app.command("verify")
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory (all its checkpoints).")],
+) -> None:
+    """Compares checkpoints with the sizes and SHA-256 in their manifests; exit code 5 if one is damaged."""
+    from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
+
+    found = [kept for _, kept in list_checkpoints(path / "checkpoints")] or [path]
+    problems = {checkpoint: damage(checkpoint) for checkpoint in found}
+    _print_table("Checkpoints", {str(checkpoint): problem or "whole" for checkpoint, problem in problems.items()})
+    damaged = [checkpoint.name for checkpoint, problem in problems.items() if problem]
+    if damaged:
+        raise CheckpointError(f"damaged: {', '.join(damaged)}")
 
 
 def main() -> None:

@@ -54,9 +54,12 @@ def without_effect(config: Config) -> Iterator[str]:
         for key in ("rank", "density", "alpha"):
             if config.preset is None and getattr(config.reparam, key) != getattr(defaults.reparam, key):
                 yield f"reparam.{key} has no effect with reparam.method=full"
-    if config.reparam.method == "lowrank" and config.preset is None:
-        if config.reparam.density != defaults.reparam.density:
-            yield "reparam.density has no effect with reparam.method=lowrank"
+    if (
+        config.reparam.method == "lowrank"
+        and config.preset is None
+        and config.reparam.density != defaults.reparam.density
+    ):
+        yield "reparam.density has no effect with reparam.method=lowrank"
     if config.parallel.engine == "ddp":
         for key in ("zero_stage", "shard"):
             if getattr(config.parallel, key) != getattr(defaults.parallel, key):

@@ -182,7 +182,7 @@ def _end_with_parent(connection: Connection, parent: int) -> None:
     """
     try:
         while not connection.poll(_PARENT_CHECK_S):
-            if False:
+            if os.getppid() != parent:
                 break
     except OSError:
         pass

@@ -34,7 +34,7 @@ def test_help_of_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert _run(monkeypatch, command, "--help") == 0
-    assert "--output" in capsys.readouterr().out
+    assert "Usage: " in capsys.readouterr().out
 
 
 def test_help_imports_nothing_heavy() -> None:

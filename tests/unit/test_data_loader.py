@@ -78,7 +78,7 @@ def test_every_document_once_an_epoch(tmp_path, num_shards, streams, extra, bloc
             orders[stream.state.epoch].append(int(row[0]))
     for epoch in (0, 1):
         assert seen[epoch] == Counter(range(1, total + 1))
-    if total > 40:
+    if total > 40 and block >= 5:  # blocks of one document are not shuffled
         assert orders[0] != orders[1]
 
 

@@ -179,21 +179,25 @@ from sltrain_dist.data.loader import TrainLoader
 loader = TrainLoader(DataConfig(workers=2, seq_len=16, shuffle_block=4), shards=json.loads(sys.argv[1]),
     tokenizer_path=Path(sys.argv[2]), seed=0, global_batch=12, rank=0, world_size=1)
 next(loader)
+if FORKS and os.fork() == 0:
+    time.sleep(15)
+    os._exit(0)
 print(json.dumps([worker.pid for worker in loader._workers]), flush=True)
+ENDING
 """
 
 
 @pytest.mark.parametrize(
-    ("ending", "sign"),
+    ("ending", "forks", "sign"),
     [
-        ("time.sleep(60)", signal.SIGKILL),
+        ("time.sleep(60)", False, signal.SIGKILL),
         # A fork keeps the parent's end of the sockets open; the parent's death must be noticed all the same.
-        ("if os.fork() == 0:\n    time.sleep(8)\n    os._exit(0)\ntime.sleep(60)", signal.SIGKILL),
-        ("raise SystemExit(0)", None),
-        ("raise RuntimeError('the trainer fails without closing its loader')", None),
+        ("time.sleep(60)", True, signal.SIGKILL),
+        ("raise SystemExit(0)", False, None),
+        ("raise RuntimeError('the trainer fails without closing its loader')", False, None),
     ],
 )
-def test_workers_die_with_their_parent(shards, tokenizer, ending, sign):
+def test_workers_die_with_their_parent(shards, tokenizer, ending, forks, sign):
     """The parent's program comes by standard input, which a `multiprocessing` child could not start from."""
     parent = subprocess.Popen(
         [sys.executable, "-", json.dumps(shards), str(tokenizer)],
@@ -203,7 +207,7 @@ def test_workers_die_with_their_parent(shards, tokenizer, ending, sign):
         text=True,
     )
     with parent:
-        parent.stdin.write(PARENT + ending + "\n")
+        parent.stdin.write(PARENT.replace("FORKS", str(forks)).replace("ENDING", ending))
         parent.stdin.close()
         pids = json.loads(parent.stdout.readline())
         if sign is not None:

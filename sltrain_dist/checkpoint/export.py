@@ -1,0 +1,163 @@
+"""Exports a checkpoint as a dense Hugging Face LLaMA: safetensors and config.json, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
+from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.config.load import load_config
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.models.build import DTYPES, build_meta_model
+from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+
+_SHARD_BYTES = 5_000_000_000
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at `path`, or the newest of the run directory at `path`.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    kept = list_checkpoints(path / "checkpoints")
+    return kept[-1][1] if kept else path
+
+
+def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: int = _SHARD_BYTES) -> int:
+    """Merges every sparse plus low-rank layer into a dense weight and writes a Hugging Face model.
+
+    Layers are merged in float32, one at a time, so that the memory needed is one output file's.
+
+    Args:
+        path: A checkpoint, or a run directory (its newest checkpoint).
+        output: Directory to make.
+        dtype: "bf16" or "fp32", the type of the exported weights.
+        shard_bytes: Largest size of one safetensors file.
+
+    Returns:
+        Number of parameters of the exported model.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or was made with other supports than this version draws.
+        ConfigError: The output is there already, or cannot be written.
+    """
+    if output.exists():
+        raise ConfigError(f"{output} is there already; choose another --output, or remove it")
+    checkpoint = find_checkpoint(path)
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise CheckpointError(problem)
+    reader = CheckpointReader(checkpoint)
+    config = load_config(checkpoint / "config.yaml")
+    temporary = output.with_name(f".{output.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(_hugging_face_config(config, dtype), indent=2) + "\n")
+        tokenizer = Path(config.data.tokenizer)
+        if tokenizer.is_file():
+            shutil.copy(tokenizer, temporary / "tokenizer.model")
+        temporary.rename(output)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return parameters
+
+
+def _write_tensors(
+    directory: Path, reader: CheckpointReader, config: Config, dtype: torch.dtype, shard_bytes: int
+) -> int:
+    files: list[list[str]] = []
+    sizes: list[int] = []
+    pending: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(pending))
+        sizes.append(sum(t.nbytes for t in pending.values()))
+        pending.clear()
+
+    for name, tensor in _dense_tensors(reader, config):
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.numel() * dtype.itemsize > shard_bytes:
+            flush()
+        pending[name] = tensor.to(dtype)
+    flush()
+    if len(files) == 1:
+        (directory / "part-0").rename(directory / "model.safetensors")
+    else:
+        home = {}
+        for index, names in enumerate(files):
+            file_name = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
+            (directory / f"part-{index}").rename(directory / file_name)
+            home.update(dict.fromkeys(names, file_name))
+        index_json = {"metadata": {"total_size": sum(sizes)}, "weight_map": home}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n")
+    return sum(sizes) // dtype.itemsize
+
+
+def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Yields (Hugging Face's name, dense float32 tensor) of every parameter."""
+    digest = hashlib.sha256()
+    model = build_meta_model(config)
+    replaced: set[str] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, SLLinear | LowRankLinear):
+            continue
+        replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
+        module.to_empty(device="cpu").float()
+        _load(module, f"{name}.", reader)
+        if isinstance(module, SLLinear):
+            module.support.reset()
+            digest.update(f"{module.name}:{module.support.fingerprint()}\n".encode())
+        yield f"{name}.weight", module.dense_weight()
+        module.to("meta")
+    if digest.hexdigest()[:16] != reader.state["supports"]:
+        raise CheckpointError(
+            f"{reader.path} was made with other supports than this version draws for the same seed; "
+            "export with the version that saved it"
+        )
+    for name, parameter in model.named_parameters():
+        if name not in replaced:
+            yield name, reader.read(f"model.{name}", 0, parameter.numel()).view(parameter.shape).float()
+
+
+def _load(module: nn.Module, prefix: str, reader: CheckpointReader) -> None:
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            parameter.copy_(reader.read(f"model.{prefix}{key}", 0, parameter.numel()).view(parameter.shape))
+
+
+def _hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": config.data.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+    }

@@ -1,0 +1,117 @@
+"""The import order of docs/architecture.md, module by module: no breach, no cycle, no torch where none may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "sltrain_dist"
+
+LAYERS = (
+    {"errors"},
+    {"config"},
+    {"numerics"},
+    {"sparse_lowrank", "data", "optim", "tracking"},
+    {"models"},
+    {"parallel"},
+    {"checkpoint"},
+    {"train"},
+    {"cli"},
+)
+"""Lowest first; a package imports itself and what is below it, not its neighbours."""
+
+TORCH_FREE = {
+    "errors",
+    "config.schema",
+    "config.presets",
+    "config.load",
+    "config.rules",
+    "sparse_lowrank.layout",
+    "models.count",
+    "optim.schedule",
+    "parallel.partition",
+    "checkpoint.manifest",
+    "data.order",
+    "cli",
+}
+LEAVES = {"sparse_lowrank.layout", "models.count", "parallel.partition", "data.order", "checkpoint.manifest"}
+"""May be imported by everything above config, each other included."""
+
+ONLY_IN = {
+    "deepspeed": {"parallel.zero"},
+    "mlflow": {"tracking.mlflow"},
+    "sentencepiece": {"data.tokenizer"},
+    "datasets": {"data.source"},
+}
+
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items() if name != "__init__"}
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports, at any depth of its code."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            ours = {name for name in inner if name.removeprefix("sltrain_dist.") in MODULES}
+            found |= ours or {module}
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    return {i.removeprefix("sltrain_dist.") for i in imports(MODULES[name]) if i.startswith("sltrain_dist.")}
+
+
+def layer(module: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if module.partition(".")[0] in packages)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_down(name: str) -> None:
+    package = name.partition(".")[0]
+    for imported in own_imports(name):
+        if imported.partition(".")[0] == package or (imported in LEAVES and layer(name) > layer("config")):
+            continue
+        assert layer(imported) < layer(name), f"{name} imports {imported}"
+
+
+def test_no_cycles() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path, name))
+        if name in done:
+            return
+        for imported in sorted(own_imports(name) & set(MODULES)):
+            visit(imported, (*path, name))
+        done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(TORCH_FREE))
+def test_torch_free_modules_import_no_torch(name: str) -> None:
+    code = f"import sys, sltrain_dist.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_IN))
+def test_a_library_has_one_home(library: str) -> None:
+    users = {name for name, path in MODULES.items() if any(i.partition(".")[0] == library for i in imports(path))}
+    assert users == ONLY_IN[library]
+
+
+def test_the_checks_see_a_breach() -> None:
+    """Negative control."""
+    assert "config.schema" in own_imports("config.load")
+    assert layer("train.loop") > layer("parallel.engine") > layer("data.order")
