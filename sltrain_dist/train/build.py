@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
@@ -53,6 +53,8 @@ class Run:
     tracker: RunTracker
     stop: StopRequest
     supports: str
+    perplexities: list[tuple[int, float]] = field(default_factory=list)
+    """(step, perplexity) of the evaluations that this process made."""
 
     @property
     def eval_micro_batch(self) -> int:

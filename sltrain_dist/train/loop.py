@@ -126,6 +126,7 @@ def _evaluate(run: Run, clock: Clock) -> None:
         return
     with clock.meter.excluded():
         result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env)
+    run.perplexities.append((run.state.step, result.perplexity))
     run.tracker.evaluation(
         {
             "step": run.state.step,

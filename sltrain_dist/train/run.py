@@ -54,13 +54,15 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
 def _train(config: Config, env: Environment, run_dir: Path) -> Outcome:
     from sltrain_dist.train.build import build_run
     from sltrain_dist.train.loop import fit
+    from sltrain_dist.train.summary import closing_lines
 
     run = build_run(config, env, run_dir, lambda line: print(line, flush=True) if env.is_main else None)
     status: Status = "FAILED"
     try:
         outcome = fit(run)
         status = "FINISHED" if outcome.code is ExitCode.DONE else "KILLED"
-        run.tracker.note(f"{outcome.reason} (step {outcome.step}, exit code {int(outcome.code)})")
+        for line in closing_lines(config, run_dir, outcome, run.perplexities):
+            run.tracker.note(line)
         return outcome
     finally:
         run.loader.close()

@@ -8,11 +8,13 @@ import torch
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.optim.factory import STATE_NAMES
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.console import format_bytes, format_count
+from sltrain_dist.train.exit import Outcome
 
 Sections = dict[str, list[tuple[str, str]]]
 
@@ -86,4 +88,23 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
     ]
     if config.tracking.mlflow:
         lines.append(("mlflow", config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"))
+    return lines
+
+
+def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities: list[tuple[int, float]]) -> list[str]:
+    """How the run ended, and what its user may want to do next."""
+    lines = [f"{outcome.reason} (step {outcome.step}, exit code {int(outcome.code)})"]
+    if len(perplexities) > 1:
+        path = " → ".join(f"{perplexity:,.1f} (step {step})" for step, perplexity in perplexities)
+        lines.append(f"validation perplexity: {path}")
+    if outcome.code is not ExitCode.DONE:
+        lines.append("go on: start the same command again")
+        return lines
+    if config.tracking.mlflow:
+        uri = config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"
+        lines.append(f"look at the run:     mlflow ui --backend-store-uri {uri}")
+    lines.append(f"train on from here:  the same command with train.steps={2 * max(1, outcome.step)}")
+    lines.append(f"use the model:       sltrain export {run_dir} --output DIR")
+    dry_run = "deepspeed launch/pretrain.py --config configs/llama_7b.yaml train.dry_run=true"
+    lines.append(f"plan a 7B run:       {dry_run}   (one update where it is to train; reports the peak memory)")
     return lines

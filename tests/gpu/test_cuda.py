@@ -1,0 +1,52 @@
+"""The operator and a whole update on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sltrain_dist.models.build import build_model
+from sltrain_dist.parallel.ddp import DDPEngine
+from sltrain_dist.parallel.environment import Environment
+
+from ..unit.test_model import small, tokens
+from ..unit.test_sl_linear import SHAPES, assert_close, made, make_layer, oracle, results
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
+def test_operator_equals_oracle(shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    m, n, r = shape
+    layer = make_layer(m, n, r, dtype, bias=True)
+    x, g = made((2, 5, n), dtype, 4), made((2, 5, m), dtype, 5)
+    want = oracle(layer, x, g)
+    got = results(layer.cuda(), x.cuda(), g.cuda())
+    assert_close({key: value.cpu() for key, value in got.items()}, want, tolerance)
+
+
+def test_model_starts_from_the_same_weights_as_on_the_cpu() -> None:
+    cpu, cuda = build_model(small()).state_dict(), build_model(small(), "cuda").state_dict()
+    assert all(torch.equal(cpu[name], cuda[name].cpu()) for name in cpu)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_lowers_the_loss_as_on_the_cpu(dtype: str) -> None:
+    config = small(train={"dtype": dtype}, optim={"lr": 0.01})
+    ids = tokens(config, 4)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        env = Environment(0, 1, 0, torch.device(device))
+        engine = DDPEngine(build_model(config, device), config.optim, env)
+        losses[device] = []
+        for _ in range(20):
+            loss = engine.micro_step(ids.to(device), ids.to(device), 1 / ids.numel(), last=True)
+            engine.clip_gradients(1.0)
+            engine.update(0.01)
+            losses[device].append(float(loss) / ids.numel())
+    assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if dtype == "fp32" else 5e-2)

@@ -1,0 +1,64 @@
+"""Text and tokenizer of the whole runs, made once, and a process that survives running them."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sltrain_dist.data.tokenizer import train_tokenizer
+
+from .helpers import Corpus, documents, tiny_config, train_here, write_config, write_shard
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    directory = tmp_path_factory.mktemp("corpus")
+    for shard in range(3):
+        write_shard(directory / f"c4-train.{shard:05d}-of-00003.json.gz", documents(f"train-{shard}", 60))
+    write_shard(directory / "c4-validation.00000-of-00001.json.gz", documents("validation", 21))
+    tokenizer = directory / "tokenizer.model"
+    train_tokenizer(documents("tokenizer", 200), tokenizer, vocab_size=300)
+    return Corpus(str(directory / "c4-train.*.json.gz"), str(directory / "c4-validation.*.json.gz"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of 6 updates, with a checkpoint every 2 and an evaluation every 3."""
+    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml", tiny_config(corpus))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tiny` that has ended, to be copied."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    with _as_a_process():
+        assert train_here(tiny, run_dir) == 0
+    return run_dir
+
+
+@pytest.fixture(autouse=True)
+def _own_process() -> Iterator[None]:
+    with _as_a_process():
+        yield
+
+
+class _as_a_process:  # noqa: N801 (used like a function)
+    """Lets a run in this process compute as one of its own with one thread, and takes its traces away."""
+
+    def __enter__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+        self._random = torch.get_rng_state(), random.getstate()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_num_threads(self._threads)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        torch.set_rng_state(self._random[0])
+        random.setstate(self._random[1])
