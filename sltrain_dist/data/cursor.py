@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sltrain_dist.data.stream import StreamSettings, StreamState
@@ -16,7 +17,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
     """Everything that must be equal for a cursor to mean the same documents, for JSON."""
     return {
         "seed": settings.seed,
-        "data.source": _names_fingerprint(settings.shards),
+        "data.source": _source_fingerprint(settings.shards),
         "data.text_field": settings.text_field,
         "data.tokenizer": tokenizer_fingerprint,
         "data.seq_len": settings.seq_len,
@@ -109,14 +110,19 @@ def _check_form(cursor: Mapping[str, Any]) -> None:
             raise CheckpointError(f"the checkpoint's data cursor is damaged: no {key}")
 
 
-def _names_fingerprint(shards: Sequence[str]) -> str:
-    """Number and hash of the shards' names below their common directory: data may move between runs."""
+def _source_fingerprint(shards: Sequence[str]) -> str:
+    """Number and hash of the shards' names below their common directory: data may move between runs.
+
+    The sizes of local files count too, so that rebuilt shards of the same names are noticed. (Their content
+    is not hashed: that would read all of the data at every start.)
+    """
     parts = [shard.split("/") for shard in shards]
     common = 0
     while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
         common += 1
-    names = "\n".join("/".join(names[common:]) for names in parts)
-    return f"{len(shards)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    sizes = (Path(shard).stat().st_size if Path(shard).is_file() else "" for shard in shards)
+    entries = "\n".join(f"{'/'.join(names[common:])} {size}" for names, size in zip(parts, sizes, strict=True))
+    return f"{len(shards)} files, {hashlib.sha256(entries.encode()).hexdigest()[:16]}"
 
 
 def _show(key: str, value: Any) -> str:

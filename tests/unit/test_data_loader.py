@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +170,11 @@ def test_a_cursor_of_other_data_is_refused(tmp_path, monkeypatch):
     state = saved(make_loaders(data_config(), shards, 1))
     with pytest.raises(CheckpointError, match=r"data\.source \(2 files, \w{16}, now 1 files"):
         make_loaders(data_config(), shards[:1], 1, state=state)
+    (tmp_path / "rebuilt").mkdir()
+    rebuilt = write_numbered(tmp_path / "rebuilt", [40, 51])
+    assert [Path(shard).name for shard in rebuilt] == [Path(shard).name for shard in shards]
+    with pytest.raises(CheckpointError, match=r"data\.source \(2 files, \w{16}, now 2 files"):
+        make_loaders(data_config(), rebuilt, 1, state=state)
     with pytest.raises(CheckpointError, match=r"seed \(3, now 4\)"):
         make_loaders(data_config(), shards, 1, state=state, seed=4)
     monkeypatch.setattr(NumberTokenizer, "fingerprint", "f" * 16)
