@@ -5,6 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 . .venv/bin/activate
-: "${OMP_NUM_THREADS:=$((($(nproc) + 1) / 2))}"   # two processes share the cores
-export OMP_NUM_THREADS
 deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml "$@"

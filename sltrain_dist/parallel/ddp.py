@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -28,6 +29,8 @@ class DDPEngine:
         self._module = model
         self._ddp: DistributedDataParallel | None = None
         if env.world_size > 1:
+            # torch 2.13 deprecates it for an argument that torch 2.11 does not have.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = DistributedDataParallel(
                 model,
                 device_ids=[env.device] if env.device.type == "cuda" else None,

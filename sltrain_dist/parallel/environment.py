@@ -106,6 +106,9 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
     Args:
         timeout_s: Seconds after which a collective fails.
         need_group: Whether a single process needs a group too (DeepSpeed does).
+
+    Raises:
+        ConfigError: The launcher's variables, its port or the number of processes do not suit this machine.
     """
     rank, world_size, local_rank = rank_variables()
     if torch.cuda.is_available():
@@ -118,6 +121,7 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        _share_cores(os.environ)
     if world_size > 1 or need_group:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
         if world_size == 1:
@@ -126,7 +130,14 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         timeout = timedelta(seconds=timeout_s)
         # DeepSpeed makes groups of its own without passing a timeout on; they take the library's default.
         distributed_c10d.default_pg_timeout = timeout
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConfigError(
+                f"the ranks cannot meet at {where} ({error}); if another run on this machine has taken the port, "
+                "start with another (deepspeed --master_port N, torchrun --master-port N)"
+            ) from None
     return Environment(rank, world_size, local_rank, device)
 
 
@@ -134,6 +145,16 @@ def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _share_cores(environ: dict[str, str] | os._Environ[str]) -> None:
+    """Gives each process of this host its share of the cores, unless the user or the launcher has done so.
+
+    Left alone, every process starts a thread for every core, and they slow each other down several times.
+    """
+    here = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    if "OMP_NUM_THREADS" not in environ and here.isdigit() and int(here) > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))
 
 
 def _free_port() -> int:

@@ -157,7 +157,9 @@ def _save(run: Run, clock: Clock) -> None:
 
 def _stop_reason(run: Run) -> str | None:
     """Why to stop, agreed on by all ranks: a signal may have reached only one of them."""
-    return next((reason for reason in run.env.gather(run.stop.reason()) if reason), None)
+    reason = run.stop.reason()
+    (asked,) = run.env.sum([1.0 if reason else 0.0])  # one number; texts are sent only when there is one
+    return next(text for text in run.env.gather(reason) if text) if asked else None
 
 
 def _due(every: int, step: int) -> bool:
