@@ -31,5 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Imports stay inside main: data workers import this file again when they start.
     sys.exit(main())

@@ -188,9 +188,9 @@ def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory (all its checkpoints).")],
 ) -> None:
     """Compares checkpoints with the sizes and SHA-256 in their manifests; exit code 5 if one is damaged."""
-    from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
+    from sltrain_dist.checkpoint.manifest import damage, list_directories
 
-    found = [kept for _, kept in list_checkpoints(path / "checkpoints")] or [path]
+    found = [kept for _, kept in list_directories(path / "checkpoints")] or [path]
     problems = {checkpoint: damage(checkpoint) for checkpoint in found}
     _print_table("Checkpoints", {str(checkpoint): problem or "whole" for checkpoint, problem in problems.items()})
     damaged = [checkpoint.name for checkpoint, problem in problems.items() if problem]

@@ -5,4 +5,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 . .venv/bin/activate
+: "${DS_ACCELERATOR:=cpu}"   # two processes; DS_ACCELERATOR=cuda where there are two GPUs
+export DS_ACCELERATOR
 deepspeed --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml "$@"

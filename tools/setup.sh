@@ -26,4 +26,6 @@ pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --const
 # in another build. DeepSpeed compiles what it needs when it is first used, not now.
 "${pip[@]}" torch==2.13.0 numpy
 DS_BUILD_OPS=0 "${pip[@]}" --editable ".${extras:+[$extras]}"
-echo "$wanted" >>"$stamp"
+# The stamp holds one line for every set of extras that the present versions were installed with.
+{ grep -F "${wanted% \[*} " "$stamp" 2>/dev/null || true; echo "$wanted"; } >"$stamp.new"
+mv "$stamp.new" "$stamp"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,14 +10,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
-from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.checkpoint.store import TOKENIZER, CheckpointReader
 from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
+from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
-from sltrain_dist.models.build import DTYPES, build_meta_model
+from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
+from sltrain_dist.parallel.engine import load_parameter
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
@@ -65,10 +66,9 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
     try:
         temporary.mkdir(parents=True)
         parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(_hugging_face_config(config, dtype), indent=2) + "\n")
-        tokenizer = Path(config.data.tokenizer)
-        if tokenizer.is_file():
-            shutil.copy(tokenizer, temporary / "tokenizer.model")
+        hugging_face = _hugging_face_config(config, dtype) | _special_ids(checkpoint / TOKENIZER)
+        (temporary / "config.json").write_text(json.dumps(hugging_face, indent=2) + "\n")
+        shutil.copyfile(checkpoint / TOKENIZER, temporary / TOKENIZER)
         temporary.rename(output)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error}") from None
@@ -110,7 +110,7 @@ def _write_tensors(
 
 def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[str, Tensor]]:
     """Yields (Hugging Face's name, dense float32 tensor) of every parameter."""
-    digest = hashlib.sha256()
+    supports: list[tuple[str, str]] = []
     model = build_meta_model(config)
     replaced: set[str] = set()
     for name, module in model.named_modules():
@@ -118,13 +118,14 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             continue
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
         module.to_empty(device="cpu").float()
-        _load(module, f"{name}.", reader)
+        for key, parameter in module.named_parameters():
+            load_parameter(reader.read, f"{name}.{key}", parameter)
         if isinstance(module, SLLinear):
             module.support.reset()
-            digest.update(f"{module.name}:{module.support.fingerprint()}\n".encode())
+            supports.append((module.name, module.support.fingerprint()))
         yield f"{name}.weight", module.dense_weight()
         module.to("meta")
-    if digest.hexdigest()[:16] != reader.state["supports"]:
+    if join_fingerprints(supports) != reader.state["supports"]:
         raise CheckpointError(
             f"{reader.path} was made with other supports than this version draws for the same seed; "
             "export with the version that saved it"
@@ -134,10 +135,13 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             yield name, reader.read(f"model.{name}", 0, parameter.numel()).view(parameter.shape).float()
 
 
-def _load(module: nn.Module, prefix: str, reader: CheckpointReader) -> None:
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            parameter.copy_(reader.read(f"model.{prefix}{key}", 0, parameter.numel()).view(parameter.shape))
+def _special_ids(tokenizer: Path) -> dict[str, int | None]:
+    """Ids that generation needs. Absent ones are null: left out, Hugging Face would take LLaMA's."""
+    if not tokenizer.is_file():
+        raise CheckpointError(f"{tokenizer.parent} was saved without its tokenizer")
+    model = Tokenizer(tokenizer)
+    ids = {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id, "pad_token_id": model.pad_id}
+    return {name: number if number >= 0 else None for name, number in ids.items()}
 
 
 def _hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:

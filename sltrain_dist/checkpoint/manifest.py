@@ -5,6 +5,7 @@ Layout of `<run_dir>/checkpoints/step_XXXXXXXX/`:
     tensors-00000-of-00002.safetensors   pieces of parameters and optimizer states, one file per rank
     state.json                           counters, data cursor, random-number states, fingerprints
     config.yaml                          the resolved configuration
+    tokenizer.model                      the SentencePiece model that the run was trained with
     manifest.json                        written last; a directory without it is not a checkpoint
 """
 
@@ -31,14 +32,15 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of all complete checkpoints in `<run_dir>/checkpoints`, oldest first."""
+    return [(step, path) for step, path in list_directories(directory) if (path / MANIFEST).is_file()]
+
+
+def list_directories(directory: Path) -> list[tuple[int, Path]]:
+    """As :func:`list_checkpoints`, with directories that only look like checkpoints: theirs went missing."""
     if not directory.is_dir():
         return []
-    found = []
-    for path in directory.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+    matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
+    return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
 def file_entry(path: Path) -> dict[str, Any]:

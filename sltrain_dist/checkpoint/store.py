@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sltrain_dist.checkpoint.manifest import (
+    MANIFEST,
     checkpoint_name,
     damage,
     file_entry,
     list_checkpoints,
+    list_directories,
     sync_path,
     write_manifest,
     write_synced,
@@ -31,6 +34,10 @@ from sltrain_dist.parallel.engine import Chunk
 from sltrain_dist.parallel.environment import Environment
 
 T = TypeVar("T")
+
+TOKENIZER = "tokenizer.model"
+REST = ("state.json", "config.yaml", TOKENIZER)
+"""Files beside the tensors."""
 
 
 class CheckpointStore:
@@ -45,7 +52,9 @@ class CheckpointStore:
     def __init__(self, directory: Path, env: Environment, keep: int) -> None:
         self._directory, self._env, self._keep = directory, env, keep
 
-    def save(self, step: int, chunks: Iterable[Chunk], state: dict[str, Any], config_yaml: str) -> Path:
+    def save(
+        self, step: int, chunks: Iterable[Chunk], state: dict[str, Any], config_yaml: str, tokenizer: Path | None = None
+    ) -> Path:
         """Writes a checkpoint: everything into a temporary directory, the manifest last, then one rename.
 
         Args:
@@ -53,6 +62,7 @@ class CheckpointStore:
             chunks: This rank's pieces.
             state: JSON-able state of the run; the main rank's is written.
             config_yaml: The resolved configuration.
+            tokenizer: The SentencePiece model, of which a copy is kept with the weights.
 
         Raises:
             CheckpointError: A rank could not write; earlier checkpoints are untouched.
@@ -60,14 +70,20 @@ class CheckpointStore:
         final = self._directory / checkpoint_name(step)
         temporary = self._directory / f".incomplete-{checkpoint_name(step)}"
         self._together(lambda: self._prepare(temporary) if self._env.is_main else None)
+        self._together(lambda: self._write_rest(temporary, state, config_yaml, tokenizer))
         entries = self._together(lambda: self._write_tensors(temporary, chunks))
         files = {name: entry for part in entries for name, entry in part.items()}
-        self._together(lambda: self._finish(temporary, final, step, files, state, config_yaml))
+        self._together(lambda: self._finish(temporary, final, step, files))
         return final
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is undamaged; damaged ones are named through `report` and passed over."""
-        candidates = self._env.gather([str(path) for _, path in list_checkpoints(self._directory)])[0]
+        """The newest checkpoint that is undamaged; damaged ones are named through `report` and passed over.
+
+        Raises:
+            CheckpointError: There are checkpoints, and all of them are damaged.
+        """
+        self._together(lambda: self._complete_replacement() if self._env.is_main else None)
+        candidates = self._env.gather([str(path) for _, path in list_directories(self._directory)])[0]
         for path in reversed(candidates):
             problem = self.check(Path(path))
             if problem is None:
@@ -78,6 +94,25 @@ class CheckpointStore:
                 f"every checkpoint in {self._directory} is damaged; restore one, or start in a new run_dir"
             )
         return None
+
+    def holds(self, path: Path) -> bool:
+        """Whether `path` is one of this run's own checkpoints, or its run directory."""
+        own = self._directory.resolve()
+        return path.resolve() in (own.parent, own) or path.resolve().parent == own
+
+    def abandon_after(self, step: int) -> list[Path]:
+        """Renames checkpoints of later updates, from which a run that goes back must not go on by mistake.
+
+        Returns:
+            What they are called now. They are kept, and never looked at or deleted again.
+        """
+
+        def abandon() -> list[Path]:
+            later = [path for other, path in list_directories(self._directory) if other > step]
+            new_names = [path.with_name(f"abandoned-{path.name}-{time.strftime('%Y%m%dT%H%M%S')}") for path in later]
+            return [path.rename(new_name) for path, new_name in zip(later, new_names, strict=True)]
+
+        return self._together(lambda: abandon() if self._env.is_main else [])[0]
 
     def check(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None. The ranks share the reading, and agree on the answer."""
@@ -101,6 +136,14 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
+    def _complete_replacement(self) -> None:
+        """Makes the second rename of a replacement (see :meth:`_finish`) that a kill has left half done."""
+        for replaced in self._directory.glob(".replaced-step_*"):
+            final = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+            new = replaced.with_name(f".incomplete-{final.name}")
+            if not final.exists():
+                (new if (new / MANIFEST).is_file() else replaced).rename(final)
+
     def _write_tensors(self, temporary: Path, chunks: Iterable[Chunk]) -> dict[str, dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -114,32 +157,35 @@ class CheckpointStore:
         sync_path(path)
         return {path.name: file_entry(path)}
 
-    def _finish(
-        self, temporary: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any], config_yaml: str
-    ) -> None:
+    def _write_rest(self, temporary: Path, state: dict[str, Any], config_yaml: str, tokenizer: Path | None) -> None:
         if not self._env.is_main:
             return
         write_synced(temporary / "state.json", json.dumps(state))
         write_synced(temporary / "config.yaml", config_yaml)
-        for name in ("state.json", "config.yaml"):
-            files[name] = file_entry(temporary / name)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, temporary / TOKENIZER)
+            sync_path(temporary / TOKENIZER)
+
+    def _finish(self, temporary: Path, final: Path, step: int, files: dict[str, Any]) -> None:
+        if not self._env.is_main:
+            return
+        for name in REST:
+            if (temporary / name).exists():
+                files[name] = file_entry(temporary / name)
         write_manifest(temporary, step, files)
         sync_path(temporary)
         if final.exists():  # a rerun from an older checkpoint comes by the same step again
             replaced = final.with_name(f".replaced-{final.name}")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-            temporary.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            temporary.rename(final)
-        sync_path(self._directory)
+        temporary.rename(final)
         for _, old in list_checkpoints(self._directory)[: -self._keep]:
             if old != final:
                 # First it stops being a checkpoint, then it goes: a kill in between leaves no half of one.
-                gone = old.with_name(f".deleted-{old.name}")
-                old.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                old.rename(old.with_name(f".deleted-{old.name}"))
+        sync_path(self._directory)
+        for leftover in self._directory.glob(".*-step_*"):  # of earlier, killed processes too
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class CheckpointReader:

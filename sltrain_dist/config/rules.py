@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
@@ -39,32 +42,41 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
     train = config.train
     per_pass = train.micro_batch * world_size
     if train.global_batch % per_pass:
+        if train.global_batch % world_size == 0:
+            remedy = f"train.micro_batch={math.gcd(train.micro_batch, train.global_batch // world_size)}"
+        else:
+            remedy = f"train.global_batch={-(-train.global_batch // per_pass) * per_pass}, or another number of ranks"
         raise ConfigError(
             f"train.global_batch = {train.global_batch} is not a multiple of train.micro_batch = "
-            f"{train.micro_batch} times {world_size} ranks = {per_pass}; change one of them, for example "
-            f"train.global_batch={-(-train.global_batch // per_pass) * per_pass}"
+            f"{train.micro_batch} times {world_size} ranks = {per_pass}; set for example {remedy}"
         )
     return train.global_batch // per_pass
 
 
 def without_effect(config: Config) -> Iterator[str]:
-    """Yields a warning for every setting that was changed from its default and does nothing."""
-    defaults = Config()
-    if config.reparam.method == "full":
-        for key in ("rank", "density", "alpha"):
-            if config.preset is None and getattr(config.reparam, key) != getattr(defaults.reparam, key):
-                yield f"reparam.{key} has no effect with reparam.method=full"
-    if (
-        config.reparam.method == "lowrank"
-        and config.preset is None
-        and config.reparam.density != defaults.reparam.density
-    ):
-        yield "reparam.density has no effect with reparam.method=lowrank"
-    if config.parallel.engine == "ddp":
-        for key in ("zero_stage", "shard"):
-            if getattr(config.parallel, key) != getattr(defaults.parallel, key):
-                yield f"parallel.{key} has no effect with parallel.engine=ddp"
-    if config.eval.source is None and config.eval.every != defaults.eval.every:
-        yield "eval.every has no effect without eval.source"
-    if not config.tracking.mlflow and config.tracking.mlflow_uri is not None:
-        yield "tracking.mlflow_uri has no effect with tracking.mlflow=false"
+    """Yields a warning for every setting that says something and does nothing."""
+    usual = Config.model_validate(PRESETS[config.preset] if config.preset else {})
+    optim, parallel, tracking = config.optim, config.parallel, config.tracking
+    cases = (
+        ("reparam.method=full", config.reparam.method == "full", ("reparam.rank", "reparam.density", "reparam.alpha")),
+        ("reparam.method=lowrank", config.reparam.method == "lowrank", ("reparam.density",)),
+        ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.zero_stage", "parallel.shard")),
+        ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),
+        ("optim.name=sgd", optim.name == "sgd", ("optim.beta1", "optim.beta2", "optim.eps")),
+        ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),
+        ("eval.source=null", config.eval.source is None, ("eval.every", "eval.tokens", "eval.micro_batch")),
+        (
+            "tracking.mlflow=false",
+            not tracking.mlflow,
+            ("tracking.mlflow_uri", "tracking.experiment", "tracking.run_name"),
+        ),
+    )
+    for cause, holds, keys in cases:
+        for key in keys if holds else ():
+            if _value(config, key) != _value(usual, key):
+                yield f"{key} has no effect with {cause}"
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, field = key.partition(".")
+    return getattr(getattr(config, section), field)

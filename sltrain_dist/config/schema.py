@@ -192,7 +192,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep; older ones are deleted after a newer one is complete."""
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one. never: start anew, and
-    refuse a run_dir that already holds checkpoints. Else: the path of a checkpoint or of a run_dir."""
+    refuse a run_dir that already holds checkpoints. Else: the path of a checkpoint, or of a run_dir (its
+    newest). One of run_dir's own: the run goes back to it, and later ones are set aside. One of another
+    run: this run begins from it, and when started again goes on from its own."""
 
 
 class TrackingConfig(Section):

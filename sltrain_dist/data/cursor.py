@@ -11,6 +11,7 @@ from sltrain_dist.data.stream import StreamSettings, StreamState
 from sltrain_dist.errors import CheckpointError
 
 _VERSION = 1
+_BYTES = "bytes of data.source"
 
 
 def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
@@ -18,6 +19,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
     return {
         "seed": settings.seed,
         "data.source": _source_fingerprint(settings.shards),
+        _BYTES: _bytes_of(settings.shards),
         "data.text_field": settings.text_field,
         "data.tokenizer": tokenizer_fingerprint,
         "data.seq_len": settings.seq_len,
@@ -54,6 +56,8 @@ def read_cursor(
     _check_form(cursor)
     saved = cursor["order"]
     differing = [key for key in {**saved, **order} if saved.get(key) != order.get(key)]
+    if _BYTES in differing and not (saved.get(_BYTES) and order.get(_BYTES)):
+        differing.remove(_BYTES)  # one of them is unknown: the data has moved between the Hub and a disk
     if differing:
         changes = ", ".join(
             f"{key} ({_show(key, saved.get(key))}, now {_show(key, order.get(key))})" for key in differing
@@ -111,18 +115,22 @@ def _check_form(cursor: Mapping[str, Any]) -> None:
 
 
 def _source_fingerprint(shards: Sequence[str]) -> str:
-    """Number and hash of the shards' names below their common directory: data may move between runs.
-
-    The sizes of local files count too, so that rebuilt shards of the same names are noticed. (Their content
-    is not hashed: that would read all of the data at every start.)
-    """
+    """Number and hash of the shards' names below their common directory: data may move between runs."""
     parts = [shard.split("/") for shard in shards]
     common = 0
     while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
         common += 1
-    sizes = (Path(shard).stat().st_size if Path(shard).is_file() else "" for shard in shards)
-    entries = "\n".join(f"{'/'.join(names[common:])} {size}" for names, size in zip(parts, sizes, strict=True))
-    return f"{len(shards)} files, {hashlib.sha256(entries.encode()).hexdigest()[:16]}"
+    names = "\n".join("/".join(names[common:]) for names in parts)
+    return f"{len(shards)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def _bytes_of(shards: Sequence[str]) -> int:
+    """Size of all shards, so that rebuilt ones of the same names are noticed; 0 where some are not local.
+
+    (Their content is not hashed: that would read all of the data at every start.)
+    """
+    paths = [Path(shard) for shard in shards]
+    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else 0
 
 
 def _show(key: str, value: Any) -> str:

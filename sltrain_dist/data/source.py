@@ -33,7 +33,9 @@ _LASTING = (FileNotFoundError, PermissionError, ImportError, NotImplementedError
 """Errors that no second attempt will mend."""
 
 
-def resolve_source(source: str | list[str], *, subset: str | None = None, split: str = "train") -> list[str]:
+def resolve_source(
+    source: str | list[str], *, subset: str | None = None, split: str = "train", key: str = "data.source"
+) -> list[str]:
     """The shards of a source: absolute local paths and URLs, sorted, each once.
 
     Args:
@@ -41,14 +43,15 @@ def resolve_source(source: str | list[str], *, subset: str | None = None, split:
             `owner/name`; or a list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
+        key: What the source is called in the configuration, for messages.
 
     Raises:
         DataError: Nothing is there, or the Hub cannot be reached; the message names the entry.
     """
     entries = [source] if isinstance(source, str) else source
     if not entries:
-        raise DataError("data.source is an empty list; name at least one file, directory, glob, URL or Hub dataset")
-    shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split)}
+        raise DataError(f"{key} is an empty list; name at least one file, directory, glob, URL or Hub dataset")
+    shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key)}
     for shard in sorted(shards):
         if _NOT_LINES.search(_without_query(shard)):
             raise DataError(f"{shard} is not a file of JSON lines (one object with a text field a line), as C4's are")
@@ -88,11 +91,11 @@ def read_lines(shard: str, first: int = 0, step: int = 1) -> Iterator[tuple[int,
         raise DataError(f"{shard} has no bytes, so it is not a complete {_codec(shard)} file; fetch it again")
 
 
-def _resolve_entry(entry: str, subset: str | None, split: str) -> list[str]:
+def _resolve_entry(entry: str, subset: str | None, split: str, key: str) -> list[str]:
     if entry.startswith("file://"):
         entry = entry.removeprefix("file://")
     if _is_url(entry):
-        return _resolve_url(entry)
+        return _resolve_url(entry, key)
     path = Path(entry).expanduser()
     if entry and path.is_dir():
         return _lines_files([str(child.absolute()) for child in path.iterdir() if child.is_file()], entry)
@@ -102,17 +105,17 @@ def _resolve_entry(entry: str, subset: str | None, split: str) -> list[str]:
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         files = [str(Path(match).absolute()) for match in matches if Path(match).is_file()]
         if not files:
-            raise DataError(f"no file matches the glob {entry!r} (working directory {Path.cwd()}); check data.source")
+            raise DataError(f"no file matches the glob {entry!r} (working directory {Path.cwd()}); check {key}")
         return files
     if _HUB_ID.fullmatch(entry) and not _LINES.search(entry) and not _NOT_LINES.search(entry):
-        return _resolve_hub(entry, subset, split)
+        return _resolve_hub(entry, subset, split, key)
     raise DataError(
         f"there is no file or directory {entry!r} (working directory {Path.cwd()}), and it is neither a URL nor a "
-        "Hub dataset of the form owner/name; check data.source"
+        f"Hub dataset of the form owner/name; check {key}"
     )
 
 
-def _resolve_url(url: str) -> list[str]:
+def _resolve_url(url: str, key: str) -> list[str]:
     http = url.startswith(("http://", "https://"))
     is_glob = re.search(r"[*]" if http else r"[*?[]", url) is not None
     if http and not is_glob:
@@ -129,9 +132,9 @@ def _resolve_url(url: str) -> list[str]:
     except DataError:
         raise
     except Exception as error:  # as above: any plug-in's
-        raise DataError(f"cannot list {url}: {_text(error)}; check data.source and the network") from error
+        raise DataError(f"cannot list {url}: {_text(error)}; check {key} and the network") from error
     if not found:
-        raise DataError(f"no file matches the glob {url!r}; check data.source")
+        raise DataError(f"no file matches the glob {url!r}; check {key}")
     return found
 
 
@@ -144,7 +147,7 @@ def _lines_files(files: list[str], directory: str) -> list[str]:
     )
 
 
-def _resolve_hub(name: str, subset: str | None, split: str) -> list[str]:
+def _resolve_hub(name: str, subset: str | None, split: str, key: str) -> list[str]:
     # Here, because it takes a second to import and only Hub datasets need it.
     import datasets
 
@@ -154,8 +157,8 @@ def _resolve_hub(name: str, subset: str | None, split: str) -> list[str]:
         raise DataError(
             f"{name!r} is no local file or directory (working directory {Path.cwd()}), so it was looked for as a "
             f"dataset on the Hugging Face Hub, which failed too: {_text(error)}. If a path was meant, correct "
-            "data.source; if the dataset, check its name, data.subset, the network, HF_HUB_OFFLINE and, for a "
-            "private or gated one, HF_TOKEN"
+            f"{key}; if the dataset, check its name, {key.replace('source', 'subset')}, the network, HF_HUB_OFFLINE "
+            "and, for a private or gated one, HF_TOKEN"
         ) from error
     files_of_split = {
         str(key): [str(file) for file in files] for key, files in (builder.config.data_files or {}).items()
@@ -205,11 +208,11 @@ def _reading_error(shard: str, line: int, error: Exception) -> DataError:
         return error
     where = f"after {line} lines" if line else "at its start"
     if isinstance(error, FileNotFoundError):
-        return DataError(f"the shard {shard} is not there (any more); put it back, or correct data.source")
+        return DataError(f"the shard {shard} is not there (any more); put it back, or correct the source")
     if _codec(shard) is not None:
         return DataError(
             f"cannot read the shard {shard} {where}: {_text(error)}. A corrupt or truncated file must be fetched "
-            "again, or taken out of data.source"
+            "again, or taken out of the source"
         )
     return DataError(f"cannot read the shard {shard} {where}: {_text(error)}")
 

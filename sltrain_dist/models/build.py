@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -84,7 +84,10 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SLLinear]]:
 
 def supports_fingerprint(model: nn.Module) -> str:
     """16 hex digits over all supports, by layer name; equal on every rank and in every resumed run."""
-    digest = hashlib.sha256()
-    for name, layer in sparse_layers(model):
-        digest.update(f"{name}:{layer.support.fingerprint()}\n".encode())
-    return digest.hexdigest()[:16]
+    return join_fingerprints((name, layer.support.fingerprint()) for name, layer in sparse_layers(model))
+
+
+def join_fingerprints(supports: Iterable[tuple[str, str]]) -> str:
+    """16 hex digits over (layer name, fingerprint) of all supports, in the order of the layers."""
+    lines = "".join(f"{name}:{fingerprint}\n" for name, fingerprint in supports)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]

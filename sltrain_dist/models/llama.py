@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -216,8 +215,3 @@ class LlamaForCausalLM(nn.Module):
         """
         logits = self.lm_head(self.model(input_ids))
         return logits if labels is None else cross_entropy_sum(logits, labels)
-
-
-def initial_loss(config: ModelConfig) -> float:
-    """Loss of a model that knows nothing: ln(vocabulary), in nats."""
-    return math.log(config.vocab_size)

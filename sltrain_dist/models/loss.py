@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,8 +24,3 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat = logits.reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
-
-
-def count_labels(labels: Tensor) -> int:
-    """Number of positions that count."""
-    return int(torch.count_nonzero(labels != IGNORE))

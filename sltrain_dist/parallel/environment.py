@@ -41,11 +41,11 @@ class Environment:
 
     def sum(self, values: list[float]) -> list[float]:
         """Sums a few numbers over all ranks, in float64."""
-        if self.world_size == 1:
-            return [float(v) for v in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: list[float]) -> list[float]:
+        """The largest of each number over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, by rank, on every rank."""
@@ -74,8 +74,25 @@ class Environment:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Runs `action` on the main rank and returns its result on all; an error is raised on all."""
-        result = self.together(lambda: action() if self.is_main else None)[0]
-        return cast(T, result)
+        if self.world_size == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [action(), None]
+            except SltrainError as error:
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(T, outcome[0])
+
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
 
 
 def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> tuple[int, int, int]:
@@ -88,8 +105,8 @@ def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> t
         if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, deepspeed
             rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
             local_rank = int(environ.get("LOCAL_RANK", 0))
-        elif int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environ:  # srun
-            rank, world_size = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
+        elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; not the batch script itself, which is no step
+            rank, world_size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
             local_rank = int(environ.get("SLURM_LOCALID", 0))
         else:
             rank, world_size, local_rank = 0, 1, 0
@@ -111,11 +128,12 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         ConfigError: The launcher's variables, its port or the number of processes do not suit this machine.
     """
     rank, world_size, local_rank = rank_variables()
-    if torch.cuda.is_available():
+    # DeepSpeed's variable is heeded by its engine; rank, model and engine must not disagree on the device.
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
-                "start as many processes on each host as it has GPUs"
+                "start as many processes on each host as it has GPUs, or set DS_ACCELERATOR=cpu"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -129,14 +147,16 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
         timeout = timedelta(seconds=timeout_s)
         # DeepSpeed makes groups of its own without passing a timeout on; they take the library's default.
-        distributed_c10d.default_pg_timeout = timeout
+        for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            setattr(distributed_c10d, default, timeout)
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        except dist.DistNetworkError as error:
+        except (dist.DistError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(
-                f"the ranks cannot meet at {where} ({error}); if another run on this machine has taken the port, "
-                "start with another (deepspeed --master_port N, torchrun --master-port N)"
+                f"the ranks cannot meet at {where} ({error}); under srun export MASTER_ADDR and MASTER_PORT; "
+                "if another run on this machine has taken the port, start with another (deepspeed --master_port N, "
+                "torchrun --master-port N)"
             ) from None
     return Environment(rank, world_size, local_rank, device)
 

@@ -26,9 +26,17 @@ from sltrain_dist.parallel.engine import (
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import is_factor
 
+_BUCKET = 50_000_000
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, written from ours, with nothing that matters left to its defaults."""
+
+def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, written from ours, with nothing that matters left to its defaults.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks.
+        sharded_numel: Values in the parameters that DeepSpeed is given.
+    """
     train = config.train
     values: dict[str, Any] = {
         "train_batch_size": train.global_batch,
@@ -37,7 +45,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_allreduce_op": "sum",
         "gradient_clipping": 0.0,  # left out, 0.19 clips at 1.0; clipping is done here, over all parameters
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "overlap_comm": False,
+            # Elements. The default of 5e8 would allocate 1 GB in bf16 for the smallest model too.
+            "reduce_bucket_size": min(_BUCKET, sharded_numel),
+            "allgather_bucket_size": min(_BUCKET, sharded_numel),
+            "compute_grad_norm": False,  # its norm would leave the remainder out; ours is taken before the step
+        },
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
@@ -88,7 +103,7 @@ class ZeroEngine:
             model=model,
             model_parameters=[p for _, p in self._sharded],
             optimizer=self._optimizer,
-            config=deepspeed_config(config, env.world_size),
+            config=deepspeed_config(config, env.world_size, sum(p.numel() for _, p in self._sharded)),
             dist_init_required=False,
         )
 

@@ -49,6 +49,7 @@ class Run:
     state: TrainState
     loader: TrainLoader
     eval_rows: Rows | None
+    tokenizer: Path
     store: CheckpointStore
     tracker: RunTracker
     stop: StopRequest
@@ -62,29 +63,30 @@ class Run:
         return self.config.eval.micro_batch or self.config.train.micro_batch
 
 
-def build_run(config: Config, env: Environment, run_dir: Path, say: Callable[[str], None]) -> Run:
+def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest, say: Callable[[str], None]) -> Run:
     """Builds a run, resumed where the configuration asks for it and there is something to resume.
 
     Args:
         config: The run.
         env: This process among all.
         run_dir: Exists and is writable.
+        stop: Notes requests to stop from now on.
         say: Prints a line of progress on the main rank, before the tracker exists.
 
     Raises:
         SltrainError: On all ranks alike, or on the one rank that found it.
     """
     micro_batches_per_update(config, env.world_size)
-    stop = StopRequest(run_dir)
     corpus = prepare_corpus(config, env, say)
     store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep)
     reader = open_checkpoint(config, env, store, say)
     notes = [] if reader is None else _compare(reader, config)
 
     model = build_model(config, env.device)
-    supports = supports_fingerprint(model)
+    supports = _agreed_supports(model, env)
     engine = build_engine(model, config, env)
     state = TrainState() if reader is None else _restore(reader, engine, env, supports)
+    abandoned = store.abandon_after(state.step)
     loader = TrainLoader(
         config.data,
         shards=corpus.train_shards,
@@ -108,11 +110,17 @@ def build_run(config: Config, env: Environment, run_dir: Path, say: Callable[[st
     tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
     for warning in without_effect(config):
         tracker.warn(warning)
+    if config.parallel.engine == "zero" and env.world_size == 1:
+        tracker.warn("parallel.engine=zero on one rank shards nothing and takes more memory than parallel.engine=ddp")
     if reader is not None:
         tracker.note(f"resumed from {reader.path} at update {state.step}")
         for note in notes:
             tracker.note(f"changed since then: {note}")
-    return Run(config, env, run_dir, engine, state, loader, corpus.eval_rows, store, tracker, stop, supports)
+    for path in abandoned:
+        tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
+    return Run(
+        config, env, run_dir, engine, state, loader, corpus.eval_rows, corpus.tokenizer, store, tracker, stop, supports
+    )
 
 
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:
@@ -130,7 +138,8 @@ def prepare_corpus(
     train_source, eval_source, tokenizer_path = data.source, evaluation.source, data.tokenizer
     if "embedded" in (train_source, eval_source, tokenizer_path):
         cache = None if data.cache_dir is None else Path(data.cache_dir)
-        corpus = env.on_main(lambda: build_embedded(cache, config.model.vocab_size, report=say))
+        vocab_size = config.model.vocab_size if tokenizer_path == "embedded" else None
+        corpus = env.on_main(lambda: build_embedded(cache, vocab_size, report=say))
         split = {"train": corpus.train_glob, "validation": corpus.validation_glob}
         for name, source, wanted in (("data", train_source, data.split), ("eval", eval_source, evaluation.split)):
             if source == "embedded" and wanted not in split:
@@ -147,8 +156,10 @@ def prepare_corpus(
     shards = env.on_main(lambda: resolve_source(train_source, subset=data.subset, split=data.split))
     eval_rows = None
     if eval_source is not None and with_evaluation:
-        eval_shards = env.on_main(lambda: resolve_source(eval_source, subset=evaluation.subset, split=evaluation.split))
-        eval_rows = evaluation_rows(evaluation, data, eval_shards, tokenizer)
+        eval_shards = env.on_main(
+            lambda: resolve_source(eval_source, subset=evaluation.subset, split=evaluation.split, key="eval.source")
+        )
+        eval_rows = env.on_main(lambda: evaluation_rows(evaluation, data, eval_shards, tokenizer))
     return Corpus(shards, eval_rows, Path(tokenizer_path))
 
 
@@ -173,6 +184,11 @@ def open_checkpoint(
 def _named_checkpoint(
     path: Path, config: Config, env: Environment, store: CheckpointStore, say: Callable[[str], None]
 ) -> Path:
+    if not store.holds(path):
+        own = store.newest(say)
+        if own is not None:  # the same command again, after a requeue: the run has begun from `path` already
+            say(f"going on from the run's own {own}, not from {path}")
+            return own
     if (path / "checkpoints").is_dir():
         newest = CheckpointStore(path / "checkpoints", env, config.checkpoint.keep).newest(say)
         if newest is not None:
@@ -181,6 +197,15 @@ def _named_checkpoint(
     if problem is not None:
         raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
     return path
+
+
+def _agreed_supports(model: LlamaForCausalLM, env: Environment) -> str:
+    supports = supports_fingerprint(model)
+    drawn = env.gather(supports)
+    if len(set(drawn)) > 1:
+        ranks = ", ".join(f"rank {rank}: {fingerprint}" for rank, fingerprint in enumerate(drawn))
+        raise ConfigError(f"the ranks have drawn different supports ({ranks}); run the same code and numpy everywhere")
+    return supports
 
 
 def _compare(reader: CheckpointReader, config: Config) -> list[str]:

@@ -22,8 +22,8 @@ class EvalResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that does not fit."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss); infinite where that does not fit, NaN where the loss is."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
 def evaluate(engine: Engine, rows: Rows, micro_batch: int, env: Environment) -> EvalResult:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sltrain_dist.errors import ExitCode
+from sltrain_dist.errors import ConfigError, ExitCode
+
+_held: dict[Path, int] = {}
+"""Locked run directories of this process. The system drops the locks when the process ends, however it does."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +32,78 @@ class Outcome:
     step: int
 
 
-def write_running(run_dir: Path) -> None:
-    """Says that the run is going on. If that is still there when no process is, the run was killed."""
-    _write(run_dir, {"code": None, "reason": "running, or killed before it could say why", "step": None})
+def claim(run_dir: Path) -> None:
+    """Makes the run directory, takes it for one run, and writes that this run is going on.
+
+    If exit.json still says so when no process holds the directory, the run was killed.
+
+    Raises:
+        ConfigError: It cannot be written to, or another run is using it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not _lock(run_dir):
+            raise ConfigError(f"run_dir = {run_dir} is in use by another run; wait for its end, or choose another")
+        _write(run_dir, {"code": None, "reason": "running, or killed before it could say why", "step": None})
+    except OSError as error:
+        raise ConfigError(f"run_dir = {run_dir} cannot be written to ({error.strerror}); choose another") from None
 
 
-def write_outcome(run_dir: Path, outcome: Outcome, started: float) -> str | None:
+def write_outcome(run_dir: Path, outcome: Outcome) -> str | None:
     """Says how the run ended, unless another rank has said it first: its peers only lost their connection.
-
-    Args:
-        run_dir: Where exit.json is.
-        outcome: How this process ended.
-        started: When this process started (`time.time`); what was written before is of an earlier run.
 
     Returns:
         What another rank gave as the reason, or None if this one's was written.
     """
-    path = run_dir / "exit.json"
-    try:
-        recent = path.stat().st_mtime >= started
-        previous = json.loads(path.read_text())
-    except (OSError, ValueError):
-        recent, previous = False, {}
-    if recent and previous.get("code") is not None:
-        return str(previous["reason"])
+    present = _read(run_dir)
+    if present.get("code") is not None:  # claim() has taken away what earlier runs said
+        return str(present["reason"])
     _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
     return None
 
 
+def write_failed_start(run_dir: Path, outcome: Outcome) -> None:
+    """Says that a run could not begin, unless another one is going on in the directory."""
+    if run_dir.is_dir() and _lock(run_dir):
+        try:
+            _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
+        finally:
+            release(run_dir)
+
+
+def release(run_dir: Path) -> None:
+    """Lets other runs use the directory."""
+    descriptor = _held.pop(run_dir.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _lock(run_dir: Path) -> bool:
+    if run_dir.resolve() in _held:
+        return False
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:
+        # A file system that cannot lock directories: two runs in one go unnoticed there, nothing else changes.
+        pass
+    _held[run_dir.resolve()] = descriptor
+    return True
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((run_dir / "exit.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _write(run_dir: Path, values: dict[str, object]) -> None:
-    temporary = run_dir / f".exit.json.{os.getpid()}"
-    temporary.write_text(json.dumps({**values, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+    values = {**values, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    temporary = run_dir / f".exit.json.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_text(json.dumps(values) + "\n")
     temporary.replace(run_dir / "exit.json")

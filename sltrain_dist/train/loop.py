@@ -47,8 +47,10 @@ def fit(run: Run) -> Outcome:
     train, state = run.config.train, run.state
     if state.finished(train):
         return Outcome(ExitCode.DONE, f"nothing left to do: {state.step} updates were made before", state.step)
-    run.stop.install()
     clock = Clock(state.elapsed_s, logged_step=state.step)
+    reason = _stop_reason(run)
+    if reason:  # it came while the run was being built
+        return _stopped(run, reason)
     if state.step == 0:
         _evaluate(run, clock)
     while not state.finished(train):
@@ -60,9 +62,14 @@ def fit(run: Run) -> Outcome:
         if finished or reason or _due(run.config.checkpoint.every, state.step):
             _save(run, clock)
         if reason:
-            run.stop.acknowledge()
-            return Outcome(ExitCode.STOPPED_EARLY, f"stopped early and saved: {reason}", state.step)
+            return _stopped(run, reason)
+    run.stop.acknowledge()
     return Outcome(ExitCode.DONE, "done", state.step)
+
+
+def _stopped(run: Run, reason: str) -> Outcome:
+    run.stop.acknowledge()
+    return Outcome(ExitCode.STOPPED_EARLY, f"stopped early with everything saved: {reason}", run.state.step)
 
 
 def _update(run: Run, clock: Clock) -> None:
@@ -90,14 +97,16 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
     utilisation = mfu(
         slots / window.elapsed_s, model_flops_per_token(run.config.model, run.config.data.seq_len), _peak_flops(run)
     )
+    # The slowest and the fullest rank are the ones that matter.
+    data_wait_s, peak_bytes = run.env.max([window.data_wait_s, peak_memory_bytes()])
     run.tracker.train(
         {
             "step": state.step,
             **values,
             "tokens": state.tokens,
             "tokens_per_s": window.tokens_per_s,
-            "data_wait_s": window.data_wait_s,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "data_wait_s": data_wait_s,
+            "peak_memory_bytes": int(peak_bytes),
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
             **_data_faults(run),
@@ -151,6 +160,7 @@ def _save(run: Run, clock: Clock) -> None:
                 "supports": run.supports,
             },
             to_yaml(run.config),
+            run.tokenizer,
         )
     run.tracker.note(f"saved {path}")
 

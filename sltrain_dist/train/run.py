@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.config.load import load_config, run_dir_of
 from sltrain_dist.config.schema import Config
-from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
+from sltrain_dist.errors import ExitCode, SltrainError
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.mlflow import Status
-from sltrain_dist.train.exit import Outcome, write_outcome, write_running
+from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
+from sltrain_dist.train.stop import StopRequest
 
 
 def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
@@ -30,80 +33,96 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
         The exit code. On a failure among several ranks the process ends here, with that code: leaving the
         interpreter in the usual way would wait for peers that are not coming.
     """
-    started, run_dir = time.time(), None
-    try:
-        config = load_config(config_path, overrides)
-        env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine == "zero")
-        run_dir = env.on_main(lambda: _make_run_dir(config))
-        outcome = _dry_run(config, env) if config.train.dry_run else _train(config, env, run_dir)
-    except SltrainError as error:
-        run_dir = run_dir or _existing(run_dir_of(config_path, overrides))
-        return _failed(run_dir, error.exit_code, str(error), started)
-    except KeyboardInterrupt:
-        reason = "interrupted twice; nothing was saved since the last checkpoint"
-        return _failed(run_dir, ExitCode.UNEXPECTED, reason, started)
-    except Exception as error:
-        traceback.print_exc()
-        return _failed(run_dir, ExitCode.UNEXPECTED, f"{type(error).__name__}: {error}", started)
-    if env.is_main:
-        write_outcome(run_dir, outcome, started)
+    joined: list[Path] = []  # the run directory, once this process has joined the run in it
+    details = ""
+    # How the run ended is written first, and cleaning up, which can take a while, comes after.
+    with ExitStack() as cleanup:
+        try:
+            outcome = _run(config_path, overrides, joined, cleanup)
+        except SltrainError as error:
+            outcome = _failure(joined, error.exit_code, str(error))
+        except torch.OutOfMemoryError as error:
+            outcome = _failure(joined, ExitCode.CONFIG, _out_of_memory(error))
+        except KeyboardInterrupt:
+            outcome = _failure(joined, ExitCode.UNEXPECTED, "interrupted; nothing was saved since the last checkpoint")
+        except Exception as error:
+            outcome = _failure(joined, ExitCode.UNEXPECTED, f"{type(error).__name__}: {error}")
+            details = traceback.format_exc()
+        _say(joined, config_path, overrides, outcome, details)
+    if _failed(outcome) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(outcome.code))
     environment.stop()
     return outcome.code
 
 
-def _train(config: Config, env: Environment, run_dir: Path) -> Outcome:
+def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
+    config = load_config(config_path, overrides)
+    env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine == "zero")
+    run_dir = Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
+    env.on_main(lambda: claim(run_dir))
+    joined.append(run_dir)
+    cleanup.callback(release, run_dir)
+    if config.train.dry_run:
+        from sltrain_dist.train.dry_run import dry_run
+
+        return dry_run(config, env)
+    return _train(config, env, run_dir, cleanup)
+
+
+def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) -> Outcome:
+    # Here, because a wrong configuration should not wait for these to be imported.
     from sltrain_dist.train.build import build_run
     from sltrain_dist.train.loop import fit
     from sltrain_dist.train.summary import closing_lines
 
-    run = build_run(config, env, run_dir, lambda line: print(line, flush=True) if env.is_main else None)
+    stop = StopRequest(run_dir)
+    stop.install()
+    cleanup.callback(stop.restore)
+    run = build_run(config, env, run_dir, stop, lambda line: print(line, flush=True) if env.is_main else None)
     status: Status = "FAILED"
+    cleanup.callback(lambda: run.tracker.close(status))
+    cleanup.callback(run.loader.close)
+    outcome = fit(run)
+    status = "FINISHED" if outcome.code is ExitCode.DONE else "KILLED"
+    for line in closing_lines(config, run_dir, outcome, run.perplexities):
+        run.tracker.note(line)
+    return outcome
+
+
+def _failure(joined: list[Path], code: ExitCode, reason: str) -> Outcome:
+    kept = list_checkpoints(joined[0] / "checkpoints") if joined else []
+    return Outcome(code, reason, kept[-1][0] if kept else 0)
+
+
+def _failed(outcome: Outcome) -> bool:
+    return outcome.code not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)
+
+
+def _say(joined: list[Path], config_path: str, overrides: Sequence[str], outcome: Outcome, details: str) -> None:
+    """Writes exit.json, and an error to standard error: once where all ranks have found the same."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    said: str | None = None
     try:
-        outcome = fit(run)
-        status = "FINISHED" if outcome.code is ExitCode.DONE else "KILLED"
-        for line in closing_lines(config, run_dir, outcome, run.perplexities):
-            run.tracker.note(line)
-        return outcome
-    finally:
-        run.loader.close()
-        run.tracker.close(status)
-
-
-def _dry_run(config: Config, env: Environment) -> Outcome:
-    from sltrain_dist.train.dry_run import dry_run
-
-    return dry_run(config, env)
-
-
-def _make_run_dir(config: Config) -> Path:
-    """Makes the run directory, and proves that it can be written to."""
-    run_dir = Path(config.run_dir)
-    if config.train.dry_run:
-        run_dir = run_dir / "dry_run"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_running(run_dir)
+        if not joined:
+            named = run_dir_of(config_path, overrides)
+            if named is not None and is_main:
+                write_failed_start(Path(named), outcome)
+            said = None if is_main else outcome.reason
+        elif _failed(outcome) or is_main:
+            said = write_outcome(joined[0], outcome)
     except OSError as error:
-        raise ConfigError(f"run_dir = {run_dir} cannot be written to ({error.strerror}); choose another") from None
-    return run_dir
+        print(f"error: exit.json could not be written: {error}", file=sys.stderr, flush=True)
+    if _failed(outcome) and said != outcome.reason:
+        if said is None:  # a rank that another one's end has brought down has nothing to explain
+            print(details, end="", file=sys.stderr)
+        print(f"error: {outcome.reason}", file=sys.stderr, flush=True)
 
 
-def _existing(run_dir: str | None) -> Path | None:
-    return Path(run_dir) if run_dir is not None and Path(run_dir).is_dir() else None
-
-
-def _failed(run_dir: Path | None, code: ExitCode, reason: str, started: float) -> ExitCode:
-    said = None
-    if run_dir is not None:
-        kept = list_checkpoints(run_dir / "checkpoints")
-        try:
-            said = write_outcome(run_dir, Outcome(code, reason, kept[-1][0] if kept else 0), started)
-        except OSError as error:
-            print(f"error: exit.json could not be written: {error}", file=sys.stderr, flush=True)
-    # What all ranks found alike is printed once: by the first to write it, or by the main rank.
-    if said != reason and (run_dir is not None or os.environ.get("RANK", "0") == "0"):
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        os._exit(int(code))
-    return code
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    return (
+        f"the device is out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch, with "
+        "train.global_batch as it is, or spread the states over more ranks with parallel.engine=zero; "
+        "train.dry_run=true tries settings out"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # not USR1, which NCCL catches
 
@@ -21,11 +22,18 @@ class StopRequest:
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / "STOP"
         self._signal: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Handles SIGTERM, SIGINT and SIGUSR2 from now on."""
         for number in _SIGNALS:
-            signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Gives the signals back to who had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
 
     def reason(self) -> str | None:
         """Why to stop, or None."""

@@ -103,8 +103,14 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     if config.tracking.mlflow:
         uri = config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"
         lines.append(f"look at the run:     mlflow ui --backend-store-uri {uri}")
-    lines.append(f"train on from here:  the same command with train.steps={2 * max(1, outcome.step)}")
+    budget = (
+        f"train.steps={2 * outcome.step}" if config.train.steps else f"train.tokens={2 * (config.train.tokens or 0)}"
+    )
+    lines.append(
+        f"train on from here:  the same command with {budget}   (the learning rate follows the longer schedule)"
+    )
     lines.append(f"use the model:       sltrain export {run_dir} --output DIR")
-    dry_run = "deepspeed launch/pretrain.py --config configs/llama_7b.yaml train.dry_run=true"
-    lines.append(f"plan a 7B run:       {dry_run}   (one update where it is to train; reports the peak memory)")
+    settings = "train.dry_run=true data.source=embedded data.tokenizer=embedded"
+    dry_run = f"deepspeed launch/pretrain.py --config configs/llama_7b.yaml {settings}"
+    lines.append(f"plan a 7B run:       {dry_run}   (where it is to train; reports the peak memory)")
     return lines

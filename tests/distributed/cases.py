@@ -55,7 +55,7 @@ CASES = (
     Case("ddp", 2, "factors", 2, 0.5),
     Case("ddp", 2, "factors", 2, 0.0, "sgd"),
     Case("zero", 1, "factors", 6, 0.5),
-    Case("zero", 1, "factors", 2, 0.0, "sgd"),
+    Case("zero", 1, "factors", 2, 0.5, "sgd"),
     Case("zero", 1, "all", 2, 0.5),
     Case("zero", 2, "factors", 2, 0.5),
     Case("zero", 2, "factors", 6, 0.0),

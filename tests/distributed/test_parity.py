@@ -54,9 +54,9 @@ def test_a_skipped_reduction_is_seen(trained: dict[str, Any]) -> None:
 
 def test_the_cases_can_tell_engines_apart() -> None:
     """Clipping bites, training moves, accumulation is there."""
-    plain = single(CASES[0].reference)
-    clipped = single(CASES[1].reference)
+    plain = single(Case("ddp", 2, "factors", GLOBAL_BATCH, 0.0, "sgd"))
+    clipped = single(Case("ddp", 2, "factors", GLOBAL_BATCH, 0.5, "sgd"))
     assert min(clipped["norms"]) > 0.5
     assert plain["losses"][-1] < plain["losses"][0] - 0.05
-    assert plain["losses"][-1] != pytest.approx(clipped["losses"][-1], rel=1e-4)
+    assert plain["losses"][1] != pytest.approx(clipped["losses"][1], rel=1e-3)
     assert {case.micro_batch for case in CASES if case.engine == "zero"} == {GLOBAL_BATCH // 2, 2}

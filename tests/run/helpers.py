@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from sltrain_dist.train.run import pretrain
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCH = REPO / "launch" / "pretrain.py"
-_SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo zu".split()
+_SYLLABLES = [a + b for a, b in zip("bcdfghjklmnprstvwxyz", "aeiouaeiouaeiouaeiou", strict=True)]
 TIMEOUT_S = 240.0
 """Longer than any of these runs could take on a busy machine; only a hang gets there."""
 
@@ -102,7 +103,7 @@ def train_here(config: Path, run_dir: Path, *overrides: str) -> int:
 
 
 class Process:
-    """A launched command, with its output in files. Whatever is left of it is killed at the end of the block."""
+    """A launched command, with its output in files. What is left of it is killed at the end of the block."""
 
     def __init__(self, command: Sequence[str | Path], out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,15 +142,25 @@ class Process:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to all that was launched, at once."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """SIGKILL to all that was launched, and waits until all are gone. A launcher's ranks outlive it otherwise."""
+        pids = [self._process.pid, *_descendants(self._process.pid)]
+        for pid in pids:  # the launcher first: it has no time left to tell its ranks anything
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait(TIMEOUT_S)
+        end = time.monotonic() + TIMEOUT_S
+        while any(_runs(pid) for pid in pids):
+            assert time.monotonic() < end, f"{pids} survived SIGKILL"
+            time.sleep(0.01)
+
+    def send_to(self, child: int, number: signal.Signals) -> None:
+        """Sends a signal to one of its children alone."""
+        assert child in self.children()
+        os.kill(child, number)
 
     def children(self) -> list[int]:
         """Process ids of its children: a launcher's are the ranks."""
-        pid = self._process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return _children(self._process.pid)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Waits for a condition, as long as the process lives."""
@@ -158,6 +169,25 @@ class Process:
             assert self._process.poll() is None, f"it ended before {what}:\n{self.stdout[-2000:]}{self.stderr[-4000:]}"
             assert time.monotonic() < end, f"{what} did not happen within {TIMEOUT_S:g} s"
             time.sleep(0.003)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
+
+
+def _descendants(pid: int) -> list[int]:
+    return [each for child in _children(pid) for each in (child, *_descendants(child))]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and is not only waiting for its parent to take note of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def python(config: Path, run_dir: Path, *overrides: str) -> Process:
@@ -173,7 +203,10 @@ def torchrun(config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> Pr
 
 def deepspeed(config: Path, run_dir: Path, *overrides: str) -> Process:
     """launch/pretrain.py under DeepSpeed's launcher, on two ranks."""
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2"]
+    with socket.socket() as probe:  # its own choice is always 29500, where another run may be
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", port]
     return Process([*launcher, LAUNCH, *_arguments(config, run_dir, overrides)], run_dir.parent / run_dir.name)
 
 
@@ -205,9 +238,10 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """What exit.json says."""
-    result: dict[str, Any] = json.loads((run_dir / "exit.json").read_text())
-    return result
+    """What exit.json says about the run's end: code, reason and step."""
+    values: dict[str, Any] = json.loads((run_dir / "exit.json").read_text())
+    assert time.strptime(values["time"], "%Y-%m-%dT%H:%M:%S%z")
+    return {key: values[key] for key in ("code", "reason", "step")}
 
 
 def final_tensors(run_dir: Path) -> dict[str, bytes]:
@@ -219,3 +253,11 @@ def final_tensors(run_dir: Path) -> dict[str, bytes]:
                 name, _, start = key.rpartition("@")
                 pieces.setdefault(name, {})[int(start)] = file.get_tensor(key).tobytes()
     return {name: b"".join(parts[start] for start in sorted(parts)) for name, parts in pieces.items()}
+
+
+def kill_after_a_checkpoint(process: Process, run_dir: Path, step: int) -> None:
+    """Kills a run, with all its ranks, a few updates after the checkpoint of `step`."""
+    process.until(lambda: step in saved_steps(run_dir), f"the checkpoint of step {step}")
+    process.until(lambda: last_step(run_dir) >= step + 4, f"step {step + 4}")
+    process.kill()
+    assert last_step(run_dir) > max(saved_steps(run_dir)), "killed at a checkpoint, so that nothing was lost"

@@ -326,8 +326,10 @@ class TestRules:
     def test_micro_batches_per_update(self) -> None:
         config = load_config(None, ["train.steps=1", "train.micro_batch=8", "train.global_batch=96"])
         assert [micro_batches_per_update(config, ranks) for ranks in (1, 2, 3, 12)] == [12, 6, 4, 1]
-        with pytest.raises(ConfigError, match=r"8 times 5 ranks = 40; .* train\.global_batch=120$"):
+        with pytest.raises(ConfigError, match=r"8 times 5 ranks = 40; .* train\.global_batch=120, or another number"):
             micro_batches_per_update(config, 5)
+        with pytest.raises(ConfigError, match=r"8 times 16 ranks = 128; set for example train\.micro_batch=2$"):
+            micro_batches_per_update(config, 16)
 
     @pytest.mark.parametrize(
         ("overrides", "expected"),
@@ -342,8 +344,17 @@ class TestRules:
             ),
             (("parallel.zero_stage=1",), ["parallel.zero_stage has no effect with parallel.engine=ddp"]),
             (("parallel.zero_stage=1", "parallel.engine=zero"), []),
-            (("eval.every=5",), ["eval.every has no effect without eval.source"]),
+            (("eval.every=5",), ["eval.every has no effect with eval.source=null"]),
             (("eval.every=5", "eval.source=embedded"), []),
+            (("optim.name=sgd", "optim.beta2=0.5"), ["optim.beta2 has no effect with optim.name=sgd"]),
+            (
+                ("optim.schedule=constant", "optim.min_lr_ratio=0"),
+                ["optim.min_lr_ratio has no effect with optim.schedule=constant"],
+            ),
+            (
+                ("preset=llama_7b", "reparam.method=full", "reparam.rank=8"),
+                ["reparam.rank has no effect with reparam.method=full"],
+            ),
             (
                 ("tracking.mlflow=false", "tracking.mlflow_uri=http://h"),
                 ["tracking.mlflow_uri has no effect with tracking.mlflow=false"],

@@ -173,7 +173,7 @@ def test_a_cursor_of_other_data_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rebuilt").mkdir()
     rebuilt = write_numbered(tmp_path / "rebuilt", [40, 51])
     assert [Path(shard).name for shard in rebuilt] == [Path(shard).name for shard in shards]
-    with pytest.raises(CheckpointError, match=r"data\.source \(2 files, \w{16}, now 2 files"):
+    with pytest.raises(CheckpointError, match=r"bytes of data\.source \(\d+, now \d+\)"):
         make_loaders(data_config(), rebuilt, 1, state=state)
     with pytest.raises(CheckpointError, match=r"seed \(3, now 4\)"):
         make_loaders(data_config(), shards, 1, state=state, seed=4)

@@ -14,6 +14,7 @@ from sltrain_dist.checkpoint.export import export_dense
 from sltrain_dist.checkpoint.manifest import MANIFEST, file_entry, write_manifest
 from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import to_yaml
+from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.ddp import DDPEngine
@@ -30,7 +31,9 @@ def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Modul
     engine = DDPEngine(model, config.optim, ENV)
     state = {"supports": supports_fingerprint(model)}
     store = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
-    return model, store.save(3, engine.chunks(), state, to_yaml(config))
+    tokenizer = tmp_path / "tokenizer.model"
+    train_tokenizer((f"word {i} is here" for i in range(200)), tokenizer, vocab_size=280, model_type="bpe")
+    return model, store.save(3, engine.chunks(), state, to_yaml(config), tokenizer)
 
 
 @pytest.mark.parametrize("method", ["sltrain", "lowrank", "full"])
@@ -44,6 +47,8 @@ def test_logits_survive(tmp_path: Path, method: str, shard_bytes: int) -> None:
     ids = tokens(small())
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids), rtol=0, atol=1e-5)
+    assert loaded.config.eos_token_id == Tokenizer(tmp_path / "hf" / "tokenizer.model").eos_id
+    assert loaded.config.bos_token_id is None
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 3
 

@@ -46,7 +46,8 @@ class EmbeddedCorpus:
 
     train_glob: str
     validation_glob: str
-    tokenizer: Path
+    tokenizer: Path | None
+    """None where none was asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PrepareOptions:
     """Shards of the training split."""
 
 
-def build_embedded(cache_dir: Path | None, vocab_size: int, *, report: Report | None = None) -> EmbeddedCorpus:
+def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Report | None = None) -> EmbeddedCorpus:
     """Builds the embedded corpus and a tokenizer for it, unless they are in the cache already.
 
     They lie in `<cache>/embedded-<fingerprint>/`, the fingerprint being that of the installed packages'
@@ -79,7 +80,7 @@ def build_embedded(cache_dir: Path | None, vocab_size: int, *, report: Report | 
 
     Args:
         cache_dir: None: $XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist.
-        vocab_size: Pieces of the tokenizer.
+        vocab_size: Pieces of the tokenizer; None: none is needed.
         report: Called with a line of text at each stage.
 
     Raises:
@@ -93,13 +94,13 @@ def build_embedded(cache_dir: Path | None, vocab_size: int, *, report: Report | 
     installation = find_installation()
     cache = cache_dir or default_cache_dir()
     directory = cache / f"{EMBEDDED}-{installation.fingerprint()}"
-    tokenizer = directory / f"tokenizer-{vocab_size}.model"
-    if not (is_complete(directory) and tokenizer.is_file()):
+    tokenizer = None if vocab_size is None else directory / f"tokenizer-{vocab_size}.model"
+    if not (is_complete(directory) and (tokenizer is None or tokenizer.is_file())):
         with _lock(cache, directory.name):
             if not is_complete(directory):
                 _remove_leftovers(directory)
                 build_corpus_of_packages(installation, directory, report=report)
-            if not tokenizer.is_file():
+            if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
                 report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus")
                 try:
                     # bpe: unigram takes ten times as long, packs 1 % better, and cannot find 32,000 pieces here.
