@@ -20,7 +20,8 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     smallest = min(model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim)
     if reparam.method != "full" and reparam.rank > smallest:
         yield "reparam.rank", f"is larger than the smallest dimension of a replaced layer; at most {smallest}"
-    if reparam.method == "sltrain" and int(reparam.density * model.hidden_size * smallest) < 1:
+    leaves_none = reparam.support == "random" and int(reparam.density * model.hidden_size * smallest) < 1
+    if reparam.method == "sltrain" and leaves_none:  # the other supports have at least one value a row
         yield "reparam.density", "leaves the smallest replaced layer without a single sparse value; raise it"
     if (train.steps is None) == (train.tokens is None) and not train.dry_run:
         yield "train.steps", f"set exactly one of train.steps and train.tokens (= {train.tokens})"
@@ -51,12 +52,13 @@ def without_effect(config: Config) -> Iterator[str]:
     """Yields a warning for every setting that was changed from its default and does nothing."""
     defaults = Config()
     if config.reparam.method == "full":
-        for key in ("rank", "density", "alpha"):
+        for key in ("rank", "density", "alpha", "support"):
             if config.preset is None and getattr(config.reparam, key) != getattr(defaults.reparam, key):
                 yield f"reparam.{key} has no effect with reparam.method=full"
     if config.reparam.method == "lowrank" and config.preset is None:
-        if config.reparam.density != defaults.reparam.density:
-            yield "reparam.density has no effect with reparam.method=lowrank"
+        for key in ("density", "support"):
+            if getattr(config.reparam, key) != getattr(defaults.reparam, key):
+                yield f"reparam.{key} has no effect with reparam.method=lowrank"
     if config.parallel.engine == "ddp":
         for key in ("zero_stage", "shard"):
             if getattr(config.parallel, key) != getattr(defaults.parallel, key):

@@ -16,6 +16,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SupportKind = Literal["random", "stratified", "blocks"]
 
 
 class Section(BaseModel):
@@ -70,8 +71,11 @@ class ReparamConfig(Section):
     """δ, the share of W's entries that S holds (`sp_ratio` in the reference code)."""
     alpha: PositiveFloat = 32.0
     """Numerator of the low-rank factor's scale alpha/rank."""
-    support: Literal["random"] = "random"
-    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper."""
+    support: SupportKind = "random"
+    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
+    index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
+    blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
+    n ≥ 256; the only one that can be applied without building W."""
     path: Literal["auto", "materialize"] = "auto"
     """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward."""
 

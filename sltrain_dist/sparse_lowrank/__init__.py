@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sltrain_dist.sparse_lowrank.functional import sl_linear
     from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+    from sltrain_dist.sparse_lowrank.structured import BlockSupport, StratifiedSupport
     from sltrain_dist.sparse_lowrank.support import RandomSupport
 
-__all__ = ["LowRankLinear", "RandomSupport", "SLLinear", "sl_linear"]
+__all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "StratifiedSupport", "sl_linear"]
 
-_HOME = {"sl_linear": "functional", "LowRankLinear": "linear", "SLLinear": "linear", "RandomSupport": "support"}
+_HOME = {
+    "sl_linear": "functional",
+    "LowRankLinear": "linear",
+    "SLLinear": "linear",
+    "RandomSupport": "support",
+    "StratifiedSupport": "structured",
+    "BlockSupport": "structured",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.sparse_lowrank.support import Support
+
 
 def sl_linear(
-    x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor, scale: float, bias: Tensor | None = None
+    x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """Applies W = scale·BA + S to x, where S holds V at `positions` (the paper's Algorithm 1).
+    """Applies W = scale·BA + S to x, where S holds V at the positions of `support` (the paper's Algorithm 1).
 
     W is built, used and thrown away, and built again in the backward pass; saved for backward are only
     the leaves themselves and x. Under autocast everything is cast to autocast's type, as by `F.linear`.
@@ -21,8 +23,8 @@ def sl_linear(
         x: (..., n); any number of tokens, also none.
         B: (m, r).
         A: (r, n).
-        V: Values, as many as positions.
-        positions: Flat positions i·n + c without repetition, int32 or int64.
+        V: Values, of shape `support.values_shape`.
+        support: The positions of V.
         scale: s = alpha / r.
         bias: (m,) or None.
 
@@ -38,8 +40,8 @@ def sl_linear(
         dtype = torch.get_autocast_dtype(device)
     else:
         _check_types(x, B=B, A=A, V=V, bias=bias)
-    _check_shapes(x, B, A, V, positions, bias)
-    return _Materialize.apply(x.to(dtype), B, A, V, bias, positions, scale)
+    _check_shapes(x, B, A, V, support, bias)
+    return _Materialize.apply(x.to(dtype), B, A, V, bias, support.row_positions(0, support.m), scale)
 
 
 def build_weight(B: Tensor, A: Tensor, V: Tensor, positions: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -98,13 +100,15 @@ def _check_types(x: Tensor, **parameters: Tensor | None) -> None:
         raise ValueError(f"x is {x.dtype}; the operator takes floating-point tensors")
 
 
-def _check_shapes(x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, bias: Tensor | None) -> None:
     m, n = B.shape[0], A.shape[1]
     if B.shape[1] != A.shape[0]:
         raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not have one rank")
     if x.dim() == 0 or x.shape[-1] != n:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {n}")
-    if V.numel() != positions.numel():
-        raise ValueError(f"V holds {V.numel()} values for {positions.numel()} positions")
+    if (m, n) != (support.m, support.n):
+        raise ValueError(f"B and A make a {m}×{n} weight, but the support is of a {support.m}×{support.n} one")
+    if tuple(V.shape) != support.values_shape:
+        raise ValueError(f"V has shape {tuple(V.shape)}; the support has values for {support.values_shape}")
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")

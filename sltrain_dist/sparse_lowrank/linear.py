@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import fill_
 from sltrain_dist.sparse_lowrank.functional import build_weight, sl_linear
-from sltrain_dist.sparse_lowrank.support import RandomSupport
+from sltrain_dist.sparse_lowrank.structured import BlockSupport, StratifiedSupport
+from sltrain_dist.sparse_lowrank.support import RandomSupport, Support
+
+SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSupport]] = {
+    "random": RandomSupport,
+    "stratified": StratifiedSupport,
+    "blocks": BlockSupport,
+}
+"""The supports by the name that `reparam.support` uses."""
 
 
 class SLLinear(nn.Module):
@@ -48,7 +57,7 @@ class SLLinear(nn.Module):
         density: float,
         alpha: float,
         *,
-        support: Literal["random"] = "random",
+        support: SupportKind = "random",
         path: Literal["auto", "materialize"] = "auto",
         bias: bool = False,
         name: str = "",
@@ -58,14 +67,16 @@ class SLLinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_rank(rank, out_features, in_features)
-        if support != "random":
-            raise ValueError(f"support = {support!r}; there is: 'random'")
+        if support not in SUPPORTS:
+            raise ValueError(f"support = {support!r}; there are: {', '.join(map(repr, SUPPORTS))}")
         if path not in ("auto", "materialize"):
             raise ValueError(f"path = {path!r}; there are: 'auto', 'materialize'")
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.density, self.alpha, self.path = rank, density, alpha, path
         self.name, self.seed = name, seed
-        self.support = RandomSupport(out_features, in_features, density, seed=seed, name=name, device=device)
+        self.support: Support = SUPPORTS[support](
+            out_features, in_features, density, seed=seed, name=name, device=device
+        )
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(self.support.values_shape, device=device, dtype=dtype))
@@ -91,12 +102,13 @@ class SLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
-        return sl_linear(x, self.B, self.A, self.V, self.support.positions, self.scale, self.bias)
+        return sl_linear(x, self.B, self.A, self.V, self.support, self.scale, self.bias)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W as a new (m, n) tensor of the parameters' type."""
-        return build_weight(self.B, self.A, self.V, self.support.positions, self.scale, self.B.dtype)
+        positions = self.support.row_positions(0, self.out_features)
+        return build_weight(self.B, self.A, self.V, positions, self.scale, self.B.dtype)
 
     def extra_repr(self) -> str:
         return (
