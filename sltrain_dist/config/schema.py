@@ -76,8 +76,13 @@ class ReparamConfig(Section):
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
     blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
     n ≥ 256; the only one that can be applied without building W."""
-    path: Literal["auto", "materialize"] = "auto"
-    """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward."""
+    path: Literal["auto", "materialize", "factored"] = "auto"
+    """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward.
+    factored: W is never built; the low-rank and the sparse product are taken one by one and added. auto:
+    the faster by a cost model, per layer shape and number of tokens (docs/operator.md)."""
+    row_block_bytes: PositiveInt | None = None
+    """Most bytes of one layer's W, or of its dense gradient, that materialize forms at a time: bounds the
+    transient memory for a little time. Null: all of it at once."""
 
 
 class DataConfig(Section):

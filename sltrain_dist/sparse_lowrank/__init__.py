@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sltrain_dist.sparse_lowrank.blocks import BlockSupport
     from sltrain_dist.sparse_lowrank.functional import sl_linear
     from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
-    from sltrain_dist.sparse_lowrank.structured import BlockSupport, StratifiedSupport
+    from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
     from sltrain_dist.sparse_lowrank.support import RandomSupport
 
 __all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "StratifiedSupport", "sl_linear"]
@@ -20,8 +21,8 @@ _HOME = {
     "LowRankLinear": "linear",
     "SLLinear": "linear",
     "RandomSupport": "support",
-    "StratifiedSupport": "structured",
-    "BlockSupport": "structured",
+    "StratifiedSupport": "stratified",
+    "BlockSupport": "blocks",
 }
 
 

@@ -58,11 +58,15 @@ def index_bytes_per_value(m: int, n: int) -> int:
 def stored_index_bytes(m: int, n: int, density: float, support: SupportKind) -> int:
     """Bytes that a layer keeps in memory to know its positions.
 
-    random: all of them. stratified: none. blocks: the two permutations and their inverses, int32.
+    random: all of them. stratified: none. blocks: the permutations and their inverses, int32.
     """
     if support == "random":
         return index_bytes_per_value(m, n) * nonzeros(m, n, density)
-    return 0 if support == "stratified" else 2 * 4 * (m + n)
+    if support == "stratified":
+        return 0
+    k = values_per_row(n, density, support)
+    w = num_windows(n, k)
+    return 4 * (2 * w * k + w * -(-m // w) + m)  # of inputs: w·k in windows, n first and w·k − n second places
 
 
 def stratum_start(j: int, n: int, k: int) -> int:

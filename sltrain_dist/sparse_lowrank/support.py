@@ -2,6 +2,9 @@
 
 A support is a module only so that what it keeps follows the layer to its device; it has no parameters, and
 its buffers are not part of a checkpoint. What a checkpoint holds instead is the seed and a fingerprint.
+
+Products with S are taken in *transposed form*, features × tokens, where what belongs to one feature is
+contiguous: gathering features is then copying rows, and a row of S adds up rows.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import integers, key64
@@ -72,8 +76,64 @@ class Support(nn.Module):
         digest.update(self.row_positions(0, self.m).detach().cpu().to(dtype).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def shares_inputs(self, other: Support) -> bool:
+        """Whether :meth:`gather_inputs` gives the same for both."""
+        return self.n == other.n and other.kind != "blocks"
+
+    def gather_inputs(self, x_t: Tensor) -> Tensor:
+        """Arranges inputs (n, T) as the products want them."""
+        return x_t
+
+    def scatter_inputs(self, inputs: Tensor) -> Tensor:
+        """The transpose of :meth:`gather_inputs`: back to (n, T), adding up what belongs to one input."""
+        return inputs
+
+    def multiply(self, V: Tensor, inputs: Tensor) -> Tensor:
+        """S·xᵀ, (m, T), contiguous; `inputs` is from :meth:`gather_inputs`."""
+        rows, columns = self._rows_and_columns()
+        return _sum_rows(inputs, columns, rows, self.m, V.reshape(-1))
+
+    def multiply_transposed(self, V: Tensor, g_t: Tensor) -> Tensor:
+        """Sᵀ·gᵀ, to be given to :meth:`scatter_inputs`, for g_t (m, T)."""
+        rows, columns = self._rows_and_columns()
+        columns, order = columns.sort(stable=True)
+        return _sum_rows(g_t, rows.index_select(0, order), columns, self.n, V.reshape(-1).index_select(0, order))
+
+    def sample(self, g_t: Tensor, inputs: Tensor) -> Tensor:
+        """gᵀx at the positions, shape of V: the gradient of V."""
+        rows, columns = self._rows_and_columns()
+        # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            g_t, inputs, columns, _first_of_each(rows, self.m), rows, 0
+        )
+        return dots.view(self.values_shape)
+
     def extra_repr(self) -> str:
         return f"{self.kind}, nnz={self.nnz}"
+
+    def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        positions = self.row_positions(0, self.m)
+        rows = positions.div(self.n, rounding_mode="floor")
+        return rows, positions - rows * self.n
+
+
+def flatten_columns(columns: Tensor, n: int) -> Tensor:
+    """Flat positions of the columns (rows, k), int64."""
+    rows = torch.arange(columns.shape[0], device=columns.device, dtype=torch.int64)
+    return (columns + (rows * n)[:, None]).view(-1)
+
+
+def _sum_rows(rows: Tensor, which: Tensor, bags: Tensor, num_bags: int, weights: Tensor) -> Tensor:
+    """Weighted sums of the rows `which`, one sum for each equal stretch of the sorted `bags`."""
+    # embedding_bag: torch's only sparse product on the CPU that knows bf16, and its fastest in float32.
+    offsets = _first_of_each(bags, num_bags)
+    return F.embedding_bag(which, rows, offsets, mode="sum", per_sample_weights=weights)
+
+
+def _first_of_each(ordered: Tensor, count: int) -> Tensor:
+    """Where 0 … count − 1 begin in a sorted tensor, in its type."""
+    values = torch.arange(count, device=ordered.device, dtype=ordered.dtype)
+    return torch.searchsorted(ordered, values, out_int32=ordered.dtype == torch.int32)
 
 
 def random_positions(m: int, n: int, nnz: int, seed: int, name: str) -> npt.NDArray[np.signedinteger]:
@@ -121,14 +181,14 @@ class RandomSupport(Support):
         device = torch.device(device or torch.get_default_device())
         self.register_buffer("positions", torch.empty(self.nnz, dtype=dtype, device=device), persistent=False)
         # Values before each row, on the host, for row blocks; until the positions exist, what is expected.
-        self._before_row = np.linspace(0, self.nnz, m + 1).astype(np.int64)
+        self._before_row: list[int] = [self.nnz * i // m for i in range(m + 1)]
         if device.type != "meta":
             self.reset()
 
     def reset(self) -> None:
         """Computes the positions in place, on the device where the buffer is."""
         positions = random_positions(self.m, self.n, self.nnz, self.seed, self.name)
-        self._before_row = np.searchsorted(positions, np.arange(self.m + 1, dtype=np.int64) * self.n)
+        self._before_row = np.searchsorted(positions, np.arange(self.m + 1, dtype=np.int64) * self.n).tolist()
         self.positions.copy_(torch.from_numpy(positions))
 
     def row_positions(self, first: int, last: int) -> Tensor:
@@ -137,4 +197,4 @@ class RandomSupport(Support):
         return self.positions[self.row_values(first, last)] - first * self.n
 
     def row_values(self, first: int, last: int) -> slice:
-        return slice(int(self._before_row[first]), int(self._before_row[last]))
+        return slice(self._before_row[first], self._before_row[last])

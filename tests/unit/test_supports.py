@@ -11,6 +11,7 @@ import torch
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import key64
 from sltrain_dist.sparse_lowrank import SLLinear
+from sltrain_dist.sparse_lowrank.blocks import BlockSupport, make_order
 from sltrain_dist.sparse_lowrank.layout import (
     effective_density,
     nonzeros,
@@ -21,10 +22,8 @@ from sltrain_dist.sparse_lowrank.layout import (
     window_starts,
 )
 from sltrain_dist.sparse_lowrank.linear import SUPPORTS
-from sltrain_dist.sparse_lowrank.structured import (
-    BlockSupport,
+from sltrain_dist.sparse_lowrank.stratified import (
     StratifiedSupport,
-    make_order,
     murmur_finalise,
     stratified_column,
     stratified_key,
@@ -166,16 +165,16 @@ def test_blocks_are_dense_between_permuted_inputs_and_outputs(size: tuple[int, i
     for start in starts:
         uses[start : start + k] += 1
     assert set(uses.tolist()) <= {1, 2}
-    for permutation, inverse in ((support.inputs, support.input_places), (support.outputs, support.output_places)):
-        assert torch.equal(permutation.sort().values, torch.arange(len(permutation), dtype=torch.int32))
-        assert torch.equal(permutation[inverse], torch.arange(len(inverse), dtype=torch.int32))
+    inputs = torch.from_numpy(make_order("random", key64(5, f"{NAME.rpartition('.')[0]}.inputs"), n, w))
+    outputs = make_order("random", key64(5, f"{NAME}.outputs"), m, w)
+    assert torch.equal(support.window_inputs[support.input_places], torch.arange(n, dtype=torch.int32))
+    assert torch.equal(support.window_outputs[support.output_places], torch.arange(m, dtype=torch.int32))
     columns = support.columns(0, m)
     bounds = window_row_bounds(m, w)
     for p in range(m):
         window = p * w // m
         assert bounds[window] <= p < bounds[window + 1]
-        want = support.inputs[starts[window] : starts[window] + k]
-        assert torch.equal(columns[support.outputs[p]], want)
+        assert torch.equal(columns[outputs[p]].long(), inputs[starts[window] : starts[window] + k])
     if m >= w:
         assert len(columns.unique()) == n
 
@@ -191,9 +190,9 @@ def test_layers_of_one_module_permute_their_inputs_alike() -> None:
     q, k, other = (
         BlockSupport(50, 60, 0.1, name=f"model.layers.{x}") for x in ("0.attn.q_proj", "0.attn.k_proj", "1.attn.q_proj")
     )
-    assert torch.equal(q.inputs, k.inputs)
-    assert not torch.equal(q.outputs, k.outputs)
-    assert not torch.equal(q.inputs, other.inputs)
+    assert torch.equal(q.window_inputs, k.window_inputs)
+    assert not torch.equal(q.window_outputs, k.window_outputs)
+    assert not torch.equal(q.window_inputs, other.window_inputs)
 
 
 def test_blocks_permutations_are_uniform() -> None:
