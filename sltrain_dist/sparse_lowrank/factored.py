@@ -40,7 +40,8 @@ class Factored(torch.autograd.Function):
             inputs = supports[group[0]].gather_inputs(x.t().contiguous())
             for i in group:
                 B, _, V = layers[i]
-                y = supports[i].multiply(V.to(x.dtype), inputs).t().contiguous()
+                # A copy even of a single row, which transposing does not move: outputs may not be views.
+                y = supports[i].multiply(V.to(x.dtype), inputs).t().clone(memory_format=torch.contiguous_format)
                 outputs.append(y.addmm_(inner[i], B.to(x.dtype).t()))
         return tuple(outputs)
 
