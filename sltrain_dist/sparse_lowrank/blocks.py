@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sltrain_dist.numerics.keyed import key64, permutation
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_row_bounds, window_starts
-from sltrain_dist.sparse_lowrank.support import Support, flatten_columns
+from sltrain_dist.sparse_lowrank.support import Arranged, Support, flatten_columns, untransposed
 
 Order = Literal["random", "grouped", "strided"]
 """How a permutation is made. random: uniform. grouped: runs of 8 neighbours, in random order. strided:
@@ -137,40 +137,41 @@ class BlockSupport(Support):
             and input_key(self.name) == input_key(other.name)
         )
 
-    def gather_inputs(self, x_t: Tensor) -> Tensor:
+    def arrange_inputs(self, x: Tensor) -> Arranged:
         """(w, k, T): the inputs of every window."""
-        return x_t.index_select(0, self.window_inputs).view(self.windows, self.k, -1)
+        return [x.t().contiguous().index_select(0, self.window_inputs).view(self.windows, self.k, -1)]
 
-    def scatter_inputs(self, inputs: Tensor) -> Tensor:
-        flat = inputs.view(self.windows * self.k, -1)
+    def arrange_outputs(self, g: Tensor) -> Arranged:
+        """(w, R, T): the outputs of every window."""
+        return [g.t().contiguous().index_select(0, self.window_outputs).view(self.windows, self.rows, -1)]
+
+    def restore_inputs(self, arranged: Arranged) -> Tensor:
+        flat = arranged[0].view(self.windows * self.k, -1)
         x_t = flat.index_select(0, self.input_places)
         if self.second_places.numel():
             twice = self.window_inputs.index_select(0, self.second_places)
             x_t.index_add_(0, twice, flat.index_select(0, self.second_places))
-        return x_t
+        return untransposed([x_t])
 
-    def multiply(self, V: Tensor, inputs: Tensor) -> Tensor:
-        y = torch.bmm(self._value_blocks(V), inputs)
-        return y.view(self.windows * self.rows, -1).index_select(0, self.output_places)
+    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+        y = torch.bmm(self._value_blocks(V), inputs[0])
+        return untransposed([y.view(self.windows * self.rows, -1).index_select(0, self.output_places)])
 
-    def multiply_transposed(self, V: Tensor, g_t: Tensor) -> Tensor:
+    def multiply_transposed(self, V: Tensor, outputs: Arranged) -> Arranged:
         blocks = self._value_blocks(V)
         if self.windows * self.rows != self.m:
             window = torch.arange(self.windows + 1, device=V.device)
             bounds = (window * self.m + self.windows - 1).div_(self.windows, rounding_mode="floor")
             short = bounds[1:] - bounds[:-1] < self.rows
             blocks[:, -1].masked_fill_(short[:, None], 0)
-        return torch.bmm(blocks.transpose(1, 2), self._gather_outputs(g_t))
+        return [torch.bmm(blocks.transpose(1, 2), outputs[0])]
 
-    def sample(self, g_t: Tensor, inputs: Tensor) -> Tensor:
-        blocks = torch.bmm(self._gather_outputs(g_t), inputs.transpose(1, 2))
+    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
+        blocks = torch.bmm(outputs[0], inputs[0].transpose(1, 2))
         return blocks.view(-1, self.k).index_select(0, self.output_places)
 
     def _value_blocks(self, V: Tensor) -> Tensor:
         return V.index_select(0, self.window_outputs).view(self.windows, self.rows, self.k)
-
-    def _gather_outputs(self, g_t: Tensor) -> Tensor:
-        return g_t.index_select(0, self.window_outputs).view(self.windows, self.rows, -1)
 
     @staticmethod
     def _fill(buffer: Tensor, values: npt.NDArray[np.int64]) -> None:

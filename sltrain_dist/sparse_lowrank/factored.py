@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.support import Arranged, Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
 """B, A and V of one layer."""
@@ -37,11 +37,10 @@ class Factored(torch.autograd.Function):
         outputs: list[Tensor] = []
         inner = h.split([A.shape[0] for _, A, _ in layers], dim=1)
         for group in _groups(supports):
-            inputs = supports[group[0]].gather_inputs(x.t().contiguous())
+            inputs = supports[group[0]].arrange_inputs(x)
             for i in group:
                 B, _, V = layers[i]
-                # A copy even of a single row, which transposing does not move: outputs may not be views.
-                y = supports[i].multiply(V.to(x.dtype), inputs).t().clone(memory_format=torch.contiguous_format)
+                y = supports[i].multiply(V.to(x.dtype), inputs)
                 outputs.append(y.addmm_(inner[i], B.to(x.dtype).t()))
         return tuple(outputs)
 
@@ -115,21 +114,21 @@ def _sparse_backward(
     need_V: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Σ gS over the layers, (T, n), and each layer's dV."""
-    dx_t: Tensor | None = None
+    dx: Tensor | None = None
     dVs: list[Tensor | None] = []
     for group in _groups(supports):
-        inputs = supports[group[0]].gather_inputs(x.t().contiguous()) if need_V else None
-        gathered: Tensor | None = None
+        inputs = supports[group[0]].arrange_inputs(x) if need_V else None
+        total: Arranged | None = None
         for i in group:
-            g_t = grads[i].t().contiguous()
-            dVs.append(None if inputs is None else supports[i].sample(g_t, inputs))
+            outputs = supports[i].arrange_outputs(grads[i])
+            dVs.append(None if inputs is None else supports[i].sample(outputs, inputs))
             if need_x:
-                part = supports[i].multiply_transposed(layers[i][2].to(x.dtype), g_t)
-                gathered = part if gathered is None else gathered.add_(part)
-        if gathered is not None:
-            part = supports[group[0]].scatter_inputs(gathered)
-            dx_t = part if dx_t is None else dx_t.add_(part)
-    return None if dx_t is None else dx_t.t().contiguous(), dVs
+                parts = supports[i].multiply_transposed(layers[i][2].to(x.dtype), outputs)
+                total = parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
+        if total is not None:
+            part = supports[group[0]].restore_inputs(total)
+            dx = part if dx is None else dx.add_(part)
+    return dx, dVs
 
 
 def _groups(supports: Sequence[Support]) -> list[list[int]]:

@@ -3,14 +3,16 @@
 A support is a module only so that what it keeps follows the layer to its device; it has no parameters, and
 its buffers are not part of a checkpoint. What a checkpoint holds instead is the seed and a fingerprint.
 
-Products with S are taken in *transposed form*, features × tokens, where what belongs to one feature is
-contiguous: gathering features is then copying rows, and a row of S adds up rows.
+Products with S are taken in an *arranged* form, features × tokens, where what belongs to one feature is
+contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
+arrangement; layers that share their input arrange it once.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,12 @@ from torch.nn import functional as F
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import integers, key64
 from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros, values_shape
+
+Arranged = list[Tensor]
+"""Inputs or outputs of a layer, as the products of its support want them."""
+
+SLICE = 512
+"""Tokens at a time in products with scattered positions: then the features of a wide layer fit a core's cache."""
 
 
 class Support(nn.Module):
@@ -77,36 +85,46 @@ class Support(nn.Module):
         return digest.hexdigest()[:16]
 
     def shares_inputs(self, other: Support) -> bool:
-        """Whether :meth:`gather_inputs` gives the same for both."""
+        """Whether :meth:`arrange_inputs` gives the same for both."""
         return self.n == other.n and other.kind != "blocks"
 
-    def gather_inputs(self, x_t: Tensor) -> Tensor:
-        """Arranges inputs (n, T) as the products want them."""
-        return x_t
+    def arrange_inputs(self, x: Tensor) -> Arranged:
+        """What the products need of inputs x (T, n): here transposed, in slices of tokens that fit the cache."""
+        return [part.t().contiguous() for part in x.split(SLICE)]
 
-    def scatter_inputs(self, inputs: Tensor) -> Tensor:
-        """The transpose of :meth:`gather_inputs`: back to (n, T), adding up what belongs to one input."""
-        return inputs
+    def arrange_outputs(self, g: Tensor) -> Arranged:
+        """What the products need of outputs g (T, m)."""
+        return [part.t().contiguous() for part in g.split(SLICE)]
 
-    def multiply(self, V: Tensor, inputs: Tensor) -> Tensor:
-        """S·xᵀ, (m, T), contiguous; `inputs` is from :meth:`gather_inputs`."""
+    def restore_inputs(self, arranged: Arranged) -> Tensor:
+        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input."""
+        return untransposed(arranged)
+
+    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+        """xSᵀ, a new (T, m), for arranged inputs."""
         rows, columns = self._rows_and_columns()
-        return _sum_rows(inputs, columns, rows, self.m, V.reshape(-1))
+        weights, offsets = V.reshape(-1), _first_of_each(rows, self.m)
+        return untransposed([_sum_rows(part, columns, offsets, weights) for part in inputs])
 
-    def multiply_transposed(self, V: Tensor, g_t: Tensor) -> Tensor:
-        """Sᵀ·gᵀ, to be given to :meth:`scatter_inputs`, for g_t (m, T)."""
+    def multiply_transposed(self, V: Tensor, outputs: Arranged) -> Arranged:
+        """gS for arranged outputs, to be given to :meth:`restore_inputs`."""
         rows, columns = self._rows_and_columns()
         columns, order = columns.sort(stable=True)
-        return _sum_rows(g_t, rows.index_select(0, order), columns, self.n, V.reshape(-1).index_select(0, order))
+        rows, weights = rows.index_select(0, order), V.reshape(-1).index_select(0, order)
+        offsets = _first_of_each(columns, self.n)
+        return [_sum_rows(part, rows, offsets, weights) for part in outputs]
 
-    def sample(self, g_t: Tensor, inputs: Tensor) -> Tensor:
+    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
         """gᵀx at the positions, shape of V: the gradient of V."""
         rows, columns = self._rows_and_columns()
+        offsets = _first_of_each(rows, self.m)
         # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.
-        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            g_t, inputs, columns, _first_of_each(rows, self.m), rows, 0
-        )
-        return dots.view(self.values_shape)
+        dots = [
+            torch.ops.aten._embedding_bag_per_sample_weights_backward(g_t, x_t, columns, offsets, rows, 0)
+            for g_t, x_t in zip(outputs, inputs, strict=True)
+        ]
+        total = dots[0] if len(dots) == 1 else torch.stack(dots).sum(0)
+        return total.view(self.values_shape)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, nnz={self.nnz}"
@@ -123,11 +141,20 @@ def flatten_columns(columns: Tensor, n: int) -> Tensor:
     return (columns + (rows * n)[:, None]).view(-1)
 
 
-def _sum_rows(rows: Tensor, which: Tensor, bags: Tensor, num_bags: int, weights: Tensor) -> Tensor:
-    """Weighted sums of the rows `which`, one sum for each equal stretch of the sorted `bags`."""
+def _sum_rows(rows: Tensor, which: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the rows `which`, one sum for each stretch that begins at an offset."""
     # embedding_bag: torch's only sparse product on the CPU that knows bf16, and its fastest in float32.
-    offsets = _first_of_each(bags, num_bags)
     return F.embedding_bag(which, rows, offsets, mode="sum", per_sample_weights=weights)
+
+
+def untransposed(parts: Sequence[Tensor]) -> Tensor:
+    """Slices (features, tokens), put together as (T, features): always a copy, so that it may be returned."""
+    whole = parts[0].new_empty(sum(part.shape[1] for part in parts), parts[0].shape[0])
+    first = 0
+    for part in parts:
+        whole[first : first + part.shape[1]].copy_(part.t())
+        first += part.shape[1]
+    return whole
 
 
 def _first_of_each(ordered: Tensor, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import SLLinear, functional
 from sltrain_dist.sparse_lowrank.cost import PLANS, Plan
 from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.sparse_lowrank.support import SLICE
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -113,6 +114,16 @@ def test_oracle_sweep(
     # Accumulating into dx and dA in the type itself, over blocks of one row, costs digits in half precision.
     worse = 6 if plan.path == "materialize" and block_bytes is not None else 1
     assert_close(results(layer, x, g), oracle(layer, x, g), worse * TOLERANCE[dtype])
+
+
+@each_kind
+@each_plan
+def test_more_tokens_than_a_slice(kind: SupportKind, plan: Plan, force: Any) -> None:
+    force(plan)
+    tokens = 2 * SLICE + 77
+    layer = make(kind, 13, 300, 4, torch.float64)
+    x, g = made((tokens, 300), torch.float64, 1), made((tokens, 13), torch.float64, 2)
+    assert_close(results(layer, x, g), oracle(layer, x, g), 1e-12)
 
 
 @each_kind
