@@ -52,8 +52,8 @@ class Rates:
 
 
 RATES: dict[tuple[str, int], Rates] = {
-    ("cpu", 32): Rates(bags=5, dots=12, blocks=1.4, transpose=55, copy=21, index=600),
-    ("cpu", 16): Rates(bags=6.4, dots=15, blocks=2.1, transpose=110, copy=30, index=1500),
+    ("cpu", 32): Rates(bags=6, dots=16, blocks=1.4, transpose=55, copy=21, index=600),
+    ("cpu", 16): Rates(bags=8, dots=22, blocks=2.1, transpose=110, copy=30, index=1500),
     ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=100, copy=60, index=1500),
     ("cuda", 16): Rates(bags=1000, dots=2000, blocks=20, transpose=400, copy=250, index=6000),
 }

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.models.count import count_parameters
 from sltrain_dist.numerics.keyed import key64
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport, make_order
@@ -209,6 +212,13 @@ def test_blocks_permutations_are_uniform() -> None:
 def test_every_order_is_a_permutation(order: str) -> None:
     for size in (1, 7, 8, 9, 100):
         assert sorted(make_order(order, 5, size, 3)) == list(range(size))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counted_parameters_are_those_of_the_model(kind: SupportKind) -> None:
+    config = build_config({"preset": "llama_60m", "reparam": {"support": kind}})
+    built = sum(p.numel() for p in build_meta_model(config).parameters())
+    assert count_parameters(config.model, config.reparam).total == built
 
 
 def test_stored_index_bytes() -> None:
