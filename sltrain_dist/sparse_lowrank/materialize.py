@@ -61,8 +61,8 @@ def build_rows(
     B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, dtype: torch.dtype, first: int, last: int
 ) -> Tensor:
     """Rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
-    # B is scaled, not the product: n/r times less to go over.
-    W = torch.mm(B[first:last].to(dtype) * scale, A.to(dtype))
+    # Scaled inside the product: no pass over W, and no copy of a factor.
+    W = torch.addmm(A.new_zeros(1, 1, dtype=dtype), B[first:last].to(dtype), A.to(dtype), beta=0, alpha=scale)
     # In place, and with int32 positions as they are: neither W nor the positions get a second copy.
     values = V.reshape(-1)[support.row_values(first, last)].to(dtype)
     W.view(-1).index_add_(0, support.row_positions(first, last), values)
@@ -85,7 +85,6 @@ def _dense_backward(
     dB = torch.empty_like(B) if need_B else None
     dA = torch.zeros_like(A, dtype=x.dtype) if need_A else None
     dV = torch.empty_like(V) if need_V else None
-    scaled_A = A.to(x.dtype) * scale if need_B else None
     for first, last in _blocks(support.m, block_rows):
         g_rows = g[:, first:last]
         if dx is not None:
@@ -93,8 +92,8 @@ def _dense_backward(
         if not (need_B or need_A or need_V):
             continue
         G = torch.mm(g_rows.t(), x)  # after W is gone, so that only one m×n tensor exists at a time
-        if dB is not None and scaled_A is not None:
-            dB[first:last] = torch.mm(G, scaled_A.t())
+        if dB is not None:
+            dB[first:last] = torch.mm(G, A.to(x.dtype).t()).mul_(scale)
         if dA is not None:
             dA.addmm_(B[first:last].to(x.dtype).t(), G)
         if dV is not None:
