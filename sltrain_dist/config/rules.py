@@ -23,7 +23,8 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     smallest = min(model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim)
     if reparam.method != "full" and reparam.rank > smallest:
         yield "reparam.rank", f"is larger than the smallest dimension of a replaced layer; at most {smallest}"
-    if reparam.method == "sltrain" and int(reparam.density * model.hidden_size * smallest) < 1:
+    leaves_none = reparam.support == "random" and int(reparam.density * model.hidden_size * smallest) < 1
+    if reparam.method == "sltrain" and leaves_none:  # the other supports have at least one value a row
         yield "reparam.density", "leaves the smallest replaced layer without a single sparse value; raise it"
     if (train.steps is None) == (train.tokens is None) and not train.dry_run:
         yield "train.steps", f"set exactly one of train.steps and train.tokens (= {train.tokens})"
@@ -58,8 +59,12 @@ def without_effect(config: Config) -> Iterator[str]:
     usual = Config.model_validate(PRESETS[config.preset] if config.preset else {})
     optim, parallel, tracking = config.optim, config.parallel, config.tracking
     cases = (
-        ("reparam.method=full", config.reparam.method == "full", ("reparam.rank", "reparam.density", "reparam.alpha")),
-        ("reparam.method=lowrank", config.reparam.method == "lowrank", ("reparam.density",)),
+        (
+            "reparam.method=full",
+            config.reparam.method == "full",
+            ("reparam.rank", "reparam.density", "reparam.alpha", "reparam.support"),
+        ),
+        ("reparam.method=lowrank", config.reparam.method == "lowrank", ("reparam.density", "reparam.support")),
         ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.zero_stage", "parallel.shard")),
         ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),
         ("optim.name=sgd", optim.name == "sgd", ("optim.beta1", "optim.beta2", "optim.eps")),

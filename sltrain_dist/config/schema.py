@@ -16,6 +16,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SupportKind = Literal["random", "stratified", "blocks"]
 
 
 class Section(BaseModel):
@@ -70,10 +71,18 @@ class ReparamConfig(Section):
     """δ, the share of W's entries that S holds (`sp_ratio` in the reference code)."""
     alpha: PositiveFloat = 32.0
     """Numerator of the low-rank factor's scale alpha/rank."""
-    support: Literal["random"] = "random"
-    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper."""
-    path: Literal["auto", "materialize"] = "auto"
-    """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward."""
+    support: SupportKind = "random"
+    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
+    index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
+    blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
+    n ≥ 256; the only one that can be applied without building W."""
+    path: Literal["auto", "materialize", "factored"] = "auto"
+    """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward.
+    factored: W is never built; the low-rank and the sparse product are taken one by one and added. auto:
+    the faster by a cost model, per layer shape and number of tokens (docs/operator.md)."""
+    row_block_bytes: PositiveInt | None = None
+    """Most bytes of one layer's W, or of its dense gradient, that materialize forms at a time: bounds the
+    transient memory for a little time. Null: all of it at once."""
 
 
 class DataConfig(Section):

@@ -68,6 +68,7 @@ def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> Linear
             reparam.alpha,
             support=reparam.support,
             path=reparam.path,
+            row_block_bytes=reparam.row_block_bytes,
             name=name,
             seed=seed,
         )

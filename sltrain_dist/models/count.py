@@ -65,7 +65,9 @@ def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCou
         head=0 if model.tie_head else model.vocab_size * h,
         norms=(2 * layers + 1) * h,
         factors=layers * sum(reparam.rank * (s.m + s.n) for s in linears) if replaced else 0,
-        sparse=layers * sum(nonzeros(s.m, s.n, reparam.density) for s in linears) if reparam.method == "sltrain" else 0,
+        sparse=layers * sum(nonzeros(s.m, s.n, reparam.density, reparam.support) for s in linears)
+        if reparam.method == "sltrain"
+        else 0,
         dense=0 if replaced else layers * sum(s.m * s.n for s in linears),
     )
 

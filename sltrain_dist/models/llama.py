@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sltrain_dist.config.schema import ModelConfig
 from sltrain_dist.models.loss import cross_entropy_sum
 from sltrain_dist.numerics.keyed import fill_
+from sltrain_dist.sparse_lowrank.linear import apply_shared
 
 LinearFactory = Callable[[int, int, str], nn.Module]
 """Makes the linear layer of (in_features, out_features, name)."""
@@ -119,8 +120,8 @@ class Attention(nn.Module):
         """Maps (batch, length, hidden) to the same shape; a position sees itself and what is before it."""
         batch, length, _ = x.shape
         q, k, v = (
-            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for y in apply_shared((self.q_proj, self.k_proj, self.v_proj), x)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
@@ -138,7 +139,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., hidden) to (..., hidden)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_shared((self.gate_proj, self.up_proj), x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -66,6 +66,11 @@ def integers(key: int, start: int, count: int, bound: int) -> npt.NDArray[np.int
     return values
 
 
+def permutation(key: int, size: int) -> npt.NDArray[np.int64]:
+    """A uniform permutation of 0 … size − 1: the order of the first `size` words of the stream of `key`."""
+    return np.argsort(splitmix64(key, 0, size), kind="stable")
+
+
 def fill_(
     tensor: torch.Tensor, seed: int, name: str, *, uniform: float | None = None, normal: float | None = None
 ) -> None:

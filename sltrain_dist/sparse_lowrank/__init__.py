@@ -8,13 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sltrain_dist.sparse_lowrank.blocks import BlockSupport
     from sltrain_dist.sparse_lowrank.functional import sl_linear
     from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+    from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
     from sltrain_dist.sparse_lowrank.support import RandomSupport
 
-__all__ = ["LowRankLinear", "RandomSupport", "SLLinear", "sl_linear"]
+__all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "StratifiedSupport", "sl_linear"]
 
-_HOME = {"sl_linear": "functional", "LowRankLinear": "linear", "SLLinear": "linear", "RandomSupport": "support"}
+_HOME = {
+    "sl_linear": "functional",
+    "LowRankLinear": "linear",
+    "SLLinear": "linear",
+    "RandomSupport": "support",
+    "StratifiedSupport": "stratified",
+    "BlockSupport": "blocks",
+}
 
 
 def __getattr__(name: str) -> Any:

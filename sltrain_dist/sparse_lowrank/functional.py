@@ -1,30 +1,73 @@
-"""The operator y = x (s·BA + S)ᵀ as autograd functions that save nothing of size m×n."""
+"""The operator y = x (s·BA + S)ᵀ as a function: checks, types, and the choice of the path."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from sltrain_dist.sparse_lowrank.cost import Path, Plan, choose_plan
+from sltrain_dist.sparse_lowrank.factored import Factored
+from sltrain_dist.sparse_lowrank.materialize import Materialize
+from sltrain_dist.sparse_lowrank.support import Support
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One layer's part of a call.
+
+    Attributes:
+        B: (m, r).
+        A: (r, n).
+        V: Values, of shape `support.values_shape`.
+        support: The positions of V.
+        scale: s = alpha / r.
+        bias: (m,) or None.
+        path: How the layer is applied; see :func:`sl_linear`.
+        row_block_bytes: Most bytes of W that `materialize` builds at a time; None for all of it at once.
+    """
+
+    B: Tensor
+    A: Tensor
+    V: Tensor
+    support: Support
+    scale: float
+    bias: Tensor | None = None
+    path: Path = "auto"
+    row_block_bytes: int | None = None
 
 
 def sl_linear(
-    x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor, scale: float, bias: Tensor | None = None
+    x: Tensor,
+    B: Tensor,
+    A: Tensor,
+    V: Tensor,
+    support: Support,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    path: Path = "auto",
+    row_block_bytes: int | None = None,
 ) -> Tensor:
-    """Applies W = scale·BA + S to x, where S holds V at `positions` (the paper's Algorithm 1).
+    """Applies W = scale·BA + S to x, where S holds V at the positions of `support`.
 
-    W is built, used and thrown away, and built again in the backward pass; saved for backward are only
-    the leaves themselves and x. Under autocast everything is cast to autocast's type, as by `F.linear`.
+    Saved for backward are the parameters themselves, x, and in the factored path scale·xAᵀ; nothing of the
+    size of W. Under autocast everything is cast to autocast's type, as by `F.linear`.
 
     Args:
         x: (..., n); any number of tokens, also none.
         B: (m, r).
         A: (r, n).
-        V: Values, as many as positions.
-        positions: Flat positions i·n + c without repetition, int32 or int64.
+        V: Values, of shape `support.values_shape`.
+        support: The positions of V.
         scale: s = alpha / r.
         bias: (m,) or None.
+        path: materialize builds W, uses it and throws it away (the paper's Algorithm 1). factored never
+            forms it. auto takes the faster, by the cost model of :mod:`sltrain_dist.sparse_lowrank.cost`.
+        row_block_bytes: Most bytes of W, or of its gradient, that `materialize` forms at a time; at least
+            one row. None: all at once.
 
     Returns:
         (..., m), of x's type, or of autocast's.
@@ -32,79 +75,97 @@ def sl_linear(
     Raises:
         ValueError: Shapes or types do not fit together.
     """
+    return sl_linear_shared(x, [Operand(B, A, V, support, scale, bias, path, row_block_bytes)])[0]
+
+
+def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
+    """Applies several layers to one input, which is saved once and, in the factored path, arranged once.
+
+    Args:
+        x: (..., n).
+        operands: The layers.
+
+    Returns:
+        The outputs, as of :func:`sl_linear`.
+
+    Raises:
+        ValueError: Shapes or types do not fit together.
+    """
+    dtype = _compute_dtype(x, operands)
+    for operand in operands:
+        _check_shapes(x, operand)
+    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    plans = [_plan(flat, operand) for operand in operands]
+    together = [i for i, plan in enumerate(plans) if plan.path == "factored"]
+    outputs: list[Tensor | None] = [None] * len(operands)
+    if together:
+        layers = [operands[i] for i in together]
+        parameters = (parameter for layer in layers for parameter in (layer.B, layer.A, layer.V))
+        supports, scales = tuple(layer.support for layer in layers), tuple(layer.scale for layer in layers)
+        for i, y in zip(together, Factored.apply(flat, supports, scales, *parameters), strict=True):
+            outputs[i] = y
+    results: list[Tensor] = []
+    for operand, plan, y in zip(operands, plans, outputs, strict=True):
+        if y is None:
+            y = Materialize.apply(
+                flat, operand.B, operand.A, operand.V, operand.support, operand.scale,
+                block_rows(operand, dtype), plan.dense_backward,
+            )  # fmt: skip
+        y = y if operand.bias is None else y.add_(operand.bias.to(dtype))
+        results.append(y.view(*x.shape[:-1], y.shape[-1]))
+    return results
+
+
+def block_rows(operand: Operand, dtype: torch.dtype) -> int:
+    """Rows of W that the layer builds at a time."""
+    if operand.row_block_bytes is None:
+        return operand.support.m
+    return max(1, min(operand.support.m, operand.row_block_bytes // (operand.support.n * dtype.itemsize)))
+
+
+def _plan(x: Tensor, operand: Operand) -> Plan:
+    support = operand.support
+    tokens = x.shape[0]
+    if tokens == 0:
+        return Plan("materialize", dense_backward=True)
+    return choose_plan(
+        support.m,
+        support.n,
+        operand.A.shape[0],
+        support.nnz,
+        support.kind,
+        tokens,
+        bits=x.dtype.itemsize * 8,
+        device=x.device.type,
+        path=operand.path,
+    )
+
+
+def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:
     device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        _check_types(x, B=B, A=A, V=V, bias=bias)
-    _check_shapes(x, B, A, V, positions, bias)
-    return _Materialize.apply(x.to(dtype), B, A, V, bias, positions, scale)
-
-
-def build_weight(B: Tensor, A: Tensor, V: Tensor, positions: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W = scale·BA + S as a new (m, n) tensor of type `dtype`."""
-    W = torch.mm(B.to(dtype), A.to(dtype)).mul_(scale)
-    # In place, and with int32 positions as they are: neither W nor the positions get a second copy.
-    W.view(-1).index_add_(0, positions, V.to(dtype).view(-1))
-    return W
-
-
-class _Materialize(torch.autograd.Function):
-    # Leaves are saved as they came: a detached or cast copy would stay alive under ZeRO-3 and FSDP, which
-    # free and gather the leaves' storage around forward and backward.
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, B: Tensor, A: Tensor, V: Tensor, bias: Tensor | None, positions: Tensor, scale: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, B, A, V, positions)
-        ctx.scale = scale
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        W = build_weight(B, A, V, positions, scale, x.dtype)
-        return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, A, V, positions = ctx.saved_tensors
-        need_x, need_B, need_A, need_V, need_bias = ctx.needs_input_grad[:5]
-        g = grads[0].reshape(-1, grads[0].shape[-1])
-        dx = dB = dA = dV = dbias = None
-        if need_x:
-            W = build_weight(B, A, V, positions, ctx.scale, x.dtype)
-            dx = (g @ W).view(x.shape)
-            del W  # before G, so that only one m×n tensor exists at a time
-        if need_B or need_A or need_V:
-            G = g.t() @ x.reshape(-1, x.shape[-1])
-            if need_B:
-                dB = (G @ A.to(x.dtype).t()).mul_(ctx.scale).to(B.dtype)
-            if need_A:
-                dA = (B.to(x.dtype).t() @ G).mul_(ctx.scale).to(A.dtype)
-            if need_V:
-                dV = G.view(-1).index_select(0, positions).view(V.shape).to(V.dtype)
-        if need_bias:
-            dbias = g.sum(0).to(ctx.bias_dtype)
-        return dx, dB, dA, dV, dbias, None, None
-
-
-def _check_types(x: Tensor, **parameters: Tensor | None) -> None:
-    for name, parameter in parameters.items():
-        if parameter is not None and parameter.dtype != x.dtype:
-            raise ValueError(
-                f"x is {x.dtype} but {name} is {parameter.dtype}; cast one of them, or run under torch.autocast"
-            )
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; the operator takes floating-point tensors")
+    for operand in operands:
+        for name, parameter in (("B", operand.B), ("A", operand.A), ("V", operand.V), ("bias", operand.bias)):
+            if parameter is not None and parameter.dtype != x.dtype:
+                raise ValueError(
+                    f"x is {x.dtype} but {name} is {parameter.dtype}; cast one of them, or run under torch.autocast"
+                )
+    return x.dtype
 
 
-def _check_shapes(x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, operand: Operand) -> None:
+    B, A, V, support, bias = operand.B, operand.A, operand.V, operand.support, operand.bias
     m, n = B.shape[0], A.shape[1]
     if B.shape[1] != A.shape[0]:
         raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not have one rank")
     if x.dim() == 0 or x.shape[-1] != n:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {n}")
-    if V.numel() != positions.numel():
-        raise ValueError(f"V holds {V.numel()} values for {positions.numel()} positions")
+    if (m, n) != (support.m, support.n):
+        raise ValueError(f"B and A make a {m}×{n} weight, but the support is of a {support.m}×{support.n} one")
+    if tuple(V.shape) != support.values_shape:
+        raise ValueError(f"V has shape {tuple(V.shape)}; the support has values for {support.values_shape}")
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")

@@ -2,12 +2,93 @@
 
 from __future__ import annotations
 
+import math
 
-def nonzeros(m: int, n: int, density: float) -> int:
-    """Sparse values of an (m, n) layer: int(δ·m·n), as in the paper and its reference code."""
-    return int(density * m * n)
+from sltrain_dist.config.schema import SupportKind
+
+_ALIGNMENT = 8
+"""Values per row of `blocks` are a multiple of this, so that its small matrix products start aligned."""
+_ALIGN_FROM = 256
+"""Narrower layers are not rounded: eight values would be too coarse a step of the density."""
+
+
+def nonzeros(m: int, n: int, density: float, support: SupportKind = "random") -> int:
+    """Sparse values of an (m, n) layer.
+
+    random: int(δ·m·n), as in the paper and its reference code. Else m rows of :func:`values_per_row`.
+    """
+    if support == "random":
+        return int(density * m * n)
+    return m * values_per_row(n, density, support)
+
+
+def values_per_row(n: int, density: float, support: SupportKind) -> int:
+    """k, the sparse values in each row of the supports that have equally many in every row.
+
+    stratified: δn, rounded, at least 1. blocks: δn rounded to a multiple of 8 (at least 8, at most n) where
+    n ≥ 256, so that the density it really has, k/n, may differ from δ; like stratified below.
+
+    Raises:
+        ValueError: The support is random, whose rows differ.
+    """
+    if support == "random":
+        raise ValueError("the rows of support = random differ in their number of values")
+    if support == "blocks" and n >= _ALIGN_FROM:
+        return min(n, max(_ALIGNMENT, _ALIGNMENT * math.floor(density * n / _ALIGNMENT + 0.5)))
+    return max(1, math.floor(density * n + 0.5))
+
+
+def values_shape(m: int, n: int, density: float, support: SupportKind) -> tuple[int, ...]:
+    """Shape of V: (nnz,) for random, (m, k) else."""
+    if support == "random":
+        return (nonzeros(m, n, density),)
+    return (m, values_per_row(n, density, support))
+
+
+def effective_density(m: int, n: int, density: float, support: SupportKind) -> float:
+    """The share of W's entries that S really holds."""
+    return nonzeros(m, n, density, support) / (m * n)
 
 
 def index_bytes_per_value(m: int, n: int) -> int:
     """Bytes of one stored flat position: int32 while every position i·n + c fits, int64 beyond."""
     return 4 if m * n < 2**31 else 8
+
+
+def stored_index_bytes(m: int, n: int, density: float, support: SupportKind) -> int:
+    """Bytes that a layer keeps in memory to know its positions.
+
+    random: all of them. stratified: none. blocks: the permutations and their inverses, int32.
+    """
+    if support == "random":
+        return index_bytes_per_value(m, n) * nonzeros(m, n, density)
+    if support == "stratified":
+        return 0
+    k = values_per_row(n, density, support)
+    w = num_windows(n, k)
+    return 4 * (2 * w * k + w * -(-m // w) + m)  # of inputs: w·k in windows, n first and w·k − n second places
+
+
+def stratum_start(j: int, n: int, k: int) -> int:
+    """First column of stratum j of k: ⌊j·n/k⌋ (so that stratum k would start at n)."""
+    return j * n // k
+
+
+def num_windows(n: int, k: int) -> int:
+    """w = ⌈n/k⌉, the windows of k permuted inputs each that cover n inputs."""
+    return -(-n // k)
+
+
+def window_starts(n: int, k: int) -> list[int]:
+    """First permuted input of every window: ⌈i(n−k)/(w−1)⌉, spread evenly, the last one ending at n."""
+    w = num_windows(n, k)
+    return [-(-i * (n - k) // (w - 1)) for i in range(w)] if w > 1 else [0]
+
+
+def window_row_bounds(m: int, w: int) -> list[int]:
+    """Bounds of the permuted rows that use each window: rows bounds[i] … bounds[i + 1] − 1 use window i.
+
+    Permuted row p uses window ⌊p·w/m⌋, so that window i begins at row ⌈i·m/w⌉. With fewer rows than windows
+    some windows have none.
+    """
+    return [-(-i * m // w) for i in range(w + 1)]

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import fill_
-from sltrain_dist.sparse_lowrank.functional import build_weight, sl_linear
-from sltrain_dist.sparse_lowrank.support import RandomSupport
+from sltrain_dist.sparse_lowrank.blocks import BlockSupport
+from sltrain_dist.sparse_lowrank.convert import fit
+from sltrain_dist.sparse_lowrank.cost import Path
+from sltrain_dist.sparse_lowrank.functional import Operand, sl_linear_shared
+from sltrain_dist.sparse_lowrank.materialize import build_rows
+from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
+from sltrain_dist.sparse_lowrank.support import RandomSupport, Support
+
+SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSupport]] = {
+    "random": RandomSupport,
+    "stratified": StratifiedSupport,
+    "blocks": BlockSupport,
+}
+"""The supports by the name that `reparam.support` uses."""
 
 
 class SLLinear(nn.Module):
@@ -24,7 +38,9 @@ class SLLinear(nn.Module):
         density: δ, the share of W's entries that S holds.
         alpha: Numerator of the low-rank scale alpha / rank.
         support: How the positions of S are chosen.
-        path: How W is applied; "auto" picks the fastest that there is for the support.
+        path: How W is applied: "materialize" builds it, "factored" never does, "auto" picks the faster by
+            a cost model, for the number of tokens at hand.
+        row_block_bytes: Most bytes of W, or of its gradient, that "materialize" forms at a time. None: all.
         bias: Whether there is a bias, which starts at 0.
         name: The layer's construction name; it keys the support and the initial values.
         seed: Seed of the run.
@@ -48,8 +64,9 @@ class SLLinear(nn.Module):
         density: float,
         alpha: float,
         *,
-        support: Literal["random"] = "random",
-        path: Literal["auto", "materialize"] = "auto",
+        support: SupportKind = "random",
+        path: Path = "auto",
+        row_block_bytes: int | None = None,
         bias: bool = False,
         name: str = "",
         seed: int = 0,
@@ -58,14 +75,18 @@ class SLLinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_rank(rank, out_features, in_features)
-        if support != "random":
-            raise ValueError(f"support = {support!r}; there is: 'random'")
-        if path not in ("auto", "materialize"):
-            raise ValueError(f"path = {path!r}; there are: 'auto', 'materialize'")
+        if support not in SUPPORTS:
+            raise ValueError(f"support = {support!r}; there are: {', '.join(map(repr, SUPPORTS))}")
+        if path not in ("auto", "materialize", "factored"):
+            raise ValueError(f"path = {path!r}; there are: 'auto', 'materialize', 'factored'")
+        if row_block_bytes is not None and row_block_bytes < 1:
+            raise ValueError(f"row_block_bytes = {row_block_bytes} must be positive, or None")
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.density, self.alpha, self.path = rank, density, alpha, path
-        self.name, self.seed = name, seed
-        self.support = RandomSupport(out_features, in_features, density, seed=seed, name=name, device=device)
+        self.name, self.seed, self.row_block_bytes = name, seed, row_block_bytes
+        self.support: Support = SUPPORTS[support](
+            out_features, in_features, density, seed=seed, name=name, device=device
+        )
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(self.support.values_shape, device=device, dtype=dtype))
@@ -91,18 +112,87 @@ class SLLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
-        return sl_linear(x, self.B, self.A, self.V, self.support.positions, self.scale, self.bias)
+        return sl_linear_shared(x, [self.operand()])[0]
+
+    def operand(self) -> Operand:
+        """What the layer brings to a call of :func:`sl_linear_shared`."""
+        return Operand(self.B, self.A, self.V, self.support, self.scale, self.bias, self.path, self.row_block_bytes)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W as a new (m, n) tensor of the parameters' type."""
-        return build_weight(self.B, self.A, self.V, self.support.positions, self.scale, self.B.dtype)
+        return build_rows(self.B, self.A, self.V, self.support, self.scale, self.B.dtype, 0, self.out_features)
+
+    def merge_to_linear(self) -> nn.Linear:
+        """A dense layer that computes the same, of the parameters' type and on their device."""
+        B = self.B
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=B.dtype
+        ).to_empty(device=B.device)
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        rank: int,
+        density: float,
+        alpha: float,
+        *,
+        bias: Tensor | None = None,
+        support: SupportKind = "random",
+        path: Path = "auto",
+        name: str = "",
+        seed: int = 0,
+        sweeps: int = 1,
+    ) -> SLLinear:
+        """A layer whose W is close to a dense weight; see :func:`sltrain_dist.sparse_lowrank.convert.fit`.
+
+        Args:
+            weight: (m, n); its type and device become the layer's.
+            rank: r.
+            density: δ.
+            alpha: Numerator of the low-rank scale.
+            bias: (m,) or None.
+            support: How the positions of S are chosen.
+            path: How W is applied.
+            name: Keys the support.
+            seed: Keys the support.
+            sweeps: Alternations between the low-rank and the sparse part.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        m, n = weight.shape
+        layer = cls(
+            n, m, rank, density, alpha, support=support, path=path, bias=bias is not None,
+            name=name, seed=seed, device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        B, A, V = fit(weight, rank, layer.scale, layer.support, sweeps)
+        with torch.no_grad():
+            layer.B.copy_(B)
+            layer.A.copy_(A)
+            layer.V.copy_(V)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"density={self.density}, alpha={self.alpha}, path={self.path}, bias={self.bias is not None}"
         )
+
+
+def apply_shared(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Applies layers to one input; sparse plus low-rank ones share the work on it."""
+    if all(isinstance(layer, SLLinear) for layer in layers):
+        return sl_linear_shared(x, [cast(SLLinear, layer).operand() for layer in layers])
+    return [layer(x) for layer in layers]
 
 
 class LowRankLinear(nn.Module):

@@ -1,20 +1,166 @@
 """Supports: the fixed positions of the sparse part S, computed from (seed, layer name), never saved or sent.
 
-A support is a module only so that its positions follow the layer to its device; it has no parameters, and
+A support is a module only so that what it keeps follows the layer to its device; it has no parameters, and
 its buffers are not part of a checkpoint. What a checkpoint holds instead is the seed and a fingerprint.
+
+Products with S are taken in an *arranged* form, features × tokens, where what belongs to one feature is
+contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
+arrangement; layers that share their input arrange it once.
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.keyed import integers, key64
-from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros
+from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros, values_shape
+
+Arranged = list[Tensor]
+"""Inputs or outputs of a layer, as the products of its support want them."""
+
+SLICE = 512
+"""Tokens at a time in products with scattered positions: then the features of a wide layer fit a core's cache."""
+
+
+class Support(nn.Module):
+    """What all supports have in common.
+
+    Args:
+        m: Rows of W (out_features).
+        n: Columns of W (in_features).
+        density: δ.
+        seed: Seed of the run.
+        name: The layer's construction name, such as model.layers.0.self_attn.q_proj.
+
+    Attributes:
+        nnz: Number of positions.
+        values_shape: Shape of V: (nnz,) for random, else (m, k), V[i] belonging to output i.
+
+    Raises:
+        ValueError: The density is outside (0, 1], or leaves no position.
+    """
+
+    kind: SupportKind
+
+    def __init__(self, m: int, n: int, density: float, *, seed: int = 0, name: str = "") -> None:
+        super().__init__()
+        if not 0 < density <= 1:
+            raise ValueError(f"density = {density} is outside (0, 1]")
+        self.m, self.n, self.seed, self.name = m, n, seed, name
+        self.nnz = nonzeros(m, n, density, self.kind)
+        self.values_shape = values_shape(m, n, density, self.kind)
+        if self.nnz == 0:
+            raise ValueError(f"density = {density} leaves no position in a {m}×{n} layer; raise it, or drop S")
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Computes what is kept, in place, on the device where the buffers are."""
+
+    @abstractmethod
+    def row_positions(self, first: int, last: int) -> Tensor:
+        """Flat positions (i − first)·n + c in rows first … last − 1, as V.flatten() has them; int32 or int64."""
+
+    @abstractmethod
+    def row_values(self, first: int, last: int) -> slice:
+        """Where V.flatten() has the values of rows first … last − 1."""
+
+    def indices(self) -> Tensor:
+        """Flat positions i·n + c in the order of V.flatten(), int64, on the layer's device."""
+        return self.row_positions(0, self.m).long()
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the shape and the positions that are in use on this device."""
+        dtype = torch.int32 if index_bytes_per_value(self.m, self.n) == 4 else torch.int64
+        digest = hashlib.sha256(f"{self.kind}:{self.m}:{self.n}:".encode())
+        digest.update(self.row_positions(0, self.m).detach().cpu().to(dtype).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def shares_inputs(self, other: Support) -> bool:
+        """Whether :meth:`arrange_inputs` gives the same for both."""
+        return self.n == other.n and other.kind != "blocks"
+
+    def arrange_inputs(self, x: Tensor) -> Arranged:
+        """What the products need of inputs x (T, n): here transposed, in slices of tokens that fit the cache."""
+        return [part.t().contiguous() for part in x.split(SLICE)]
+
+    def arrange_outputs(self, g: Tensor) -> Arranged:
+        """What the products need of outputs g (T, m)."""
+        return [part.t().contiguous() for part in g.split(SLICE)]
+
+    def restore_inputs(self, arranged: Arranged) -> Tensor:
+        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input."""
+        return untransposed(arranged)
+
+    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+        """xSᵀ, a new (T, m), for arranged inputs."""
+        rows, columns = self._rows_and_columns()
+        weights, offsets = V.reshape(-1), _first_of_each(rows, self.m)
+        return untransposed([_sum_rows(part, columns, offsets, weights) for part in inputs])
+
+    def multiply_transposed(self, V: Tensor, outputs: Arranged) -> Arranged:
+        """gS for arranged outputs, to be given to :meth:`restore_inputs`."""
+        rows, columns = self._rows_and_columns()
+        columns, order = columns.sort(stable=True)
+        rows, weights = rows.index_select(0, order), V.reshape(-1).index_select(0, order)
+        offsets = _first_of_each(columns, self.n)
+        return [_sum_rows(part, rows, offsets, weights) for part in outputs]
+
+    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
+        """gᵀx at the positions, shape of V: the gradient of V."""
+        rows, columns = self._rows_and_columns()
+        offsets = _first_of_each(rows, self.m)
+        # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.
+        dots = [
+            torch.ops.aten._embedding_bag_per_sample_weights_backward(g_t, x_t, columns, offsets, rows, 0)
+            for g_t, x_t in zip(outputs, inputs, strict=True)
+        ]
+        total = dots[0] if len(dots) == 1 else torch.stack(dots).sum(0)
+        return total.view(self.values_shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, nnz={self.nnz}"
+
+    def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        positions = self.row_positions(0, self.m)
+        rows = positions.div(self.n, rounding_mode="floor")
+        return rows, positions - rows * self.n
+
+
+def flatten_columns(columns: Tensor, n: int) -> Tensor:
+    """Flat positions of the columns (rows, k), int64."""
+    rows = torch.arange(columns.shape[0], device=columns.device, dtype=torch.int64)
+    return (columns + (rows * n)[:, None]).view(-1)
+
+
+def _sum_rows(rows: Tensor, which: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the rows `which`, one sum for each stretch that begins at an offset."""
+    # embedding_bag: torch's only sparse product on the CPU that knows bf16, and its fastest in float32.
+    return F.embedding_bag(which, rows, offsets, mode="sum", per_sample_weights=weights)
+
+
+def untransposed(parts: Sequence[Tensor]) -> Tensor:
+    """Slices (features, tokens), put together as (T, features): always a copy, so that it may be returned."""
+    whole = parts[0].new_empty(sum(part.shape[1] for part in parts), parts[0].shape[0])
+    first = 0
+    for part in parts:
+        whole[first : first + part.shape[1]].copy_(part.t())
+        first += part.shape[1]
+    return whole
+
+
+def _first_of_each(ordered: Tensor, count: int) -> Tensor:
+    """Where 0 … count − 1 begin in a sorted tensor, in its type."""
+    values = torch.arange(count, device=ordered.device, dtype=ordered.dtype)
+    return torch.searchsorted(ordered, values, out_int32=ordered.dtype == torch.int32)
 
 
 def random_positions(m: int, n: int, nnz: int, seed: int, name: str) -> npt.NDArray[np.signedinteger]:
@@ -41,60 +187,41 @@ def random_positions(m: int, n: int, nnz: int, seed: int, name: str) -> npt.NDAr
     return np.flatnonzero(taken).astype(dtype)
 
 
-class RandomSupport(nn.Module):
+class RandomSupport(Support):
     """The paper's support: exactly int(δ·m·n) positions, uniform without replacement (arXiv 2406.02214).
 
-    Args:
-        m: Rows of W (out_features).
-        n: Columns of W (in_features).
-        density: δ.
-        seed: Seed of the run.
-        name: The layer's construction name, such as model.layers.0.self_attn.q_proj.
+    Args: as of :class:`Support`, and
         device: Where the positions live. On "meta" they are computed by :meth:`reset`.
 
-    Raises:
-        ValueError: The density is outside (0, 1], or leaves no position.
+    Attributes:
+        positions: Sorted flat positions, int32 (int64 where m·n ≥ 2^31).
     """
 
+    kind = "random"
     positions: Tensor
 
     def __init__(
         self, m: int, n: int, density: float, *, seed: int = 0, name: str = "", device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
-        if not 0 < density <= 1:
-            raise ValueError(f"density = {density} is outside (0, 1]")
-        self.m, self.n, self.seed, self.name = m, n, seed, name
-        self.nnz = nonzeros(m, n, density)
-        if self.nnz == 0:
-            raise ValueError(f"density = {density} leaves no position in a {m}×{n} layer; raise it, or drop S")
+        super().__init__(m, n, density, seed=seed, name=name)
         dtype = torch.int32 if index_bytes_per_value(m, n) == 4 else torch.int64
         device = torch.device(device or torch.get_default_device())
         self.register_buffer("positions", torch.empty(self.nnz, dtype=dtype, device=device), persistent=False)
+        # Values before each row, on the host, for row blocks; until the positions exist, what is expected.
+        self._before_row: list[int] = [self.nnz * i // m for i in range(m + 1)]
         if device.type != "meta":
             self.reset()
 
-    @property
-    def values_shape(self) -> tuple[int, ...]:
-        """Shape of V."""
-        return (self.nnz,)
-
     def reset(self) -> None:
         """Computes the positions in place, on the device where the buffer is."""
-        self.positions.copy_(torch.from_numpy(self._compute()))
+        positions = random_positions(self.m, self.n, self.nnz, self.seed, self.name)
+        self._before_row = np.searchsorted(positions, np.arange(self.m + 1, dtype=np.int64) * self.n).tolist()
+        self.positions.copy_(torch.from_numpy(positions))
 
-    def indices(self) -> Tensor:
-        """Flat positions i·n + c in the order of V.flatten(), int64."""
-        return self.positions.long()
+    def row_positions(self, first: int, last: int) -> Tensor:
+        if first == 0 and last == self.m:
+            return self.positions
+        return self.positions[self.row_values(first, last)] - first * self.n
 
-    def fingerprint(self) -> str:
-        """16 hex digits over the shape and the positions that are in use on this device."""
-        digest = hashlib.sha256(f"random:{self.m}:{self.n}:".encode())
-        digest.update(self.positions.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def extra_repr(self) -> str:
-        return f"random, nnz={self.nnz}"
-
-    def _compute(self) -> npt.NDArray[np.signedinteger]:
-        return random_positions(self.m, self.n, self.nnz, self.seed, self.name)
+    def row_values(self, first: int, last: int) -> slice:
+        return slice(self._before_row[first], self._before_row[last])

@@ -17,7 +17,7 @@ from sltrain_dist.optim.schedule import Progress
 
 _FIXED_SECTIONS = ("model", "reparam")
 _FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name")
-_FREE_KEYS = ("reparam.path",)
+_FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Data keys are not here: the loader's cursor carries a fingerprint of what decides the order, and checks it."""
 
 

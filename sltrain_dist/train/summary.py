@@ -10,9 +10,11 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
-from sltrain_dist.models.count import count_parameters
+from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.optim.factory import STATE_NAMES
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.sparse_lowrank.cost import choose_plan
+from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.train.exit import Outcome
 
@@ -23,6 +25,7 @@ def summarise(config: Config, env: Environment, run_dir: Path, shards: int, resu
     """Titled lists of (what, value) for the console."""
     return {
         "Model": _model(config),
+        **({"Operator": _operator(config, env)} if config.reparam.method == "sltrain" else {}),
         "Data": _data(config, shards),
         "Training": _training(config, env, resumed_step),
         "Outputs": _outputs(config, run_dir),
@@ -45,6 +48,30 @@ def _model(config: Config) -> list[tuple[str, str]]:
     lines.append(("weights", format_bytes(width * counted.total)))
     lines.append(("gradients", f"{format_bytes(width * counted.total)}  before sharding"))
     lines.append(("optimizer states", f"{format_bytes(width * states * counted.total)}  before sharding"))
+    return lines
+
+
+def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
+    """The support, and the path that every layer shape takes in training."""
+    reparam, model = config.reparam, config.model
+    linears = block_linears(model)
+    stored = model.num_layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
+    lines = [("support", f"{reparam.support}, {format_bytes(stored)} of indices")]
+    for m, n in dict.fromkeys((s.m, s.n) for s in linears):
+        plan = choose_plan(
+            m,
+            n,
+            reparam.rank,
+            nonzeros(m, n, reparam.density, reparam.support),
+            reparam.support,
+            config.train.micro_batch * config.data.seq_len,
+            bits=torch.finfo(DTYPES[config.train.dtype]).bits,
+            device=env.device.type,
+            path=reparam.path,
+        )
+        density = effective_density(m, n, reparam.density, reparam.support)
+        backward = ", dense gradient" if plan.dense_backward else ""
+        lines.append((f"{m}×{n}", f"{plan.path}{backward}, density {density:.4f}"))
     return lines
 
 

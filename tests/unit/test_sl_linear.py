@@ -80,7 +80,7 @@ def test_gradcheck() -> None:
     x = made((2, 3, 5), torch.float64, 6).requires_grad_()
 
     def f(x: Tensor, B: Tensor, A: Tensor, V: Tensor, bias: Tensor) -> Tensor:
-        return sl_linear(x, B, A, V, layer.support.positions, layer.scale, bias)
+        return sl_linear(x, B, A, V, layer.support, layer.scale, bias)
 
     leaves = (layer.B, layer.A, layer.V, layer.bias)
     assert torch.autograd.gradcheck(f, (x, *leaves))
@@ -188,7 +188,7 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="autocast"):
         layer(torch.zeros(4, 7, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="values for"):
-        sl_linear(torch.zeros(4, 7), layer.B, layer.A, layer.V[1:], layer.support.positions, 1.0)
+        sl_linear(torch.zeros(4, 7), layer.B, layer.A, layer.V[1:], layer.support, 1.0)
 
 
 def test_initial_weight_is_the_sparse_part_alone() -> None:

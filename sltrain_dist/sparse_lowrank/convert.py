@@ -1,0 +1,44 @@
+"""From a dense weight to factors and values: the best low-rank part, and what it leaves at the support."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sltrain_dist.sparse_lowrank.support import Support
+
+
+@torch.no_grad()
+def fit(weight: Tensor, rank: int, scale: float, support: Support, sweeps: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximates `weight` by scale·BA + S.
+
+    Every sweep sets BA to the best rank-r approximation of what S leaves (a truncated singular value
+    decomposition), and then V to what BA leaves at the support, each of which is optimal in the Frobenius
+    norm given the other: the error never grows from sweep to sweep.
+
+    Args:
+        weight: W, (m, n).
+        rank: r.
+        scale: s.
+        support: Of the (m, n) layer, on the weight's device.
+        sweeps: At least 1.
+
+    Returns:
+        B (m, r), A (r, n) and V, in float32, or float64 where the weight is.
+
+    Raises:
+        ValueError: The weight has another shape than the support, or there is no sweep.
+    """
+    if tuple(weight.shape) != (support.m, support.n):
+        raise ValueError(f"the weight is {tuple(weight.shape)}, but the support is of ({support.m}, {support.n})")
+    if sweeps < 1:
+        raise ValueError(f"sweeps = {sweeps} must be at least 1")
+    W = weight if weight.dtype == torch.float64 else weight.float()
+    positions = support.indices()
+    values = torch.zeros(support.nnz, dtype=W.dtype, device=W.device)
+    for _ in range(sweeps):
+        U, sigma, Vh = torch.linalg.svd(W.flatten().index_add(0, positions, values, alpha=-1).view_as(W), False)
+        roots = (sigma[:rank] / scale).sqrt()
+        B, A = U[:, :rank] * roots, roots[:, None] * Vh[:rank]
+        values = (W - scale * (B @ A)).flatten().index_select(0, positions)
+    return B, A, values.view(support.values_shape)

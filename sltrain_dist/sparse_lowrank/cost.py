@@ -1,0 +1,127 @@
+"""Which path a layer takes (no torch): a small cost model, calibrated by tools/bench_linear.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sltrain_dist.config.schema import SupportKind
+
+Path = Literal["auto", "materialize", "factored"]
+"""How W is applied; auto leaves it to :func:`choose_plan`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is applied to a number of tokens.
+
+    Attributes:
+        path: materialize or factored.
+        dense_backward: In the path materialize, whether the backward pass builds W and the dense gradient.
+            Else it does as the path factored.
+    """
+
+    path: Literal["materialize", "factored"]
+    dense_backward: bool
+
+
+PLANS = (Plan("materialize", True), Plan("materialize", False), Plan("factored", False))
+"""All there are."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Costs on one kind of device, in units of one multiply-add of a large dense product there.
+
+    Attributes:
+        bags: A multiply-add of xSᵀ or gS for scattered positions.
+        dots: A multiply-add of dV for scattered positions, without the dense gradient.
+        blocks: A multiply-add of the block products.
+        transpose: Going over one element, reading and writing with different strides.
+        copy: Going over one element as it lies.
+        index: One position: to compute, scatter to or gather from it.
+    """
+
+    bags: float
+    dots: float
+    blocks: float
+    transpose: float
+    copy: float
+    index: float
+
+
+RATES: dict[tuple[str, int], Rates] = {
+    ("cpu", 32): Rates(bags=6, dots=16, blocks=1.4, transpose=55, copy=21, index=600),
+    ("cpu", 16): Rates(bags=8, dots=22, blocks=2.1, transpose=110, copy=30, index=1500),
+    ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=100, copy=60, index=1500),
+    ("cuda", 16): Rates(bags=1000, dots=2000, blocks=20, transpose=400, copy=250, index=6000),
+}
+"""By device and bits of the type. cpu: measured (docs/operator.md). cuda: from data sheets, that a large
+dense product runs at the tensor cores' rate and everything else at the memory's."""
+
+
+def choose_plan(
+    m: int,
+    n: int,
+    r: int,
+    nnz: int,
+    support: SupportKind,
+    tokens: int,
+    *,
+    bits: int,
+    device: str,
+    path: Path = "auto",
+) -> Plan:
+    """The cheapest way to apply a layer forward and backward.
+
+    The same for a forward pass alone: a recomputed activation must not differ from the first one.
+
+    Args:
+        m: out_features.
+        n: in_features.
+        r: Rank.
+        nnz: Sparse values.
+        support: Their arrangement.
+        tokens: T, above 0.
+        bits: Of the type that is computed in.
+        device: Its type, "cpu" or "cuda"; another counts as the latter.
+        path: What the configuration asks for.
+
+    Returns:
+        The plan; `path` itself where it is not auto.
+    """
+    best, least = PLANS[0], math.inf
+    for plan, cost in zip(PLANS, plan_costs(m, n, r, nnz, support, tokens, bits=bits, device=device), strict=True):
+        if path in ("auto", plan.path) and cost < least:
+            best, least = plan, cost
+    return best
+
+
+def plan_costs(
+    m: int, n: int, r: int, nnz: int, support: SupportKind, tokens: int, *, bits: int, device: str
+) -> tuple[float, float, float]:
+    """Costs of :data:`PLANS`, forward and backward, in multiply-adds of a dense product.
+
+    A dense layer costs 3·T·m·n. Args as of :func:`choose_plan`.
+    """
+    rates = RATES["cpu" if device == "cpu" else "cuda", 16 if bits <= 16 else 32]
+    t = tokens
+    dense, weight = t * m * n, m * n * r
+    build = weight + rates.copy * m * n + rates.index * nnz
+    gather = t * (m + n)  # elements of the input and the output
+    if support == "blocks":
+        product = sample = rates.blocks * t * nnz
+        arrange = rates.copy * gather
+    else:
+        product, sample = rates.bags * t * nnz, rates.dots * t * nnz
+        arrange = rates.index * nnz
+    sparse_forward = product + arrange + rates.transpose * gather
+    sparse_backward = product + sample + 2 * arrange + rates.transpose * (gather + t * n)
+    low_rank = t * r * (m + n)
+    factored_backward = 2 * low_rank + sparse_backward
+    return (
+        3 * dense + 2 * build + 2 * weight + rates.index * nnz,
+        dense + build + t * r * n + factored_backward,
+        low_rank + sparse_forward + factored_backward,
+    )

@@ -1,0 +1,161 @@
+"""The path `factored`: y = s·(xAᵀ)Bᵀ + xSᵀ without W, for one layer or several that share their input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sltrain_dist.sparse_lowrank.support import Arranged, Support
+
+Factors = tuple[Tensor, Tensor, Tensor]
+"""B, A and V of one layer."""
+
+
+class Factored(torch.autograd.Function):
+    """Applies layers to one input. Saved for backward are x and h = s·xAᵀ, of all layers side by side.
+
+    The input is transposed, and arranged for the sparse products, once; A of all layers is one product.
+
+    Called with (x, supports, scales, B, A, V of the first layer, B, A, V of the second …); returns the
+    outputs, without biases, as a tuple.
+    """
+
+    # Leaves are saved as they came: see Materialize.
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, supports: Sequence[Support], scales: Sequence[float], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        layers = _by_layer(parameters)
+        h = _inner(x, layers, scales)
+        ctx.save_for_backward(x, h, *parameters)
+        ctx.supports, ctx.scales = supports, scales
+        outputs: list[Tensor] = []
+        inner = h.split([A.shape[0] for _, A, _ in layers], dim=1)
+        for group in _groups(supports):
+            inputs = supports[group[0]].arrange_inputs(x)
+            for i in group:
+                B, _, V = layers[i]
+                y = supports[i].multiply(V.to(x.dtype), inputs)
+                outputs.append(y.addmm_(inner[i], B.to(x.dtype).t()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, *parameters = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0], *(any(wanted[3 + i :: 3]) for i in range(3)))
+        dx, gradients = factored_backward(x, h, grads, _by_layer(parameters), ctx.supports, ctx.scales, needs)
+        flat = [gradient for layer in gradients for gradient in layer]
+        return dx, None, None, *(d if want else None for d, want in zip(flat, wanted[3:], strict=True))
+
+
+def _by_layer(parameters: Sequence[Tensor]) -> list[Factors]:
+    return [(parameters[i], parameters[i + 1], parameters[i + 2]) for i in range(0, len(parameters), 3)]
+
+
+def factored_backward(
+    x: Tensor,
+    h: Tensor | None,
+    grads: Sequence[Tensor],
+    layers: Sequence[Factors],
+    supports: Sequence[Support],
+    scales: Sequence[float],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
+    """Gradients of the layers' outputs by x, B, A and V, without anything of the size of W.
+
+    Args:
+        x: (T, n).
+        h: s·xAᵀ of all layers side by side, or None where the forward pass has not formed it.
+        grads: By each layer's output, (T, m).
+        layers: B, A and V of each layer.
+        supports: Of each layer.
+        scales: s of each layer.
+        needs: Whether the gradients by x, B, A and V are wanted.
+
+    Returns:
+        dx, and (dB, dA, dV) of each layer; None for what is not wanted.
+    """
+    need_x, need_B, need_A, need_V = needs
+    dtype = x.dtype
+    ranks = [A.shape[0] for _, A, _ in layers]
+    dAs: list[Tensor | None] = [None] * len(layers)
+    dBs: list[Tensor | None] = [None] * len(layers)
+    dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V)
+    if need_x or need_A:
+        # q = s·gB, of all layers side by side.
+        q = _beside([torch.mm(g, B.to(dtype)).mul_(s) for g, (B, _, _), s in zip(grads, layers, scales, strict=True)])
+        if dx is not None:
+            dx.addmm_(q, _stacked(layers, dtype))
+        if need_A:
+            dAs = list(torch.mm(q.t(), x).split(ranks))
+    if need_B:
+        h = _inner(x, layers, scales) if h is None else h
+        dBs = [torch.mm(g.t(), h_i) for g, h_i in zip(grads, h.split(ranks, dim=1), strict=True)]
+    gradients = [
+        tuple(None if d is None else d.to(parameter.dtype) for d, parameter in zip(of_layer, layer, strict=True))
+        for of_layer, layer in zip(zip(dBs, dAs, dVs, strict=True), layers, strict=True)
+    ]
+    return dx, gradients
+
+
+def _sparse_backward(
+    x: Tensor,
+    grads: Sequence[Tensor],
+    layers: Sequence[Factors],
+    supports: Sequence[Support],
+    need_x: bool,
+    need_V: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Σ gS over the layers, (T, n), and each layer's dV."""
+    dx: Tensor | None = None
+    dVs: list[Tensor | None] = []
+    for group in _groups(supports):
+        inputs = supports[group[0]].arrange_inputs(x) if need_V else None
+        total: Arranged | None = None
+        for i in group:
+            outputs = supports[i].arrange_outputs(grads[i])
+            dVs.append(None if inputs is None else supports[i].sample(outputs, inputs))
+            if need_x:
+                parts = supports[i].multiply_transposed(layers[i][2].to(x.dtype), outputs)
+                total = parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
+        if total is not None:
+            part = supports[group[0]].restore_inputs(total)
+            dx = part if dx is None else dx.add_(part)
+    return dx, dVs
+
+
+def _groups(supports: Sequence[Support]) -> list[list[int]]:
+    """Layers by number, neighbours together whose supports arrange their inputs alike."""
+    groups = [[0]]
+    for i in range(1, len(supports)):
+        if supports[i].shares_inputs(supports[i - 1]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _inner(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
+    """h = s·xAᵀ of all layers side by side, (T, Σr)."""
+    h = torch.mm(x, _stacked(layers, x.dtype).t())
+    if len(set(scales)) == 1:
+        return h.mul_(scales[0])
+    for columns, scale in zip(h.split([A.shape[0] for _, A, _ in layers], dim=1), scales, strict=True):
+        columns.mul_(scale)
+    return h
+
+
+def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:
+    """A of all layers, one below the other."""
+    return layers[0][1].to(dtype) if len(layers) == 1 else torch.cat([A.to(dtype) for _, A, _ in layers])
+
+
+def _beside(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)

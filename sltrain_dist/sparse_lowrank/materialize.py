@@ -1,0 +1,107 @@
+"""The path `materialize` (the paper's Algorithm 1): W is built, used and thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sltrain_dist.sparse_lowrank.factored import factored_backward
+from sltrain_dist.sparse_lowrank.support import Support
+
+
+class Materialize(torch.autograd.Function):
+    """y = x (s·BA + S)ᵀ by building W, in blocks of rows where the transient memory is bounded.
+
+    The backward pass either builds W again, for dx, and the dense gradient, from which dB, dA and dV are
+    taken; or it forms neither, as the path `factored` does (fewer operations where there are few tokens).
+    """
+
+    # Leaves are saved as they came: a detached or cast copy would stay alive under ZeRO-3 and FSDP, which
+    # free and gather the leaves' storage around forward and backward.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        B: Tensor,
+        A: Tensor,
+        V: Tensor,
+        support: Support,
+        scale: float,
+        block_rows: int,
+        dense_backward: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, B, A, V)
+        ctx.support, ctx.scale, ctx.block_rows, ctx.dense_backward = support, scale, block_rows, dense_backward
+        if block_rows >= support.m:
+            return torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, 0, support.m).t())
+        y = x.new_empty(x.shape[0], support.m)
+        for first, last in _blocks(support.m, block_rows):
+            y[:, first:last] = torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, first, last).t())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, B, A, V = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if ctx.dense_backward:
+            gradients = _dense_backward(x, B, A, V, grads[0], ctx.support, ctx.scale, ctx.block_rows, needs)
+        else:
+            dx, (rest,) = factored_backward(x, None, grads, [(B, A, V)], [ctx.support], [ctx.scale], needs)
+            gradients = (dx, *rest)
+        return *gradients, None, None, None, None
+
+
+def build_rows(
+    B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, dtype: torch.dtype, first: int, last: int
+) -> Tensor:
+    """Rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
+    # Scaled inside the product: no pass over W, and no copy of a factor.
+    W = torch.addmm(A.new_zeros(1, 1, dtype=dtype), B[first:last].to(dtype), A.to(dtype), beta=0, alpha=scale)
+    # In place, and with int32 positions as they are: neither W nor the positions get a second copy.
+    values = V.reshape(-1)[support.row_values(first, last)].to(dtype)
+    W.view(-1).index_add_(0, support.row_positions(first, last), values)
+    return W
+
+
+def _dense_backward(
+    x: Tensor,
+    B: Tensor,
+    A: Tensor,
+    V: Tensor,
+    g: Tensor,
+    support: Support,
+    scale: float,
+    block_rows: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    need_x, need_B, need_A, need_V = needs
+    dx = torch.zeros_like(x) if need_x else None
+    dB = torch.empty_like(B) if need_B else None
+    dA = torch.zeros_like(A, dtype=x.dtype) if need_A else None
+    dV = torch.empty_like(V) if need_V else None
+    for first, last in _blocks(support.m, block_rows):
+        g_rows = g[:, first:last]
+        if dx is not None:
+            dx.addmm_(g_rows, build_rows(B, A, V, support, scale, x.dtype, first, last))
+        if not (need_B or need_A or need_V):
+            continue
+        G = torch.mm(g_rows.t(), x)  # after W is gone, so that only one m×n tensor exists at a time
+        if dB is not None:
+            dB[first:last] = torch.mm(G, A.to(x.dtype).t()).mul_(scale)
+        if dA is not None:
+            dA.addmm_(B[first:last].to(x.dtype).t(), G)
+        if dV is not None:
+            values = G.view(-1).index_select(0, support.row_positions(first, last))
+            dV.view(-1)[support.row_values(first, last)] = values
+    return dx, dB, None if dA is None else dA.mul_(scale).to(A.dtype), dV
+
+
+def _blocks(m: int, block_rows: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, m, block_rows):
+        yield first, min(first + block_rows, m)

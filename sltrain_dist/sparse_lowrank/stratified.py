@@ -1,0 +1,95 @@
+"""The support `stratified`: one value in each of k stretches of a row, at a hashed column; stores no index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sltrain_dist.numerics.keyed import key_bytes
+from sltrain_dist.sparse_lowrank.layout import stratum_start
+from sltrain_dist.sparse_lowrank.support import Support, flatten_columns
+
+_MASK = 0xFFFFFFFF
+# All multipliers are odd, and given as negative numbers above 2^31: then a product with 32 bits fits int64.
+_ROW_STEP = 0x9E3779B1 - (1 << 32)
+_SLOT_STEP = 0x61C88647
+_MURMUR_1 = 0x85EBCA6B - (1 << 32)
+_MURMUR_2 = 0xC2B2AE35 - (1 << 32)
+
+
+def stratified_key(seed: int, name: str) -> int:
+    """The layer's 32-bit key: the first 4 bytes of SHA-256 of "seed:name", big-endian."""
+    return int.from_bytes(key_bytes(seed, name)[:4], "big")
+
+
+def murmur_finalise(h: int) -> int:
+    """MurmurHash3's 32-bit finaliser (Appleby, public domain): a bijection of 32-bit words that avalanches."""
+    h ^= h >> 16
+    h = (h * _MURMUR_1) & _MASK
+    h ^= h >> 13
+    h = (h * _MURMUR_2) & _MASK
+    return h ^ (h >> 16)
+
+
+def stratified_column(key: int, i: int, j: int, n: int, k: int) -> int:
+    """Column of slot j of row i, in Python integers: the definition, which every implementation repeats.
+
+    Row i draws a word a = f(key + i·0x9E3779B1), slot j of it u = f(a + j·0x61C88647), f the finaliser and
+    all sums modulo 2^32; u is mapped into stratum j by multiply-shift, ⌊u·size/2^32⌋.
+    """
+    word = murmur_finalise((key + i * _ROW_STEP) & _MASK)
+    word = murmur_finalise((word + j * _SLOT_STEP) & _MASK)
+    start = stratum_start(j, n, k)
+    return start + (word * (stratum_start(j + 1, n, k) - start) >> 32)
+
+
+class StratifiedSupport(Support):
+    """k = max(1, ⌊δn + ½⌋) values a row, one in each of k equal stretches of columns, chosen by a hash.
+
+    Nothing is stored: the positions are functions of (seed, name, row, slot), the same to the bit in Python
+    (:func:`stratified_column`), in torch on any device, and in the Triton kernels.
+
+    Args: as of :class:`Support`, and
+        device: Where :meth:`indices` computes, until the module is moved.
+
+    Attributes:
+        key: 32-bit key of the layer.
+        k: Values in each row.
+    """
+
+    kind = "stratified"
+    _here: Tensor
+
+    def __init__(
+        self, m: int, n: int, density: float, *, seed: int = 0, name: str = "", device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(m, n, density, seed=seed, name=name)
+        self.k = self.values_shape[1]
+        self.key = stratified_key(seed, name)
+        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)  # follows the layer
+
+    def reset(self) -> None:
+        """Does nothing: there is nothing to keep."""
+
+    def columns(self, first: int, last: int) -> Tensor:
+        """Columns of rows first … last − 1, int64 (rows, k)."""
+        device = self._here.device
+        slots = torch.arange(self.k + 1, device=device)
+        starts = (slots * self.n).div_(self.k, rounding_mode="floor")
+        rows = torch.arange(first, last, device=device).mul_(_ROW_STEP).add_(self.key).bitwise_and_(_MASK)
+        words = _finalise_(rows)[:, None] + slots[:-1] * _SLOT_STEP
+        words = _finalise_(words.bitwise_and_(_MASK))
+        return words.mul_(starts[1:] - starts[:-1]).bitwise_right_shift_(32).add_(starts[:-1])
+
+    def row_positions(self, first: int, last: int) -> Tensor:
+        return flatten_columns(self.columns(first, last), self.n)
+
+    def row_values(self, first: int, last: int) -> slice:
+        return slice(first * self.k, last * self.k)
+
+
+def _finalise_(h: Tensor) -> Tensor:
+    """:func:`murmur_finalise` in place, on int64 tensors of 32-bit words."""
+    h.bitwise_xor_(h >> 16).mul_(_MURMUR_1).bitwise_and_(_MASK)
+    h.bitwise_xor_(h >> 13).mul_(_MURMUR_2).bitwise_and_(_MASK)
+    return h.bitwise_xor_(h >> 16)

@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""Times the linear layers of a decoder block, forward and backward: ours, the published algorithm, nn.Linear.
+
+    python tools/bench_linear.py --shapes 1b --dtype bf16 --tokens 2048
+
+Layers that share an input (q, k, v; gate, up) are run together by every method. Times are medians of
+interleaved repetitions; ratios are to nn.Linear in the same run, and lower is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from benchmarking import median_times, peak_bytes, saved_bytes, table
+from torch import Tensor, nn
+
+from sltrain_dist.config.load import build_config
+from sltrain_dist.models.count import block_linears
+from sltrain_dist.sparse_lowrank import SLLinear
+from sltrain_dist.sparse_lowrank.cost import choose_plan
+from sltrain_dist.sparse_lowrank.linear import apply_shared
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+METHODS = {
+    f"{support} {path}": (support, path)
+    for support in ("random", "stratified", "blocks")
+    for path in ("materialize", "factored", "auto")
+}
+
+
+class PublishedFunction(torch.autograd.Function):
+    """The paper's Algorithm 1 as its authors published it: int64 positions, W built twice, a dense gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, B, A, V, positions)
+        ctx.scale = scale
+        weight = (B @ A) * scale
+        weight.view(-1).scatter_add_(0, positions, V)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, B, A, V, positions = ctx.saved_tensors
+        (g,) = grads
+        weight = (B @ A) * ctx.scale
+        weight.view(-1).scatter_add_(0, positions, V)
+        dx = g @ weight
+        dense = g.t() @ x
+        return dx, (dense @ A.t()) * ctx.scale, (B.t() @ dense) * ctx.scale, dense.view(-1)[positions], None, None
+
+
+class Published(nn.Module):
+    """A layer with the published algorithm, made from one of ours."""
+
+    def __init__(self, layer: SLLinear) -> None:
+        super().__init__()
+        self.B, self.A, self.V = (nn.Parameter(p.detach().clone()) for p in (layer.B, layer.A, layer.V.flatten()))
+        self.register_buffer("positions", layer.support.indices())
+        self.scale = layer.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PublishedFunction.apply(x, self.B, self.A, self.V, self.positions, self.scale)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one shape that share their input."""
+
+    names: tuple[str, ...]
+    m: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} {self.m}×{self.n}"
+
+
+def groups_of(preset: str) -> tuple[list[Group], int, float, float]:
+    """(groups of one decoder block, rank, density, alpha) of a preset."""
+    config = build_config({"preset": f"llama_{preset}"})
+    shapes = {shape.name.rpartition(".")[2].removesuffix("_proj"): shape for shape in block_linears(config.model)}
+    groups = [Group(names, shapes[names[0]].m, shapes[names[0]].n) for names in GROUPS]
+    return groups, config.reparam.rank, config.reparam.density, config.reparam.alpha
+
+
+def make_layers(method: str, group: Group, rank: int, density: float, alpha: float, **to: Any) -> list[nn.Module]:
+    """The layers of a group by one method."""
+    if method == "dense":
+        return [nn.Linear(group.n, group.m, bias=False, **to) for _ in group.names]
+    support, path = METHODS.get(method, ("random", "materialize"))
+    layers = []
+    for name in group.names:
+        layer = SLLinear(group.n, group.m, rank, density, alpha, support=support, path=path, name=f"x.{name}", **to)
+        nn.init.normal_(layer.B, std=0.02)
+        layers.append(Published(layer) if method == "published" else layer)
+    return layers
+
+
+def measure(group: Group, methods: Sequence[str], rank: int, density: float, alpha: float, args: Any) -> list[dict]:
+    """Times and memory of all methods on one group."""
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    x = torch.randn(args.tokens, group.n, device=device).to(dtype)
+    gs = [torch.randn(args.tokens, group.m, device=device).to(dtype) for _ in group.names]
+
+    def forward(layers: list[nn.Module]) -> list[Tensor]:
+        return apply_shared(layers, x.detach().requires_grad_())
+
+    def step(layers: list[nn.Module]) -> Callable[[], None]:
+        def run() -> None:
+            for layer in layers:
+                layer.zero_grad()
+            torch.autograd.backward(forward(layers), gs)
+
+        return run
+
+    built = {method: make_layers(method, group, rank, density, alpha, device=device, dtype=dtype) for method in methods}
+    times = median_times({method: step(layers) for method, layers in built.items()}, args.repeats, device)
+    rows = []
+    for method, layers in built.items():
+        parameters = [p for layer in layers for p in (*layer.parameters(), *layer.buffers())]
+        nn.ModuleList(layers).zero_grad()
+        row = {
+            "group": str(group),
+            "method": method,
+            "seconds": times[method],
+            "ratio": times[method] / times["dense"],
+            "peak_bytes": peak_bytes(step(layers), device),
+            "saved_bytes": saved_bytes(lambda layers=layers: forward(layers), parameters),
+        }
+        if method.endswith("auto") and isinstance(layers[0], SLLinear):
+            support = layers[0].support
+            row["plan"] = choose_plan(
+                group.m, group.n, rank, support.nnz, support.kind, args.tokens,
+                bits=dtype.itemsize * 8, device=device.type,
+            ).path  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shapes", default="1b", help="presets, by comma: 60m,130m,350m,1b,7b")
+    parser.add_argument("--methods", default="", help="by comma; default: all")
+    parser.add_argument("--rank", type=int, default=None, help="instead of the preset's")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    methods = ["dense", *(args.methods.split(",") if args.methods else ("published", *METHODS))]
+    unknown = set(methods) - {"dense", "published", *METHODS}
+    if unknown:
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are: published, {', '.join(METHODS)}")
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__, "load": os.getloadavg()[0],
+        "dtype": args.dtype, "tokens": args.tokens, "presets": {},
+    }  # fmt: skip
+    for preset in args.shapes.split(","):
+        groups, rank, density, alpha = groups_of(preset)
+        rank = args.rank or rank
+        rows = [row for group in groups for row in measure(group, methods, rank, density, alpha, args)]
+        total = {method: sum(row["seconds"] for row in rows if row["method"] == method) for method in methods}
+        block = [
+            {"method": method, "seconds": seconds, "ratio": seconds / total["dense"]}
+            for method, seconds in total.items()
+        ]
+        report["presets"][preset] = {"rank": rank, "density": density, "groups": rows, "block": block}
+        if not args.json:
+            print_preset(preset, report, methods)
+    if args.json:
+        print(json.dumps(report, indent=1))
+
+
+def print_preset(preset: str, report: dict[str, Any], methods: Sequence[str]) -> None:
+    """Prints one preset's tables."""
+    result = report["presets"][preset]
+    print(
+        f"\n{preset}: rank {result['rank']}, density {result['density']}, {report['tokens']} tokens, "
+        f"{report['dtype']}, {report['device']}\n"
+    )
+    groups = list(dict.fromkeys(row["group"] for row in result["groups"]))
+    by_key = {(row["method"], row["group"]): row for row in result["groups"]}
+    times, memory = [], []
+    for method, total in zip(methods, result["block"], strict=True):
+        cells = [by_key[method, group] for group in groups]
+        times.append([method, *(f"{c['seconds'] * 1e3:.1f} ({c['ratio']:.2f})" for c in cells)])
+        times[-1].append(f"{total['seconds'] * 1e3:.1f} (**{total['ratio']:.2f}**)")
+        memory.append([method, *(f"{c['peak_bytes'] / 1e6:.0f} / {c['saved_bytes'] / 1e6:.0f}" for c in cells)])
+    print(table(["ms (ratio)", *groups, "block"], times))
+    print("\n" + table(["MB: peak / saved", *groups], memory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the benchmarks share: interleaved timing, peak memory, bytes saved for backward."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own; read when torch is loaded
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], Any]
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_times(runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of every run. Repetitions take turns, so that a slow spell of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(warm_up + repeats):
+        for name, run in runs.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if repetition >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """Most bytes that torch has allocated at a time during the run, beyond those from before.
+
+    Scratch memory of the matrix libraries is not torch's, and not counted.
+    """
+    activities = [ProfilerActivity.CPU]
+    with _without_stderr(), profile(activities=activities, profile_memory=True) as profiler:
+        run()
+        synchronise(device)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    wanted = {"cpu": 0, "cuda": 1}[device.type]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if int(e.device_type().value) == wanted]
+    peak = held = 0
+    for _, change in sorted(changes, key=lambda at_and_bytes: at_and_bytes[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Hides what the profiler's library writes at every start and stop."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def saved_bytes(run: Run, parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `run`, the parameters themselves left out."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()
+    del kept
+    return sum(size for pointer, size in saved.items() if pointer not in known)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
