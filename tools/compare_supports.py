@@ -87,6 +87,7 @@ class Study:
     scale: float = option(0.25, "alpha / r")
     seq: int = option(256, "tokens in a sequence")
     batch: int = option(16, "sequences in an update")
+    clip: float = option(1.0, "largest gradient norm, 0 for no clipping")
     tokens: int = option(4_000_000, "to train each run on")
     valid_tokens: int = option(200_000, "to validate on")
     autocast: bool = option(False, "compute in bfloat16, with parameters in float32")
@@ -103,14 +104,13 @@ class Study:
             raise ConfigError(f"--supports {case.support}: there are {', '.join(known)}")
         reparam = {"rank": self.rank, "alpha": self.scale * self.rank, "method": case.support}
         if case.support not in WITHOUT_S:
-            kind = case.support.partition(":")[0]
-            reparam |= {"method": "sltrain", "support": kind, "density": case.density}
+            reparam |= {"method": "sltrain", "support": case.support.partition(":")[0], "density": case.density}
         sections: dict[str, Any] = {
             "model": {"vocab_size": self.vocab, "num_layers": self.layers, "num_heads": self.heads}
             | {"hidden_size": self.hidden, "intermediate_size": self.intermediate},
             "reparam": reparam,
             "data": {"seq_len": self.seq, "batching": "pack"},
-            "optim": {"lr": case.lr, "warmup_steps": math.ceil(WARMUP_SHARE * self.updates)},
+            "optim": {"lr": case.lr, "clip": self.clip, "warmup_steps": math.ceil(WARMUP_SHARE * self.updates)},
             "train": {"steps": self.updates, "micro_batch": self.batch, "global_batch": self.batch, "dtype": "fp32"},
         }
         return build_config({"seed": case.seed, **sections})

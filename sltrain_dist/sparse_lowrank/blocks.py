@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.keyed import key64, permutation
+from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_row_bounds, window_starts
-from sltrain_dist.sparse_lowrank.support import Arranged, Support, flatten_columns, untransposed
+from sltrain_dist.sparse_lowrank.support import Arranged, Products, Support, added, flatten_columns, untransposed
 
 Order = Literal["random", "grouped", "strided"]
 """How a permutation is made. random: uniform. grouped: runs of 8 neighbours, in random order. strided:
@@ -137,6 +138,9 @@ class BlockSupport(Support):
             and input_key(self.name) == input_key(other.name)
         )
 
+    def products(self, x: Tensor) -> Products:
+        return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
+
     def arrange_inputs(self, x: Tensor) -> Arranged:
         """(w, k, T): the inputs of every window."""
         return [x.t().contiguous().index_select(0, self.window_inputs).view(self.windows, self.k, -1)]
@@ -157,14 +161,14 @@ class BlockSupport(Support):
         y = torch.bmm(self._value_blocks(V), inputs[0])
         return untransposed([y.view(self.windows * self.rows, -1).index_select(0, self.output_places)])
 
-    def multiply_transposed(self, V: Tensor, outputs: Arranged) -> Arranged:
+    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
         blocks = self._value_blocks(V)
         if self.windows * self.rows != self.m:
             window = torch.arange(self.windows + 1, device=V.device)
             bounds = (window * self.m + self.windows - 1).div_(self.windows, rounding_mode="floor")
             short = bounds[1:] - bounds[:-1] < self.rows
             blocks[:, -1].masked_fill_(short[:, None], 0)
-        return [torch.bmm(blocks.transpose(1, 2), outputs[0])]
+        return added(total, [torch.bmm(blocks.transpose(1, 2), outputs[0])])
 
     def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
         blocks = torch.bmm(outputs[0], inputs[0].transpose(1, 2))

@@ -37,10 +37,11 @@ class Factored(torch.autograd.Function):
         outputs: list[Tensor] = []
         inner = h.split([A.shape[0] for _, A, _ in layers], dim=1)
         for group in _groups(supports):
-            inputs = supports[group[0]].arrange_inputs(x)
-            for i in group:
+            products = [supports[i].products(x) for i in group]
+            inputs = products[0].arrange_inputs(x)
+            for i, product in zip(group, products, strict=True):
                 B, _, V = layers[i]
-                y = supports[i].multiply(V.to(x.dtype), inputs)
+                y = product.multiply(V.to(x.dtype), inputs)
                 outputs.append(y.addmm_(inner[i], B.to(x.dtype).t()))
         return tuple(outputs)
 
@@ -117,16 +118,16 @@ def _sparse_backward(
     dx: Tensor | None = None
     dVs: list[Tensor | None] = []
     for group in _groups(supports):
-        inputs = supports[group[0]].arrange_inputs(x) if need_V else None
+        products = [supports[i].products(x) for i in group]
+        inputs = products[0].arrange_inputs(x) if need_V else None
         total: Arranged | None = None
-        for i in group:
-            outputs = supports[i].arrange_outputs(grads[i])
-            dVs.append(None if inputs is None else supports[i].sample(outputs, inputs))
+        for i, product in zip(group, products, strict=True):
+            outputs = product.arrange_outputs(grads[i])
+            dVs.append(None if inputs is None else product.sample(outputs, inputs))
             if need_x:
-                parts = supports[i].multiply_transposed(layers[i][2].to(x.dtype), outputs)
-                total = parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
+                total = product.multiply_transposed(layers[i][2].to(x.dtype), outputs, total)
         if total is not None:
-            part = supports[group[0]].restore_inputs(total)
+            part = products[0].restore_inputs(total)
             dx = part if dx is None else dx.add_(part)
     return dx, dVs
 

@@ -63,9 +63,7 @@ def build_rows(
     """Rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
     # Scaled inside the product: no pass over W, and no copy of a factor.
     W = torch.addmm(A.new_zeros(1, 1, dtype=dtype), B[first:last].to(dtype), A.to(dtype), beta=0, alpha=scale)
-    # In place, and with int32 positions as they are: neither W nor the positions get a second copy.
-    values = V.reshape(-1)[support.row_values(first, last)].to(dtype)
-    W.view(-1).index_add_(0, support.row_positions(first, last), values)
+    support.add_to_rows_(W, V, first, last)
     return W
 
 
@@ -97,8 +95,7 @@ def _dense_backward(
         if dA is not None:
             dA.addmm_(B[first:last].to(x.dtype).t(), G)
         if dV is not None:
-            values = G.view(-1).index_select(0, support.row_positions(first, last))
-            dV.view(-1)[support.row_values(first, last)] = values
+            dV.view(-1)[support.row_values(first, last)] = support.take_from_rows(G, first, last)
     return dx, dB, None if dA is None else dA.mul_(scale).to(A.dtype), dV
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.keyed import key_bytes
+from sltrain_dist.sparse_lowrank.kernels import stratified_add_, stratified_take, use_kernels
 from sltrain_dist.sparse_lowrank.layout import stratum_start
 from sltrain_dist.sparse_lowrank.support import Support, flatten_columns
 
@@ -86,6 +87,17 @@ class StratifiedSupport(Support):
 
     def row_values(self, first: int, last: int) -> slice:
         return slice(first * self.k, last * self.k)
+
+    def add_to_rows_(self, W: Tensor, V: Tensor, first: int, last: int) -> None:
+        if use_kernels(W):
+            stratified_add_(W, V[first:last].contiguous(), self.key, first)
+        else:
+            super().add_to_rows_(W, V, first, last)
+
+    def take_from_rows(self, G: Tensor, first: int, last: int) -> Tensor:
+        if use_kernels(G):
+            return stratified_take(G, self.k, self.key, first).view(-1)
+        return super().take_from_rows(G, first, last)
 
 
 def _finalise_(h: Tensor) -> Tensor:

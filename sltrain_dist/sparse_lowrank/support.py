@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,29 @@ from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros, 
 
 Arranged = list[Tensor]
 """Inputs or outputs of a layer, as the products of its support want them."""
+
+
+class Products(Protocol):
+    """Products with S, for the tokens and on the device of one call: a support's own, or those of kernels."""
+
+    def arrange_inputs(self, x: Tensor) -> Arranged:
+        """What the products need of inputs x (T, n)."""
+
+    def arrange_outputs(self, g: Tensor) -> Arranged:
+        """What the products need of outputs g (T, m)."""
+
+    def restore_inputs(self, arranged: Arranged) -> Tensor:
+        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input."""
+
+    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+        """xSᵀ, a new (T, m), for arranged inputs."""
+
+    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
+        """gS for arranged outputs, added to `total`, which may be overwritten; for :meth:`restore_inputs`."""
+
+    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
+        """gᵀx at the positions, shape of V: the gradient of V."""
+
 
 SLICE = 512
 """Tokens at a time in products with scattered positions: then the features of a wide layer fit a core's cache."""
@@ -88,6 +112,20 @@ class Support(nn.Module):
         """Whether :meth:`arrange_inputs` gives the same for both."""
         return self.n == other.n and other.kind != "blocks"
 
+    def products(self, x: Tensor) -> Products:
+        """What multiplies with S for an input x (T, n)."""
+        return self
+
+    def add_to_rows_(self, W: Tensor, V: Tensor, first: int, last: int) -> None:
+        """Adds S's rows first … last − 1 to those of a weight, W (last − first, n), in place."""
+        # With int32 positions as they are: neither W nor the positions get a second copy.
+        values = V.reshape(-1)[self.row_values(first, last)].to(W.dtype)
+        W.view(-1).index_add_(0, self.row_positions(first, last), values)
+
+    def take_from_rows(self, G: Tensor, first: int, last: int) -> Tensor:
+        """Entries at the positions, for rows first … last − 1 of a matrix, G (last − first, n); flat."""
+        return G.view(-1).index_select(0, self.row_positions(first, last))
+
     def arrange_inputs(self, x: Tensor) -> Arranged:
         """What the products need of inputs x (T, n): here transposed, in slices of tokens that fit the cache."""
         return [part.t().contiguous() for part in x.split(SLICE)]
@@ -106,13 +144,13 @@ class Support(nn.Module):
         weights, offsets = V.reshape(-1), _first_of_each(rows, self.m)
         return untransposed([_sum_rows(part, columns, offsets, weights) for part in inputs])
 
-    def multiply_transposed(self, V: Tensor, outputs: Arranged) -> Arranged:
-        """gS for arranged outputs, to be given to :meth:`restore_inputs`."""
+    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
+        """gS for arranged outputs, added to `total`, which may be overwritten; for :meth:`restore_inputs`."""
         rows, columns = self._rows_and_columns()
         columns, order = columns.sort(stable=True)
         rows, weights = rows.index_select(0, order), V.reshape(-1).index_select(0, order)
         offsets = _first_of_each(columns, self.n)
-        return [_sum_rows(part, rows, offsets, weights) for part in outputs]
+        return added(total, [_sum_rows(part, rows, offsets, weights) for part in outputs])
 
     def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
         """gᵀx at the positions, shape of V: the gradient of V."""
@@ -145,6 +183,11 @@ def _sum_rows(rows: Tensor, which: Tensor, offsets: Tensor, weights: Tensor) -> 
     """Weighted sums of the rows `which`, one sum for each stretch that begins at an offset."""
     # embedding_bag: torch's only sparse product on the CPU that knows bf16, and its fastest in float32.
     return F.embedding_bag(which, rows, offsets, mode="sum", per_sample_weights=weights)
+
+
+def added(total: Arranged | None, parts: Arranged) -> Arranged:
+    """Sum of both, in place of `total`; or the parts, where there is no total yet."""
+    return parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
 
 
 def untransposed(parts: Sequence[Tensor]) -> Tensor:

@@ -84,8 +84,9 @@ def test_a_seed_gives_the_same_run_again_and_other_settings_another(
     first = perplexity("a")
     assert perplexity("b") == first
     assert perplexity("a", "--batch", "4") != first
+    assert perplexity("a", "--clip", "0.01") != first
     assert perplexity("a", "--autocast") == pytest.approx(first, rel=0.02)
-    assert len(list((tmp_path / "a").glob("*.json"))) == 3
+    assert len(list((tmp_path / "a").glob("*.json"))) == 4
 
 
 def test_what_is_held_out_is_never_trained_on(tool: ModuleType, text: Path) -> None:

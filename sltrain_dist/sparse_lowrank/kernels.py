@@ -1,0 +1,330 @@
+"""Where the Triton kernels are used, and the operators around them; without Triton, torch's implementation is.
+
+All operators but the in-place scatter are functional. They are known to torch.compile and to FakeTensor (which
+does not need Triton), and have no derivative of their own: the autograd functions of the paths call them. They
+take bf16, fp16 and float32; float64 on CUDA is left to torch's implementation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sltrain_dist.sparse_lowrank.blocks import BlockSupport
+    from sltrain_dist.sparse_lowrank.support import Arranged
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
+
+DEVICES = ["cuda"]
+"""Types of the devices where the kernels are used; tests add the CPU, for Triton's interpreter."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGN = 16
+"""Tokens of transposed matrices are padded to a multiple of this: what Triton recognises as aligned."""
+_PROGRAMS = 512
+"""Programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
+_TRANSPOSE_BLOCK = 64
+_SCATTER_BLOCK = 512
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether the kernels are used for tensors of x's device and type.
+
+    Warns, once in a process, where CUDA is used and Triton is not installed.
+    """
+    if x.device.type not in DEVICES or x.dtype not in _DTYPES:
+        return False
+    if not HAVE_TRITON and not torch.compiler.is_compiling():
+        _warn_without_triton()
+    return HAVE_TRITON
+
+
+@cache
+def _warn_without_triton() -> None:
+    warnings.warn(
+        "Triton is not installed, so that sparse products on CUDA use torch's slower operators; "
+        "install it with: pip install 'sltrain_dist[triton]'",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+class BlockProducts:
+    """Products with the S of a BlockSupport by the Triton kernels; takes the place of the support's own.
+
+    Arranged matrices are transposed, (features, T'), with their tokens padded to a multiple of 16.
+
+    Args:
+        support: The positions.
+        tokens: T.
+    """
+
+    def __init__(self, support: BlockSupport, tokens: int) -> None:
+        self.support, self.tokens = support, tokens
+
+    def arrange_inputs(self, x: Tensor) -> Arranged:
+        return [transpose(x.contiguous())]
+
+    def arrange_outputs(self, g: Tensor) -> Arranged:
+        return [transpose(g.contiguous())]
+
+    def restore_inputs(self, arranged: Arranged) -> Tensor:
+        return transpose_back(arranged[0], self.tokens, self.support.input_places, self.support.k)
+
+    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+        s = self.support
+        y = blocks_outputs(inputs[0], V.contiguous(), s.window_inputs, s.window_outputs)
+        return transpose_back(y, self.tokens, None, s.k)
+
+    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
+        s = self.support
+        base = None if total is None else total[0]
+        return [blocks_inputs(outputs[0], V.contiguous(), s.window_outputs, s.windows, base)]
+
+    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
+        s = self.support
+        return blocks_values(outputs[0], inputs[0], s.window_inputs, s.window_outputs, s.k)
+
+
+def _kernels() -> ModuleType:
+    from sltrain_dist.sparse_lowrank import triton_kernels  # not at the top: Triton may not be installed
+
+    return triton_kernels
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _blocks(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Largest tiles, in tokens, in results' features, and in summed features."""
+    # Without tensor cores, as float32 is computed by default, larger ones run out of registers.
+    return (64, 32, 32) if dtype == torch.float32 else (128, 64, 64)
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _tile(size: int, limit: int) -> int:
+    return max(16, min(limit, 1 << (size - 1).bit_length()))
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _ALIGN) * _ALIGN
+
+
+@torch.library.custom_op("sltrain::transpose", mutates_args=())
+def transpose(x: Tensor) -> Tensor:
+    """Transposes a matrix with tokens as its rows, and pads the tokens with zeros to a multiple of 16.
+
+    Args:
+        x: (T, features), contiguous; bf16, fp16 or fp32, like all matrices here.
+
+    Returns:
+        (features, T').
+    """
+    tokens, features = x.shape
+    out = x.new_empty(features, _padded(tokens))
+    if out.numel():
+        grid = (_cdiv(out.shape[1], _TRANSPOSE_BLOCK) * _cdiv(features, _TRANSPOSE_BLOCK),)
+        with torch.cuda.device_of(x):
+            _kernels().transpose_kernel[grid](x, out, tokens, features, out.shape[1], BLOCK=_TRANSPOSE_BLOCK)
+    return out
+
+
+@transpose.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], _padded(x.shape[0]))
+
+
+@torch.library.custom_op("sltrain::transpose_back", mutates_args=())
+def transpose_back(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
+    """The inverse of :func:`transpose`; with places, also brings the inputs of windows back into their order.
+
+    Args:
+        source: (features, T'), or with places (w·k, T'); contiguous.
+        tokens: T.
+        places: (n,) int32, the `input_places` of a BlockSupport; an input that two windows have is their sum.
+        k: Inputs of a window.
+
+    Returns:
+        (T, features), or with places (T, n).
+    """
+    rows, stride = source.shape
+    features = rows if places is None else places.numel()
+    out = source.new_empty(tokens, features)
+    if out.numel():
+        grid = (_cdiv(tokens, _TRANSPOSE_BLOCK) * _cdiv(features, _TRANSPOSE_BLOCK),)
+        with torch.cuda.device_of(source):
+            _kernels().transpose_back_kernel[grid](
+                source, source if places is None else places, out, tokens, features, stride, rows // k,
+                K=k, GATHER=places is not None, TWICE=rows > features, BLOCK=_TRANSPOSE_BLOCK,
+            )  # fmt: skip
+    return out
+
+
+@transpose_back.register_fake
+def _(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
+    return source.new_empty(tokens, source.shape[0] if places is None else places.numel())
+
+
+@torch.library.custom_op("sltrain::blocks_outputs", mutates_args=())
+def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, window_outputs: Tensor) -> Tensor:
+    """S·xᵀ for the support `blocks`.
+
+    Args:
+        inputs: xᵀ, (n, T'), from :func:`transpose`.
+        V: (m, k), contiguous; cast to the type of the inputs block by block.
+        window_inputs: (w·k,) int32, of the BlockSupport.
+        window_outputs: (w·R,) int32, of the BlockSupport.
+
+    Returns:
+        (m, T').
+    """
+    (m, k), stride = V.shape, inputs.shape[1]
+    windows = window_inputs.numel() // k
+    rows = window_outputs.numel() // windows
+    out = inputs.new_empty(m, stride)
+    if out.numel():
+        t, result, summed = _blocks(inputs.dtype)
+        block_t, block_r = _tile(stride, t), _tile(rows, result)
+        with torch.cuda.device_of(inputs):
+            _kernels().outputs_kernel[(_cdiv(rows, block_r) * _cdiv(stride, block_t) * windows,)](
+                inputs, V, window_inputs, window_outputs, out, stride, m, windows,
+                R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=_tile(k, summed),
+            )  # fmt: skip
+    return out
+
+
+@blocks_outputs.register_fake
+def _(inputs: Tensor, V: Tensor, window_inputs: Tensor, window_outputs: Tensor) -> Tensor:
+    return inputs.new_empty(V.shape[0], inputs.shape[1])
+
+
+@torch.library.custom_op("sltrain::blocks_inputs", mutates_args=())
+def blocks_inputs(grads: Tensor, V: Tensor, window_outputs: Tensor, windows: int, base: Tensor | None) -> Tensor:
+    """Sᵀ·gᵀ for the support `blocks`, arranged as its windows: for :func:`transpose_back` with places.
+
+    Args:
+        grads: gᵀ, (m, T'), from :func:`transpose`.
+        V: (m, k), contiguous; cast to the type of the gradients block by block.
+        window_outputs: (w·R,) int32, of the BlockSupport.
+        windows: w.
+        base: What is added, as from another call, or None.
+
+    Returns:
+        (w·k, T').
+    """
+    (m, k), stride = V.shape, grads.shape[1]
+    rows = window_outputs.numel() // windows
+    out = grads.new_empty(windows * k, stride)
+    if out.numel():
+        t, result, summed = _blocks(grads.dtype)
+        block_t, block_k = _tile(stride, t), _tile(k, result)
+        with torch.cuda.device_of(grads):
+            _kernels().inputs_kernel[(_cdiv(k, block_k) * _cdiv(stride, block_t) * windows,)](
+                grads, V, window_outputs, out if base is None else base, out, stride, m, windows,
+                R=rows, K=k, ADD=base is not None, PRECISION=_precision(),
+                BLOCK_T=block_t, BLOCK_R=_tile(rows, summed), BLOCK_K=block_k,
+            )  # fmt: skip
+    return out
+
+
+@blocks_inputs.register_fake
+def _(grads: Tensor, V: Tensor, window_outputs: Tensor, windows: int, base: Tensor | None) -> Tensor:
+    return grads.new_empty(windows * V.shape[1], grads.shape[1])
+
+
+@torch.library.custom_op("sltrain::blocks_values", mutates_args=())
+def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_outputs: Tensor, k: int) -> Tensor:
+    """gᵀx at the support `blocks`: the gradient of V.
+
+    Args:
+        grads: gᵀ, (m, T'), from :func:`transpose`.
+        inputs: xᵀ, (n, T'), from :func:`transpose`.
+        window_inputs: (w·k,) int32, of the BlockSupport.
+        window_outputs: (w·R,) int32, of the BlockSupport.
+        k: Values of a row.
+
+    Returns:
+        (m, k), float32, summed over the tokens of each of a number of chunks, then over the chunks.
+    """
+    m, stride = grads.shape
+    windows = window_inputs.numel() // k
+    rows = window_outputs.numel() // windows
+    if stride == 0:
+        return grads.new_zeros(m, k, dtype=torch.float32)
+    most = 32 if grads.dtype == torch.float32 else 64  # as in _blocks
+    block_t, block_r, block_k = _tile(stride, most), _tile(rows, 64), _tile(k, 64)
+    tiles = _cdiv(rows, block_r) * _cdiv(k, block_k) * windows
+    # As many chunks as fill the device, of at least 256 tokens, and of whole tiles.
+    wanted = max(1, min(_PROGRAMS // tiles, stride // 256))
+    chunk = _cdiv(_cdiv(stride, wanted), block_t) * block_t
+    chunks = _cdiv(stride, chunk)
+    partial = grads.new_empty(chunks, m, k, dtype=torch.float32)
+    with torch.cuda.device_of(grads):
+        _kernels().values_kernel[(tiles * chunks,)](
+            grads, inputs, window_inputs, window_outputs, partial, stride, chunk, m, windows,
+            R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=block_k,
+        )  # fmt: skip
+    return partial.view(m, k) if chunks == 1 else partial.sum(0)
+
+
+@blocks_values.register_fake
+def _(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_outputs: Tensor, k: int) -> Tensor:
+    return grads.new_empty(grads.shape[0], k, dtype=torch.float32)
+
+
+@torch.library.custom_op("sltrain::stratified_add_", mutates_args=("W",))
+def stratified_add_(W: Tensor, V: Tensor, key: int, first: int) -> None:
+    """Adds the values of a StratifiedSupport to rows of W, in place.
+
+    Args:
+        W: (rows, n), contiguous: rows first … first + rows − 1 of the weight.
+        V: (rows, k), contiguous; cast to W's type.
+        key: The support's 32-bit key.
+        first: Number of the first row.
+    """
+    _launch_stratified(W, V, key, first, scatter=True)
+
+
+@torch.library.custom_op("sltrain::stratified_take", mutates_args=())
+def stratified_take(G: Tensor, k: int, key: int, first: int) -> Tensor:
+    """The entries of rows of a matrix at a StratifiedSupport, (rows, k).
+
+    Args:
+        G: (rows, n), contiguous: rows first … first + rows − 1 of an (m, n) matrix.
+        k: Values of a row.
+        key: The support's 32-bit key.
+        first: Number of the first row.
+    """
+    values = G.new_empty(G.shape[0], k)
+    _launch_stratified(G, values, key, first, scatter=False)
+    return values
+
+
+@stratified_take.register_fake
+def _(G: Tensor, k: int, key: int, first: int) -> Tensor:
+    return G.new_empty(G.shape[0], k)
+
+
+def _launch_stratified(matrix: Tensor, values: Tensor, key: int, first: int, *, scatter: bool) -> None:
+    count = values.numel()
+    if not count:
+        return
+    # Triton passes an integer in as few bits as it needs; a signed key is always 32 of them.
+    signed = key - (1 << 32) if key >= 1 << 31 else key
+    with torch.cuda.device_of(matrix):
+        _kernels().stratified_kernel[(_cdiv(count, _SCATTER_BLOCK),)](
+            matrix, values, signed, first, count, matrix.shape[1], values.shape[1],
+            SCATTER=scatter, BLOCK=_SCATTER_BLOCK,
+        )  # fmt: skip
