@@ -75,7 +75,7 @@ class ReparamConfig(Section):
     """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
     blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
-    n ≥ 256; the only one that can be applied without building W."""
+    n ≥ 256; the fastest."""
     path: Literal["auto", "materialize", "factored"] = "auto"
     """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward.
     factored: W is never built; the low-rank and the sparse product are taken one by one and added. auto:

@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton_cases
-from triton_cases import *  # noqa: F403
-from triton_cases import made
-
 from sltrain_dist.sparse_lowrank import SLLinear, kernels
+
+from .. import triton_cases
+from ..triton_cases import *  # noqa: F403
+from ..triton_cases import made
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
