@@ -31,6 +31,7 @@ TORCH_FREE = {
     "config.load",
     "config.rules",
     "sparse_lowrank.layout",
+    "sparse_lowrank.cost",
     "models.count",
     "optim.schedule",
     "parallel.partition",
@@ -38,7 +39,7 @@ TORCH_FREE = {
     "data.order",
     "cli",
 }
-LEAVES = {"sparse_lowrank.layout", "models.count", "parallel.partition", "data.order", "checkpoint.manifest"}
+LEAVES = {"sparse_lowrank.layout", "sparse_lowrank.cost", "models.count", "parallel.partition", "data.order", "checkpoint.manifest"}
 """May be imported by everything above config, each other included."""
 
 ONLY_IN = {
@@ -46,6 +47,7 @@ ONLY_IN = {
     "mlflow": {"tracking.mlflow"},
     "sentencepiece": {"data.tokenizer"},
     "datasets": {"data.source"},
+    "triton": {"sparse_lowrank.triton_kernels"},
 }
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
