@@ -12,12 +12,14 @@ from torch import Tensor
 from sltrain_dist.numerics.keyed import key64, permutation
 from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_row_bounds, window_starts
-from sltrain_dist.sparse_lowrank.support import Arranged, Products, Support, added, flatten_columns, untransposed
+from sltrain_dist.sparse_lowrank.support import Arranged, Products, Support, flatten_columns, untransposed
 
 Order = Literal["random", "grouped", "strided"]
 """How a permutation is made. random: uniform. grouped: runs of 8 neighbours, in random order. strided:
 neighbours are dealt out to the windows in turn. The last two are for comparisons."""
 _GROUP = 8
+_SLICE = 256
+"""Tokens at a time, where features are picked one by one."""
 
 
 def input_key(name: str) -> str:
@@ -142,37 +144,39 @@ class BlockSupport(Support):
         return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
     def arrange_inputs(self, x: Tensor) -> Arranged:
-        """(w, k, T): the inputs of every window."""
-        return [x.t().contiguous().index_select(0, self.window_inputs).view(self.windows, self.k, -1)]
+        """The inputs of every window: (w, T, k), or (w, k, T) where :func:`by_features`."""
+        return [_arrange(x, self.window_inputs, self.windows)]
 
     def arrange_outputs(self, g: Tensor) -> Arranged:
-        """(w, R, T): the outputs of every window."""
-        return [g.t().contiguous().index_select(0, self.window_outputs).view(self.windows, self.rows, -1)]
+        """The outputs of every window: (w, T, R), or (w, R, T) where :func:`by_features`."""
+        return [_arrange(g, self.window_outputs, self.windows)]
 
     def restore_inputs(self, arranged: Arranged) -> Tensor:
-        flat = arranged[0].view(self.windows * self.k, -1)
-        x_t = flat.index_select(0, self.input_places)
+        x = _pick_places(arranged[0], self.input_places)
         if self.second_places.numel():
             twice = self.window_inputs.index_select(0, self.second_places)
-            x_t.index_add_(0, twice, flat.index_select(0, self.second_places))
-        return untransposed([x_t])
+            x.index_add_(1, twice, _pick_places(arranged[0], self.second_places))
+        return x
 
     def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
-        y = torch.bmm(self._value_blocks(V), inputs[0])
-        return untransposed([y.view(self.windows * self.rows, -1).index_select(0, self.output_places)])
+        blocks, x = self._value_blocks(V), inputs[0]
+        y = torch.bmm(blocks, x) if by_features(x) else torch.bmm(x, blocks.transpose(1, 2))
+        return _pick_places(y, self.output_places)
 
     def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
-        blocks = self._value_blocks(V)
+        blocks, g = self._value_blocks(V), outputs[0]
         if self.windows * self.rows != self.m:
             window = torch.arange(self.windows + 1, device=V.device)
             bounds = (window * self.m + self.windows - 1).div_(self.windows, rounding_mode="floor")
             short = bounds[1:] - bounds[:-1] < self.rows
             blocks[:, -1].masked_fill_(short[:, None], 0)
-        return added(total, [torch.bmm(blocks.transpose(1, 2), outputs[0])])
+        factors = (blocks.transpose(1, 2), g) if by_features(g) else (g, blocks)
+        return [torch.bmm(*factors) if total is None else total[0].baddbmm_(*factors)]
 
     def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
-        blocks = torch.bmm(outputs[0], inputs[0].transpose(1, 2))
-        return blocks.view(-1, self.k).index_select(0, self.output_places)
+        g, x = outputs[0], inputs[0]
+        factors = (g, x.transpose(1, 2)) if by_features(g) else (g.transpose(1, 2), x)
+        return torch.bmm(*factors).view(-1, self.k).index_select(0, self.output_places)
 
     def _value_blocks(self, V: Tensor) -> Tensor:
         return V.index_select(0, self.window_outputs).view(self.windows, self.rows, self.k)
@@ -180,3 +184,43 @@ class BlockSupport(Support):
     @staticmethod
     def _fill(buffer: Tensor, values: npt.NDArray[np.int64]) -> None:
         buffer.copy_(torch.from_numpy(values))
+
+
+# Which way to pick features is fastest on the CPU was measured (docs/operator.md): in two bytes, transposing,
+# copying rows, and transposing back; in more, picking a few tokens at a time, so that what is read stays in the
+# cache. There index_select is the faster, but it would copy a strided source first, which gather does not.
+
+
+def by_features(x: Tensor) -> bool:
+    """Whether arranged matrices of x's type and device have the tokens last."""
+    return x.device.type == "cpu" and x.dtype.itemsize == 2
+
+
+def _arrange(x: Tensor, columns: Tensor, windows: int) -> Tensor:
+    """x[:, columns], (T, w·width), as (w, T, width), or as (w, width, T) where :func:`by_features`."""
+    if by_features(x):
+        return x.t().contiguous().index_select(0, columns).unflatten(0, (windows, -1))
+    if x.device.type == "cpu":
+        picked = x.new_empty(x.shape[0], columns.shape[0])
+        for part, out in zip(x.split(_SLICE), picked.split(_SLICE), strict=True):
+            torch.index_select(part, 1, columns, out=out)
+    else:
+        picked = x.index_select(1, columns)
+    return picked.unflatten(1, (windows, -1)).transpose(0, 1)
+
+
+def _pick_places(windows: Tensor, places: Tensor) -> Tensor:
+    """(T, len(places)): the features at `places` of contiguous windows, counted over windows and widths."""
+    if by_features(windows):
+        return untransposed([windows.flatten(0, 1).index_select(0, places)])
+    w, tokens, width = windows.shape
+    # Seen with rows of `width` that overlap, feature q of window b is column b·T·width + q of every token.
+    rows = windows.as_strided((tokens, (w - 1) * tokens * width + width), (width, 1))
+    within = places.remainder(width)
+    columns = (places - within).long() * tokens + within
+    if windows.device.type != "cpu":
+        return rows.gather(1, columns.expand(tokens, -1))
+    picked = windows.new_empty(tokens, places.shape[0])
+    for part, out in zip(rows.split(_SLICE), picked.split(_SLICE), strict=True):
+        torch.gather(part, 1, columns.expand(part.shape[0], -1), out=out)
+    return picked

@@ -11,14 +11,13 @@ import importlib.util
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sltrain_dist.sparse_lowrank.blocks import BlockSupport
-    from sltrain_dist.sparse_lowrank.support import Arranged
+Arranged = list[Tensor]
+"""As :data:`sltrain_dist.sparse_lowrank.support.Arranged`, of which this module cannot know: supports use it."""
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
@@ -57,6 +56,16 @@ def _warn_without_triton() -> None:
     )
 
 
+class Windows(Protocol):
+    """What the products need of a BlockSupport."""
+
+    k: int
+    windows: int
+    window_inputs: Tensor
+    window_outputs: Tensor
+    input_places: Tensor
+
+
 class BlockProducts:
     """Products with the S of a BlockSupport by the Triton kernels; takes the place of the support's own.
 
@@ -67,7 +76,7 @@ class BlockProducts:
         tokens: T.
     """
 
-    def __init__(self, support: BlockSupport, tokens: int) -> None:
+    def __init__(self, support: Windows, tokens: int) -> None:
         self.support, self.tokens = support, tokens
 
     def arrange_inputs(self, x: Tensor) -> Arranged:

@@ -39,7 +39,14 @@ TORCH_FREE = {
     "data.order",
     "cli",
 }
-LEAVES = {"sparse_lowrank.layout", "sparse_lowrank.cost", "models.count", "parallel.partition", "data.order", "checkpoint.manifest"}
+LEAVES = {
+    "sparse_lowrank.layout",
+    "sparse_lowrank.cost",
+    "models.count",
+    "parallel.partition",
+    "data.order",
+    "checkpoint.manifest",
+}
 """May be imported by everything above config, each other included."""
 
 ONLY_IN = {

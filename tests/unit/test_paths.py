@@ -214,7 +214,7 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
         return out
 
 
