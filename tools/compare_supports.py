@@ -43,7 +43,7 @@ from sltrain_dist.config.schema import Config, SupportKind
 from sltrain_dist.errors import ConfigError, DataError, DivergedError, SltrainError
 from sltrain_dist.models.build import build_model, sparse_layers
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.numerics.keyed import key64, permutation
+from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.optim.schedule import Progress, learning_rate
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment

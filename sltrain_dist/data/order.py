@@ -12,8 +12,7 @@ of worker processes has any influence on a batch. In epoch e of a stream::
 Each document of the source is in exactly one unit, hence read exactly once per epoch. Streams go on to
 their next epoch by themselves: no stream waits for another.
 
-The generator is splitmix64 (Steele, Lea and Flood, OOPSLA 2014), written out here, because a library
-generator's stream may change between versions and resuming must not.
+Random numbers are those of :mod:`sltrain_dist.numerics.splitmix`, which no library release can change.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sltrain_dist.numerics.splitmix import permutation, splitmix64
+
 _MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 
 
 class _Purpose(IntEnum):
@@ -90,7 +88,7 @@ def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> 
 def stream_units(seed: int, epoch: int, num_shards: int, streams: int, stream: int) -> list[Unit]:
     """The units that `stream` reads in its epoch `epoch`, in order. Never empty."""
     parts = -(-streams // num_shards)
-    shards = permutation(num_shards, _key(_Purpose.SHARDS, seed, epoch))
+    shards = permutation(_key(_Purpose.SHARDS, seed, epoch), num_shards)
     return [
         Unit(int(shards[index // parts]), index % parts, parts) for index in range(stream, num_shards * parts, streams)
     ]
@@ -98,15 +96,7 @@ def stream_units(seed: int, epoch: int, num_shards: int, streams: int, stream: i
 
 def block_permutation(seed: int, epoch: int, unit: Unit, block: int, size: int) -> npt.NDArray[np.int64]:
     """The order, of shape (size,), in which the `size` documents of a unit's block are read."""
-    return permutation(size, _key(_Purpose.BLOCK, seed, epoch, unit.shard, unit.part, block))
-
-
-def permutation(size: int, key: int) -> npt.NDArray[np.int64]:
-    """A permutation of 0 … size − 1, of shape (size,), that depends on nothing but `size` and the 64-bit `key`."""
-    counter = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-    counter = (counter ^ (counter >> np.uint64(30))) * np.uint64(_MIX_1)
-    counter = (counter ^ (counter >> np.uint64(27))) * np.uint64(_MIX_2)
-    return np.argsort(counter ^ (counter >> np.uint64(31)), kind="stable").astype(np.int64)
+    return permutation(_key(_Purpose.BLOCK, seed, epoch, unit.shard, unit.part, block), size)
 
 
 def _first_row(stream: int, global_batch: int, streams: int) -> int:
@@ -117,12 +107,5 @@ def _first_row(stream: int, global_batch: int, streams: int) -> int:
 def _key(*words: int) -> int:
     state = 0
     for word in words:
-        state = _splitmix64((state + word) & _MASK)
+        state = int(splitmix64((state + word) & _MASK, 0, 1)[0])
     return state
-
-
-def _splitmix64(state: int) -> int:
-    mixed = (state + _GAMMA) & _MASK
-    mixed = ((mixed ^ (mixed >> 30)) * _MIX_1) & _MASK
-    mixed = ((mixed ^ (mixed >> 27)) * _MIX_2) & _MASK
-    return mixed ^ (mixed >> 31)

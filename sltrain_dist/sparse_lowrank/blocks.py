@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sltrain_dist.numerics.keyed import key64, permutation
+from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_row_bounds, window_starts
 from sltrain_dist.sparse_lowrank.support import Arranged, Products, Support, flatten_columns, untransposed

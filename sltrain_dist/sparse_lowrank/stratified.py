@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sltrain_dist.numerics.keyed import key_bytes
+from sltrain_dist.numerics.splitmix import key_bytes
 from sltrain_dist.sparse_lowrank.kernels import stratified_add_, stratified_take, use_kernels
 from sltrain_dist.sparse_lowrank.layout import stratum_start
 from sltrain_dist.sparse_lowrank.support import Support, flatten_columns

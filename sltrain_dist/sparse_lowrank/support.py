@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
-from sltrain_dist.numerics.keyed import integers, key64
+from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros, values_shape
 
 Arranged = list[Tensor]

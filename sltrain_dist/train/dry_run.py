@@ -8,7 +8,7 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import build_model
-from sltrain_dist.numerics.keyed import integers, key64
+from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes

@@ -17,7 +17,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import build_model
-from sltrain_dist.numerics.keyed import integers
+from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.engine import Replicated
 from sltrain_dist.parallel.environment import Environment

@@ -20,7 +20,7 @@ import yaml
 from safetensors import safe_open
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
-from sltrain_dist.numerics.keyed import integers, key64
+from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.train.run import pretrain
 
 REPO = Path(__file__).resolve().parents[2]

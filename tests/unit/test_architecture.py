@@ -30,6 +30,7 @@ TORCH_FREE = {
     "config.presets",
     "config.load",
     "config.rules",
+    "numerics.splitmix",
     "sparse_lowrank.layout",
     "sparse_lowrank.cost",
     "models.count",

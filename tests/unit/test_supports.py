@@ -12,7 +12,7 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters
-from sltrain_dist.numerics.keyed import key64
+from sltrain_dist.numerics.splitmix import key64
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport, make_order
 from sltrain_dist.sparse_lowrank.layout import (

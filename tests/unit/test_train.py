@@ -26,7 +26,7 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.models.loss import IGNORE
-from sltrain_dist.numerics.keyed import integers
+from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.schedule import Progress, learning_rate
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
