@@ -19,7 +19,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
-from sltrain_dist.parallel.engine import load_parameter
+from sltrain_dist.parallel.held import load_whole
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
@@ -119,7 +119,7 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
         module.to_empty(device="cpu").float()
         for key, parameter in module.named_parameters():
-            load_parameter(reader.read, f"{name}.{key}", parameter)
+            load_whole(reader.read, f"{name}.{key}", parameter)
         if isinstance(module, SLLinear):
             module.support.reset()
             supports.append((module.name, module.support.fingerprint()))

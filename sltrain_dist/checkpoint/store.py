@@ -30,8 +30,8 @@ from sltrain_dist.checkpoint.manifest import (
     write_synced,
 )
 from sltrain_dist.errors import CheckpointError
-from sltrain_dist.parallel.engine import Chunk
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import Chunk
 
 T = TypeVar("T")
 

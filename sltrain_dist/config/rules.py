@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
@@ -32,6 +32,63 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", f"is longer than the run; at most train.steps = {train.steps}"
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
+    yield from _check_parallel(config)
+
+
+DEEPSPEED_KEYS: dict[str, str] = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.clip",
+    "gradient_allreduce_op": "parallel.engine",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "fp16": "train.dtype",
+    "bf16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "data_types": "train.dtype",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "compile": "train.compile",
+    "zero_allow_untested_optimizer": "optim.name",
+    "zero_force_ds_cpu_optimizer": "optim.name",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "parallel.cpu_offload",
+    "zero_optimization.compute_grad_norm": "optim.clip",
+}
+"""Keys of DeepSpeed's configuration that are made from a setting of ours, and that setting."""
+
+
+def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    engine = f"{parallel.engine} stage {parallel.zero_stage}" if parallel.engine == "zero" else parallel.engine
+    sharded_only = parallel.engine == "zero" and parallel.zero_stage >= 2
+    local_only = parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
+    if parallel.accumulate == "sharded" and local_only:
+        yield "parallel.accumulate", f"{engine} keeps whole gradients; set auto, or use fsdp, or zero stage 2 or 3"
+    if parallel.accumulate == "local" and sharded_only:
+        yield "parallel.accumulate", f"{engine} reduces at every micro-batch; set auto, or use fsdp, or zero stage 1"
+    if parallel.replicas > 1 and parallel.engine != "fsdp":
+        yield "parallel.replicas", "groups of replicas are there with parallel.engine=fsdp only; set 1"
+    if parallel.cpu_offload and parallel.engine == "ddp":
+        yield "parallel.cpu_offload", "ddp keeps everything on the device; use fsdp, or zero"
+    if parallel.cpu_offload and parallel.engine == "zero" and config.train.dtype == "bf16":
+        yield (
+            "parallel.cpu_offload",
+            "DeepSpeed offloads fp32 states only; set train.dtype=mixed or fp32, or parallel.engine=fsdp",
+        )
+    for key in _dotted(parallel.deepspeed):
+        owner = next((ours for theirs, ours in DEEPSPEED_KEYS.items() if f"{key}.".startswith(f"{theirs}.")), None)
+        if owner is not None:
+            yield "parallel.deepspeed", f"its {key} is made from {owner}; set that"
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def micro_batches_per_update(config: Config, world_size: int) -> int:
@@ -57,7 +114,7 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
 def without_effect(config: Config) -> Iterator[str]:
     """Yields a warning for every setting that says something and does nothing."""
     usual = Config.model_validate(PRESETS[config.preset] if config.preset else {})
-    optim, parallel, tracking = config.optim, config.parallel, config.tracking
+    optim, parallel, train, tracking = config.optim, config.parallel, config.train, config.tracking
     cases = (
         (
             "reparam.method=full",
@@ -65,7 +122,28 @@ def without_effect(config: Config) -> Iterator[str]:
             ("reparam.rank", "reparam.density", "reparam.alpha", "reparam.support"),
         ),
         ("reparam.method=lowrank", config.reparam.method == "lowrank", ("reparam.density", "reparam.support")),
-        ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.zero_stage", "parallel.shard")),
+        ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.shard",)),
+        (
+            f"parallel.engine={parallel.engine}",
+            parallel.engine != "zero",
+            ("parallel.zero_stage", "parallel.deepspeed"),
+        ),
+        (f"parallel.engine={parallel.engine}", parallel.engine != "fsdp", ("parallel.reshard_after_forward",)),
+        (
+            f"parallel.engine={parallel.engine}",
+            parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage < 3),
+            ("parallel.prefetch_blocks",),
+        ),
+        (
+            f"train.activation_checkpointing={train.activation_checkpointing}",
+            train.activation_checkpointing != "selective",
+            ("train.checkpoint_policy", "train.checkpoint_every"),
+        ),
+        (
+            "train.checkpoint_policy=attention",
+            train.checkpoint_policy == "attention",
+            ("train.checkpoint_every",),
+        ),
         ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),
         ("optim.name=sgd", optim.name == "sgd", ("optim.beta1", "optim.beta2", "optim.eps")),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),

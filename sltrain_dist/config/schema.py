@@ -7,7 +7,7 @@ it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -146,13 +146,32 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """The distributed engine."""
 
-    engine: Literal["ddp", "zero"] = "ddp"
-    """ddp: whole replicas (one rank needs no process group). zero: DeepSpeed ZeRO."""
-    zero_stage: Literal[1, 2] = 2
-    """ZeRO stage. 1: optimizer states are sharded. 2: gradients too."""
+    engine: Literal["ddp", "fsdp", "zero"] = "ddp"
+    """ddp: whole replicas (one rank needs no process group). fsdp: PyTorch's FSDP2, every decoder block
+    gathered on its own. zero: DeepSpeed ZeRO."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """ZeRO stage. 1: optimizer states are sharded. 2: gradients too. 3: parameters too."""
     shard: Literal["factors", "all"] = "factors"
     """factors: only the replaced linear layers' parameters are sharded; embeddings, head and norms stay
-    whole on every rank. all: those are sharded too."""
+    whole on every rank, and their gradients are all-reduced once per update. all: those are sharded too."""
+    accumulate: Literal["auto", "local", "sharded"] = "auto"
+    """Where gradients wait between micro-batches. local: whole, with one reduction per update. sharded:
+    reduce-scattered at every micro-batch, which takes less memory and more traffic. auto: local for ddp and
+    zero stage 1, sharded for fsdp and zero stages 2 and 3. Only fsdp has both."""
+    replicas: PositiveInt = 1
+    """fsdp: groups of ranks that each hold all shards (hybrid sharding): shards are gathered inside a group
+    of world size / replicas ranks, such as the GPUs of one host, and gradients all-reduced between groups."""
+    reshard_after_forward: bool = True
+    """fsdp: whether a block's gathered weights are freed after its forward pass and gathered again for its
+    backward pass. false: kept, for a third less traffic and the memory of all gathered blocks."""
+    prefetch_blocks: PositiveInt = 1
+    """fsdp: blocks whose weights are gathered ahead of the one that computes."""
+    cpu_offload: bool = False
+    """The optimizer states live in the host's memory, and the optimizer steps there; with fsdp the sharded
+    parameters and gradients too. Not for ddp."""
+    deepspeed: dict[str, Any] = {}
+    """zero: more keys of DeepSpeed's configuration, nested as there. A key that is made from another setting
+    of this configuration is refused."""
     timeout_s: PositiveInt = 1800
     """Seconds after which a collective that got no answer ends the run."""
 
@@ -168,9 +187,24 @@ class TrainConfig(Section):
     """Sequences per rank and forward pass."""
     global_batch: PositiveInt = 512
     """Sequences per update, over all ranks and micro-batches."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of parameters, gradients, activations and optimizer states, under every engine. bf16, with no
-    fp32 copies, is the paper's."""
+    dtype: Literal["bf16", "fp32", "mixed"] = "bf16"
+    """Types, under every engine. bf16 and fp32: of parameters, gradients, activations and optimizer states;
+    bf16, with no fp32 copies, is the paper's. mixed: parameters, gradients and states in fp32, matrix products
+    in bf16 (autocast; fsdp gathers the weights in bf16, too, and reduces gradients in fp32)."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations that are not kept but computed again in the backward pass. full: all inside every decoder
+    block. selective: as checkpoint_policy says."""
+    checkpoint_policy: Literal["blocks", "attention"] = "blocks"
+    """With activation_checkpointing=selective. blocks: every checkpoint_every-th block as a whole.
+    attention: in every block all but the output of attention itself, whose cost grows with the square of
+    seq_len."""
+    checkpoint_every: Annotated[int, Field(ge=2)] = 2
+    """With checkpoint_policy=blocks: one in so many blocks is computed again."""
+    compile: bool = False
+    """Whether torch.compile compiles the decoder blocks, each on its own, inside of the engine."""
+    sanity_checks: bool = False
+    """Checks after every update, at some cost, that replicas are in sync, gradients freed, the learning rate
+    as scheduled, and supports unchanged."""
     dry_run: bool = False
     """Build everything, make one update on made-up data, report the peak memory and stop."""
 

@@ -12,8 +12,8 @@ from sltrain_dist.config.schema import Config, ReparamConfig
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""Torch types by the name that `train.dtype` uses."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mixed": torch.float32}
+"""Types of parameters by the name that `train.dtype` uses."""
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:
@@ -32,10 +32,11 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForC
 
 
 def build_meta_model(config: Config) -> LlamaForCausalLM:
-    """Lays the model out on the meta device, in `train.dtype`."""
+    """Lays the model out on the meta device, with parameters of the type that `train.dtype` asks for."""
     with torch.device("meta"):
         factory = linear_factory(config.reparam, config.seed, config.model.init_std)
-        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed)
+        autocast = torch.bfloat16 if config.train.dtype == "mixed" else None
+        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast)
     dtype = DTYPES[config.train.dtype]
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
         parameter.data = parameter.data.to(dtype)

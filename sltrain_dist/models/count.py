@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
-from sltrain_dist.sparse_lowrank.layout import nonzeros
+from sltrain_dist.sparse_lowrank.layout import nonzeros, values_shape
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,27 @@ def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCou
         else 0,
         dense=0 if replaced else layers * sum(s.m * s.n for s in linears),
     )
+
+
+def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every parameter, in the order of the built model's `named_parameters()`."""
+    h = model.hidden_size
+    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (model.vocab_size, h))]
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        for linear in block_linears(model):
+            name, m, n = f"{prefix}.{linear.name}", linear.m, linear.n
+            if reparam.method == "full":
+                shapes.append((f"{name}.weight", (m, n)))
+                continue
+            shapes += [(f"{name}.B", (m, reparam.rank)), (f"{name}.A", (reparam.rank, n))]
+            if reparam.method == "sltrain":
+                shapes.append((f"{name}.V", values_shape(m, n, reparam.density, reparam.support)))
+        shapes += [(f"{prefix}.{norm}.weight", (h,)) for norm in ("input_layernorm", "post_attention_layernorm")]
+    shapes.append(("model.norm.weight", (h,)))
+    if not model.tie_head:
+        shapes.append(("lm_head.weight", (model.vocab_size, h)))
+    return shapes
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:

@@ -188,11 +188,19 @@ class LlamaForCausalLM(nn.Module):
         linear: Makes the linear layers of attention and MLP.
         seq_len: Longest sequence, in tokens.
         seed: Keys the initial values.
+        autocast: Type that matrix products compute in, where it is not the parameters'.
     """
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory, seq_len: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        linear: LinearFactory,
+        seq_len: int,
+        seed: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.autocast = config, autocast
         self.model = LlamaModel(config, linear, seq_len, seed)
         self.lm_head = DenseLinear(
             config.hidden_size, config.vocab_size, name="lm_head", seed=seed, std=config.init_std
@@ -215,5 +223,7 @@ class LlamaForCausalLM(nn.Module):
         Returns:
             Logits (batch, length, vocabulary) without labels; with labels the summed loss, a float32 scalar.
         """
-        logits = self.lm_head(self.model(input_ids))
+        # Here and not around the call, so that every engine computes alike: DeepSpeed switches a caller's off.
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.lm_head(self.model(input_ids))
         return logits if labels is None else cross_entropy_sum(logits, labels)

@@ -9,17 +9,15 @@ import torch
 from torch import nn
 
 from sltrain_dist.config.schema import OptimConfig
-
-STATE_NAMES: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
-"""Per-value optimizer states by optimizer name; each has its parameter's shape."""
+from sltrain_dist.optim.state_layout import decays
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits named parameters by weight decay: none on norms and embeddings. Empty groups are left out."""
+    """Splits named parameters by weight decay. Empty groups are left out."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
-        (plain if "norm" in name or "embed_tokens" in name or optim.weight_decay == 0 else decay).append(parameter)
+        (decay if decays(name, optim) else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

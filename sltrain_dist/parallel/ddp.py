@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.parallel.engine import Chunk, ReadChunk, Replicated, clip_coefficient, squared_norm
+from sltrain_dist.parallel.engine import Kind, clip_whole, squared_norm
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
 
 
 class DDPEngine:
@@ -56,9 +57,7 @@ class DDPEngine:
         """The gradient norm, the same on every rank because every rank holds the same gradients."""
         gradients = self._replicas.gradients()
         norm = float(squared_norm(gradients, self._env.device).sqrt())
-        coefficient = clip_coefficient(norm, max_norm)
-        if coefficient < 1:
-            torch._foreach_mul_(gradients, coefficient)
+        clip_whole(gradients, norm, max_norm)
         return norm
 
     def update(self, lr: float) -> None:
@@ -77,3 +76,15 @@ class DDPEngine:
     def load(self, read: ReadChunk, step: int) -> None:
         """Takes parameters and states from a checkpoint, on every rank."""
         self._replicas.load(read, step)
+
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """All of them whole."""
+        return {
+            "parameters": list(self._module.parameters()),
+            "gradients": self._replicas.gradients(),
+            "states": self._replicas.states(),
+        }
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter."""
+        yield from ((piece.name, piece.parameter.detach()) for piece in self._replicas.pieces)

@@ -1,8 +1,17 @@
-"""Which parameters are sharded and which are whole on every rank (no torch)."""
+"""Who holds what and who sends what (no torch): the sharding rules, and the bytes that follow from them."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.schema import Config, ParallelConfig
+from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.optim.state_layout import STATE_NAMES, decays
 
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
@@ -14,3 +23,144 @@ def is_factor(name: str) -> bool:
     remainder, which `parallel.shard: factors` keeps whole on every rank.
     """
     return _REPLACED.search(name) is not None
+
+
+def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
+    """Whether an engine that shards deals a parameter out."""
+    return shard == "all" or is_factor(name)
+
+
+def accumulates_locally(parallel: ParallelConfig) -> bool:
+    """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
+    if parallel.accumulate == "auto":
+        return parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
+    return parallel.accumulate == "local"
+
+
+def fsdp_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first, last + 1) of a parameter's rows that a rank holds under FSDP2: ⌈rows/ranks⌉ each while there are any."""
+    each = -(-rows // ranks)
+    return min(rank * each, rows), min((rank + 1) * each, rows)
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes that one rank holds between the backward pass and the update (states: after the first update).
+
+    Attributes:
+        parameters: Weights, shards, and DeepSpeed's separate partition of masters.
+        gradients: Of all kinds; buckets for communication are not counted.
+        states: The optimizer's.
+    """
+
+    parameters: int
+    gradients: int
+    states: int
+
+
+def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
+    """What a rank holds, in closed form, equal to the engine's tensors to the byte.
+
+    Padding is in it: FSDP2 pads a parameter's rows, ZeRO 1 and 2 the flat group to a multiple of twice the
+    ranks, ZeRO 3 every parameter to a multiple of the ranks.
+    """
+    parallel = config.parallel
+    shapes = parameter_shapes(config.model, config.reparam)
+    if parallel.engine == "ddp":
+        sharded, whole = [], shapes
+    else:
+        sharded = [(name, shape) for name, shape in shapes if is_sharded(name, parallel.shard)]
+        whole = [(name, shape) for name, shape in shapes if not is_sharded(name, parallel.shard)]
+    if parallel.engine == "fsdp":
+        parts = _fsdp_values(sharded, world_size // parallel.replicas, rank % (world_size // parallel.replicas))
+    elif parallel.engine == "zero" and parallel.zero_stage == 3:
+        parts = _zero3_values(sharded, world_size, offload=parallel.cpu_offload)
+    elif parallel.engine == "zero":
+        groups = [[shape for name, shape in sharded if decays(name, config.optim) is kind] for kind in (True, False)]
+        per_group = [_zero12_values(group, world_size, rank, parallel.cpu_offload) for group in groups if group]
+        parts = tuple(sum(values) for values in zip(*per_group, strict=True))
+    else:
+        parts = (0, 0, 0)
+    width, kept = value_bytes(config), len(STATE_NAMES[config.optim.name])
+    remainder = sum(math.prod(shape) for _, shape in whole)
+    return RankBytes(
+        width * (parts[0] + remainder), width * (parts[1] + remainder), width * kept * (parts[2] + remainder)
+    )
+
+
+def value_bytes(config: Config) -> int:
+    """Bytes of one value of a parameter, a gradient or a state."""
+    return 2 if config.train.dtype == "bf16" else 4
+
+
+Named = Sequence[tuple[str, tuple[int, ...]]]
+
+
+def _fsdp_values(sharded: Named, ranks: int, rank: int) -> tuple[int, ...]:
+    padded = held = 0
+    for _, shape in sharded:
+        row = math.prod(shape[1:])
+        first, last = fsdp_rows(shape[0], rank, ranks)
+        padded += -(-shape[0] // ranks) * row
+        held += (last - first) * row
+    return padded, padded, held
+
+
+def _zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
+    part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)
+    # Shards, and a copy of them that the optimizer steps; with offload its gradients are a copy, too.
+    return 2 * part, (2 if offload else 1) * part, part
+
+
+def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, offload: bool) -> tuple[int, ...]:
+    total, part = _zero12_partition(shapes, ranks)
+    first, last = rank * part, (rank + 1) * part
+    if offload:
+        return ranks * part + part, part, part
+    gradients, start = max(0, last - max(first, total)), 0  # padding is held as zeros
+    for shape in shapes:
+        size = math.prod(shape)
+        # A gradient that lies in several partitions is kept whole by each.
+        gradients += size if start < last and start + size > first else 0
+        start += size
+    return ranks * part + part, gradients, part
+
+
+def _zero12_partition(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, int]:
+    """(values of a group, values of each rank's partition)."""
+    total = sum(math.prod(shape) for shape in shapes)
+    return total, 2 * -(-total // (2 * ranks))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one update, by kind of collective.
+
+    Counted as ring algorithms send them, which is the least that these collectives can do: of a message of
+    X bytes among N ranks a rank sends (N − 1)/N·X in an all-gather or a reduce-scatter, and twice that in an
+    all-reduce.
+    """
+
+    all_gather: float = 0.0
+    reduce_scatter: float = 0.0
+    all_reduce: float = 0.0
+    other: float = 0.0
+
+    @staticmethod
+    def of(kind: str, message_bytes: float, ranks: int) -> Traffic:
+        """One collective over a whole message."""
+        sent = message_bytes * (ranks - 1) / ranks
+        return Traffic(**{kind: 2 * sent if kind == "all_reduce" else sent})
+
+    @property
+    def total(self) -> float:
+        """All kinds together."""
+        return self.all_gather + self.reduce_scatter + self.all_reduce + self.other
+
+    def __add__(self, more: Traffic) -> Traffic:
+        return Traffic(
+            self.all_gather + more.all_gather,
+            self.reduce_scatter + more.reduce_scatter,
+            self.all_reduce + more.all_reduce,
+            self.other + more.other,
+        )

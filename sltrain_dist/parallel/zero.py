@@ -1,30 +1,26 @@
-"""DeepSpeed ZeRO, stages 1 and 2. The only module that imports deepspeed."""
+"""DeepSpeed ZeRO, stages 1 to 3. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.optim.factory import STATE_NAMES, adopt_state, make_optimizer, set_lr
-from sltrain_dist.parallel.engine import (
-    Chunk,
-    ReadChunk,
-    Replicated,
-    clip_coefficient,
-    load_parameter,
-    squared_norm,
-)
+from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
+from sltrain_dist.optim.factory import adopt_state, make_optimizer, set_lr
+from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.partition import is_factor
+from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_whole
+from sltrain_dist.parallel.partition import is_sharded
 
 _BUCKET = 50_000_000
 
@@ -33,26 +29,42 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
     """DeepSpeed's configuration, written from ours, with nothing that matters left to its defaults.
 
     Args:
-        config: The run.
+        config: The run. The keys of `parallel.deepspeed` are put in last; config/rules.py has refused those
+            that are made from other settings.
         world_size: Number of ranks.
         sharded_numel: Values in the parameters that DeepSpeed is given.
     """
-    train = config.train
+    train, parallel = config.train, config.parallel
+    bucket = min(_BUCKET, sharded_numel)
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": False,
+        # Elements. The default of 5e8 would allocate 1 GB in bf16 for the smallest model too.
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,  # its alignment
+    }
+    if parallel.zero_stage == 3:
+        block = -(-sharded_numel // config.model.num_layers)
+        zero |= {
+            # Its defaults keep a billion gathered parameters: no model here but 7B would ever be sharded.
+            "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * block,
+            "stage3_prefetch_bucket_size": parallel.prefetch_blocks * block,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,  # what is sharded is sharded, whatever its size
+        }
+    elif not parallel.cpu_offload:  # which cannot go without it
+        zero["compute_grad_norm"] = False  # its norm would leave the remainder out; ours is taken before the step
+    if parallel.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     values: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": micro_batches_per_update(config, world_size),
-        "gradient_allreduce_op": "sum",
+        "gradient_allreduce_op": "mean" if parallel.zero_stage == 3 else "sum",  # stage 3 knows no sums
         "gradient_clipping": 0.0,  # left out, 0.19 clips at 1.0; clipping is done here, over all parameters
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": False,
-            # Elements. The default of 5e8 would allocate 1 GB in bf16 for the smallest model too.
-            "reduce_bucket_size": min(_BUCKET, sharded_numel),
-            "allgather_bucket_size": min(_BUCKET, sharded_numel),
-            "compute_grad_norm": False,  # its norm would leave the remainder out; ours is taken before the step
-        },
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
@@ -65,11 +77,27 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
             "check_grad_overflow": False,  # the training step looks at the norm before it updates
         }
         values["data_types"] = {"grad_accum_dtype": "bf16"}
-    return values
+    return _merged(values, parallel.deepspeed)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a parameter that this rank holds in one of DeepSpeed's flat partitions."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part's stretch of a tensor that is laid out like `flat`."""
+        return flat.detach()[self.offset : self.offset + self.numel]
 
 
 class ZeroEngine:
-    """The `zero` engine: DeepSpeed shards the optimizer states (stage 1) and the gradients (stage 2).
+    """The `zero` engine: DeepSpeed shards the optimizer states (stage 1), the gradients (2) and the parameters (3).
 
     With `parallel.shard: factors` DeepSpeed is given the factors alone; the dense remainder's gradients
     stay local until one all-reduce per update, and its states are whole on every rank.
@@ -80,67 +108,71 @@ class ZeroEngine:
         env: This process among all.
 
     Raises:
-        ConfigError: deepspeed is not installed.
+        ConfigError: deepspeed is not installed, or refuses `parallel.deepspeed`.
     """
 
-    def __init__(self, model: nn.Module, config: Config, env: Environment) -> None:
+    def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
         try:
             import deepspeed
         except ImportError as error:
-            raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use ddp") from None
+            raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use fsdp") from None
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls collectives by names that torch 2.13 has renamed.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-        self._env = env
+        self._env, self._stage, self._offload = env, config.parallel.zero_stage, config.parallel.cpu_offload
         named = list(model.named_parameters())
-        everything = config.parallel.shard == "all"
-        self._sharded = [(n, p) for n, p in named if everything or is_factor(n)]
-        remainder = [(n, p) for n, p in named if not (everything or is_factor(n))]
-        self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size) if remainder else None
+        self._sharded = [(n, p) for n, p in named if is_sharded(n, config.parallel.shard)]
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded}
+        remainder = [(n, p) for n, p in named if n not in self._shapes]
+        self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._state_names = STATE_NAMES[config.optim.name]
         self._optimizer = make_optimizer(self._sharded, config.optim)
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=[p for _, p in self._sharded],
-            optimizer=self._optimizer,
-            config=deepspeed_config(config, env.world_size, sum(p.numel() for _, p in self._sharded)),
-            dist_init_required=False,
-        )
+        if self._stage == 3:
+            # Given a module, stage 3 partitions all that is registered in it, and steps only what it was given.
+            _withhold(model, {parameter for _, parameter in remainder})
+            # Layers that share an input are applied without being called, so that hooks on them would not run.
+            deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
+        settings = deepspeed_config(config, env.world_size, sum(p.numel() for _, p in self._sharded))
+        try:
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=[p for _, p in self._sharded],
+                optimizer=self._optimizer,
+                config=settings,
+                dist_init_required=False,
+            )
+        except (ValueError, KeyError, AssertionError) as error:
+            if not config.parallel.deepspeed:
+                raise
+            raise ConfigError(
+                f"parallel.deepspeed = {config.parallel.deepspeed}: DeepSpeed refuses it: {error}"
+            ) from None
 
     @property
     def module(self) -> nn.Module:
-        """The model itself."""
+        """The model; in stage 3 its sharded parameters are empty between calls."""
         return self._engine.module
 
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
         """Forward and backward; DeepSpeed reduces the sharded gradients, the remainder's wait for the last."""
+        # Stage 3 averages over ranks whatever it is told.
+        undo = float(self._env.world_size) if self._stage == 3 else 1.0
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(input_ids, labels)
-        self._engine.backward(loss * weight, scale_wrt_gas=False)
-        if last and self._remainder is not None:
-            self._remainder.all_reduce()
+        self._engine.backward(loss * (weight * undo), scale_wrt_gas=False)
+        if last:
+            self._remainder.all_reduce(1 / undo)
         return loss.detach()
 
     def clip_gradients(self, max_norm: float) -> float:
         """The norm over the shards of all ranks, plus the remainder once."""
-        total = squared_norm(self._shard_gradients(), self._env.device)
-        dist.all_reduce(total)
-        if self._remainder is not None:
-            total = total + squared_norm(self._remainder.gradients(), self._env.device)
-        norm = float(total.sqrt())
-        coefficient = clip_coefficient(norm, max_norm)
-        if coefficient < 1:
-            torch._foreach_mul_(self._shard_gradients(), coefficient)
-            if self._remainder is not None:
-                torch._foreach_mul_(self._remainder.gradients(), coefficient)
-        return norm
+        return clip_shards(self._shard_gradients(), self._remainder.gradients(), max_norm, self._env)
 
     def update(self, lr: float) -> None:
         """Makes both optimizers' steps and clears the gradients."""
         set_lr(self._optimizer, lr)
         self._engine.step()
-        if self._remainder is not None:
-            self._remainder.update(lr)
+        self._remainder.update(lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -148,42 +180,104 @@ class ZeroEngine:
         return self._engine.module(input_ids, labels)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The pieces of the sharded parameters whose states are here, and this rank's share of the rest."""
-        for name, parameter, piece, flat, offset in self._pieces():
-            shape = tuple(parameter.shape)
-            local = slice(offset, offset + piece.numel)
-            yield Chunk(f"model.{name}", shape, piece.start, flat.detach()[local])
+        """The parts of the sharded parameters whose states are here, and this rank's share of the rest."""
+        for part in self._parts():
+            yield Chunk(f"model.{part.name}", part.shape, part.start, part.of(part.flat))
+            states = self._optimizer.state.get(part.flat, {})
             for key in self._state_names:
-                if key in self._optimizer.state.get(flat, {}):
-                    yield Chunk(f"optim.{name}.{key}", shape, piece.start, self._optimizer.state[flat][key][local])
-        if self._remainder is not None:
-            yield from self._remainder.chunks()
+                if key in states:
+                    yield Chunk(f"optim.{part.name}.{key}", part.shape, part.start, part.of(states[key]))
+        yield from self._remainder.chunks()
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes whole weights, and this rank's pieces of masters and states, from a checkpoint."""
-        for name, parameter in self._sharded:
-            load_parameter(read, name, parameter)
-        flats = {id(flat): flat for flat in self._zero.single_partition_of_fp32_groups}
-        states = {i: {key: torch.zeros_like(flat.detach()) for key in self._state_names} for i, flat in flats.items()}
-        for name, _, piece, flat, offset in self._pieces():
-            local = slice(offset, offset + piece.numel)
-            with torch.no_grad():
-                flat[local].copy_(read(f"model.{name}", piece.start, piece.numel))
+        """Takes weights, and this rank's parts of masters and states, from a checkpoint."""
+        if self._stage < 3:  # every rank has all weights, not only those that it updates
+            for name, parameter in self._sharded:
+                load_whole(read, name, parameter)
+        flats = self._flats()
+        states = [{key: torch.zeros_like(flat.detach()) for key in self._state_names} for flat in flats]
+        by_flat = {id(flat): state for flat, state in zip(flats, states, strict=True)}
+        for part in self._parts():
+            part.of(part.flat).copy_(read(f"model.{part.name}", part.start, part.numel))
             for key in self._state_names if step else ():
-                states[id(flat)][key][local].copy_(read(f"optim.{name}.{key}", piece.start, piece.numel))
+                part.of(by_flat[id(part.flat)][key]).copy_(read(f"optim.{part.name}.{key}", part.start, part.numel))
+        if self._stage == 3:
+            for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, flats, strict=True):
+                shards.data.copy_(flat.data)
         if step:
-            for index, flat in flats.items():
-                adopt_state(self._optimizer, flat, states[index], step)
-        if self._remainder is not None:
-            self._remainder.load(read, step)
+            for flat, state in zip(flats, states, strict=True):
+                adopt_state(self._optimizer, flat, state, step)
+        self._remainder.load(read, step)
+
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """Weights, masters and partitions. DeepSpeed's communication buckets are not among them."""
+        flats = self._flats()
+        parameters = [p.detach() for _, p in self._sharded]
+        gradients = [p.grad for _, p in self._sharded] + [flat.grad for flat in flats]
+        if self._stage == 3:
+            parameters += self._zero.fp16_partitioned_groups_flat
+            gradients.append(self._zero.grad_partitions_flat_buffer)
+        gradients += self._shard_gradients()
+        states = [self._optimizer.state.get(flat, {}) for flat in flats]
+        return {
+            "parameters": [*parameters, *flats, *(piece.parameter for piece in self._remainder.pieces)],
+            "gradients": [g for g in (*gradients, *self._remainder.gradients()) if g is not None],
+            "states": [*(s[k] for s in states for k in self._state_names if k in s), *self._remainder.states()],
+        }
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """The remainder, and in stages 1 and 2 all weights."""
+        yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
+        if self._stage < 3:
+            yield from ((name, parameter.detach()) for name, parameter in self._sharded)
+
+    def _flats(self) -> list[Tensor]:
+        """This rank's flat partitions, which the optimizer steps."""
+        zero = self._zero
+        return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _shard_gradients(self) -> list[Tensor]:
-        return [g for group in self._zero.averaged_gradients.values() for g in group]
+        if self._offload:
+            return [flat.grad for flat in self._flats() if flat.grad is not None]
+        return [g for group in self._zero.averaged_gradients.values() if group is not None for g in group]
 
-    def _pieces(self) -> Iterator[tuple[str, nn.Parameter, Any, Tensor, int]]:
-        """Yields (name, parameter, piece of it that is here, flat partition, offset of the piece in that)."""
-        for name, parameter in self._sharded:
-            mapping = vars(parameter)["_hp_mapping"]  # DeepSpeed's; None where this rank holds nothing of it
-            if mapping is not None:
-                flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                yield name, parameter, mapping.lp_fragment_address, flat, mapping.hp_fragment_address.start
+    def _parts(self) -> Iterator[_Part]:
+        """What this rank holds of every sharded parameter."""
+        if self._stage < 3:
+            for name, parameter in self._sharded:
+                mapping = vars(parameter)["_hp_mapping"]  # DeepSpeed's; None where this rank holds nothing of it
+                if mapping is not None:
+                    flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                    lies, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield _Part(name, self._shapes[name], lies.start, lies.numel, flat, held.start)
+            return
+        names = {id(parameter): name for name, parameter in self._sharded}
+        for group, flat in zip(self._zero.fp16_groups, self._flats(), strict=True):
+            offset = 0
+            for parameter in group:
+                each = parameter.partition_numel()
+                start = self._env.rank * each
+                numel = min(each, parameter.ds_numel - start)  # the last ranks' parts end in padding
+                name = names[id(parameter)]
+                if numel > 0:
+                    yield _Part(name, self._shapes[name], start, numel, flat, offset)
+                offset += each
+
+
+def _withhold(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Makes parameters plain attributes of their modules: the modules use them, but do not list them."""
+    withheld = {id(parameter) for parameter in parameters}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in withheld:
+                del module._parameters[name]
+                module.__dict__[name] = parameter
+
+
+def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, with `more` put in; it wins."""
+    merged = dict(values)
+    for key, value in more.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged

@@ -18,9 +18,11 @@ from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.parallel.blocks import prepare_blocks
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
@@ -124,9 +126,15 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
 
 
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:
-    """Wraps the model in the engine that the configuration names."""
+    """Wraps the model in the engine that the configuration names.
+
+    Blocks are first made to recompute, then compiled, then sharded: each of these acts on what is inside it.
+    """
+    prepare_blocks(model, config.train)
     if config.parallel.engine == "zero":
         return ZeroEngine(model, config, env)
+    if config.parallel.engine == "fsdp":
+        return FSDPEngine(model, config, env)
     return DDPEngine(model, config.optim, env)
 
 

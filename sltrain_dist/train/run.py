@@ -59,7 +59,7 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
 
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
-    env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine == "zero")
+    env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     run_dir = Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
     env.on_main(lambda: claim(run_dir))
     joined.append(run_dir)

@@ -11,7 +11,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
 from sltrain_dist.models.count import block_linears, count_parameters
-from sltrain_dist.optim.factory import STATE_NAMES
+from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
@@ -65,7 +65,7 @@ def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
             nonzeros(m, n, reparam.density, reparam.support),
             reparam.support,
             config.train.micro_batch * config.data.seq_len,
-            bits=torch.finfo(DTYPES[config.train.dtype]).bits,
+            bits=32 if config.train.dtype == "fp32" else 16,
             device=env.device.type,
             path=reparam.path,
         )

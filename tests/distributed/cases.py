@@ -1,13 +1,17 @@
 """Engine cases that every number of ranks trains alike, and the training that they share.
 
-Run under torchrun as a script, this trains all cases that need its number of ranks, one after another in
-the same processes, and writes what it saw to the file that it is given.
+Run under torchrun as a script, this trains all cases that its number of ranks can, one after another in the
+same processes, and writes what it saw to the file that it is given.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -16,64 +20,93 @@ import torch
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers
+from sltrain_dist.parallel import engine as engines
 from sltrain_dist.parallel import environment
-from sltrain_dist.parallel.engine import Replicated
+from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import Replicated
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.step import Rows, forward_backward
 
 UPDATES = 10
 GLOBAL_BATCH = 12
+RANKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train; `key` says with which single-process training it must agree."""
+    """One way to train. The first fields are what parity must not depend on, the others what is trained."""
 
-    engine: str
-    zero_stage: int
-    shard: str
-    micro_batch: int
-    clip: float
+    engine: str = "ddp"
+    shard: str = "factors"
+    accumulation: int = 1
+    accumulate: str = "auto"
+    checkpointing: str = "none"
+    replicas: int = 1
+    reshard: bool = True
+    offload: bool = False
+    compiled: bool = False
+    weights: str = "random"
+    clip: float = 0.0
     optimizer: str = "adamw"
-    method: str = "sltrain"
     dtype: str = "fp32"
 
     @property
     def name(self) -> str:
-        return "-".join(str(value) for value in asdict(self).values())
+        """What differs from the plainest case."""
+        chosen = (f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return ",".join(chosen) or "plain"
 
     @property
     def reference(self) -> Case:
-        return Case("ddp", 2, "factors", GLOBAL_BATCH, self.clip, self.optimizer, self.method, self.dtype)
+        """The single-process training that it must agree with."""
+        return Case(weights=self.weights, clip=self.clip, optimizer=self.optimizer, dtype=self.dtype)
 
 
-CASES = (
-    Case("ddp", 2, "factors", 6, 0.0),
-    Case("ddp", 2, "factors", 2, 0.5),
-    Case("ddp", 2, "factors", 2, 0.0, "sgd"),
-    Case("zero", 1, "factors", 6, 0.5),
-    Case("zero", 1, "factors", 2, 0.5, "sgd"),
-    Case("zero", 1, "all", 2, 0.5),
-    Case("zero", 2, "factors", 2, 0.5),
-    Case("zero", 2, "factors", 6, 0.0),
-    Case("zero", 2, "factors", 2, 0.0, "sgd"),
-    Case("zero", 2, "all", 6, 0.5),
-    Case("zero", 2, "all", 2, 0.0, "sgd"),
-    Case("zero", 2, "factors", 2, 0.5, "adamw", "full"),
-    Case("ddp", 2, "factors", 2, 0.5, "adamw", "lowrank"),
-    Case("zero", 2, "factors", 2, 0.5, "adamw", "sltrain", "bf16"),
-    Case("zero", 1, "all", 2, 0.5, "adamw", "sltrain", "bf16"),
+VALUES: dict[str, tuple[Any, ...]] = {
+    "engine": ("ddp", "fsdp", "zero1", "zero2", "zero3"),
+    "shard": ("factors", "all"),
+    "accumulation": (1, 3),
+    "accumulate": ("local", "sharded"),
+    "checkpointing": ("none", "full", "blocks", "attention"),
+    "weights": ("random", "stratified", "blocks", "full", "lowrank"),
+    "clip": (0.0, 0.05),
+    "optimizer": ("adamw", "sgd"),
+}
+"""Every pair of these values is in some case, where it can be run."""
+
+BY_HAND = (
+    Case("fsdp", accumulation=3, accumulate="local", reshard=False),
+    Case("fsdp", accumulation=3, replicas=2, clip=0.05),
+    Case("fsdp", shard="all", accumulation=3, accumulate="local", replicas=2),
+    Case("fsdp", offload=True, clip=0.05),
+    Case("zero1", accumulation=3, offload=True, clip=0.05),
+    Case("zero2", shard="all", accumulation=3, offload=True),
+    Case("zero3", accumulation=3, offload=True, clip=0.05),
+    Case("fsdp", checkpointing="full", compiled=True),
+    Case("zero3", weights="blocks", compiled=True),
+    *(Case(engine, dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    *(Case(engine, dtype="mixed", shard="all") for engine in ("ddp", "fsdp", "zero2", "zero3")),
+    Case("fsdp", dtype="mixed", checkpointing="full"),
 )
+"""What pairs do not cover."""
+
+BROKEN = Case("zero2", accumulation=3, clip=0.05)
+"""Trained twice more, each time with a step left out or made twice."""
 
 
-BROKEN = Case("zero", 2, "factors", 2, 0.5)
-"""Trained once more with the remainder's all-reduce left out."""
-
-
-def config_of(case: Case) -> Config:
+def config_of(case: Case, ranks: int = 1) -> Config:
+    """The case's configuration; a ConfigError where there is no such combination."""
+    reparam: dict[str, Any] = {"method": "sltrain", "support": case.weights, "rank": 6, "density": 0.1, "alpha": 12.0}
+    if case.weights in ("full", "lowrank"):
+        reparam |= {"method": case.weights, "support": "random"}
+    recompute: dict[str, Any] = {"activation_checkpointing": case.checkpointing}
+    if case.checkpointing in ("blocks", "attention"):
+        recompute = {"activation_checkpointing": "selective", "checkpoint_policy": case.checkpointing}
+    zero = case.engine.startswith("zero")
     return build_config(
         {
             "model": {
@@ -84,18 +117,54 @@ def config_of(case: Case) -> Config:
                 "num_heads": 4,
                 "init_std": 0.2,
             },
-            "reparam": {"method": case.method, "rank": 6, "density": 0.1, "alpha": 12.0},
+            "reparam": reparam,
             "data": {"seq_len": 16},
             "optim": {"name": case.optimizer, "lr": 0.3 if case.optimizer == "sgd" else 0.004, "clip": case.clip},
-            "parallel": {"engine": case.engine, "zero_stage": case.zero_stage, "shard": case.shard},
+            "parallel": {
+                "engine": "zero" if zero else case.engine,
+                "zero_stage": int(case.engine[-1]) if zero else 2,
+                "shard": case.shard,
+                "accumulate": case.accumulate,
+                "replicas": case.replicas,
+                "reshard_after_forward": case.reshard,
+                "cpu_offload": case.offload,
+            },
             "train": {
                 "steps": UPDATES,
-                "micro_batch": case.micro_batch,
+                "micro_batch": GLOBAL_BATCH // (ranks * case.accumulation),
                 "global_batch": GLOBAL_BATCH,
                 "dtype": case.dtype,
+                "compile": case.compiled,
+                **recompute,
             },
         }
     )
+
+
+def runs(case: Case, ranks: int) -> bool:
+    """Whether there is such a combination of settings, for this number of ranks."""
+    try:
+        config_of(case, ranks)
+    except ConfigError:
+        return False
+    return case.replicas == 1 or ranks // case.replicas > 1
+
+
+def pairwise() -> Iterator[Case]:
+    """Cases in which every pair of :data:`VALUES` comes at least once, if it can be run; greedy, always the same."""
+    every = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())]
+    possible = [(case, Case(**case)) for case in every]
+    legal = functools.cache(lambda engine, accumulate: runs(Case(engine, accumulate=accumulate), 1))
+    possible = [(values, case) for values, case in possible if legal(case.engine, case.accumulate)]
+    pairs = {case: set(itertools.combinations(sorted(values.items(), key=str), 2)) for values, case in possible}
+    missing = set().union(*pairs.values())
+    while missing:
+        best = max(pairs, key=lambda case: len(pairs[case] & missing))
+        missing -= pairs.pop(best)
+        yield best
+
+
+CASES = (*pairwise(), *BY_HAND)
 
 
 def global_rows(update: int) -> Rows:
@@ -106,38 +175,75 @@ def global_rows(update: int) -> Rows:
     return ids
 
 
+def held_bytes(engine: Engine) -> dict[str, int]:
+    """Bytes of the memory behind an engine's tensors, by kind."""
+    held = {}
+    for kind, tensors in engine.tensors().items():
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        held[kind] = sum(storages.values())
+    return held
+
+
+def whole_weights(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
+    """All parameters, put together from the pieces that the ranks would save."""
+    mine = [(c.name, c.shape, c.start, c.data.clone()) for c in engine.chunks() if c.name.startswith("model.")]
+    weights: dict[str, torch.Tensor] = {}
+    covered: dict[str, int] = {}
+    for name, shape, start, data in itertools.chain.from_iterable(env.gather(mine)):
+        whole = weights.setdefault(name, torch.full(shape, torch.nan))
+        whole.view(-1)[start : start + data.numel()] = data.float()
+        covered[name] = covered.get(name, 0) + data.numel()
+    assert all(covered[name] == whole.numel() for name, whole in weights.items())
+    return weights
+
+
 def train(case: Case, env: Environment) -> dict[str, Any]:
-    """Trains a case; returns losses, gradient norms, this rank's final weights, and whether all ranks' are equal."""
-    config = config_of(case)
-    engine = build_engine(build_model(config, env.device), config, env)
+    """Trains a case; returns losses, gradient norms, final weights, whether replicas are equal, and bytes held."""
+    config = config_of(case, env.world_size)
+    # Without a compiler, but with its tracing: what is asked here is whether the engines survive that.
+    backend = mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    with backend:
+        engine = build_engine(build_model(config, env.device), config, env)
     share = GLOBAL_BATCH // env.world_size
     losses, norms = [], []
+    held: dict[str, int] = {}
     for update in range(UPDATES):
         rows = global_rows(update)[env.rank * share : (env.rank + 1) * share]
-        loss, _ = forward_backward(engine, rows, case.micro_batch, env)
+        loss, _ = forward_backward(engine, rows, config.train.micro_batch, env)
+        held = held_bytes(engine)
         norms.append(engine.clip_gradients(case.clip))
         losses.append(loss)
         engine.update(config.optim.lr)
-    weights = {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
-    digests = env.gather({name: float(w.double().sum()) for name, w in weights.items()})
+    held["states"] = held_bytes(engine)["states"]
+    digests = env.gather({name: float(w.double().sum()) for name, w in engine.replicas()})
     return {
         "losses": losses,
         "norms": norms,
-        "weights": weights,
+        "weights": whole_weights(engine, env),
         "replicas_equal": all(digest == digests[0] for digest in digests),
+        "held": env.gather(held),
     }
 
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
     env = environment.start(60, need_group=True)
-    fits = [case for case in CASES if GLOBAL_BATCH % (case.micro_batch * env.world_size) == 0]
-    results = {case.name: train(case, env) for case in fits}
-    with mock.patch.object(Replicated, "all_reduce", lambda self: None):
-        results["skipped reduction"] = train(BROKEN, env)
+    results = {case.name: train(case, env) for case in CASES if runs(case, env.world_size)}
+    if env.world_size > 1:
+        with mock.patch.object(Replicated, "all_reduce", lambda self, scale=1.0: None):
+            results["skipped reduction"] = train(BROKEN, env)
+
+        def twice(shards: Any, whole: Any, *args: Any, **kwargs: Any) -> float:
+            return engines.clip_shards([*shards, *whole], whole, *args, **kwargs)
+
+        with mock.patch("sltrain_dist.parallel.zero.clip_shards", twice):
+            results["remainder counted again"] = train(BROKEN, env)
     if env.is_main:
         torch.save(results, out)
-    environment.stop()
+    env.gather(None)  # no rank is gone before all are done
+    sys.stderr.flush()
+    # Not through the interpreter's end: threads of a process group that are still there abort the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""PyTorch's FSDP2: every decoder block is gathered for its forward and backward pass, and is in shards between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.parallel.engine import Kind, clip_shards
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
+from sltrain_dist.parallel.partition import accumulates_locally, fsdp_rows, is_sharded
+
+
+class FSDPEngine:
+    """The `fsdp` engine: parameters, gradients and optimizer states are sharded by rows.
+
+    With `parallel.shard: factors` FSDP2 ignores the dense remainder, which stays a plain parameter on every
+    rank; its gradients are all-reduced once per update. The optimizer steps plain tensors that share the
+    shards' memory, so that it can be torch's fused one and its states are no DTensors.
+
+    Args:
+        model: The model, on the environment's device, equal on every rank.
+        config: The run.
+        env: This process among all, with a process group.
+
+    Raises:
+        ConfigError: The ranks do not make `parallel.replicas` equal groups.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
+        parallel = config.parallel
+        self._env, self._model, self._copies = env, model, parallel.replicas
+        named = list(model.named_parameters())
+        remainder = [(n, p) for n, p in named if not is_sharded(n, parallel.shard)]
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        mesh = _mesh(parallel.replicas, env)
+        self._shard(mesh, config, {parameter for _, parameter in remainder})
+        self._sync_each = not accumulates_locally(parallel)
+
+        rank, ranks = env.rank % (env.world_size // self._copies), env.world_size // self._copies
+        self._dtensors = [
+            (name, cast(DTensor, parameter))
+            for name, parameter in model.named_parameters()
+            if is_sharded(name, parallel.shard)
+        ]
+        pieces = []
+        for name, parameter in self._dtensors:
+            local = parameter.to_local()
+            first, last = fsdp_rows(shapes[name][0], rank, ranks)
+            width = local[0].numel() if len(local) else 0
+            if len(local) != last - first:
+                raise AssertionError(f"{name}: FSDP2 holds {len(local)} rows here, the rule says {last - first}")
+            pieces.append(Piece(name, shapes[name], first * width, _leaf(local), env.rank < ranks))
+        self._shards = Held(pieces, config.optim)
+        self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
+        self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, with DTensors for its sharded parameters."""
+        return self._model
+
+    @property
+    def _root(self) -> FSDPModule:
+        return cast(FSDPModule, self._model)
+
+    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+        """Forward and backward; gradients are reduce-scattered at each micro-batch, or at the last."""
+        self._root.set_requires_gradient_sync(last or self._sync_each)
+        loss = self._model(input_ids, labels)
+        (loss * weight).backward()
+        if last:
+            self._remainder.all_reduce()
+            for name, parameter in self._dtensors:
+                gradient = parameter.grad
+                if gradient is not None and name in self._leaves:
+                    self._leaves[name].grad = cast(DTensor, gradient).to_local()
+        return loss.detach()
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """The norm over the shards of all ranks, plus the remainder once."""
+        shards, whole = self._shards.gradients(), self._remainder.gradients()
+        return clip_shards(shards, whole, max_norm, self._env, copies=self._copies)
+
+    def update(self, lr: float) -> None:
+        """Makes both optimizers' steps and clears the gradients."""
+        self._shards.update(lr)
+        self._remainder.update(lr)
+        for _, parameter in self._dtensors:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of a batch."""
+        loss = self._model(input_ids, labels)
+        self._root.reshard()  # only a backward pass would free the root's own parameters
+        return loss
+
+    def chunks(self) -> Iterator[Chunk]:
+        """This rank's shards, from one rank of those that hold the same, and its share of the rest."""
+        yield from self._shards.chunks()
+        yield from self._remainder.chunks()
+
+    def load(self, read: ReadChunk, step: int) -> None:
+        """Takes this rank's shards, and the remainder, from a checkpoint."""
+        self._shards.load(read, step)
+        self._remainder.load(read, step)
+
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """Shards and the remainder; weights that are gathered at the moment are not among them."""
+        parts = (self._shards, self._remainder)
+        waiting = [p.grad.to_local() for _, p in self._dtensors if isinstance(p.grad, DTensor)]
+        return {
+            "parameters": [piece.parameter for part in parts for piece in part.pieces],
+            "gradients": [*(g for part in parts for g in part.gradients()), *waiting],
+            "states": [state for part in parts for state in part.states()],
+        }
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """The remainder."""
+        yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
+
+    def _shard(self, mesh: DeviceMesh, config: Config, ignored: set[nn.Parameter]) -> None:
+        """Wraps every block, then the root, which gathers what is left: embedding, last norm and head."""
+        parallel, cuda = config.parallel, self._env.device.type == "cuda"
+        mixed = config.train.dtype == "mixed"
+        # The operator casts its input itself; casting a block's would round the residual stream.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if mixed else None,
+            reduce_dtype=torch.float32 if mixed else None,
+            cast_forward_inputs=False,
+        )
+        offload = CPUOffloadPolicy(pin_memory=cuda) if parallel.cpu_offload else OffloadPolicy()
+        blocks = list(self._model.model.layers)
+        for block in blocks:
+            fully_shard(
+                block,
+                mesh=mesh,
+                reshard_after_forward=parallel.reshard_after_forward,
+                mp_policy=policy,
+                offload_policy=offload,
+                ignored_params=ignored,
+            )
+        fully_shard(self._model, mesh=mesh, offload_policy=offload, ignored_params=ignored)
+        wrapped = [cast(FSDPModule, module) for module in (*blocks, self._model)]
+        for module in wrapped:
+            # Gradients are sums; and gloo knows no averages.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+        ahead = parallel.prefetch_blocks
+        for i in range(len(blocks)):
+            wrapped[i].set_modules_to_forward_prefetch(wrapped[i + 1 : min(i + 1 + ahead, len(blocks))])
+            wrapped[i].set_modules_to_backward_prefetch(wrapped[max(0, i - ahead) : i][::-1])
+
+
+def _mesh(replicas: int, env: Environment) -> DeviceMesh:
+    if env.world_size % replicas or env.world_size == replicas > 1:
+        raise ConfigError(
+            f"parallel.replicas = {replicas} does not divide {env.world_size} ranks into groups of at least two; "
+            "set a smaller divisor, or parallel.engine=ddp for whole replicas"
+        )
+    if replicas == 1:
+        return init_device_mesh(env.device.type, (env.world_size,))
+    return init_device_mesh(
+        env.device.type, (replicas, env.world_size // replicas), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _leaf(local: Tensor) -> nn.Parameter:
+    """A leaf that shares the shard's memory."""
+    return nn.Parameter(local.detach())
