@@ -51,3 +51,7 @@ class CheckpointError(SltrainError):
     """A checkpoint cannot be written, read, or does not belong to this run."""
 
     exit_code = ExitCode.CHECKPOINT
+
+
+class SanityError(SltrainError):
+    """A check of ``train.sanity_checks`` failed: a defect of this program, or of the machine."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.errors import ConfigError
 
 
@@ -109,6 +109,13 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
             f"{train.micro_batch} times {world_size} ranks = {per_pass}; set for example {remedy}"
         )
     return train.global_batch // per_pass
+
+
+def is_recomputed(index: int, train: TrainConfig) -> bool:
+    """Whether activations of block number `index` are computed again, all or all but attention's output."""
+    if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
+        return index % train.checkpoint_every == 0
+    return train.activation_checkpointing != "none"
 
 
 def without_effect(config: Config) -> Iterator[str]:

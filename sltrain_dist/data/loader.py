@@ -51,6 +51,10 @@ class TrainLoader:
         world_size: Number of ranks; divides `global_batch`.
         state: Where to go on: what :func:`merge_states` returned, for any number of ranks. None: from the start.
 
+    Attributes:
+        order: Everything that decides which documents come when, such as hashes of the shard list and of the
+            tokenizer; ranks must agree on it.
+
     Raises:
         DataError: The tokenizer cannot be read, or there are no shards.
         CheckpointError: `state` belongs to other data, or to another order.
@@ -83,11 +87,11 @@ class TrainLoader:
         )
         tokenizer = Tokenizer(tokenizer_path)
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
-        self._order = data_order(settings, tokenizer.fingerprint)
+        self.order = data_order(settings, tokenizer.fingerprint)
         self._updates = 0
         self._states = {share.stream: StreamState() for share in shares}
         if state is not None:
-            self._updates, self._states = read_cursor(state, self._order, list(self._states))
+            self._updates, self._states = read_cursor(state, self.order, list(self._states))
         self._failure: Exception | None = None
         self._workers: list[Worker] = []
         self._groups: list[StreamGroup] | list[Worker]
@@ -128,7 +132,7 @@ class TrainLoader:
 
         :func:`merge_states` joins those of all ranks.
         """
-        return make_cursor(self._order, self._updates, self._states)
+        return make_cursor(self.order, self._updates, self._states)
 
     def close(self) -> None:
         """Ends the workers. May be called twice."""

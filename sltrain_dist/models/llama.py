@@ -31,7 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., size) to (..., size)."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under mixed precision an engine may have gathered the gain in another type than x has.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Embedding(nn.Embedding):

@@ -38,6 +38,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of every group."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
 def adopt_state(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, states: dict[str, torch.Tensor], step: int
 ) -> None:

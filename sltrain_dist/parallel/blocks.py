@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sltrain_dist.config.rules import is_recomputed
 from sltrain_dist.config.schema import TrainConfig
 from sltrain_dist.models.llama import LlamaForCausalLM
 
@@ -36,18 +37,12 @@ def prepare_blocks(model: LlamaForCausalLM, train: TrainConfig) -> None:
         forward: Callable[..., Tensor] = block.forward
         if is_recomputed(index, train):
             # Non-reentrant: its recomputation stops early, and hooks of FSDP2 and ZeRO see one backward pass.
-            forward = partial(checkpoint, forward, use_reentrant=False, **_context(train))
+            # Nothing in a block is random, so that no state of random numbers need be kept.
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **_context(train))
         if train.compile:
             forward = torch.compile(forward, fullgraph=True)
         if forward is not block.forward:
             block.forward = forward
-
-
-def is_recomputed(index: int, train: TrainConfig) -> bool:
-    """Whether activations of block number `index` are computed again, all or all but attention's output."""
-    if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
-        return index % train.checkpoint_every == 0
-    return train.activation_checkpointing != "none"
 
 
 def _context(train: TrainConfig) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class DDPEngine:
             "states": self._replicas.states(),
         }
 
+    def learning_rates(self) -> list[float]:
+        """Of the optimizer's groups."""
+        return self._replicas.learning_rates()
+
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._replicas.pieces)

@@ -63,6 +63,10 @@ class Engine(Protocol):
         """The tensors that are alive on this rank by kind; several may share memory. For accounting and checks."""
         ...
 
+    def learning_rates(self) -> list[float]:
+        """What the optimizers' groups were stepped with last."""
+        ...
+
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """What ought to be the same on every rank, by parameter name, in one order on all."""
         ...

@@ -120,10 +120,17 @@ class FSDPEngine:
         parts = (self._shards, self._remainder)
         waiting = [p.grad.to_local() for _, p in self._dtensors if isinstance(p.grad, DTensor)]
         return {
-            "parameters": [piece.parameter for part in parts for piece in part.pieces],
+            "parameters": [
+                *(parameter.to_local() for _, parameter in self._dtensors),
+                *(piece.parameter for piece in self._remainder.pieces),
+            ],
             "gradients": [*(g for part in parts for g in part.gradients()), *waiting],
             "states": [state for part in parts for state in part.states()],
         }
+
+    def learning_rates(self) -> list[float]:
+        """Of both optimizers' groups."""
+        return [*self._shards.learning_rates(), *self._remainder.learning_rates()]
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """The remainder."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.factory import adopt_state, make_optimizer, set_lr
+from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 
 
@@ -77,6 +77,10 @@ class Held:
         """All optimizer states but the counters of updates."""
         states = (self._state(piece) for piece in self.pieces)
         return [state[key] for state in states for key in self._state_names if key in state]
+
+    def learning_rates(self) -> list[float]:
+        """Of all groups of the optimizer."""
+        return learning_rates(self._optimizer) if self._optimizer is not None else []
 
     def update(self, lr: float) -> None:
         """Makes the optimizer's step and clears the gradients."""

@@ -1,4 +1,4 @@
-"""Who holds what and who sends what (no torch): the sharding rules, and the bytes that follow from them."""
+"""Who holds what (no torch): which parameters are sharded, how, and how many bytes that is on each rank."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config, ParallelConfig
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, decays
+
+Named = Sequence[tuple[str, tuple[int, ...]]]
+"""(name, shape) of parameters."""
 
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
@@ -74,7 +76,7 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     if parallel.engine == "fsdp":
         parts = _fsdp_values(sharded, world_size // parallel.replicas, rank % (world_size // parallel.replicas))
     elif parallel.engine == "zero" and parallel.zero_stage == 3:
-        parts = _zero3_values(sharded, world_size, offload=parallel.cpu_offload)
+        parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)
     elif parallel.engine == "zero":
         groups = [[shape for name, shape in sharded if decays(name, config.optim) is kind] for kind in (True, False)]
         per_group = [_zero12_values(group, world_size, rank, parallel.cpu_offload) for group in groups if group]
@@ -93,9 +95,6 @@ def value_bytes(config: Config) -> int:
     return 2 if config.train.dtype == "bf16" else 4
 
 
-Named = Sequence[tuple[str, tuple[int, ...]]]
-
-
 def _fsdp_values(sharded: Named, ranks: int, rank: int) -> tuple[int, ...]:
     padded = held = 0
     for _, shape in sharded:
@@ -106,14 +105,15 @@ def _fsdp_values(sharded: Named, ranks: int, rank: int) -> tuple[int, ...]:
     return padded, padded, held
 
 
-def _zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
+def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
+    """(parameters, gradients, states) that a rank holds under ZeRO 3, in values."""
     part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)
     # Shards, and a copy of them that the optimizer steps; with offload its gradients are a copy, too.
     return 2 * part, (2 if offload else 1) * part, part
 
 
 def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, offload: bool) -> tuple[int, ...]:
-    total, part = _zero12_partition(shapes, ranks)
+    total, part = zero12_partition(shapes, ranks)
     first, last = rank * part, (rank + 1) * part
     if offload:
         return ranks * part + part, part, part
@@ -126,41 +126,7 @@ def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, off
     return ranks * part + part, gradients, part
 
 
-def _zero12_partition(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, int]:
+def zero12_partition(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, int]:
     """(values of a group, values of each rank's partition)."""
     total = sum(math.prod(shape) for shape in shapes)
     return total, 2 * -(-total // (2 * ranks))
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that a rank sends in one update, by kind of collective.
-
-    Counted as ring algorithms send them, which is the least that these collectives can do: of a message of
-    X bytes among N ranks a rank sends (N − 1)/N·X in an all-gather or a reduce-scatter, and twice that in an
-    all-reduce.
-    """
-
-    all_gather: float = 0.0
-    reduce_scatter: float = 0.0
-    all_reduce: float = 0.0
-    other: float = 0.0
-
-    @staticmethod
-    def of(kind: str, message_bytes: float, ranks: int) -> Traffic:
-        """One collective over a whole message."""
-        sent = message_bytes * (ranks - 1) / ranks
-        return Traffic(**{kind: 2 * sent if kind == "all_reduce" else sent})
-
-    @property
-    def total(self) -> float:
-        """All kinds together."""
-        return self.all_gather + self.reduce_scatter + self.all_reduce + self.other
-
-    def __add__(self, more: Traffic) -> Traffic:
-        return Traffic(
-            self.all_gather + more.all_gather,
-            self.reduce_scatter + more.reduce_scatter,
-            self.all_reduce + more.all_reduce,
-            self.other + more.other,
-        )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sltrain_dist.parallel.partition import Traffic
+from sltrain_dist.parallel.communication import Traffic
 
 _KINDS = {
     "allreduce": "all_reduce",
@@ -32,6 +32,8 @@ class TrafficMeter(TorchDispatchMode):
         traffic: Bytes that this rank sends, under the convention of :class:`Traffic`.
     """
 
+    supports_higher_order_operators = True  # those of compiled blocks pass through like all that is no collective
+
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
@@ -42,7 +44,7 @@ class TrafficMeter(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
+        if getattr(func, "namespace", None) == "c10d":
             self._count(func._schema.name.removeprefix("c10d::").lstrip("_"), args)
         return func(*args, **(kwargs or {}))
 

@@ -15,7 +15,7 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
-from sltrain_dist.optim.factory import adopt_state, make_optimizer, set_lr
+from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
@@ -224,6 +224,10 @@ class ZeroEngine:
             "gradients": [g for g in (*gradients, *self._remainder.gradients()) if g is not None],
             "states": [*(s[k] for s in states for k in self._state_names if k in s), *self._remainder.states()],
         }
+
+    def learning_rates(self) -> list[float]:
+        """Of both optimizers' groups."""
+        return [*learning_rates(self._optimizer), *self._remainder.learning_rates()]
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """The remainder, and in stages 1 and 2 all weights."""

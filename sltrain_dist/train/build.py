@@ -19,12 +19,14 @@ from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.tracking.tracker import RunTracker
+from sltrain_dist.train.agree import check_agreement
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
@@ -58,6 +60,8 @@ class Run:
     supports: str
     perplexities: list[tuple[int, float]] = field(default_factory=list)
     """(step, perplexity) of the evaluations that this process made."""
+    traffic: Traffic | None = None
+    """What an update sends, once that has been measured."""
 
     @property
     def eval_micro_batch(self) -> int:
@@ -85,7 +89,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     notes = [] if reader is None else _compare(reader, config)
 
     model = build_model(config, env.device)
-    supports = _agreed_supports(model, env)
+    supports = supports_fingerprint(model)
     engine = build_engine(model, config, env)
     state = TrainState() if reader is None else _restore(reader, engine, env, supports)
     abandoned = store.abandon_after(state.step)
@@ -99,6 +103,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         world_size=env.world_size,
         state=None if reader is None else reader.state["data"],
     )
+    check_agreement(env, {"supports": supports, **loader.order})
     tracker = RunTracker(
         config.tracking,
         run_dir,
@@ -112,8 +117,9 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
     for warning in without_effect(config):
         tracker.warn(warning)
-    if config.parallel.engine == "zero" and env.world_size == 1:
-        tracker.warn("parallel.engine=zero on one rank shards nothing and takes more memory than parallel.engine=ddp")
+    if config.parallel.engine != "ddp" and env.world_size == 1:
+        engine_name = f"parallel.engine={config.parallel.engine}"
+        tracker.warn(f"{engine_name} on one rank shards nothing and takes more memory than parallel.engine=ddp")
     if reader is not None:
         tracker.note(f"resumed from {reader.path} at update {state.step}")
         for note in notes:
@@ -205,15 +211,6 @@ def _named_checkpoint(
     if problem is not None:
         raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
     return path
-
-
-def _agreed_supports(model: LlamaForCausalLM, env: Environment) -> str:
-    supports = supports_fingerprint(model)
-    drawn = env.gather(supports)
-    if len(set(drawn)) > 1:
-        ranks = ", ".join(f"rank {rank}: {fingerprint}" for rank, fingerprint in enumerate(drawn))
-        raise ConfigError(f"the ranks have drawn different supports ({ranks}); run the same code and numpy everywhere")
-    return supports
 
 
 def _compare(reader: CheckpointReader, config: Config) -> list[str]:

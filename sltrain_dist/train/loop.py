@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -12,13 +14,20 @@ from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.parallel.communication import Traffic
+from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
 from sltrain_dist.train.guard import check_finite
+from sltrain_dist.train.sanity import check_update
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
+from sltrain_dist.train.summary import describe_traffic
+
+_MEASURED_UPDATE = 3
+"""In the first two DDP arranges its buckets and ZeRO 3 traces the model."""
 
 
 @dataclass
@@ -29,6 +38,8 @@ class Clock:
     meter: Throughput = field(default_factory=Throughput)
     started: float = field(default_factory=time.monotonic)
     logged_step: int = 0
+    updates: int = 0
+    """Updates of this process, the present one included."""
 
     @property
     def elapsed_s(self) -> float:
@@ -78,15 +89,31 @@ def _update(run: Run, clock: Clock) -> None:
         rows = next(run.loader)
     progress = state.progress(config.train, config.optim.warmup_steps)
     lr = learning_rate(config.optim, progress)
-    loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
-    grad_norm = engine.clip_gradients(config.optim.clip)
-    check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
-    engine.update(lr)
+    clock.updates += 1
+    with _measured(run, clock):
+        loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
+        grad_norm = engine.clip_gradients(config.optim.clip)
+        check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
+        engine.update(lr)
     state.advance(tokens, config.optim.warmup_steps)
+    if config.train.sanity_checks:
+        check_update(engine, run.env, step=state.step, lr=lr, supports=run.supports)
     clock.meter.add(tokens)
     run.tracker.progress(state.step, state.tokens, loss)
     if _due(config.tracking.log_every, state.step) or state.finished(config.train):
         _log(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+
+
+@contextmanager
+def _measured(run: Run, clock: Clock) -> Iterator[None]:
+    """Counts what one update sends. Every update sends the same, but counting costs time: one is counted."""
+    if run.env.world_size == 1 or clock.updates != _MEASURED_UPDATE:
+        yield
+        return
+    with TrafficMeter() as meter:
+        yield
+    run.traffic = meter.traffic
+    run.tracker.note(f"measured: {describe_traffic(meter.traffic)}")
 
 
 def _log(run: Run, clock: Clock, **values: float) -> None:
@@ -109,9 +136,15 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
             "peak_memory_bytes": int(peak_bytes),
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
+            **_sent(run.traffic),
             **_data_faults(run),
         }
     )
+
+
+def _sent(traffic: Traffic | None) -> dict[str, int]:
+    """Bytes that a rank sends in an update, by kind of collective."""
+    return {} if traffic is None else {f"sent_{kind}_bytes": round(sent) for kind, sent in asdict(traffic).items()}
 
 
 def _peak_flops(run: Run) -> float | None:
@@ -119,7 +152,7 @@ def _peak_flops(run: Run) -> float | None:
     if run.env.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(run.env.device))
-    per_device = peak and (peak.bf16 if run.config.train.dtype == "bf16" else peak.fp32)
+    per_device = peak and (peak.fp32 if run.config.train.dtype == "fp32" else peak.bf16)
     return run.env.world_size * per_device if per_device else None
 
 

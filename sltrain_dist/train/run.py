@@ -18,6 +18,7 @@ from sltrain_dist.errors import ExitCode, SltrainError
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.mlflow import Status
+from sltrain_dist.train.agree import check_agreement, run_identity
 from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
 from sltrain_dist.train.stop import StopRequest
 
@@ -60,6 +61,8 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
+    # Before anything that the ranks could do differently.
+    check_agreement(env, run_identity(config))
     run_dir = Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
     env.on_main(lambda: claim(run_dir))
     joined.append(run_dir)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.rules import is_recomputed, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
 from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.partition import accumulates_locally
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
@@ -28,6 +31,7 @@ def summarise(config: Config, env: Environment, run_dir: Path, shards: int, resu
         **({"Operator": _operator(config, env)} if config.reparam.method == "sltrain" else {}),
         "Data": _data(config, shards),
         "Training": _training(config, env, resumed_step),
+        **({"Communication": _communication(config, env)} if env.world_size > 1 else {}),
         "Outputs": _outputs(config, run_dir),
     }
 
@@ -89,21 +93,51 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     train, parallel, optim = config.train, config.parallel, config.optim
     engine: str = "single process" if env.world_size == 1 and parallel.engine == "ddp" else parallel.engine
     if parallel.engine == "zero":
-        engine = f"zero stage {parallel.zero_stage}, shards {parallel.shard}"
+        engine = f"zero stage {parallel.zero_stage}"
+    if parallel.engine != "ddp":
+        engine += f", shards {parallel.shard}" + (", offload to the CPU" if parallel.cpu_offload else "")
     budget = f"{train.steps} updates" if train.steps is not None else f"{format_count(train.tokens or 0)} tokens"
     per_update = train.global_batch * config.data.seq_len
     passes = micro_batches_per_update(config, env.world_size)
     where = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
+    recomputed = sum(is_recomputed(index, train) for index in range(config.model.num_layers))
+    kept = ", but attention" if train.activation_checkpointing == "selective" and recomputed else ""
+    kept = kept if train.checkpoint_policy == "attention" else ""
+    blocks = [
+        *([f"activations of {recomputed} of {config.model.num_layers} recomputed{kept}"] if recomputed else []),
+        *(["compiled"] if train.compile else []),
+    ]
+    waiting = "whole" if accumulates_locally(parallel) else "sharded"
     return [
         ("engine", f"{engine}, {env.world_size} × {where}, {train.dtype}"),
+        *([("blocks", ", ".join(blocks))] if blocks else []),
         ("budget", budget + (f", {resumed_step} made" if resumed_step else "")),
         (
             "update",
-            f"{train.global_batch} sequences = {format_count(per_update)} token slots, in {passes} micro-batches",
+            f"{train.global_batch} sequences = {format_count(per_update)} token slots, in {passes} micro-batches"
+            + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
         ("optimizer", f"{optim.name}, lr {optim.lr:g} ({optim.schedule}, {optim.warmup_steps} warm-up), {clip}"),
     ]
+
+
+def _communication(config: Config, env: Environment) -> list[tuple[str, str]]:
+    """What an update sends, by the sharding rules, and what the full-rank model would."""
+    reparam = config.reparam.model_copy(update={"method": "full"})
+    ours = update_traffic(config, env.world_size)
+    full = update_traffic(config.model_copy(update={"reparam": reparam}), env.world_size)
+    lines = [("expected", describe_traffic(ours))]
+    if config.reparam.method != "full":
+        lines.append(("full rank", f"{describe_traffic(full)}; {ours.total / full.total:.2f} of it is sent here"))
+    return lines
+
+
+def describe_traffic(traffic: Traffic) -> str:
+    """One line: the total, and its parts by kind."""
+    kinds = {name: sent for name, sent in asdict(traffic).items() if sent}
+    parts = ", ".join(f"{name.replace('_', '-')} {format_bytes(sent)}" for name, sent in kinds.items())
+    return f"{format_bytes(traffic.total)} sent by each rank in an update ({parts})"
 
 
 def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:

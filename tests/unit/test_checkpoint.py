@@ -17,8 +17,8 @@ from sltrain_dist.checkpoint import manifest, store
 from sltrain_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
 from sltrain_dist.errors import CheckpointError
-from sltrain_dist.parallel.held import Chunk
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import Chunk
 
 from .ranks import SINGLE, on_ranks
 

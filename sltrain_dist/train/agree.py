@@ -1,0 +1,71 @@
+"""Whether all ranks run the same thing: compared at the start, so that a stray rank is named and not waited for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sltrain_dist import __version__
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.train.state import flatten
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """What must be equal on every rank before any work is done: code, libraries and the whole configuration."""
+    return {
+        "code": f"{__version__}, {_source_fingerprint()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        **flatten(config.model_dump()),
+    }
+
+
+def check_agreement(env: Environment, mine: Mapping[str, Any]) -> None:
+    """Compares values over all ranks.
+
+    Raises:
+        ConfigError: They differ; on all ranks, naming what differs and which ranks have what.
+    """
+    text = json.dumps(mine, sort_keys=True, default=str)
+    digests = env.gather(hashlib.sha256(text.encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    everyone = env.gather({key: repr(value) for key, value in mine.items()})
+    keys = dict.fromkeys(key for of_rank in everyone for key in of_rank)
+    differing = [key for key in keys if len({of_rank.get(key, "nothing") for of_rank in everyone}) > 1]
+    shown = "; ".join(f"{key} ({_who_has_what([r.get(key, 'nothing') for r in everyone])})" for key in differing)
+    raise ConfigError(
+        f"the ranks do not run the same thing; these differ: {shown}. "
+        "Start all of them with the same code, packages, configuration and data"
+    )
+
+
+def _who_has_what(values: list[str]) -> str:
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    parts = []
+    for value, those in ranks.items():
+        shown = ", ".join(map(str, those[:4])) + (f" and {len(those) - 4} more" if len(those) > 4 else "")
+        parts.append(f"rank{'s' if len(those) > 1 else ''} {shown}: {value}")
+    return ", ".join(parts)
+
+
+def _source_fingerprint() -> str:
+    """16 hex digits over this package's source files."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
