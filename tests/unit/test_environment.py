@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.parallel import environment
@@ -66,3 +67,24 @@ def test_alone_everything_is_local() -> None:
     assert env.on_main(lambda: "x") == "x"
     with pytest.raises(DataError, match="gone"):
         env.together(lambda: (_ for _ in ()).throw(DataError("gone")))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1"), True),
+        (RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 9000ms for recv\nmore"), True),
+        (dist.DistBackendError("NCCL error"), True),
+        (dist.DistStoreError("wait timeout after 9000ms"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_errors_that_a_lost_rank_causes(monkeypatch: pytest.MonkeyPatch, error: Exception, lost: bool) -> None:
+    monkeypatch.setenv("RANK", "1")
+    reason = environment.lost_peer(error)
+    assert (reason is not None) == lost
+    if reason is not None:
+        assert reason.startswith("rank 1 on ")
+        assert str(error).splitlines()[0] in reason
+        assert "\n" not in reason
