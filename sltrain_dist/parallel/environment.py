@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,10 +191,11 @@ def lost_peer(error: Exception) -> str | None:
     """A sentence for a person if `error` says that another rank has not answered; None if it is another error."""
     if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())):
         return None
-    rank, host = os.environ.get("RANK"), socket.gethostname()
+    # Without the source file that gloo begins with, and the advice that it ends with.
+    what = re.sub(r"^\[\S*\.cc:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
     return (
-        f"rank {rank} on {host} has lost another rank, or waited for it longer than parallel.timeout_s "
-        f"({str(error).splitlines()[0]}); the other ranks' output may say why"
+        f"rank {os.environ.get('RANK')} on {socket.gethostname()} has lost another rank, or waited for it longer than "
+        f"parallel.timeout_s ({what}); the other ranks' output may say why"
     )
 
 

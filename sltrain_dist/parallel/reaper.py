@@ -1,15 +1,17 @@
-"""Ends a launcher that outlives its ranks. A program of its own, without torch, run by :mod:`.watchdog`.
+"""Ends a launcher that outlives its ranks, and a rank that is frozen. A program of its own, run by :mod:`.watchdog`.
 
 When a host is cut off, its ranks end by their timeouts, but torchrun's agent may go on talking to the store on the
 other host for minutes. This process waits for its rank's end, however that comes about, and gives the launcher
 longer than launchers give their other ranks (30 s). A launcher that is there even then is ended, with what is
-left of its ranks, which nobody would look after.
+left of its ranks, which nobody would look after. A rank that is stopped, or whose machine has frozen it, cannot end
+itself, and is ended from here. No torch: it is one small process a host.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -18,8 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ENDED_WELL = b"ended well"
-"""What a rank writes before it ends in order; its launcher is left alone."""
+ALIVE = b"."
+"""What a rank writes about once a second."""
+ENDED_WELL = b"e"
+"""What it writes before it ends in order; its launcher is left alone."""
 PATIENCE_S = 35.0
 _TERM_S = 3.0
 _POLL_S = 0.2
@@ -89,11 +93,9 @@ def reap(launcher: Process, who: str, patience_s: float) -> None:
         time.sleep(_POLL_S)
     else:
         return
-    print(
-        f"error: {who} has ended {patience_s:.0f} s ago, but its launcher (process {launcher.pid}) has not; it may be "
-        "waiting for a lost host; ending it",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"{who} has ended {patience_s:.0f} s ago, but its launcher (process {launcher.pid}) has not; it may be waiting "
+        "for a lost host; ending it"
     )
     ranks = list(launcher.children())
     launcher.signal(signal.SIGTERM)
@@ -104,13 +106,36 @@ def reap(launcher: Process, who: str, patience_s: float) -> None:
         process.signal(signal.SIGKILL)
 
 
+def listen(rank: Process, who: str, silence_s: float) -> bool:
+    """Waits for the rank's end, which closes standard input; a rank that is silent for too long is ended.
+
+    Returns:
+        Whether it has ended well.
+    """
+    last = b""
+    while select.select([0], [], [], silence_s)[0]:
+        text = os.read(0, 4096)
+        if not text:
+            return last == ENDED_WELL
+        last = text[-1:]
+    if rank.runs:
+        _say(f"{who} has been frozen for {silence_s:.0f} s, stopped by a signal or by its machine; ending it")
+        rank.signal(signal.SIGKILL)
+    return False
+
+
+def _say(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
-    """The program: `reaper.py PID STARTED WHO`, with standard input from the rank."""
-    pid, started, who = sys.argv[1:]
-    launcher = Process.of(int(pid))
-    if sys.stdin.buffer.read() == ENDED_WELL or launcher is None or launcher.started != started:
+    """The program: `reaper.py LAUNCHER STARTED SILENCE_S WHO`, run by the rank, which writes to standard input."""
+    launcher, rank = Process.of(int(sys.argv[1])), Process.of(os.getppid())
+    started, silence_s, who = sys.argv[2:]
+    if launcher is None or launcher.started != started or rank is None:
         return
-    reap(launcher, who, PATIENCE_S)
+    if not listen(rank, who, float(silence_s)):
+        reap(launcher, who, PATIENCE_S)
 
 
 if __name__ == "__main__":

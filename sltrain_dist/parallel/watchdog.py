@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sltrain_dist.parallel import reaper
@@ -41,10 +42,11 @@ class Watchdog:
         who: How messages name this process.
         limit_s: Seconds without progress after which it ends.
         why: What the limit is made of, for the message.
+        alive: Called about once a second, as long as this process runs at all.
     """
 
-    def __init__(self, who: str, limit_s: float, why: str) -> None:
-        self._who, self._limit_s, self._why = who, limit_s, why
+    def __init__(self, who: str, limit_s: float, why: str, alive: Callable[[], None] = lambda: None) -> None:
+        self._who, self._limit_s, self._why, self._alive = who, limit_s, why, alive
         self._last, self._doing = time.monotonic(), "starting"
         self._deadline: float | None = None
         self._report: Report | None = None
@@ -79,6 +81,7 @@ class Watchdog:
             left = end - time.monotonic()
             if left <= 0:
                 self._end()
+            self._alive()
             if armed != end:
                 # Far from its end while this thread gets to run: it is set anew at least once a second.
                 faulthandler.dump_traceback_later(left + _BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
@@ -118,11 +121,12 @@ def start(rank: int, world_size: int, local_rank: int, timeout_s: float) -> None
     global _watchdog, _reaper
     if world_size == 1 or _watchdog is not None:
         return
-    who = f"rank {rank} on {socket.gethostname()}"
-    _watchdog = Watchdog(who, timeout_s + GRACE_S, f"parallel.timeout_s = {timeout_s:g} and {GRACE_S:g} more")
+    who, limit_s = f"rank {rank} on {socket.gethostname()}", timeout_s + GRACE_S
     # torchrun starts ranks again where it was asked to: then its outliving them is no fault.
     if local_rank == 0 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
-        _reaper = _start_reaper(who)
+        _reaper = _start_reaper(who, limit_s + _BACKSTOP_S)
+    why = f"parallel.timeout_s = {timeout_s:g} and {GRACE_S:g} more"
+    _watchdog = Watchdog(who, limit_s, why, lambda: _tell_reaper(reaper.ALIVE))
 
 
 def beat(doing: str) -> None:
@@ -152,24 +156,31 @@ def stop() -> None:
     global _watchdog, _reaper
     if _watchdog is not None:
         _watchdog.stop()
-    if _reaper is not None:
-        assert _reaper.stdin is not None
-        try:
-            _reaper.stdin.write(reaper.ENDED_WELL)
-            _reaper.stdin.close()
-        except BrokenPipeError:  # a signal that the launcher sent to all has ended it already
-            pass
+    if _reaper is not None and _reaper.stdin is not None:
+        _tell_reaper(reaper.ENDED_WELL)
+        _reaper.stdin.close()
         _reaper.wait()
     _watchdog = _reaper = None
 
 
-def _start_reaper(who: str) -> subprocess.Popen[bytes] | None:
+def _start_reaper(who: str, silence_s: float) -> subprocess.Popen[bytes] | None:
     launcher = reaper.Process.of(os.getppid())
     if launcher is None or not launcher.is_launcher:
         return None
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(Path(reaper.__file__)), str(launcher.pid), launcher.started, who],
+    program = [sys.executable, "-I", "-S", str(Path(reaper.__file__))]
+    process = subprocess.Popen(
+        [*program, str(launcher.pid), launcher.started, str(silence_s), who],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # torchrun ends the sessions of its ranks
     )
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    return process
+
+
+def _tell_reaper(what: bytes) -> None:
+    if _reaper is not None and _reaper.stdin is not None:
+        # It may have been ended by a signal that the launcher sends to all, or be stopped and not read.
+        with suppress(BrokenPipeError, BlockingIOError):
+            os.write(_reaper.stdin.fileno(), what)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_ending_must_be_over_in_time() -> None:
     assert "while" in ended.stderr
 
 
+def test_a_sign_of_life_every_second() -> None:
+    ended = run(
+        """
+dog.stop()
+dog = watchdog.Watchdog("rank 1", 30, "", lambda: print("alive", flush=True))
+time.sleep(2.5)
+dog.stop()
+"""
+    )
+    assert 2 <= ended.stdout.count("alive") <= 9
+
+
 def test_stopped() -> None:
     assert run("dog.stop()\ntime.sleep(1)\nctypes.PyDLL(None).sleep(1)").returncode == 0
 
@@ -92,40 +105,70 @@ rank = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}])
 print(rank.pid, flush=True)
 time.sleep(60)
 """
-REAPER = "from sltrain_dist.parallel import reaper; reaper.PATIENCE_S = 0.5; reaper._TERM_S = 0.3; reaper.main()"
+RANK = """
+import os, subprocess, sys
+from sltrain_dist.parallel import reaper
+code = "from sltrain_dist.parallel import reaper; reaper.PATIENCE_S = 0.5; reaper._TERM_S = 0.3; reaper.main()"
+listener = subprocess.Popen([sys.executable, "-c", code, *sys.argv[1:3], "1.5", "rank 0 on h1"], stdin=subprocess.PIPE)
+"""
+"""Stands for a rank; its reaper calls half a second without an end too long, and one and a half of silence."""
 
 
-@pytest.mark.parametrize("ended_well", [False, True])
-def test_a_launcher_that_outlives_its_ranks(tmp_path: Path, ended_well: bool) -> None:
+@pytest.fixture
+def launcher(tmp_path: Path) -> Iterator[tuple[reaper.Process, reaper.Process]]:
+    """A launcher and one of its ranks, neither of which heeds SIGTERM."""
     (tmp_path / "torchrun").write_text(LAUNCHER)
     with subprocess.Popen([sys.executable, tmp_path / "torchrun"], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             rank = reaper.Process.of(int(process.stdout.readline()))
+            found = reaper.Process.of(process.pid)
             assert process.stdout.readline() == "up\n"
-            launcher = reaper.Process.of(process.pid)
+            assert found is not None
             assert rank is not None
-            assert launcher is not None
-            assert launcher.is_launcher
-            assert not rank.is_launcher
-            seen = subprocess.run(
-                [sys.executable, "-c", REAPER, str(launcher.pid), launcher.started, "rank 0 on h1"],
-                env={**os.environ, "PYTHONPATH": str(REPO)},
-                input=reaper.ENDED_WELL.decode() if ended_well else "",
-                capture_output=True,
-                text=True,
-                timeout=LONG_S,
-                check=True,
-            )
-            assert launcher.runs == ended_well
-            assert rank.runs == ended_well
-            assert (
-                f"rank 0 on h1 has ended 0 s ago, but its launcher (process {launcher.pid}) has not" in seen.stderr
-            ) != (ended_well)
+            yield found, rank
+            rank.signal(signal.SIGKILL)
         finally:
             process.kill()
-            if rank is not None:
-                rank.signal(signal.SIGKILL)
+
+
+def run_rank(launcher: reaper.Process, code: str) -> subprocess.CompletedProcess[str]:
+    """A rank that tells its reaper about itself; returns when both have ended."""
+    return subprocess.run(
+        [sys.executable, "-c", RANK + code, str(launcher.pid), launcher.started],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("last_words", ["", "listener.stdin.write(reaper.ALIVE)"])
+def test_a_launcher_that_outlives_its_ranks(launcher: tuple[reaper.Process, reaper.Process], last_words: str) -> None:
+    process, other_rank = launcher
+    assert process.is_launcher
+    assert not other_rank.is_launcher
+    seen = run_rank(process, last_words)
+    assert not process.runs
+    assert not other_rank.runs
+    assert f"rank 0 on h1 has ended 0 s ago, but its launcher (process {process.pid}) has not" in seen.stderr
+
+
+def test_a_launcher_whose_ranks_have_ended_well(launcher: tuple[reaper.Process, reaper.Process]) -> None:
+    process, other_rank = launcher
+    seen = run_rank(process, "listener.stdin.write(reaper.ALIVE + reaper.ENDED_WELL); listener.stdin.close()")
+    assert seen.stderr == ""
+    assert process.runs
+    assert other_rank.runs
+
+
+def test_a_frozen_rank(launcher: tuple[reaper.Process, reaper.Process]) -> None:
+    process, _ = launcher
+    seen = run_rank(process, "os.kill(os.getpid(), 19)")
+    assert seen.returncode == -signal.SIGKILL
+    assert "rank 0 on h1 has been frozen for 2 s" in seen.stderr
+    assert not process.runs
 
 
 def test_a_launcher_that_ends_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
