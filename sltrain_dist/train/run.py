@@ -20,7 +20,7 @@ from sltrain_dist.errors import ExitCode, SltrainError
 from sltrain_dist.parallel import environment, watchdog
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.mlflow import Status
-from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
+from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
 from sltrain_dist.train.stop import StopRequest
 
 _CLEANUP_S = 15.0
@@ -86,7 +86,7 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
     config = load_config(config_path, overrides)
     watchdog.start(*environment.rank_variables(), config.parallel.timeout_s)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine == "zero")
-    run_dir = Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
+    run_dir = directory(config)
     env.on_main(lambda: claim(run_dir))
     joined.append(run_dir)
     watchdog.report_to(lambda reason: _write_failure(joined, reason))

@@ -97,16 +97,29 @@ class Hosts:
     ) -> subprocess.Popen[bytes]:
         """Starts a command on a host, with its output, both streams, in the file `out`."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        enter = ["nsenter", f"--target={self._pids[host]}", "--net", "--uts", "--mount", "--pid", f"--wd={Path.cwd()}"]
         with out.open("wb") as file:
             return subprocess.Popen(
-                [*enter, *map(str, command)],
+                [*self._enter(host), *map(str, command)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
+
+    def run(self, host: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
+        """Runs a command on a host to its end; returns what it printed. An error if it fails."""
+        done = subprocess.run(
+            [*self._enter(host), *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, **(environment or {})},
+            check=False,
+        )
+        assert done.returncode == 0, f"{command} on {host}: {done.stdout}{done.stderr}"
+        return done.stdout
 
     def cut(self, host: str) -> None:
         """Takes the host off the network. Nothing that runs there, or elsewhere, is told of it."""
@@ -161,6 +174,9 @@ class Hosts:
         assert process.stdout.readline() == "up\n", f"host {name} did not start"
         (init,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         self._pids[name] = int(init)
+
+    def _enter(self, host: str) -> list[str]:
+        return ["nsenter", f"--target={self._pids[host]}", "--net", "--uts", "--mount", "--pid", f"--wd={Path.cwd()}"]
 
     def _ip(self, name: str, *arguments: str) -> None:
         subprocess.run(["nsenter", f"--target={self._pids[name]}", "--net", "ip", *arguments], check=True)
