@@ -43,7 +43,7 @@ JobRequeue=1
 KillWait=5
 MessageTimeout=10
 TCPTimeout=2
-SlurmdTimeout=10
+SlurmdTimeout=300
 PropagateResourceLimits=NONE
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
