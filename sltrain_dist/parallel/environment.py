@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sltrain_dist.errors import ConfigError, SltrainError
+from sltrain_dist.parallel import slurm, watchdog
 
 T = TypeVar("T")
 
@@ -52,7 +55,8 @@ class Environment:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with _waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def together(self, action: Callable[[], T]) -> list[T]:
@@ -82,7 +86,8 @@ class Environment:
                 outcome = [action(), None]
             except SltrainError as error:
                 outcome = [None, error]
-        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        with _waiting():
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
@@ -90,9 +95,18 @@ class Environment:
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.world_size == 1:
             return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
+        with _waiting():
+            tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(tensor, op)
+            return tensor.tolist()  # on a GPU this is where the waiting happens
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Progress, before and after a wait for the other ranks."""
+    watchdog.beat("waiting for the other ranks")
+    yield
+    watchdog.beat("computing")
 
 
 def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> tuple[int, int, int]:
@@ -120,6 +134,8 @@ def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> t
 def start(timeout_s: int, *, need_group: bool) -> Environment:
     """Finds this process's place, picks its device, and joins the process group.
 
+    Under srun alone the ranks meet on the step's first host, unless MASTER_ADDR and MASTER_PORT say otherwise.
+
     Args:
         timeout_s: Seconds after which a collective fails.
         need_group: Whether a single process needs a group too (DeepSpeed does).
@@ -145,6 +161,9 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         if world_size == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        elif "SLURM_STEP_NODELIST" in os.environ:
+            os.environ.setdefault("MASTER_ADDR", slurm.address(slurm.first_host(os.environ["SLURM_STEP_NODELIST"])))
+            os.environ.setdefault("MASTER_PORT", str(slurm.port(os.environ)))
         timeout = timedelta(seconds=timeout_s)
         # DeepSpeed makes groups of its own without passing a timeout on; they take the library's default.
         for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
@@ -154,11 +173,30 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         except (dist.DistError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(
-                f"the ranks cannot meet at {where} ({error}); under srun export MASTER_ADDR and MASTER_PORT; "
-                "if another run on this machine has taken the port, start with another (deepspeed --master_port N, "
-                "torchrun --master-port N)"
+                f"the ranks cannot meet at {where} ({error}); if another run has taken the port, start with another "
+                "(deepspeed --master_port N, torchrun --master-port N, MASTER_PORT=N under srun); if it is another "
+                "host's, see that it is up and can be reached"
             ) from None
     return Environment(rank, world_size, local_rank, device)
+
+
+def meet() -> None:
+    """Waits until every rank has come here."""
+    if dist.is_initialized():
+        with _waiting():
+            dist.barrier()
+
+
+def lost_peer(error: Exception) -> str | None:
+    """A sentence for a person if `error` says that another rank has not answered; None if it is another error."""
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())):
+        return None
+    # Without the source file that gloo begins with, and the advice that it ends with.
+    what = re.sub(r"^\[\S*\.cc:\d+\] ", "", str(error).splitlines()[0]).partition(". This is typically")[0]
+    return (
+        f"rank {os.environ.get('RANK')} on {socket.gethostname()} has lost another rank, or waited for it longer than "
+        f"parallel.timeout_s ({what}); the other ranks' output may say why"
+    )
 
 
 def stop() -> None:

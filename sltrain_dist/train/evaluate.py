@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.train.step import Rows, to_batch
@@ -37,6 +38,7 @@ def evaluate(engine: Engine, rows: Rows, micro_batch: int, env: Environment) -> 
     mine = np.concatenate((mine, filler))
     loss = torch.zeros((), dtype=torch.float64, device=env.device)
     for start in range(0, len(mine), micro_batch):
+        watchdog.beat("evaluating")
         loss += engine.evaluate(*to_batch(mine[start : start + micro_batch], env.device))
     (total,) = env.sum([float(loss)])
     tokens = int(np.count_nonzero(rows[:, 1:] >= 0))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode
 
 _held: dict[Path, int] = {}
@@ -30,6 +31,11 @@ class Outcome:
     code: ExitCode
     reason: str
     step: int
+
+
+def directory(config: Config) -> Path:
+    """Where a run writes, exit.json included."""
+    return Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
 
 
 def claim(run_dir: Path) -> None:

@@ -14,6 +14,7 @@ from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
@@ -85,6 +86,7 @@ def _stopped(run: Run, reason: str) -> Outcome:
 
 def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
+    watchdog.beat("waiting for training data")
     with clock.meter.waiting_for_data():
         rows = next(run.loader)
     progress = state.progress(config.train, config.optim.warmup_steps)

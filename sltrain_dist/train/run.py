@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -15,12 +17,15 @@ from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.config.load import load_config, run_dir_of
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode, SltrainError
-from sltrain_dist.parallel import environment
+from sltrain_dist.parallel import environment, watchdog
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.mlflow import Status
 from sltrain_dist.train.agree import check_agreement, run_identity
-from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
+from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
 from sltrain_dist.train.stop import StopRequest
+
+_CLEANUP_S = 15.0
+"""How long a failed process among several may take to end: the file system or a tracking server may be what is lost."""
 
 
 def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
@@ -31,8 +36,7 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
         overrides: `section.key=value` strings.
 
     Returns:
-        The exit code. On a failure among several ranks the process ends here, with that code: leaving the
-        interpreter in the usual way would wait for peers that are not coming.
+        The exit code of a single process. One of several ends here, with that code, see :func:`_leave`.
     """
     joined: list[Path] = []  # the run directory, once this process has joined the run in it
     details = ""
@@ -47,25 +51,48 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
         except KeyboardInterrupt:
             outcome = _failure(joined, ExitCode.UNEXPECTED, "interrupted; nothing was saved since the last checkpoint")
         except Exception as error:
-            outcome = _failure(joined, ExitCode.UNEXPECTED, f"{type(error).__name__}: {error}")
+            reason = environment.lost_peer(error) or f"{type(error).__name__}: {error}"
+            outcome = _failure(joined, ExitCode.UNEXPECTED, reason)
             details = traceback.format_exc()
+        if _failed(outcome):
+            watchdog.hurry(_CLEANUP_S)
         _say(joined, config_path, overrides, outcome, details)
-    if _failed(outcome) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(outcome.code))
+    if _one_of_several():
+        _leave(outcome)
     environment.stop()
     return outcome.code
 
 
+def _leave(outcome: Outcome) -> NoReturn:
+    """Ends one of several processes, without the interpreter's own way of ending.
+
+    After a failure that way would wait for peers that are not coming. After a good end it runs into threads that
+    communication libraries leave behind: now and then one of them brings the process down with SIGABRT, and with it
+    a run that has done all it should.
+    """
+    if not _failed(outcome):
+        try:
+            environment.meet()  # rank 0 holds the store that the others may still need
+            environment.stop()
+        except Exception as error:
+            print(f"the run has ended well, but another process of it has not: {error}", file=sys.stderr)
+        watchdog.stop()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(outcome.code))
+
+
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
+    watchdog.start(*environment.rank_variables(), config.parallel.timeout_s)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     # Before anything that the ranks could do differently.
     check_agreement(env, run_identity(config))
-    run_dir = Path(config.run_dir) / "dry_run" if config.train.dry_run else Path(config.run_dir)
+    run_dir = directory(config)
     env.on_main(lambda: claim(run_dir))
     joined.append(run_dir)
+    watchdog.report_to(lambda reason: _write_failure(joined, reason))
     cleanup.callback(release, run_dir)
     if config.train.dry_run:
         from sltrain_dist.train.dry_run import dry_run
@@ -105,7 +132,7 @@ def _failed(outcome: Outcome) -> bool:
 
 def _say(joined: list[Path], config_path: str, overrides: Sequence[str], outcome: Outcome, details: str) -> None:
     """Writes exit.json, and an error to standard error: once where all ranks have found the same."""
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     said: str | None = None
     try:
         if not joined:
@@ -121,6 +148,15 @@ def _say(joined: list[Path], config_path: str, overrides: Sequence[str], outcome
         if said is None:  # a rank that another one's end has brought down has nothing to explain
             print(details, end="", file=sys.stderr)
         print(f"error: {outcome.reason}", file=sys.stderr, flush=True)
+
+
+def _write_failure(joined: list[Path], reason: str) -> None:
+    write_outcome(joined[0], _failure(joined, ExitCode.UNEXPECTED, reason))
+
+
+def _one_of_several() -> bool:
+    world_size = os.environ.get("WORLD_SIZE", "1")  # set under srun too, once there is a group
+    return world_size.isdigit() and int(world_size) > 1
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:

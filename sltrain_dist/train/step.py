@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sltrain_dist.errors import DataError
 from sltrain_dist.models.loss import IGNORE
+from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 
@@ -39,6 +40,7 @@ def forward_backward(engine: Engine, rows: Rows, micro_batch: int, env: Environm
     loss_here = torch.zeros((), dtype=torch.float64, device=env.device)
     starts = range(0, len(rows), micro_batch)
     for start in starts:
+        watchdog.beat("in a forward and backward pass")
         input_ids, labels = to_batch(rows[start : start + micro_batch], env.device)
         loss_here += engine.micro_step(input_ids, labels, 1.0 / labels_total, last=start == starts[-1])
     (loss_total,) = env.sum([float(loss_here)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.parallel import environment
@@ -66,3 +67,31 @@ def test_alone_everything_is_local() -> None:
     assert env.on_main(lambda: "x") == "x"
     with pytest.raises(DataError, match="gone"):
         env.together(lambda: (_ for _ in ()).throw(DataError("gone")))
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            RuntimeError(
+                "[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1. This is typically…"
+            ),
+            "(Connection closed by peer [10.0.0.2]:1)",
+        ),
+        (
+            RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 9000ms for recv\nmore"),
+            "(Timed out waiting 9000ms for recv)",
+        ),
+        (dist.DistBackendError("NCCL error"), "(NCCL error)"),
+        (dist.DistStoreError("wait timeout after 9000ms"), "(wait timeout after 9000ms)"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("gloo"), None),
+    ],
+)
+def test_errors_that_a_lost_rank_causes(monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str | None) -> None:
+    monkeypatch.setenv("RANK", "1")
+    reason = environment.lost_peer(error)
+    assert (reason is None) == (shown is None)
+    if shown is not None:
+        assert str(reason).startswith("rank 1 on ")
+        assert shown in str(reason)
