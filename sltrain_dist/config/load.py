@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -198,7 +198,7 @@ def _set(values: dict[str, Any], key: _Key, value: Any) -> None:
     """
     shown = f"{_COMMAND_LINE}: {'.'.join(key)} = {_show(value)}"
     for depth in range(1, len(key)):
-        if _is_field(key[:depth]) and _section(key[:depth]) is None:
+        if _is_field(key[:depth]) and _section(key[:depth]) is None and not _takes_keys(key[:depth]):
             raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is a value, not a section")
         below = values.get(key[depth - 1])
         if not isinstance(below, dict):
@@ -248,6 +248,12 @@ def _section(key: Sequence[str]) -> type[BaseModel] | None:
 def _is_field(key: _Key) -> bool:
     parent = _section(key[:-1])
     return parent is not None and key[-1] in parent.model_fields
+
+
+def _takes_keys(key: _Key) -> bool:
+    """Whether a field's value is itself a mapping, of keys that are not ours."""
+    parent = _section(key[:-1])
+    return parent is not None and get_origin(parent.model_fields[key[-1]].annotation) is dict
 
 
 def _written_key(loc: Sequence[int | str]) -> _Key:

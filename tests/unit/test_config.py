@@ -302,6 +302,21 @@ class TestRules:
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
             ({"train": {"steps": 10, "micro_batch": 3}}, "train.micro_batch"),
+            ({"parallel": {"accumulate": "sharded"}}, "parallel.accumulate"),
+            ({"parallel": {"engine": "zero", "zero_stage": 1, "accumulate": "sharded"}}, "parallel.accumulate"),
+            ({"parallel": {"engine": "zero", "zero_stage": 3, "accumulate": "local"}}, "parallel.accumulate"),
+            ({"parallel": {"engine": "zero", "replicas": 2}}, "parallel.replicas"),
+            ({"parallel": {"cpu_offload": True}}, "parallel.cpu_offload"),
+            ({"parallel": {"engine": "zero", "cpu_offload": True}}, "parallel.cpu_offload"),  # in bf16
+            ({"parallel": {"engine": "zero", "deepspeed": {"gradient_clipping": 1.0}}}, "parallel.deepspeed"),
+            (
+                {"parallel": {"engine": "zero", "deepspeed": {"zero_optimization": {"stage": 1}}}},
+                "parallel.deepspeed",
+            ),
+            (
+                {"parallel": {"engine": "zero", "deepspeed": {"bf16": {"enabled": False}}}},
+                "parallel.deepspeed",
+            ),
         ],
     )
     def test_broken(self, values: dict[str, Any], key: str) -> None:
@@ -318,6 +333,9 @@ class TestRules:
             {"reparam": {"rank": 5000, "method": "full"}},
             {"reparam": {"density": 1e-7, "method": "lowrank"}},
             {"train": {"steps": 10, "micro_batch": 512}},
+            {"parallel": {"engine": "fsdp", "accumulate": "local", "replicas": 2, "cpu_offload": True}},
+            {"parallel": {"engine": "zero", "zero_stage": 1, "accumulate": "local"}},
+            {"parallel": {"engine": "zero", "deepspeed": {"zero_optimization": {"overlap_comm": True}}}},
         ],
     )
     def test_kept(self, values: dict[str, Any]) -> None:
@@ -344,6 +362,31 @@ class TestRules:
             ),
             (("parallel.zero_stage=1",), ["parallel.zero_stage has no effect with parallel.engine=ddp"]),
             (("parallel.zero_stage=1", "parallel.engine=zero"), []),
+            (
+                ("parallel.zero_stage=1", "parallel.engine=fsdp"),
+                ["parallel.zero_stage has no effect with parallel.engine=fsdp"],
+            ),
+            (
+                ("parallel.prefetch_blocks=2", "parallel.engine=zero"),
+                ["parallel.prefetch_blocks has no effect with parallel.engine=zero"],
+            ),
+            (("parallel.prefetch_blocks=2", "parallel.engine=zero", "parallel.zero_stage=3"), []),
+            (
+                ("parallel.deepspeed.zero_optimization.overlap_comm=true",),
+                ["parallel.deepspeed has no effect with parallel.engine=ddp"],
+            ),
+            (
+                ("train.checkpoint_every=4",),
+                ["train.checkpoint_every has no effect with train.activation_checkpointing=none"],
+            ),
+            (
+                (
+                    "train.activation_checkpointing=selective",
+                    "train.checkpoint_policy=attention",
+                    "train.checkpoint_every=4",
+                ),
+                ["train.checkpoint_every has no effect with train.checkpoint_policy=attention"],
+            ),
             (("eval.every=5",), ["eval.every has no effect with eval.source=null"]),
             (("eval.every=5", "eval.source=embedded"), []),
             (("optim.name=sgd", "optim.beta2=0.5"), ["optim.beta2 has no effect with optim.name=sgd"]),
