@@ -203,11 +203,16 @@ def torchrun(config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> Pr
 
 def deepspeed(config: Path, run_dir: Path, *overrides: str) -> Process:
     """launch/pretrain.py under DeepSpeed's launcher, on two ranks."""
-    with socket.socket() as probe:  # its own choice is always 29500, where another run may be
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", port]
+    port = free_port()  # its own choice is always 29500, where another run may be
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", str(port)]
     return Process([*launcher, LAUNCH, *_arguments(config, run_dir, overrides)], run_dir.parent / run_dir.name)
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _arguments(config: Path, run_dir: Path, overrides: Sequence[str]) -> list[str]:

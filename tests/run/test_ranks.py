@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from .helpers import (
+    REPO,
     Corpus,
+    Process,
     deepspeed,
     final_tensors,
+    free_port,
     kill_after_a_checkpoint,
     last_step,
     metrics,
@@ -115,3 +121,49 @@ def test_zero_on_two_ranks_goes_on_as_ddp_on_one(config: Path, uninterrupted: Pa
     assert "changed since then: parallel.engine: 'zero' → 'ddp'" in log
     assert "changed since then: train.micro_batch: 2 → 8" in log
     assert final_tensors(run_dir).keys() == final_tensors(uninterrupted).keys()
+
+
+def test_zero_2_goes_on_as_fsdp_and_then_as_zero_3(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    saved = uninterrupted / "checkpoints" / f"step_{EVERY:08d}"
+    checks = ("train.sanity_checks=true", "parallel.shard=all")
+    with torchrun(config, run_dir, f"checkpoint.resume={saved}", "parallel.engine=fsdp", *checks) as process:
+        kill_after_a_checkpoint(process, run_dir, 2 * EVERY)
+
+    recompute = ("train.activation_checkpointing=full", "parallel.zero_stage=3")
+    with torchrun(config, run_dir, ZERO, *recompute, *checks) as process:
+        assert process.wait() == 0, process.stderr[-4000:]
+    assert_close(run_dir, uninterrupted, first=EVERY + 1)
+    assert final_tensors(run_dir).keys() == final_tensors(uninterrupted).keys()
+
+    log = (run_dir / "log.txt").read_text()
+    assert "full rank" in log and "measured: " in log
+    sent = [line["sent_all_gather_bytes"] for line in metrics(run_dir) if "sent_all_gather_bytes" in line]
+    assert len(sent) > EVERY
+    assert min(sent) > 0
+
+
+@pytest.mark.parametrize("stray", ["seed", "code"])
+def test_a_stray_rank_stops_all(config: Path, tmp_path: Path, stray: str) -> None:
+    """Two ranks started by hand, one with another seed, or with another version of the code."""
+    other = tmp_path / "other"
+    for part in ("sltrain_dist", "launch"):
+        shutil.copytree(REPO / part, other / part, ignore=shutil.ignore_patterns("__pycache__"))
+    if stray == "code":
+        with (other / "sltrain_dist" / "errors.py").open("a") as file:
+            file.write("# another version\n")
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    with ExitStack() as stack:
+        for rank, repo in enumerate((REPO, other)):
+            names = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = ["env", *(f"{key}={value}" for key, value in names.items()), sys.executable]
+            arguments = ["--config", config, f"run_dir={tmp_path / 'run'}", "parallel.timeout_s=60"]
+            if rank == 1 and stray == "seed":
+                arguments.append("seed=4")
+            started = Process([*command, repo / "launch" / "pretrain.py", *arguments], tmp_path / f"rank_{rank}")
+            processes.append(stack.enter_context(started))
+        assert [process.wait() for process in processes] == [2, 2]
+    said = {"seed": "seed (rank 0: 3, rank 1: 4)", "code": "code (rank 0: "}[stray]
+    assert "the ranks do not run the same thing" in processes[0].stderr  # once, not by every rank
+    assert said in processes[0].stderr
