@@ -27,6 +27,9 @@ from sltrain_dist.parallel import reaper
 
 GRACE_S = 15.0
 """A collective's own timeout comes first: its error says more than that nothing happened."""
+WARM_UP_S = 600.0
+"""More time until the first update is made: libraries compile what they need. Collectives keep their timeout there
+too, so that a lost rank is found as fast as ever."""
 _BACKSTOP_S = 5.0
 """Then the timer ends a process whose interpreter is itself stuck."""
 _REPORT_S = 3.0
@@ -47,7 +50,7 @@ class Watchdog:
 
     def __init__(self, who: str, limit_s: float, why: str, alive: Callable[[], None] = lambda: None) -> None:
         self._who, self._limit_s, self._why, self._alive = who, limit_s, why, alive
-        self._last, self._doing = time.monotonic(), "starting"
+        self._last, self._doing, self._extra_s = time.monotonic(), "starting", 0.0
         self._deadline: float | None = None
         self._report: Report | None = None
         self._stopped = threading.Event()
@@ -57,6 +60,10 @@ class Watchdog:
     def beat(self, doing: str) -> None:
         """Reports progress, and what is being done from here on."""
         self._last, self._doing = time.monotonic(), doing
+
+    def allow(self, extra_s: float) -> None:
+        """Has the limit be longer by so much, until this is called again."""
+        self._last, self._extra_s = time.monotonic(), extra_s
 
     def report_to(self, report: Report) -> None:
         """Has the reason told to `report` before the process ends; it may block or fail."""
@@ -77,7 +84,7 @@ class Watchdog:
         interval_s = min(1.0, self._limit_s / 10)
         armed = None
         while True:
-            end = self._last + self._limit_s if self._deadline is None else self._deadline
+            end = self._last + self._limit_s + self._extra_s if self._deadline is None else self._deadline
             left = end - time.monotonic()
             if left <= 0:
                 self._end()
@@ -127,6 +134,7 @@ def start(rank: int, world_size: int, local_rank: int, timeout_s: float) -> None
         _reaper = _start_reaper(who, limit_s + _BACKSTOP_S)
     why = f"parallel.timeout_s = {timeout_s:g} and {GRACE_S:g} more"
     _watchdog = Watchdog(who, limit_s, why, lambda: _tell_reaper(reaper.ALIVE))
+    _watchdog.allow(WARM_UP_S)
 
 
 def beat(doing: str) -> None:
@@ -137,6 +145,12 @@ def beat(doing: str) -> None:
     """
     if _watchdog is not None:
         _watchdog.beat(doing)
+
+
+def warmed_up() -> None:
+    """Says that an update has been made, after which nothing should take longer than the limit."""
+    if _watchdog is not None:
+        _watchdog.allow(0.0)
 
 
 def report_to(report: Report) -> None:

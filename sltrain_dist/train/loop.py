@@ -97,6 +97,7 @@ def _update(run: Run, clock: Clock) -> None:
         grad_norm = engine.clip_gradients(config.optim.clip)
         check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
         engine.update(lr)
+    watchdog.warmed_up()
     state.advance(tokens, config.optim.warmup_steps)
     if config.train.sanity_checks:
         check_update(engine, run.env, step=state.step, lr=lr, supports=run.supports)

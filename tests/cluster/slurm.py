@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +68,7 @@ class Slurm:
     """
 
     def __init__(self, on: Hosts, directory: Path) -> None:
-        self._hosts, self._directory = on, directory
+        self.hosts, self._directory = on, directory
         *self.nodes, self.controller = on.names
         self._environment = {"SLURM_CONF": str(directory / "slurm.conf")}
         directory.mkdir(parents=True)
@@ -113,6 +115,19 @@ class Slurm:
         self._until(f"the end of job {number}", lambda: self._ended(number), limit_s)
         return self.job(number)
 
+    def srun(self, script: Path, *arguments: str | Path, environment: dict[str, str]) -> str:
+        """Runs a Python script under srun, one task on each node; returns what all have printed."""
+        task = ("--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable)
+        return self._call(["srun", *task, script, *arguments], environment)
+
+    def signal_batch(self, number: int, which: signal.Signals) -> None:
+        """Sends a signal to a job's batch shell alone."""
+        self._call(["scancel", "--batch", f"--signal={which.name.removeprefix('SIG')}", str(number)])
+
+    def cancel(self, number: int) -> None:
+        """Cancels a job."""
+        self._call(["scancel", str(number)])
+
     def _ended(self, number: int) -> bool:
         return self.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
@@ -125,10 +140,10 @@ class Slurm:
 
     def _daemon(self, host: str, *command: str) -> None:
         name = f"{command[0]}.{host}.out"
-        self._hosts.popen(host, command, self._directory / name, self._environment)
+        self.hosts.popen(host, command, self._directory / name, self._environment)
 
     def _call(self, command: Sequence[str | Path], environment: dict[str, str] | None = None) -> str:
-        return self._hosts.run(self.controller, command, {**self._environment, **(environment or {})})
+        return self.hosts.run(self.controller, command, {**self._environment, **(environment or {})})
 
     def _until(self, what: str, condition: Callable[[], bool], limit_s: float = _START_S) -> None:
         end = time.monotonic() + limit_s

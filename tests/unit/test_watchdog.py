@@ -54,6 +54,12 @@ time.sleep(60)
     assert told.read_text() in ended.stderr
 
 
+def test_more_time_is_allowed_while_warming_up() -> None:
+    ended = run("dog.allow(0.7)\ntime.sleep(1)\nprint('warm', flush=True)\ndog.allow(0)\ntime.sleep(60)")
+    assert ended.returncode == 1
+    assert ended.stdout == "warm\n"
+
+
 def test_a_report_that_hangs_does_not_keep_the_process() -> None:
     ended = run("watchdog._REPORT_S = 0.1\ndog.report_to(lambda reason: time.sleep(60))\ntime.sleep(60)")
     assert ended.returncode == 1
