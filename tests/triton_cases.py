@@ -15,6 +15,7 @@ from sltrain_dist.sparse_lowrank import SLLinear, kernels
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.linear import apply_shared
 from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport, stratified_column
+from sltrain_dist.sparse_lowrank.support import Products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -54,10 +55,15 @@ def error(out: Tensor, expected: Tensor) -> float:
 def block_products(support: BlockSupport, V: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     products = support.products(x)
     assert isinstance(products, kernels.BlockProducts)
+    assert products.step(x) >= len(x)
+    return every_product(products, V, x, g)
+
+
+def every_product(products: Products, V: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inputs, outputs = products.arrange_inputs(x), products.arrange_outputs(g)
-    y = products.multiply(V, inputs)
-    dx = products.restore_inputs(products.multiply_transposed(V, outputs))
-    return y, dx, products.sample(outputs, inputs)
+    y = products.multiply(products.weights(V), inputs)
+    dx = products.restore_inputs(products.multiply_transposed(products.transposed_weights(V), outputs))
+    return y, dx, products.sampled(products.sample(products.places(), outputs, inputs))
 
 
 def check_blocks(shape: tuple[int, int, float, int], dtype: torch.dtype) -> None:
@@ -73,9 +79,7 @@ def check_blocks(shape: tuple[int, int, float, int], dtype: torch.dtype) -> None
     for out, expected in zip(results, (x.double() @ S.t(), g.double() @ S, G), strict=True):
         assert error(out, expected) < TOLERANCE[dtype]
     # torch's implementation, in the same type.
-    inputs, outputs = support.arrange_inputs(x), support.arrange_outputs(g)
-    dx = support.restore_inputs(support.multiply_transposed(V, outputs))
-    for out, other in zip(results, (support.multiply(V, inputs), dx, support.sample(outputs, inputs)), strict=True):
+    for out, other in zip(results, every_product(support, V, x, g), strict=True):
         assert error(out, other) < 2 * TOLERANCE[dtype]
     # No sum depends on the order in which programs happen to run.
     assert all(torch.equal(a, b) for a, b in zip(results, block_products(support, V, x, g), strict=True))
@@ -105,9 +109,10 @@ def test_a_total_is_added_to() -> None:
     V, g = made(37, support.k, dtype=torch.float32, seed=0), made(19, 37, dtype=torch.float32, seed=1)
     products = support.products(g)
     outputs = products.arrange_outputs(g)
-    once = products.multiply_transposed(V, outputs)
-    twice = products.multiply_transposed(V, outputs, once)
-    torch.testing.assert_close(twice[0], 2 * once[0])
+    weights = products.transposed_weights(V)
+    once = products.multiply_transposed(weights, outputs)
+    twice = products.multiply_transposed(weights, outputs, once)
+    torch.testing.assert_close(twice, 2 * once)
 
 
 def test_a_gradient_that_is_not_finite_stays_in_its_window() -> None:

@@ -12,14 +12,15 @@ from torch import Tensor
 from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_row_bounds, window_starts
-from sltrain_dist.sparse_lowrank.support import Arranged, Products, Support, flatten_columns, untransposed
+from sltrain_dist.sparse_lowrank.support import Products, Support, Weights, flatten_columns, summed, untransposed
 
 Order = Literal["random", "grouped", "strided"]
 """How a permutation is made. random: uniform. grouped: runs of 8 neighbours, in random order. strided:
 neighbours are dealt out to the windows in turn. The last two are for comparisons."""
 _GROUP = 8
 _SLICE = 256
-"""Tokens at a time, where features are picked one by one."""
+"""Tokens at a time on the CPU: what is arranged, of the widest layers too, then stays in a core's cache. Twice as
+many are up to a fifth slower there (docs/operator.md)."""
 
 
 def input_key(name: str) -> str:
@@ -143,43 +144,67 @@ class BlockSupport(Support):
     def products(self, x: Tensor) -> Products:
         return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
-    def arrange_inputs(self, x: Tensor) -> Arranged:
-        """The inputs of every window: (w, T, k), or (w, k, T) where :func:`by_features`."""
-        return [_arrange(x, self.window_inputs, self.windows)]
+    # Arranged matrices are (w, T, width), as a view of (T, w·width): the windows of every token side by side, so
+    # that features are picked in one pass, before and after. Where :func:`by_features`, (w, width, T).
 
-    def arrange_outputs(self, g: Tensor) -> Arranged:
-        """The outputs of every window: (w, T, R), or (w, R, T) where :func:`by_features`."""
-        return [_arrange(g, self.window_outputs, self.windows)]
+    def step(self, x: Tensor) -> int:
+        return _SLICE if x.device.type == "cpu" else max(1, x.shape[0])
 
-    def restore_inputs(self, arranged: Arranged) -> Tensor:
-        x = _pick_places(arranged[0], self.input_places)
-        if self.second_places.numel():
-            twice = self.window_inputs.index_select(0, self.second_places)
-            x.index_add_(1, twice, _pick_places(arranged[0], self.second_places))
-        return x
+    def weights(self, V: Tensor) -> Weights:
+        blocks = V.index_select(0, self.window_outputs).view(self.windows, self.rows, self.k)
+        return (blocks,)
 
-    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
-        blocks, x = self._value_blocks(V), inputs[0]
-        y = torch.bmm(blocks, x) if by_features(x) else torch.bmm(x, blocks.transpose(1, 2))
-        return _pick_places(y, self.output_places)
-
-    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
-        blocks, g = self._value_blocks(V), outputs[0]
+    def transposed_weights(self, V: Tensor) -> Weights:
+        (blocks,) = self.weights(V)
         if self.windows * self.rows != self.m:
             window = torch.arange(self.windows + 1, device=V.device)
             bounds = (window * self.m + self.windows - 1).div_(self.windows, rounding_mode="floor")
             short = bounds[1:] - bounds[:-1] < self.rows
             blocks[:, -1].masked_fill_(short[:, None], 0)
-        factors = (blocks.transpose(1, 2), g) if by_features(g) else (g, blocks)
-        return [torch.bmm(*factors) if total is None else total[0].baddbmm_(*factors)]
+        return (blocks,)
 
-    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
-        g, x = outputs[0], inputs[0]
-        factors = (g, x.transpose(1, 2)) if by_features(g) else (g.transpose(1, 2), x)
-        return torch.bmm(*factors).view(-1, self.k).index_select(0, self.output_places)
+    def places(self) -> Weights:
+        return ()
 
-    def _value_blocks(self, V: Tensor) -> Tensor:
-        return V.index_select(0, self.window_outputs).view(self.windows, self.rows, self.k)
+    def arrange_inputs(self, x: Tensor) -> Tensor:
+        return _arrange(x, self.window_inputs, self.windows)
+
+    def arrange_outputs(self, g: Tensor) -> Tensor:
+        return _arrange(g, self.window_outputs, self.windows)
+
+    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
+        flat, features = _side_by_side(arranged)
+        twice = self.second_places.numel() > 0
+        if features == 0:
+            x = flat.index_select(0, self.input_places)
+        else:
+            x = torch.index_select(flat, 1, self.input_places, out=out)
+        if twice:
+            which = self.window_inputs.index_select(0, self.second_places)
+            x.index_add_(features, which, flat.index_select(features, self.second_places))
+        return untransposed(x, out) if features == 0 else x
+
+    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        (blocks,) = weights
+        if by_features(inputs):
+            y = torch.bmm(blocks, inputs).flatten(0, 1)
+            return untransposed(y.index_select(0, self.output_places), out)
+        y = _multiply(inputs, blocks.transpose(1, 2))
+        return torch.index_select(_side_by_side(y)[0], 1, self.output_places, out=out)
+
+    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
+        (blocks,) = weights
+        factors = (blocks.transpose(1, 2), outputs) if by_features(outputs) else (outputs, blocks)
+        return _multiply(*factors) if total is None else total.baddbmm_(*factors)
+
+    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
+        if by_features(outputs):
+            return summed(total, torch.bmm(outputs, inputs.transpose(1, 2)))
+        factors = (outputs.transpose(1, 2), inputs)
+        return torch.bmm(*factors) if total is None else total.baddbmm_(*factors)
+
+    def sampled(self, total: Tensor) -> Tensor:
+        return total.view(-1, self.k).index_select(0, self.output_places)
 
     @staticmethod
     def _fill(buffer: Tensor, values: npt.NDArray[np.int64]) -> None:
@@ -187,8 +212,7 @@ class BlockSupport(Support):
 
 
 # Which way to pick features is fastest on the CPU was measured (docs/operator.md): in two bytes, transposing,
-# copying rows, and transposing back; in more, picking a few tokens at a time, so that what is read stays in the
-# cache. There index_select is the faster, but it would copy a strided source first, which gather does not.
+# copying rows, and transposing back; in more, index_select along the features of a few tokens at a time.
 
 
 def by_features(x: Tensor) -> bool:
@@ -200,27 +224,18 @@ def _arrange(x: Tensor, columns: Tensor, windows: int) -> Tensor:
     """x[:, columns], (T, w·width), as (w, T, width), or as (w, width, T) where :func:`by_features`."""
     if by_features(x):
         return x.t().contiguous().index_select(0, columns).unflatten(0, (windows, -1))
-    if x.device.type == "cpu":
-        picked = x.new_empty(x.shape[0], columns.shape[0])
-        for part, out in zip(x.split(_SLICE), picked.split(_SLICE), strict=True):
-            torch.index_select(part, 1, columns, out=out)
-    else:
-        picked = x.index_select(1, columns)
-    return picked.unflatten(1, (windows, -1)).transpose(0, 1)
+    return x.index_select(1, columns).unflatten(1, (windows, -1)).transpose(0, 1)
 
 
-def _pick_places(windows: Tensor, places: Tensor) -> Tensor:
-    """(T, len(places)): the features at `places` of contiguous windows, counted over windows and widths."""
-    if by_features(windows):
-        return untransposed([windows.flatten(0, 1).index_select(0, places)])
-    w, tokens, width = windows.shape
-    # Seen with rows of `width` that overlap, feature q of window b is column b·T·width + q of every token.
-    rows = windows.as_strided((tokens, (w - 1) * tokens * width + width), (width, 1))
-    within = places.remainder(width)
-    columns = (places - within).long() * tokens + within
-    if windows.device.type != "cpu":
-        return rows.gather(1, columns.expand(tokens, -1))
-    picked = windows.new_empty(tokens, places.shape[0])
-    for part, out in zip(rows.split(_SLICE), picked.split(_SLICE), strict=True):
-        torch.gather(part, 1, columns.expand(part.shape[0], -1), out=out)
-    return picked
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Products (w, ·, ·) of arranged windows and blocks, arranged."""
+    if by_features(left) or torch.compiler.is_compiling():  # torch 2.13 cannot trace a product into a view
+        return torch.bmm(left, right)
+    windows, tokens, width = left.shape[0], left.shape[1], right.shape[2]
+    out = left.new_empty(tokens, windows * width).unflatten(1, (windows, -1)).transpose(0, 1)
+    return torch.bmm(left, right, out=out)
+
+
+def _side_by_side(arranged: Tensor) -> tuple[Tensor, int]:
+    """(T, w·width), or (w·width, T) where :func:`by_features`, of arranged windows; and which are the features."""
+    return (arranged.flatten(0, 1), 0) if by_features(arranged) else (arranged.transpose(0, 1).flatten(1), 1)

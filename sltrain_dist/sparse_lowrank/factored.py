@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sltrain_dist.sparse_lowrank.support import Arranged, Support
+from sltrain_dist.sparse_lowrank.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
 """B, A and V of one layer."""
@@ -34,15 +34,9 @@ class Factored(torch.autograd.Function):
         h = _inner(x, layers, scales)
         ctx.save_for_backward(x, h, *parameters)
         ctx.supports, ctx.scales = supports, scales
-        outputs: list[Tensor] = []
-        inner = h.split([A.shape[0] for _, A, _ in layers], dim=1)
-        for group in _groups(supports):
-            products = [supports[i].products(x) for i in group]
-            inputs = products[0].arrange_inputs(x)
-            for i, product in zip(group, products, strict=True):
-                B, _, V = layers[i]
-                y = product.multiply(V.to(x.dtype), inputs)
-                outputs.append(y.addmm_(inner[i], B.to(x.dtype).t()))
+        outputs = _sparse_forward(x, layers, supports)
+        for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
+            y.addmm_(h_i, B.to(x.dtype).t())
         return tuple(outputs)
 
     @staticmethod
@@ -106,6 +100,26 @@ def factored_backward(
     return dx, gradients
 
 
+def _sparse_forward(x: Tensor, layers: Sequence[Factors], supports: Sequence[Support]) -> list[Tensor]:
+    """xSᵀ of every layer, (T, m)."""
+    outputs: list[Tensor] = []
+    for group in _groups(supports):
+        products = [supports[i].products(x) for i in group]
+        weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(group, products, strict=True)]
+        slices = _slices(x, products[0].step(x))
+        if len(slices) == 1:
+            inputs = products[0].arrange_inputs(x)
+            outputs += [p.multiply(w, inputs) for p, w in zip(products, weights, strict=True)]
+            continue
+        ys = [x.new_empty(x.shape[0], supports[i].m) for i in group]
+        for part in slices:
+            inputs = products[0].arrange_inputs(x[part])
+            for product, w, y in zip(products, weights, ys, strict=True):
+                product.multiply(w, inputs, y[part])
+        outputs += ys
+    return outputs
+
+
 def _sparse_backward(
     x: Tensor,
     grads: Sequence[Tensor],
@@ -117,19 +131,39 @@ def _sparse_backward(
     """Σ gS over the layers, (T, n), and each layer's dV."""
     dx: Tensor | None = None
     dVs: list[Tensor | None] = []
+    if not (need_x or need_V):
+        return None, [None] * len(layers)
     for group in _groups(supports):
         products = [supports[i].products(x) for i in group]
-        inputs = products[0].arrange_inputs(x) if need_V else None
-        total: Arranged | None = None
-        for i, product in zip(group, products, strict=True):
-            outputs = product.arrange_outputs(grads[i])
-            dVs.append(None if inputs is None else product.sample(outputs, inputs))
-            if need_x:
-                total = product.multiply_transposed(layers[i][2].to(x.dtype), outputs, total)
-        if total is not None:
-            part = products[0].restore_inputs(total)
-            dx = part if dx is None else dx.add_(part)
+        lead, numbered = products[0], list(enumerate(zip(group, products, strict=True)))
+        weights = [p.transposed_weights(layers[i][2].to(x.dtype)) if need_x else () for _, (i, p) in numbered]
+        places = [p.places() if need_V else () for p in products]
+        sums: list[Tensor | None] = [None] * len(group)
+        slices = _slices(x, lead.step(x))
+        for part in slices:
+            inputs = lead.arrange_inputs(x[part]) if need_V else None
+            total: Tensor | None = None
+            for j, (i, product) in numbered:
+                outputs = product.arrange_outputs(grads[i][part])
+                if inputs is not None:
+                    sums[j] = product.sample(places[j], outputs, inputs, sums[j])
+                if need_x:
+                    total = product.multiply_transposed(weights[j], outputs, total)
+            if total is None:
+                continue
+            if group[0] > 0 and dx is not None:
+                dx[part].add_(lead.restore_inputs(total))
+            elif len(slices) == 1:
+                dx = lead.restore_inputs(total)
+            else:
+                dx = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
+                lead.restore_inputs(total, dx[part])
+        dVs += [None if s is None else p.sampled(s) for p, s in zip(products, sums, strict=True)]
     return dx, dVs
+
+
+def _slices(x: Tensor, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
 def _groups(supports: Sequence[Support]) -> list[list[int]]:

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Arranged = list[Tensor]
-"""As :data:`sltrain_dist.sparse_lowrank.support.Arranged`, of which this module cannot know: supports use it."""
+Weights = tuple[Tensor, ...]
+"""As :data:`sltrain_dist.sparse_lowrank.support.Weights`, of which this module cannot know: supports use it."""
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
@@ -79,28 +79,45 @@ class BlockProducts:
     def __init__(self, support: Windows, tokens: int) -> None:
         self.support, self.tokens = support, tokens
 
-    def arrange_inputs(self, x: Tensor) -> Arranged:
-        return [transpose(x.contiguous())]
+    def step(self, x: Tensor) -> int:
+        return max(1, self.tokens)
 
-    def arrange_outputs(self, g: Tensor) -> Arranged:
-        return [transpose(g.contiguous())]
+    def weights(self, V: Tensor) -> Weights:
+        return (V.contiguous(),)
 
-    def restore_inputs(self, arranged: Arranged) -> Tensor:
-        return transpose_back(arranged[0], self.tokens, self.support.input_places, self.support.k)
+    def transposed_weights(self, V: Tensor) -> Weights:
+        return (V.contiguous(),)
 
-    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
+    def places(self) -> Weights:
+        return ()
+
+    def arrange_inputs(self, x: Tensor) -> Tensor:
+        return transpose(x.contiguous())
+
+    def arrange_outputs(self, g: Tensor) -> Tensor:
+        return transpose(g.contiguous())
+
+    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
+        x = transpose_back(arranged, self.tokens, self.support.input_places, self.support.k)
+        return x if out is None else out.copy_(x)
+
+    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
         s = self.support
-        y = blocks_outputs(inputs[0], V.contiguous(), s.window_inputs, s.window_outputs)
-        return transpose_back(y, self.tokens, None, s.k)
+        y = blocks_outputs(inputs, weights[0], s.window_inputs, s.window_outputs)
+        y = transpose_back(y, self.tokens, None, s.k)
+        return y if out is None else out.copy_(y)
 
-    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
+    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
         s = self.support
-        base = None if total is None else total[0]
-        return [blocks_inputs(outputs[0], V.contiguous(), s.window_outputs, s.windows, base)]
+        return blocks_inputs(outputs, weights[0], s.window_outputs, s.windows, total)
 
-    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
+    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
         s = self.support
-        return blocks_values(outputs[0], inputs[0], s.window_inputs, s.window_outputs, s.k)
+        dV = blocks_values(outputs, inputs, s.window_inputs, s.window_outputs, s.k)
+        return dV if total is None else total.add_(dV)
+
+    def sampled(self, total: Tensor) -> Tensor:
+        return total
 
 
 def _kernels() -> ModuleType:

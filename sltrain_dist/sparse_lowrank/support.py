@@ -3,8 +3,8 @@
 A support is a module only so that what it keeps follows the layer to its device; it has no parameters, and
 its buffers are not part of a checkpoint. What a checkpoint holds instead is the seed and a fingerprint.
 
-Products with S are taken in an *arranged* form, features × tokens, where what belongs to one feature is
-contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
+Products with S are taken in an *arranged* form, by default features × tokens, where what belongs to one feature
+is contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
 arrangement; layers that share their input arrange it once.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,30 +24,49 @@ from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.sparse_lowrank.layout import index_bytes_per_value, nonzeros, values_shape
 
-Arranged = list[Tensor]
-"""Inputs or outputs of a layer, as the products of its support want them."""
+Weights = tuple[Tensor, ...]
+"""What a product needs of the positions and values: made once in a call, for all slices of its tokens."""
 
 
 class Products(Protocol):
-    """Products with S, for the tokens and on the device of one call: a support's own, or those of kernels."""
+    """Products with S on the device of one call: a support's own, or those of kernels.
 
-    def arrange_inputs(self, x: Tensor) -> Arranged:
+    Tokens go through in slices, so that what is arranged is small, and stays in the cache. *Arranged* inputs and
+    outputs, and sums of them, are tensors whose layout only the products know.
+    """
+
+    def step(self, x: Tensor) -> int:
+        """Tokens in a slice of inputs x."""
+
+    def weights(self, V: Tensor) -> Weights:
+        """For :meth:`multiply`."""
+
+    def transposed_weights(self, V: Tensor) -> Weights:
+        """For :meth:`multiply_transposed`."""
+
+    def places(self) -> Weights:
+        """For :meth:`sample`."""
+
+    def arrange_inputs(self, x: Tensor) -> Tensor:
         """What the products need of inputs x (T, n)."""
 
-    def arrange_outputs(self, g: Tensor) -> Arranged:
+    def arrange_outputs(self, g: Tensor) -> Tensor:
         """What the products need of outputs g (T, m)."""
 
-    def restore_inputs(self, arranged: Arranged) -> Tensor:
-        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input."""
+    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
+        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input; in `out` or new."""
 
-    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
-        """xSᵀ, a new (T, m), for arranged inputs."""
+    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """xSᵀ, (T, m), for arranged inputs; in `out` or new."""
 
-    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
+    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
         """gS for arranged outputs, added to `total`, which may be overwritten; for :meth:`restore_inputs`."""
 
-    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
-        """gᵀx at the positions, shape of V: the gradient of V."""
+    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
+        """gᵀx at the positions, added to `total`, which may be overwritten; for :meth:`sampled`."""
+
+    def sampled(self, total: Tensor) -> Tensor:
+        """The sum over all slices in the shape of V: the gradient of V."""
 
 
 SLICE = 512
@@ -126,42 +144,47 @@ class Support(nn.Module):
         """Entries at the positions, for rows first … last − 1 of a matrix, G (last − first, n); flat."""
         return G.view(-1).index_select(0, self.row_positions(first, last))
 
-    def arrange_inputs(self, x: Tensor) -> Arranged:
-        """What the products need of inputs x (T, n): here transposed, in slices of tokens that fit the cache."""
-        return [part.t().contiguous() for part in x.split(SLICE)]
+    # Products, as :class:`Products` says, for scattered positions.
 
-    def arrange_outputs(self, g: Tensor) -> Arranged:
-        """What the products need of outputs g (T, m)."""
-        return [part.t().contiguous() for part in g.split(SLICE)]
+    def step(self, x: Tensor) -> int:
+        return SLICE
 
-    def restore_inputs(self, arranged: Arranged) -> Tensor:
-        """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input."""
-        return untransposed(arranged)
-
-    def multiply(self, V: Tensor, inputs: Arranged) -> Tensor:
-        """xSᵀ, a new (T, m), for arranged inputs."""
+    def weights(self, V: Tensor) -> Weights:
         rows, columns = self._rows_and_columns()
-        weights, offsets = V.reshape(-1), _first_of_each(rows, self.m)
-        return untransposed([_sum_rows(part, columns, offsets, weights) for part in inputs])
+        return columns, _first_of_each(rows, self.m), V.reshape(-1)
 
-    def multiply_transposed(self, V: Tensor, outputs: Arranged, total: Arranged | None = None) -> Arranged:
-        """gS for arranged outputs, added to `total`, which may be overwritten; for :meth:`restore_inputs`."""
+    def transposed_weights(self, V: Tensor) -> Weights:
         rows, columns = self._rows_and_columns()
         columns, order = columns.sort(stable=True)
-        rows, weights = rows.index_select(0, order), V.reshape(-1).index_select(0, order)
-        offsets = _first_of_each(columns, self.n)
-        return added(total, [_sum_rows(part, rows, offsets, weights) for part in outputs])
+        return rows.index_select(0, order), _first_of_each(columns, self.n), V.reshape(-1).index_select(0, order)
 
-    def sample(self, outputs: Arranged, inputs: Arranged) -> Tensor:
-        """gᵀx at the positions, shape of V: the gradient of V."""
+    def places(self) -> Weights:
         rows, columns = self._rows_and_columns()
-        offsets = _first_of_each(rows, self.m)
+        return rows, columns, _first_of_each(rows, self.m)
+
+    def arrange_inputs(self, x: Tensor) -> Tensor:
+        return x.t().contiguous()
+
+    def arrange_outputs(self, g: Tensor) -> Tensor:
+        return g.t().contiguous()
+
+    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
+        return untransposed(arranged, out)
+
+    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        return untransposed(_sum_rows(inputs, *weights), out)
+
+    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
+        part = _sum_rows(outputs, *weights)
+        return part if total is None else total.add_(part)
+
+    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
+        rows, columns, offsets = places
         # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.
-        dots = [
-            torch.ops.aten._embedding_bag_per_sample_weights_backward(g_t, x_t, columns, offsets, rows, 0)
-            for g_t, x_t in zip(outputs, inputs, strict=True)
-        ]
-        total = dots[0] if len(dots) == 1 else torch.stack(dots).sum(0)
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(outputs, inputs, columns, offsets, rows, 0)
+        return summed(total, dots)
+
+    def sampled(self, total: Tensor) -> Tensor:
         return total.view(self.values_shape)
 
     def extra_repr(self) -> str:
@@ -185,19 +208,18 @@ def _sum_rows(rows: Tensor, which: Tensor, offsets: Tensor, weights: Tensor) -> 
     return F.embedding_bag(which, rows, offsets, mode="sum", per_sample_weights=weights)
 
 
-def added(total: Arranged | None, parts: Arranged) -> Arranged:
-    """Sum of both, in place of `total`; or the parts, where there is no total yet."""
-    return parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
+def summed(total: Tensor | None, part: Tensor) -> Tensor:
+    """Adds up a gradient of V over slices of tokens, in float32 where their type is narrower."""
+    if total is None:
+        return part.float() if part.dtype.itemsize == 2 else part
+    return total.add_(part)
 
 
-def untransposed(parts: Sequence[Tensor]) -> Tensor:
-    """Slices (features, tokens), put together as (T, features): always a copy, so that it may be returned."""
-    whole = parts[0].new_empty(sum(part.shape[1] for part in parts), parts[0].shape[0])
-    first = 0
-    for part in parts:
-        whole[first : first + part.shape[1]].copy_(part.t())
-        first += part.shape[1]
-    return whole
+def untransposed(features: Tensor, out: Tensor | None = None) -> Tensor:
+    """Features × tokens as (T, features), in `out` or new: always a copy, so that it may be returned."""
+    if out is None:
+        out = features.new_empty(features.shape[1], features.shape[0])
+    return out.copy_(features.t())
 
 
 def _first_of_each(ordered: Tensor, count: int) -> Tensor:

@@ -118,12 +118,13 @@ def test_oracle_sweep(
 
 @each_kind
 @each_plan
-def test_more_tokens_than_a_slice(kind: SupportKind, plan: Plan, force: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_more_tokens_than_a_slice(kind: SupportKind, plan: Plan, dtype: torch.dtype, force: Any) -> None:
     force(plan)
     tokens = 2 * SLICE + 77
-    layer = make(kind, 13, 300, 4, torch.float64)
-    x, g = made((tokens, 300), torch.float64, 1), made((tokens, 13), torch.float64, 2)
-    assert_close(results(layer, x, g), oracle(layer, x, g), 1e-12)
+    layer = make(kind, 13, 300, 4, dtype)
+    x, g = made((tokens, 300), dtype, 1), made((tokens, 13), dtype, 2)
+    assert_close(results(layer, x, g), oracle(layer, x, g), TOLERANCE[dtype])
 
 
 @each_kind
@@ -150,13 +151,16 @@ def shared_layers(kind: SupportKind, dtype: torch.dtype) -> list[SLLinear]:
 
 @each_kind
 @each_plan
-def test_layers_applied_together_compute_what_they_do_one_by_one(kind: SupportKind, plan: Plan, force: Any) -> None:
+@pytest.mark.parametrize("length", [6, SLICE])
+def test_layers_applied_together_compute_what_they_do_one_by_one(
+    kind: SupportKind, plan: Plan, length: int, force: Any
+) -> None:
     force(plan)
     layers = shared_layers(kind, torch.float64)
     if kind == "stratified":
         layers[1] = make("blocks", 20, 300, 7, torch.float64, name="a.k")  # supports may differ
-    x = made((2, 6, 300), torch.float64, 1)
-    grads = [made((2, 6, layer.out_features), torch.float64, i) for i, layer in enumerate(layers)]
+    x = made((2, length, 300), torch.float64, 1)
+    grads = [made((2, length, layer.out_features), torch.float64, i) for i, layer in enumerate(layers)]
     want = [results(layer, x, g) for layer, g in zip(layers, grads, strict=True)]
     for layer in layers:
         layer.zero_grad()
