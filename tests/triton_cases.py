@@ -146,19 +146,23 @@ def test_scatter_and_gather_of_stratified(shape: tuple[int, int, float], dtype: 
         assert torch.equal(taken, W.flatten()[support.row_positions(first, m)])
 
 
+def as_key(key: int) -> torch.Tensor:
+    return torch.tensor([key], device=DEVICE)
+
+
 @pytest.mark.parametrize(("key", "n", "k"), [(0, 1000, 30), (0xFFFFFFFF, 11008, 330), (0x12345678, 97, 97)])
 def test_the_hash_is_that_of_python(key: int, n: int, k: int) -> None:
     rows = 7
     positions = torch.arange(rows * n, dtype=torch.float32, device=DEVICE).view(rows, n)
     for first in (0, 123456789):
-        columns = (kernels.stratified_take(positions, k, key, first) - positions[:, :1]).long().tolist()
+        columns = (kernels.stratified_take(positions, k, as_key(key), first) - positions[:, :1]).long().tolist()
         assert columns == [[stratified_column(key, first + i, j, n, k) for j in range(k)] for i in range(rows)]
 
 
 def test_known_answers_of_the_hash() -> None:
     row = torch.arange(1000, dtype=torch.float32, device=DEVICE)[None]
-    assert kernels.stratified_take(row, 10, 0, 0).long().tolist() == KNOWN[0]
-    assert kernels.stratified_take(row, 10, 0xDEADBEEF, 4095).long().tolist() == KNOWN[1]
+    assert kernels.stratified_take(row, 10, as_key(0), 0).long().tolist() == KNOWN[0]
+    assert kernels.stratified_take(row, 10, as_key(0xDEADBEEF), 4095).long().tolist() == KNOWN[1]
 
 
 KNOWN = [
@@ -235,8 +239,8 @@ def test_compiles_without_graph_breaks() -> None:
         lambda s, x, g, V: torch.library.opcheck(
             kernels.blocks_values, (kernels.transpose(g), kernels.transpose(x), s.window_inputs, s.window_outputs, s.k)
         ),
-        lambda s, x, g, V: torch.library.opcheck(kernels.stratified_add_, (x, V[:19], 7, 0)),
-        lambda s, x, g, V: torch.library.opcheck(kernels.stratified_take, (x, 5, 7, 0)),
+        lambda s, x, g, V: torch.library.opcheck(kernels.stratified_add_, (x, V[:19], as_key(7), 0)),
+        lambda s, x, g, V: torch.library.opcheck(kernels.stratified_take, (x, 5, as_key(7), 0)),
     ],
     ids=["transpose", "transpose_back", "outputs", "inputs", "values", "add", "take"],
 )  # fmt: skip

@@ -311,26 +311,26 @@ def _(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_outputs: Tens
 
 
 @torch.library.custom_op("sltrain::stratified_add_", mutates_args=("W",))
-def stratified_add_(W: Tensor, V: Tensor, key: int, first: int) -> None:
+def stratified_add_(W: Tensor, V: Tensor, key: Tensor, first: int) -> None:
     """Adds the values of a StratifiedSupport to rows of W, in place.
 
     Args:
         W: (rows, n), contiguous: rows first … first + rows − 1 of the weight.
         V: (rows, k), contiguous; cast to W's type.
-        key: The support's 32-bit key.
+        key: The support's 32-bit key, as one int64 on the device.
         first: Number of the first row.
     """
     _launch_stratified(W, V, key, first, scatter=True)
 
 
 @torch.library.custom_op("sltrain::stratified_take", mutates_args=())
-def stratified_take(G: Tensor, k: int, key: int, first: int) -> Tensor:
+def stratified_take(G: Tensor, k: int, key: Tensor, first: int) -> Tensor:
     """The entries of rows of a matrix at a StratifiedSupport, (rows, k).
 
     Args:
         G: (rows, n), contiguous: rows first … first + rows − 1 of an (m, n) matrix.
         k: Values of a row.
-        key: The support's 32-bit key.
+        key: The support's 32-bit key, as one int64 on the device.
         first: Number of the first row.
     """
     values = G.new_empty(G.shape[0], k)
@@ -339,18 +339,16 @@ def stratified_take(G: Tensor, k: int, key: int, first: int) -> Tensor:
 
 
 @stratified_take.register_fake
-def _(G: Tensor, k: int, key: int, first: int) -> Tensor:
+def _(G: Tensor, k: int, key: Tensor, first: int) -> Tensor:
     return G.new_empty(G.shape[0], k)
 
 
-def _launch_stratified(matrix: Tensor, values: Tensor, key: int, first: int, *, scatter: bool) -> None:
+def _launch_stratified(matrix: Tensor, values: Tensor, key: Tensor, first: int, *, scatter: bool) -> None:
     count = values.numel()
     if not count:
         return
-    # Triton passes an integer in as few bits as it needs; a signed key is always 32 of them.
-    signed = key - (1 << 32) if key >= 1 << 31 else key
     with torch.cuda.device_of(matrix):
         _kernels().stratified_kernel[(_cdiv(count, _SCATTER_BLOCK),)](
-            matrix, values, signed, first, count, matrix.shape[1], values.shape[1],
+            matrix, values, key, first, count, matrix.shape[1], values.shape[1],
             SCATTER=scatter, BLOCK=_SCATTER_BLOCK,
         )  # fmt: skip

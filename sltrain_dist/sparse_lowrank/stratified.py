@@ -51,30 +51,35 @@ class StratifiedSupport(Support):
     (:func:`stratified_column`), in torch on any device, and in the Triton kernels.
 
     Args: as of :class:`Support`, and
-        device: Where :meth:`indices` computes, until the module is moved.
+        device: Where :meth:`indices` computes, until the module is moved. On "meta" the key is computed by
+            :meth:`reset`.
 
     Attributes:
-        key: 32-bit key of the layer.
+        key: (1,) int64, the layer's 32-bit key. A tensor, because a number would be a constant of compiled
+            code, which no two layers could share.
         k: Values in each row.
     """
 
     kind = "stratified"
-    _here: Tensor
+    key: Tensor
 
     def __init__(
         self, m: int, n: int, density: float, *, seed: int = 0, name: str = "", device: torch.device | str | None = None
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
-        self.key = stratified_key(seed, name)
-        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)  # follows the layer
+        device = torch.device(device or torch.get_default_device())
+        self.register_buffer("key", torch.empty(1, dtype=torch.int64, device=device), persistent=False)
+        if device.type != "meta":
+            self.reset()
 
     def reset(self) -> None:
-        """Does nothing: there is nothing to keep."""
+        """Computes the key in place, on the device where the buffer is."""
+        self.key.fill_(stratified_key(self.seed, self.name))
 
     def columns(self, first: int, last: int) -> Tensor:
         """Columns of rows first … last − 1, int64 (rows, k)."""
-        device = self._here.device
+        device = self.key.device
         slots = torch.arange(self.k + 1, device=device)
         starts = (slots * self.n).div_(self.k, rounding_mode="floor")
         rows = torch.arange(first, last, device=device).mul_(_ROW_STEP).add_(self.key).bitwise_and_(_MASK)

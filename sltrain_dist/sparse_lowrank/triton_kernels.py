@@ -210,13 +210,13 @@ def _stratified_column(key, i, j, n, k):
     return start + tl.umulhi(word, size.to(tl.uint32)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["key", "first"])
+@triton.jit(do_not_specialize=["first"])
 def stratified_kernel(matrix, values, key, first, count, n, k, SCATTER: tl.constexpr, BLOCK: tl.constexpr):
     """Adds values (rows, k) to matrix (rows, n), which begins at row `first`, or copies them out of it."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = slot < count
     row = slot // k
-    column = _stratified_column(key, row + first, (slot - row * k).to(tl.int32), n, k)
+    column = _stratified_column(tl.load(key), row + first, (slot - row * k).to(tl.int32), n, k)
     place = matrix + row * n + column
     entry = tl.load(place, mask=live, other=0.0)
     if SCATTER:
