@@ -15,7 +15,7 @@ from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import rank_bytes
 
-from .cases import BROKEN, CASES, RANKS, VALUES, Case, config_of, runs, train
+from .cases import BROKEN, CASES, RANKS, VALUES, Case, cases_on, config_of, runs, train
 from .launch import torchrun
 
 pytest.importorskip("deepspeed")
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any
     return results
 
 
-RUNS = [(ranks, case) for ranks in RANKS for case in CASES if runs(case, ranks)]
+RUNS = [(ranks, case) for ranks in RANKS for case in cases_on(ranks)]
 each_run = pytest.mark.parametrize(("ranks", "case"), RUNS, ids=[f"{ranks} ranks-{case.name}" for ranks, case in RUNS])
 
 
