@@ -51,6 +51,7 @@ class Case:
     offload: bool = False
     compiled: bool = False
     weights: str = "random"
+    tied: bool = False
     clip: float = 0.0
     optimizer: str = "adamw"
     dtype: str = "fp32"
@@ -64,7 +65,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        return Case(weights=self.weights, clip=self.clip, optimizer=self.optimizer, dtype=self.dtype)
+        return Case(weights=self.weights, tied=self.tied, clip=self.clip, optimizer=self.optimizer, dtype=self.dtype)
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -87,6 +88,10 @@ BY_HAND = (
     Case("zero1", accumulation=3, offload=True, clip=0.05),
     Case("zero2", shard="all", accumulation=3, offload=True),
     Case("zero3", accumulation=3, offload=True, clip=0.05),
+    Case("fsdp", shard="all", tied=True),
+    Case("zero2", tied=True),
+    Case("zero3", shard="all", tied=True),
+    Case("zero3", tied=True),
     Case("fsdp", checkpointing="full", compiled=True),
     Case("zero3", weights="blocks", compiled=True),
     *(Case(engine, dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
@@ -117,6 +122,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "num_layers": 2,
                 "num_heads": 4,
                 "init_std": 0.2,
+                "tie_head": case.tied,
             },
             "reparam": reparam,
             "data": {"seq_len": 16},

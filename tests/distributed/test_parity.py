@@ -26,7 +26,12 @@ TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-4), "bf16": (5e-3, 2e-2, 1e-1), "mixed": (
 
 @cache
 def single(case: Case) -> dict[str, Any]:
-    return train(case, Environment(0, 1, 0, torch.device("cpu")))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks; so small a model is slower with more
+    try:
+        return train(case, Environment(0, 1, 0, torch.device("cpu")))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
