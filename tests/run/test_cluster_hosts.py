@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -116,19 +114,6 @@ def test_a_host_is_powered_off(hosts: Hosts, short: Path, tmp_path: Path) -> Non
         assert {process.host for process in run.ends()} <= {"h1"}
         run.assert_reported("h1")
         assert "done" not in run.output("h2")
-
-
-def test_a_rank_is_frozen(hosts: Hosts, hostfile: Path, short: Path, tmp_path: Path) -> None:
-    """It cannot end itself; neither its launcher nor the other host may wait for it."""
-    pytest.importorskip("deepspeed")
-    with two_hosts(hosts, short, tmp_path / "run", deepspeed_no_ssh(hostfile), *ENDLESS) as run:
-        run.until_step(3)
-        (rank,) = [pid for pid, command in hosts.processes("h2").items() if f"-u {LAUNCH}" in command]
-        os.kill(rank, signal.SIGSTOP)
-        run.ends()
-        run.assert_reported("h1")
-        assert run.launchers["h2"].wait(TIMEOUT_S) != 0
-        assert "error: rank 1 on h2 has been frozen for " in run.output("h2")
 
 
 def test_hosts_are_apart_and_leave_nothing_behind(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ def test_readme_command(command: str) -> None:
     elif words[0] == "sltrain":
         assert words[1] in {registered.name for registered in cli.app.registered_commands}
     else:
-        assert words[0] in {"deepspeed", "python", "torchrun"}
-        assert any((REPO / word).is_file() and word == "launch/pretrain.py" for word in words)
+        assert words[0] in {"deepspeed", "python", "sbatch", "torchrun"}
+        script = "launch/slurm/pretrain.sbatch" if words[0] == "sbatch" else "launch/pretrain.py"
+        assert script in words
+        assert (REPO / script).is_file()
         overrides = [word for word in words if "=" in word and not word.startswith("--")]
         load_config(REPO / words[words.index("--config") + 1], overrides)
 
