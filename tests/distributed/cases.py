@@ -240,6 +240,19 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     }
 
 
+def norms_with_one_bad_value(case: Case, env: Environment) -> list[float]:
+    """Every rank's gradient norm, where a single gradient on the last rank is infinite."""
+    config = config_of(case, env.world_size)
+    engine = build_engine(build_model(config, env.device), config, env)
+    share = GLOBAL_BATCH // env.world_size
+    forward_backward(engine, global_rows(0)[env.rank * share :][:share], config.train.micro_batch, env)
+    if env.rank == env.world_size - 1:
+        # What only this rank holds: a reduction would have spread it before.
+        shards = next(g for g in engine.tensors()["gradients"] if g.numel() not in (32, 61 * 32))
+        shards.view(-1)[0] = torch.inf
+    return env.gather(engine.clip_gradients(1.0))
+
+
 def main(out: str) -> None:
     torch.set_num_threads(1)
     env = environment.start(60, need_group=True)
@@ -247,6 +260,9 @@ def main(out: str) -> None:
     if env.world_size > 1:
         with mock.patch.object(Replicated, "all_reduce", lambda self, scale=1.0: None):
             results["skipped reduction"] = train(BROKEN, env)
+
+        sharding = (Case("fsdp"), Case("zero1"), Case("zero2"), Case("zero3"))
+        results["one bad value"] = {case.name: norms_with_one_bad_value(case, env) for case in sharding}
 
         def twice(shards: Any, whole: Any, *args: Any, **kwargs: Any) -> float:
             return engines.clip_shards([*shards, *whole], whole, *args, **kwargs)

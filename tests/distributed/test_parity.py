@@ -4,6 +4,7 @@ what the closed forms say."""
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ def test_a_remainder_counted_again_is_seen(trained: dict[int, dict[str, Any]], r
     got, want = trained[ranks]["remainder counted again"], single(BROKEN.reference)
     assert got["norms"][0] > 1.01 * want["norms"][0]
     assert got["losses"][-1] != pytest.approx(want["losses"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_a_bad_value_on_one_rank_is_seen_by_all(trained: dict[int, dict[str, Any]], ranks: int) -> None:
+    norms = trained[ranks]["one bad value"]
+    assert len(norms) == 4
+    for of_ranks in norms.values():
+        assert of_ranks == [math.inf] * ranks
 
 
 def test_the_cases_can_tell_engines_apart() -> None:
