@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sltrain_dist.parallel.ddp import DDPEngine
+from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.train import build, dry_run, loop
 from sltrain_dist.train.exit import claim, release
 
@@ -165,8 +165,8 @@ def test_dry_run_measures_with_the_optimizers_states(
     forward_backward = dry_run.forward_backward
     states: list[int] = []
 
-    def counting(engine: DDPEngine, *arguments: object) -> tuple[float, int]:
-        states.append(len(engine._replicas.optimizer.state))
+    def counting(engine: Engine, *arguments: object) -> tuple[float, int]:
+        states.append(len(engine.tensors()["states"]))
         return forward_backward(engine, *arguments)
 
     monkeypatch.setattr(dry_run, "forward_backward", counting)
