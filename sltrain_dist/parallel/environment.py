@@ -149,8 +149,8 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
-                "start as many processes on each host as it has GPUs (srun: with --gpus-per-node, so that every task sees "
-                "all of them, not --gpus-per-task), or set DS_ACCELERATOR=cpu"
+                "start as many processes on each host as it has GPUs (srun: with --gpus-per-node, not --gpus-per-task, "
+                "so that every task sees all of them), or set DS_ACCELERATOR=cpu"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
