@@ -121,7 +121,9 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
         return run
 
     built = {method: make_layers(method, group, rank, density, alpha, device=device, dtype=dtype) for method in methods}
-    times = median_times({method: step(layers) for method, layers in built.items()}, args.repeats, device)
+    times = median_times(
+        {method: step(layers) for method, layers in built.items()}, args.repeats, device, cpu_time=args.cpu_time
+    )
     rows = []
     for method, layers in built.items():
         parameters = [p for layer in layers for p in (*layer.parameters(), *layer.buffers())]
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.threads is not None:
@@ -164,7 +167,7 @@ def main() -> None:
         parser.error(f"no such method: {', '.join(sorted(unknown))}; there are: published, {', '.join(METHODS)}")
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "load": os.getloadavg()[0],
+        "torch": torch.__version__, "load": os.getloadavg()[0], "clock": "cpu" if args.cpu_time else "wall",
         "dtype": args.dtype, "tokens": args.tokens, "presets": {},
     }  # fmt: skip
     for preset in args.shapes.split(","):

@@ -25,17 +25,23 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_times(runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of every run. Repetitions take turns, so that a slow spell of the machine hits all alike."""
+def median_times(
+    runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1, *, cpu_time: bool = False
+) -> dict[str, float]:
+    """Median seconds of every run. Repetitions take turns, so that a slow spell of the machine hits all alike.
+
+    With `cpu_time`, seconds are of the processor, over all threads: for one thread on a machine that others use.
+    """
+    clock = time.process_time if cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(warm_up + repeats):
         for name, run in runs.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronise(device)
             if repetition >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

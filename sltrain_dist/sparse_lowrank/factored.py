@@ -85,7 +85,7 @@ def factored_backward(
     dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V)
     if need_x or need_A:
         # q = s·gB, of all layers side by side.
-        q = _beside([torch.mm(g, B.to(dtype)).mul_(s) for g, (B, _, _), s in zip(grads, layers, scales, strict=True)])
+        q = _beside([scaled_mm(g, B.to(dtype), s) for g, (B, _, _), s in zip(grads, layers, scales, strict=True)])
         if dx is not None:
             dx.addmm_(q, _stacked(layers, dtype))
         if need_A:
@@ -179,12 +179,17 @@ def _groups(supports: Sequence[Support]) -> list[list[int]]:
 
 def _inner(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
     """h = s·xAᵀ of all layers side by side, (T, Σr)."""
-    h = torch.mm(x, _stacked(layers, x.dtype).t())
     if len(set(scales)) == 1:
-        return h.mul_(scales[0])
+        return scaled_mm(x, _stacked(layers, x.dtype).t(), scales[0])
+    h = torch.mm(x, _stacked(layers, x.dtype).t())
     for columns, scale in zip(h.split([A.shape[0] for _, A, _ in layers], dim=1), scales, strict=True):
         columns.mul_(scale)
     return h
+
+
+def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale·left·right, scaled inside the product: no pass over the result, and no copy of a factor."""
+    return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=scale)
 
 
 def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:

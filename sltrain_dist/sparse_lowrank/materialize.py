@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sltrain_dist.sparse_lowrank.factored import factored_backward
+from sltrain_dist.sparse_lowrank.factored import factored_backward, scaled_mm
 from sltrain_dist.sparse_lowrank.support import Support
 
 
@@ -61,8 +61,7 @@ def build_rows(
     B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, dtype: torch.dtype, first: int, last: int
 ) -> Tensor:
     """Rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
-    # Scaled inside the product: no pass over W, and no copy of a factor.
-    W = torch.addmm(A.new_zeros(1, 1, dtype=dtype), B[first:last].to(dtype), A.to(dtype), beta=0, alpha=scale)
+    W = scaled_mm(B[first:last].to(dtype), A.to(dtype), scale)
     support.add_to_rows_(W, V, first, last)
     return W
 

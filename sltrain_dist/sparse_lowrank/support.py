@@ -70,7 +70,8 @@ class Products(Protocol):
 
 
 SLICE = 512
-"""Tokens at a time in products with scattered positions: then the features of a wide layer fit a core's cache."""
+"""Most tokens at a time in products with scattered positions, where a number has two bytes; fewer where it has
+more: then the features of a wide layer fit a core's cache."""
 
 
 class Support(nn.Module):
@@ -147,7 +148,7 @@ class Support(nn.Module):
     # Products, as :class:`Products` says, for scattered positions.
 
     def step(self, x: Tensor) -> int:
-        return SLICE
+        return 2 * SLICE // max(2, x.dtype.itemsize)
 
     def weights(self, V: Tensor) -> Weights:
         rows, columns = self._rows_and_columns()
@@ -192,6 +193,8 @@ class Support(nn.Module):
 
     def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
         positions = self.row_positions(0, self.m)
+        if index_bytes_per_value(self.m, self.n) == 4:
+            positions = positions.int()  # what is sorted and looked up is then half as long
         rows = positions.div(self.n, rounding_mode="floor")
         return rows, positions - rows * self.n
 
