@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.rules import check_fields
+from sltrain_dist.config.rules import check_fields, leaf_keys
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
@@ -88,11 +88,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             value, where it came from, and what to change; one line for each problem.
     """
     values = {} if path is None else _read_yaml(path)
-    origin = dict.fromkeys(_leaves(values), str(path)) | {"": "configuration" if path is None else str(path)}
+    origin = dict.fromkeys(leaf_keys(values), str(path)) | {"": "configuration" if path is None else str(path)}
     for override in overrides:
         key, value = _parse_override(override)
         _set(values, key, value)
-        origin |= dict.fromkeys(_leaves(value, key), _COMMAND_LINE)
+        origin |= dict.fromkeys(leaf_keys(value, key), _COMMAND_LINE)
     return build_config(values, origin)
 
 
@@ -116,13 +116,13 @@ def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = N
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    origin = dict(origin) if origin is not None else dict.fromkeys(_leaves(values), "configuration")
+    origin = dict(origin) if origin is not None else dict.fromkeys(leaf_keys(values), "configuration")
     preset = values.get("preset")
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ConfigError(_message(origin, ("preset",), preset, f"unknown preset{_hint(str(preset), PRESETS)}"))
-        origin = dict.fromkeys(_leaves(PRESETS[preset]), f"preset {preset}") | origin
-        values = _merged(PRESETS[preset], values)
+        origin = dict.fromkeys(leaf_keys(PRESETS[preset]), f"preset {preset}") | origin
+        values = merged(PRESETS[preset], values)
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
@@ -211,27 +211,19 @@ def _set(values: dict[str, Any], key: _Key, value: Any) -> None:
     values[key[-1]] = value
 
 
-def _leaves(value: Any, key: _Key = ()) -> Iterator[str]:
-    """Dotted keys of all values that are not mappings."""
-    if isinstance(value, Mapping) and value:
-        for part, below in value.items():
-            yield from _leaves(below, (*key, str(part)))
-    elif key:
-        yield ".".join(key)
-
-
 def _lookup(values: Any, key: Sequence[str]) -> Any:
     for part in key:
         values = values.get(part) if isinstance(values, Mapping) else None
     return values
 
 
-def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in base.items()}
+def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values of both; where both have one, that of `top`."""
+    result = {key: merged(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
     for key, value in top.items():
-        below = merged.get(key)
-        merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return result
 
 
 def _section(key: Sequence[str]) -> type[BaseModel] | None:

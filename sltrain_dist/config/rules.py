@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config, TrainConfig
+from sltrain_dist.config.schema import Config, ParallelConfig, TrainConfig
 from sltrain_dist.errors import ConfigError
 
 
@@ -62,11 +62,10 @@ DEEPSPEED_KEYS: dict[str, str] = {
 def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
     engine = f"{parallel.engine} stage {parallel.zero_stage}" if parallel.engine == "zero" else parallel.engine
-    sharded_only = parallel.engine == "zero" and parallel.zero_stage >= 2
-    local_only = parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
+    local_only = _keeps_whole_gradients(parallel)
     if parallel.accumulate == "sharded" and local_only:
         yield "parallel.accumulate", f"{engine} keeps whole gradients; set auto, or use fsdp, or zero stage 2 or 3"
-    if parallel.accumulate == "local" and sharded_only:
+    if parallel.accumulate == "local" and parallel.engine == "zero" and not local_only:
         yield "parallel.accumulate", f"{engine} reduces at every micro-batch; set auto, or use fsdp, or zero stage 1"
     if parallel.replicas > 1 and parallel.engine != "fsdp":
         yield "parallel.replicas", "groups of replicas are there with parallel.engine=fsdp only; set 1"
@@ -77,18 +76,19 @@ def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
             "parallel.cpu_offload",
             "DeepSpeed offloads fp32 states only; set train.dtype=mixed or fp32, or parallel.engine=fsdp",
         )
-    for key in _dotted(parallel.deepspeed):
+    for key in leaf_keys(parallel.deepspeed):
         owner = next((ours for theirs, ours in DEEPSPEED_KEYS.items() if f"{key}.".startswith(f"{theirs}.")), None)
         if owner is not None:
             yield "parallel.deepspeed", f"its {key} is made from {owner}; set that"
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+def leaf_keys(value: Any, key: tuple[str, ...] = ()) -> Iterator[str]:
+    """Dotted keys of all values below `key` that are not mappings, or empty ones."""
+    if isinstance(value, Mapping) and value:
+        for part, below in value.items():
+            yield from leaf_keys(below, (*key, str(part)))
+    elif key:
+        yield ".".join(key)
 
 
 def micro_batches_per_update(config: Config, world_size: int) -> int:
@@ -116,6 +116,23 @@ def is_recomputed(index: int, train: TrainConfig) -> bool:
     if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
         return index % train.checkpoint_every == 0
     return train.activation_checkpointing != "none"
+
+
+def keeps_attention(train: TrainConfig) -> bool:
+    """Whether blocks that are computed again keep attention's output."""
+    return train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention"
+
+
+def accumulates_locally(parallel: ParallelConfig) -> bool:
+    """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
+    if parallel.accumulate == "auto":
+        return _keeps_whole_gradients(parallel)
+    return parallel.accumulate == "local"
+
+
+def _keeps_whole_gradients(parallel: ParallelConfig) -> bool:
+    """Whether the engine does so of itself; only fsdp can do otherwise."""
+    return parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
 
 
 def without_effect(config: Config) -> Iterator[str]:

@@ -7,15 +7,13 @@ pass that follows it, and nothing of the engine is traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sltrain_dist.config.rules import is_recomputed
+from sltrain_dist.config.rules import is_recomputed, keeps_attention
 from sltrain_dist.config.schema import TrainConfig
 from sltrain_dist.models.llama import LlamaForCausalLM
 
@@ -34,22 +32,15 @@ _ATTENTION = frozenset(
 def prepare_blocks(model: LlamaForCausalLM, train: TrainConfig) -> None:
     """Applies `train.activation_checkpointing` and then `train.compile` to the model's blocks, in place."""
     for index, block in enumerate(model.model.layers):
-        forward: Callable[..., Tensor] = block.forward
         if is_recomputed(index, train):
             # Non-reentrant: its recomputation stops early, and hooks of FSDP2 and ZeRO see one backward pass.
             # Nothing in a block is random, so that no state of random numbers need be kept.
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **_context(train))
+            how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if keeps_attention(train):
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+            block.forward = partial(checkpoint, block.forward, **how)
         if train.compile:
-            forward = torch.compile(forward, fullgraph=True)
-        if forward is not block.forward:
-            block.forward = forward
-
-
-def _context(train: TrainConfig) -> dict[str, Any]:
-    """More arguments for `checkpoint`."""
-    if train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention":
-        return {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)}
-    return {}
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -5,18 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.optim.state_layout import decays
-from sltrain_dist.parallel.partition import (
-    Named,
-    accumulates_locally,
-    is_sharded,
-    value_bytes,
-    zero3_values,
-    zero12_partition,
-)
+from sltrain_dist.parallel.partition import Named, dealt, optimizer_groups, value_bytes, zero3_values, zero12_partition
 
 
 @dataclass(frozen=True)
@@ -63,10 +54,8 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if accumulates_locally(parallel) else passes
-    shapes = parameter_shapes(config.model, config.reparam)
-    whole = [shape for name, shape in shapes if parallel.engine == "ddp" or not is_sharded(name, parallel.shard)]
-    sharded = [] if parallel.engine == "ddp" else [(n, s) for n, s in shapes if is_sharded(n, parallel.shard)]
-    sent = Traffic.of("all_reduce", width * sum(map(math.prod, whole)), world_size)
+    sharded, whole = dealt(config)
+    sent = Traffic.of("all_reduce", width * sum(math.prod(shape) for _, shape in whole), world_size)
     if parallel.engine == "fsdp":
         return sent + _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if parallel.engine == "zero" and parallel.zero_stage == 3:
@@ -74,8 +63,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
         gathers = Traffic.of("all_gather", 2 * passes * padded, world_size)
         return sent + gathers + Traffic.of("reduce_scatter", passes * padded, world_size)
     if parallel.engine == "zero":
-        for decaying in (True, False):
-            group = [shape for name, shape in sharded if decays(name, config.optim) is decaying]
+        for group in optimizer_groups(sharded, config.optim):
             values, part = zero12_partition(group, world_size)
             sent += Traffic.of("all_reduce", reductions * width * values, world_size)
             sent += Traffic.of("all_gather", width * world_size * part, world_size)

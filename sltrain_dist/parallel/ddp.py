@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.parallel.engine import Kind, clip_whole, squared_norm
+from sltrain_dist.parallel.engine import Kind, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
 
@@ -57,7 +57,7 @@ class DDPEngine:
         """The gradient norm, the same on every rank because every rank holds the same gradients."""
         gradients = self._replicas.gradients()
         norm = float(squared_norm(gradients, self._env.device).sqrt())
-        clip_whole(gradients, norm, max_norm)
+        scale_down(gradients, norm, max_norm)
         return norm
 
     def update(self, lr: float) -> None:

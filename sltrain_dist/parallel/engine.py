@@ -99,11 +99,11 @@ def clip_shards(
     if env.world_size > 1:
         dist.all_reduce(total)
     norm = float((total / copies + squared_norm(whole, env.device)).sqrt())
-    clip_whole([*shards, *whole], norm, max_norm)
+    scale_down([*shards, *whole], norm, max_norm)
     return norm
 
 
-def clip_whole(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Multiplies gradients with what brings `norm` down to `max_norm`, if it is larger (0: never)."""
     coefficient = max_norm / (norm + 1e-6) if max_norm > 0 else 1.0
     if coefficient < 1 and gradients:

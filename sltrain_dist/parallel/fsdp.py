@@ -11,13 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
-from sltrain_dist.parallel.partition import accumulates_locally, fsdp_rows, is_sharded
+from sltrain_dist.parallel.partition import fsdp_rows, is_sharded
 
 
 class FSDPEngine:

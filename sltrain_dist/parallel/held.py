@@ -139,6 +139,8 @@ class Replicated(Held):
 
     def all_reduce(self, scale: float = 1.0) -> None:
         """Sums the gradients over all ranks, in one flat message per type, and multiplies them with `scale`."""
+        if self.world_size == 1 and scale == 1.0:
+            return
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for gradient in self.gradients():
             by_type.setdefault(gradient.dtype, []).append(gradient)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sltrain_dist.config.schema import Config, ParallelConfig
+from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, decays
 
@@ -32,11 +32,19 @@ def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
     return shard == "all" or is_factor(name)
 
 
-def accumulates_locally(parallel: ParallelConfig) -> bool:
-    """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
-    if parallel.accumulate == "auto":
-        return parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
-    return parallel.accumulate == "local"
+def dealt(config: Config) -> tuple[Named, Named]:
+    """(parameters that the engine shards, parameters that are whole on every rank)."""
+    shapes = parameter_shapes(config.model, config.reparam)
+    if config.parallel.engine == "ddp":
+        return [], shapes
+    sharded = [(name, shape) for name, shape in shapes if is_sharded(name, config.parallel.shard)]
+    return sharded, [(name, shape) for name, shape in shapes if not is_sharded(name, config.parallel.shard)]
+
+
+def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[list[tuple[int, ...]]]:
+    """Shapes by the optimizer's group, each of which ZeRO 1 and 2 flatten on its own; none is empty."""
+    groups = [[shape for name, shape in parameters if decays(name, optim) is kind] for kind in (True, False)]
+    return [group for group in groups if group]
 
 
 def fsdp_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -67,19 +75,14 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     ranks, ZeRO 3 every parameter to a multiple of the ranks.
     """
     parallel = config.parallel
-    shapes = parameter_shapes(config.model, config.reparam)
-    if parallel.engine == "ddp":
-        sharded, whole = [], shapes
-    else:
-        sharded = [(name, shape) for name, shape in shapes if is_sharded(name, parallel.shard)]
-        whole = [(name, shape) for name, shape in shapes if not is_sharded(name, parallel.shard)]
+    sharded, whole = dealt(config)
     if parallel.engine == "fsdp":
         parts = _fsdp_values(sharded, world_size // parallel.replicas, rank % (world_size // parallel.replicas))
     elif parallel.engine == "zero" and parallel.zero_stage == 3:
         parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)
     elif parallel.engine == "zero":
-        groups = [[shape for name, shape in sharded if decays(name, config.optim) is kind] for kind in (True, False)]
-        per_group = [_zero12_values(group, world_size, rank, parallel.cpu_offload) for group in groups if group]
+        groups = optimizer_groups(sharded, config.optim)
+        per_group = [_zero12_values(group, world_size, rank, parallel.cpu_offload) for group in groups]
         parts = tuple(sum(values) for values in zip(*per_group, strict=True))
     else:
         parts = (0, 0, 0)

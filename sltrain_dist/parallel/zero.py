@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sltrain_dist.config.load import merged
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
@@ -77,7 +78,7 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
             "check_grad_overflow": False,  # the training step looks at the norm before it updates
         }
         values["data_types"] = {"grad_accum_dtype": "bf16"}
-    return _merged(values, parallel.deepspeed)
+    return merged(values, parallel.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,3 @@ def _withhold(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             if id(parameter) in withheld:
                 del module._parameters[name]
                 module.__dict__[name] = parameter
-
-
-def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values, with `more` put in; it wins."""
-    merged = dict(values)
-    for key, value in more.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged

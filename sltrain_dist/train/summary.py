@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sltrain_dist.config.rules import is_recomputed, micro_batches_per_update
+from sltrain_dist.config.rules import accumulates_locally, is_recomputed, keeps_attention, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
@@ -15,7 +15,6 @@ from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.partition import accumulates_locally
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
@@ -102,8 +101,7 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     where = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
     recomputed = sum(is_recomputed(index, train) for index in range(config.model.num_layers))
-    kept = ", but attention" if train.activation_checkpointing == "selective" and recomputed else ""
-    kept = kept if train.checkpoint_policy == "attention" else ""
+    kept = ", but attention" if keeps_attention(train) else ""
     blocks = [
         *([f"activations of {recomputed} of {config.model.num_layers} recomputed{kept}"] if recomputed else []),
         *(["compiled"] if train.compile else []),
