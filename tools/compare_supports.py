@@ -187,12 +187,13 @@ def train(study: Study, threads: int, case: Case) -> dict[str, Any]:
     engine = DDPEngine(model, config.optim, env)
     warmup, started = config.optim.warmup_steps, time.perf_counter()
     for step, rows in enumerate(np.split(train_rows, study.updates)):
+        warmup_done = warmup / study.updates if step >= warmup else 0.0
+        engine.begin_update(learning_rate(config.optim, Progress(step, step / study.updates, warmup_done)), None)
         loss, _ = forward_backward(engine, rows, study.batch, env)
         if not math.isfinite(loss):
             raise DivergedError(f"{case}: the loss is {loss} at update {step + 1}; lower --lrs")
-        engine.clip_gradients(config.optim.clip)
-        warmup_done = warmup / study.updates if step >= warmup else 0.0
-        engine.update(learning_rate(config.optim, Progress(step, step / study.updates, warmup_done)))
+        engine.clip_gradients()
+        engine.update()
         if (step + 1) % max(1, study.updates // 20) == 0:
             where = f"{case.support}, seed {case.seed}: update {step + 1}/{study.updates}"
             print(f"{where}, loss {loss:.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

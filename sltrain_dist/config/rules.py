@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config, ParallelConfig, TrainConfig
+from sltrain_dist.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
 from sltrain_dist.errors import ConfigError
 
 
@@ -33,6 +33,25 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
     yield from _check_parallel(config)
+    yield from _check_per_layer(config)
+
+
+def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    if config.optim.update == "whole":
+        return
+    if parallel.engine == "zero":
+        yield (
+            "optim.update",
+            "DeepSpeed reduces gradients in buckets and steps flat partitions, which no parameter can leave early; "
+            "set parallel.engine=fsdp or ddp, or optim.update=whole",
+        )
+    elif parallel.cpu_offload:
+        yield (
+            "optim.update",
+            "gradients of parallel.cpu_offload reach the host after the backward pass; set parallel.cpu_offload=false, "
+            "or optim.update=whole",
+        )
 
 
 DEEPSPEED_KEYS: dict[str, str] = {
@@ -95,7 +114,8 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
     """Forward passes that each rank makes for one update.
 
     Raises:
-        ConfigError: `train.global_batch` is not a multiple of `train.micro_batch` times the ranks.
+        ConfigError: `train.global_batch` is not a multiple of `train.micro_batch` times the ranks, or per-layer
+            updates do not go with the number of passes.
     """
     train = config.train
     per_pass = train.micro_batch * world_size
@@ -108,7 +128,26 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
             f"train.global_batch = {train.global_batch} is not a multiple of train.micro_batch = "
             f"{train.micro_batch} times {world_size} ranks = {per_pass}; set for example {remedy}"
         )
-    return train.global_batch // per_pass
+    passes = train.global_batch // per_pass
+    if passes > 1 and config.optim.update == "per_layer":
+        _check_accumulation(config, passes, largest=train.global_batch // world_size)
+    return passes
+
+
+def _check_accumulation(config: Config, passes: int, largest: int) -> None:
+    """Refuses per-layer updates that several micro-batches do not go with."""
+    optim = config.optim
+    if optim.per_layer_accumulation == "refuse":
+        raise ConfigError(
+            f"optim.per_layer_accumulation=refuse, but an update takes {passes} micro-batches on each rank; set "
+            f"train.micro_batch={largest}, or keep, which holds all gradients between them"
+        )
+    if passes_twice(optim):
+        raise ConfigError(
+            f"optim.clip_mode=two_pass needs one micro-batch per update, and there are {passes} on each rank: "
+            f"the first pass over the last one would not see the others; set train.micro_batch={largest}, or "
+            "optim.clip_mode=previous_norm"
+        )
 
 
 def is_recomputed(index: int, train: TrainConfig) -> bool:
@@ -121,6 +160,11 @@ def is_recomputed(index: int, train: TrainConfig) -> bool:
 def keeps_attention(train: TrainConfig) -> bool:
     """Whether blocks that are computed again keep attention's output."""
     return train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention"
+
+
+def passes_twice(optim: OptimConfig) -> bool:
+    """Whether an update takes a backward pass for the gradient norm before the one that updates."""
+    return optim.update == "per_layer" and optim.clip > 0 and optim.clip_mode == "two_pass"
 
 
 def accumulates_locally(parallel: ParallelConfig) -> bool:
@@ -170,6 +214,8 @@ def without_effect(config: Config) -> Iterator[str]:
         ),
         ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),
         ("optim.name=sgd", optim.name == "sgd", ("optim.beta1", "optim.beta2", "optim.eps")),
+        ("optim.update=whole", optim.update == "whole", ("optim.per_layer_accumulation", "optim.clip_mode")),
+        ("optim.clip=0", optim.clip == 0, ("optim.clip_mode",)),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),
         ("eval.source=null", config.eval.source is None, ("eval.every", "eval.tokens", "eval.micro_batch")),
         (

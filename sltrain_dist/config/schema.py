@@ -141,6 +141,20 @@ class OptimConfig(Section):
     """Updates over which the learning rate rises linearly to its peak."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate, as a share of the peak (cosine and linear)."""
+    update: Literal["whole", "per_layer"] = "whole"
+    """whole: one step after the backward pass. per_layer: every parameter is updated as soon as its gradient
+    is complete, during the backward pass, and its gradient freed: gradients take the memory of a few parameters
+    instead of all. Not for zero."""
+    per_layer_accumulation: Literal["keep", "refuse"] = "keep"
+    """Per-layer updates with several micro-batches per update. keep: gradients are kept (sharded where the
+    engine shards them) until the last one, which equals the whole update and takes the memory of all gradients;
+    the summary says how much. refuse: an error."""
+    clip_mode: Literal["previous_norm", "per_parameter", "two_pass"] = "previous_norm"
+    """Per-layer updates with clipping: a parameter is updated before the global norm is known. previous_norm:
+    gradients are scaled by the last update's norm, which a checkpoint holds; the very first update clips as
+    per_parameter does. per_parameter: every parameter's own gradient norm is brought down to optim.clip.
+    two_pass: a first backward pass takes the norm, a second one updates: exact, for twice the forward and
+    backward time, and with one micro-batch per update only."""
 
 
 class ParallelConfig(Section):

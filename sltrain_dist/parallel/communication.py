@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update
+from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
 from sltrain_dist.parallel.partition import Named, dealt, optimizer_groups, value_bytes, zero3_values, zero12_partition
 
@@ -57,7 +57,11 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     sharded, whole = dealt(config)
     sent = Traffic.of("all_reduce", width * sum(math.prod(shape) for _, shape in whole), world_size)
     if parallel.engine == "fsdp":
-        return sent + _fsdp_traffic(sharded, config, world_size, passes, reductions)
+        sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
+    if passes_twice(config.optim):
+        return sent + sent
+    if parallel.engine == "fsdp":
+        return sent
     if parallel.engine == "zero" and parallel.zero_stage == 3:
         padded = width * world_size * zero3_values(sharded, world_size, offload=False)[2]
         gathers = Traffic.of("all_gather", 2 * passes * padded, world_size)

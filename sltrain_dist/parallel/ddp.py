@@ -14,6 +14,7 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.parallel.engine import Kind, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
+from sltrain_dist.parallel.in_backward import InBackward
 
 
 class DDPEngine:
@@ -28,8 +29,15 @@ class DDPEngine:
     def __init__(self, model: nn.Module, optim: OptimConfig, env: Environment) -> None:
         self._env = env
         self._module = model
+        self._lr, self._clip = optim.lr, optim.clip
+        self._replicas = Replicated(list(model.named_parameters()), optim, env.rank, env.world_size)
+        self._in_backward: InBackward | None = None
         self._ddp: DistributedDataParallel | None = None
-        if env.world_size > 1:
+        if optim.update == "per_layer":
+            # In place of DDP, whose buckets hold the gradients of all parameters.
+            self._in_backward = InBackward(optim, env)
+            self._in_backward.watch_whole(self._replicas)
+        elif env.world_size > 1:
             # torch 2.13 deprecates it for an argument that torch 2.11 does not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = DistributedDataParallel(
@@ -38,31 +46,46 @@ class DDPEngine:
                 broadcast_buffers=False,  # supports and rotary tables are computed, equal everywhere
                 gradient_as_bucket_view=True,
             )
-        self._replicas = Replicated(list(model.named_parameters()), optim, env.rank, env.world_size)
 
     @property
     def module(self) -> nn.Module:
         """The model itself."""
         return self._module
 
+    def begin_update(self, lr: float, previous_norm: float | None) -> None:
+        """Takes the learning rate, and what per-layer updates clip by."""
+        self._lr = lr
+        if self._in_backward is not None:
+            self._in_backward.begin_update(lr, previous_norm)
+
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
         """Forward and backward; the all-reduce overlaps the backward pass of the last micro-batch alone."""
+        if self._in_backward is not None:
+            return self._in_backward.run(lambda: self._backward(input_ids, labels, weight), last=last)
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
             loss = (self._ddp or self._module)(input_ids, labels)
             # DDP averages over ranks; gradients here are sums.
             (loss * (weight * self._env.world_size)).backward()
         return loss.detach()
 
-    def clip_gradients(self, max_norm: float) -> float:
+    def _backward(self, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
+        loss = self._module(input_ids, labels)
+        (loss * weight).backward()
+        return loss.detach()
+
+    def clip_gradients(self) -> float:
         """The gradient norm, the same on every rank because every rank holds the same gradients."""
+        if self._in_backward is not None:
+            return self._in_backward.norm()
         gradients = self._replicas.gradients()
         norm = float(squared_norm(gradients, self._env.device).sqrt())
-        scale_down(gradients, norm, max_norm)
+        scale_down(gradients, norm, self._clip)
         return norm
 
-    def update(self, lr: float) -> None:
+    def update(self) -> None:
         """Makes the optimizer's step and clears the gradients."""
-        self._replicas.update(lr)
+        if self._in_backward is None:
+            self._replicas.update(self._lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sltrain_dist.optim.per_layer import coefficient
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk
 
@@ -21,11 +22,23 @@ class Engine(Protocol):
 
     Gradients are *sums* over micro-batches and ranks of `weight` times the summed loss: the training step
     divides by the number of labels of the global batch, so that no engine averages anything.
+
+    An update is `begin_update`, every `micro_step`, `clip_gradients` and `update`, in this order. With
+    `optim.update: per_layer` the parameters are updated within the last `micro_step`.
     """
 
     @property
     def module(self) -> nn.Module:
         """The model itself; its parameters may be shards, or away, between calls."""
+        ...
+
+    def begin_update(self, lr: float, previous_norm: float | None) -> None:
+        """Says how the update that now begins is made.
+
+        Args:
+            lr: Learning rate.
+            previous_norm: What `clip_gradients` returned in the update before; None in the very first.
+        """
         ...
 
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
@@ -36,15 +49,15 @@ class Engine(Protocol):
         """
         ...
 
-    def clip_gradients(self, max_norm: float) -> float:
-        """The global gradient norm; gradients are scaled down to `max_norm` where that is exceeded (0: never).
+    def clip_gradients(self) -> float:
+        """The global gradient norm; gradients are scaled down to `optim.clip` where that is exceeded (0: never).
 
         Every parameter counts once, and every rank gets the same number, also where it is not finite.
         """
         ...
 
-    def update(self, lr: float) -> None:
-        """Makes the optimizer's step with learning rate `lr` and clears the gradients."""
+    def update(self) -> None:
+        """Makes the optimizer's step, where that has not been made, and clears the gradients."""
         ...
 
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -105,6 +118,6 @@ def clip_shards(
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Multiplies gradients with what brings `norm` down to `max_norm`, if it is larger (0: never)."""
-    coefficient = max_norm / (norm + 1e-6) if max_norm > 0 else 1.0
-    if coefficient < 1 and gradients:
-        torch._foreach_mul_(gradients, coefficient)
+    scale = coefficient(norm, max_norm)
+    if scale < 1 and gradients:
+        torch._foreach_mul_(gradients, scale)

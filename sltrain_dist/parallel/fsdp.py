@@ -18,6 +18,7 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
+from sltrain_dist.parallel.in_backward import InBackward
 from sltrain_dist.parallel.partition import fsdp_rows, is_sharded
 
 
@@ -64,6 +65,13 @@ class FSDPEngine:
         self._shards = Held(pieces, config.optim)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
+        self._lr, self._clip = config.optim.lr, config.optim.clip
+        self._in_backward: InBackward | None = None
+        if config.optim.update == "per_layer":
+            self._in_backward = InBackward(config.optim, env, copies=self._copies)
+            shards = [(piece, dtensor) for piece, (_, dtensor) in zip(pieces, self._dtensors, strict=True)]
+            self._in_backward.watch_shards(self._shards, shards)
+            self._in_backward.watch_whole(self._remainder)
 
     @property
     def module(self) -> nn.Module:
@@ -74,28 +82,44 @@ class FSDPEngine:
     def _root(self) -> FSDPModule:
         return cast(FSDPModule, self._model)
 
+    def begin_update(self, lr: float, previous_norm: float | None) -> None:
+        """Takes the learning rate, and what per-layer updates clip by."""
+        self._lr = lr
+        if self._in_backward is not None:
+            self._in_backward.begin_update(lr, previous_norm)
+
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
         """Forward and backward; gradients are reduce-scattered at each micro-batch, or at the last."""
         self._root.set_requires_gradient_sync(last or self._sync_each)
-        loss = self._model(input_ids, labels)
-        (loss * weight).backward()
+        if self._in_backward is not None:
+            return self._in_backward.run(lambda: self._backward(input_ids, labels, weight), last=last)
+        loss = self._backward(input_ids, labels, weight)
         if last:
             self._remainder.all_reduce()
             for name, parameter in self._dtensors:
                 gradient = parameter.grad
                 if gradient is not None and name in self._leaves:
                     self._leaves[name].grad = cast(DTensor, gradient).to_local()
+        return loss
+
+    def _backward(self, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
+        loss = self._model(input_ids, labels)
+        (loss * weight).backward()
         return loss.detach()
 
-    def clip_gradients(self, max_norm: float) -> float:
+    def clip_gradients(self) -> float:
         """The norm over the shards of all ranks, plus the remainder once."""
+        if self._in_backward is not None:
+            return self._in_backward.norm()
         shards, whole = self._shards.gradients(), self._remainder.gradients()
-        return clip_shards(shards, whole, max_norm, self._env, copies=self._copies)
+        return clip_shards(shards, whole, self._clip, self._env, copies=self._copies)
 
-    def update(self, lr: float) -> None:
+    def update(self) -> None:
         """Makes both optimizers' steps and clears the gradients."""
-        self._shards.update(lr)
-        self._remainder.update(lr)
+        if self._in_backward is not None:
+            return
+        self._shards.update(self._lr)
+        self._remainder.update(self._lr)
         for _, parameter in self._dtensors:
             parameter.grad = None
 

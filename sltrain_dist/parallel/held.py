@@ -55,7 +55,7 @@ class Piece:
 
 
 class Held:
-    """Pieces of parameters, and an optimizer over them.
+    """Pieces of parameters, and an optimizer over them; with `optim.update: per_layer` one for each.
 
     Args:
         pieces: What this rank holds; empty pieces are left out.
@@ -66,7 +66,11 @@ class Held:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         named = [(piece.name, piece.parameter) for piece in self.pieces]
         # A rank may hold nothing: the whole of a model with more ranks than rows, or a remainder that is sharded.
-        self._optimizer = make_optimizer(named, optim) if named else None
+        together = [named] if named and optim.update == "whole" else [[one] for one in named]
+        self._optimizers = [make_optimizer(some, optim) for some in together]
+        self._optimizer_of = {
+            name: optimizer for some, optimizer in zip(together, self._optimizers, strict=True) for name, _ in some
+        }
         self._state_names = STATE_NAMES[optim.name]
 
     def gradients(self) -> list[Tensor]:
@@ -80,14 +84,16 @@ class Held:
 
     def learning_rates(self) -> list[float]:
         """Of all groups of the optimizer."""
-        return learning_rates(self._optimizer) if self._optimizer is not None else []
+        return [rate for optimizer in self._optimizers for rate in learning_rates(optimizer)]
 
     def update(self, lr: float) -> None:
         """Makes the optimizer's step and clears the gradients."""
-        if self._optimizer is not None:
-            set_lr(self._optimizer, lr)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            _step(optimizer, lr)
+
+    def step(self, piece: Piece, lr: float) -> None:
+        """Updates one piece, with `optim.update: per_layer`, and clears its gradient."""
+        _step(self._optimizer_of[piece.name], lr)
 
     def chunks(self) -> Iterator[Chunk]:
         """The pieces that this rank saves, with their states."""
@@ -109,11 +115,10 @@ class Held:
                 key: read(f"optim.{piece.name}.{key}", *where).view_as(parameter).to(parameter)
                 for key in (self._state_names if step else ())
             }
-            if self._optimizer is not None:
-                adopt_state(self._optimizer, parameter, states, step)
+            adopt_state(self._optimizer_of[piece.name], parameter, states, step)
 
     def _state(self, piece: Piece) -> dict[str, Tensor]:
-        return {} if self._optimizer is None else self._optimizer.state.get(piece.parameter, {})
+        return self._optimizer_of[piece.name].state.get(piece.parameter, {})
 
 
 class Replicated(Held):
@@ -152,6 +157,12 @@ class Replicated(Held):
                 flat.mul_(scale)
             for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
+
+
+def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    set_lr(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def load_whole(read: ReadChunk, name: str, parameter: Tensor) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, decays
@@ -59,7 +60,8 @@ class RankBytes:
 
     Attributes:
         parameters: Weights, shards, and DeepSpeed's separate partition of masters.
-        gradients: Of all kinds; buckets for communication are not counted.
+        gradients: Of all kinds; buckets for communication are not counted. None with per-layer updates, which
+            are over by then.
         states: The optimizer's.
     """
 
@@ -88,9 +90,18 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
         parts = (0, 0, 0)
     width, kept = value_bytes(config), len(STATE_NAMES[config.optim.name])
     remainder = sum(math.prod(shape) for _, shape in whole)
-    return RankBytes(
-        width * (parts[0] + remainder), width * (parts[1] + remainder), width * kept * (parts[2] + remainder)
-    )
+    gradients = 0 if config.optim.update == "per_layer" else width * (parts[1] + remainder)
+    return RankBytes(width * (parts[0] + remainder), gradients, width * kept * (parts[2] + remainder))
+
+
+def waiting_bytes(config: Config, world_size: int) -> int:
+    """Bytes of the gradients that a rank holds between two micro-batches of an update, with ddp or fsdp."""
+    sharded, whole = dealt(config)
+    if accumulates_locally(config.parallel):
+        values = sum(math.prod(shape) for _, shape in sharded)
+    else:
+        values = _fsdp_values(sharded, world_size // config.parallel.replicas, 0)[1]
+    return value_bytes(config) * (values + sum(math.prod(shape) for _, shape in whole))
 
 
 def value_bytes(config: Config) -> int:

@@ -126,6 +126,7 @@ class ZeroEngine:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded}
         remainder = [(n, p) for n, p in named if n not in self._shapes]
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
+        self._lr, self._clip = config.optim.lr, config.optim.clip
         self._state_names = STATE_NAMES[config.optim.name]
         self._optimizer = make_optimizer(self._sharded, config.optim)
         if self._stage == 3:
@@ -154,6 +155,10 @@ class ZeroEngine:
         """The model; in stage 3 its sharded parameters are empty between calls."""
         return self._engine.module
 
+    def begin_update(self, lr: float, previous_norm: float | None) -> None:
+        """Takes the learning rate."""
+        self._lr = lr
+
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
         """Forward and backward; DeepSpeed reduces the sharded gradients, the remainder's wait for the last."""
         # Stage 3 averages over ranks whatever it is told.
@@ -165,15 +170,15 @@ class ZeroEngine:
             self._remainder.all_reduce(1 / undo)
         return loss.detach()
 
-    def clip_gradients(self, max_norm: float) -> float:
+    def clip_gradients(self) -> float:
         """The norm over the shards of all ranks, plus the remainder once."""
-        return clip_shards(self._shard_gradients(), self._remainder.gradients(), max_norm, self._env)
+        return clip_shards(self._shard_gradients(), self._remainder.gradients(), self._clip, self._env)
 
-    def update(self, lr: float) -> None:
+    def update(self) -> None:
         """Makes both optimizers' steps and clears the gradients."""
-        set_lr(self._optimizer, lr)
+        set_lr(self._optimizer, self._lr)
         self._engine.step()
-        self._remainder.update(lr)
+        self._remainder.update(self._lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stops a run that has diverged, before the bad update is made."""
+"""Stops a run that has diverged, before the bad update is made, or saved."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
+from sltrain_dist.config.rules import passes_twice
+from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.errors import DivergedError
 
 
-def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path) -> None:
+def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path, optim: OptimConfig) -> None:
     """Raises where the loss or the gradient norm of an update is not finite.
 
     Both are global numbers, the same on every rank, so that all ranks stop together.
@@ -21,7 +23,9 @@ def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path) ->
         return
     kept = list_checkpoints(checkpoints)
     back = f"the newest checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
+    made = optim.update == "per_layer" and not passes_twice(optim)
+    state = "was made in part, so that the model in memory is lost" if made else "was not made"
     raise DivergedError(
-        f"update {step + 1} has loss {loss} and gradient norm {grad_norm}, and was not made; {back}. "
+        f"update {step + 1} has loss {loss} and gradient norm {grad_norm}, and {state}; {back}. "
         "Lower optim.lr, lengthen optim.warmup_steps, or set optim.clip"
     )

@@ -93,10 +93,12 @@ def _update(run: Run, clock: Clock) -> None:
     lr = learning_rate(config.optim, progress)
     clock.updates += 1
     with _measured(run, clock):
+        engine.begin_update(lr, state.grad_norm)
         loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
-        grad_norm = engine.clip_gradients(config.optim.clip)
-        check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints")
-        engine.update(lr)
+        grad_norm = engine.clip_gradients()
+        check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
+        engine.update()
+    state.grad_norm = grad_norm
     watchdog.warmed_up()
     state.advance(tokens, config.optim.warmup_steps)
     if config.train.sanity_checks:

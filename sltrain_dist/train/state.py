@@ -30,12 +30,14 @@ class TrainState:
         tokens: Non-padding tokens trained on.
         warmup_tokens: `tokens` at the end of the warm-up.
         elapsed_s: Seconds spent, over all resumed parts.
+        grad_norm: Gradient norm of the last update, which per-layer updates clip by; None before the first.
     """
 
     step: int = 0
     tokens: int = 0
     warmup_tokens: int = 0
     elapsed_s: float = 0.0
+    grad_norm: float | None = None
 
     def advance(self, tokens: int, warmup_steps: int) -> None:
         """Counts one update."""

@@ -15,6 +15,7 @@ from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.partition import waiting_bytes
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
@@ -100,6 +101,8 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     passes = micro_batches_per_update(config, env.world_size)
     where = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else "CPU"
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
+    if optim.clip and optim.update == "per_layer":
+        clip += f" by {optim.clip_mode.replace('_', ' ')}"
     recomputed = sum(is_recomputed(index, train) for index in range(config.model.num_layers))
     kept = ", but attention" if keeps_attention(train) else ""
     blocks = [
@@ -117,7 +120,16 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
         ("optimizer", f"{optim.name}, lr {optim.lr:g} ({optim.schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
+
+
+def _per_layer(config: Config, world_size: int, passes: int) -> str:
+    """What they save, or do not."""
+    if passes == 1:
+        return "every gradient is freed during the backward pass"
+    waiting = format_bytes(waiting_bytes(config, world_size))
+    return f"in the last of {passes} micro-batches; until then gradients take {waiting} on each rank"
 
 
 def _communication(config: Config, env: Environment) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sltrain_dist.config.load import build_config
+from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
@@ -28,6 +29,7 @@ from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Replicated
+from sltrain_dist.parallel.in_backward import InBackward
 from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.step import Rows, forward_backward
@@ -55,6 +57,8 @@ class Case:
     clip: float = 0.0
     optimizer: str = "adamw"
     dtype: str = "fp32"
+    update: str = "whole"
+    clip_mode: str = "previous_norm"
 
     @property
     def name(self) -> str:
@@ -65,7 +69,10 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        return Case(weights=self.weights, tied=self.tied, clip=self.clip, optimizer=self.optimizer, dtype=self.dtype)
+        approximate = self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass"
+        per_layer = {"update": self.update, "clip_mode": self.clip_mode} if approximate else {}
+        kept = ("weights", "tied", "clip", "optimizer", "dtype")
+        return Case(**{name: getattr(self, name) for name in kept}, **per_layer)
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -77,6 +84,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "weights": ("random", "stratified", "blocks", "full", "lowrank"),
     "clip": (0.0, 0.05),
     "optimizer": ("adamw", "sgd"),
+    "update": ("whole", "per_layer"),
 }
 """Every pair of these values is in some case, where it can be run."""
 
@@ -97,11 +105,23 @@ BY_HAND = (
     *(Case(engine, dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
     *(Case(engine, dtype="mixed", shard="all") for engine in ("ddp", "fsdp", "zero2", "zero3")),
     Case("fsdp", dtype="mixed", checkpointing="full"),
+    *(Case(engine, update="per_layer", clip=0.05, clip_mode="two_pass") for engine in ("ddp", "fsdp")),
+    *(Case(engine, update="per_layer", clip=0.05, clip_mode="per_parameter") for engine in ("ddp", "fsdp")),
+    Case("fsdp", update="per_layer", clip=0.05, accumulation=3, replicas=2),
+    Case("fsdp", update="per_layer", clip=0.05, clip_mode="per_parameter", replicas=2, optimizer="sgd"),
+    Case("fsdp", update="per_layer", shard="all", tied=True, accumulation=3),
+    Case("ddp", update="per_layer", tied=True, checkpointing="full"),
+    Case("fsdp", update="per_layer", checkpointing="full", compiled=True),
+    *(Case(engine, update="per_layer", dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp")),
+    *(Case(engine, update="per_layer", dtype="mixed") for engine in ("ddp", "fsdp")),
 )
 """What pairs do not cover."""
 
 BROKEN = Case("zero2", accumulation=3, clip=0.05, optimizer="sgd")  # AdamW is blind to the scale of gradients
 """Trained twice more, each time with a step left out or made twice."""
+
+EAGER = Case("fsdp", accumulation=3, update="per_layer")
+"""Trained once more, with an update at every micro-batch, as the reference code makes it."""
 
 
 def config_of(case: Case, ranks: int = 1) -> Config:
@@ -126,7 +146,13 @@ def config_of(case: Case, ranks: int = 1) -> Config:
             },
             "reparam": reparam,
             "data": {"seq_len": 16},
-            "optim": {"name": case.optimizer, "lr": 0.3 if case.optimizer == "sgd" else 0.004, "clip": case.clip},
+            "optim": {
+                "name": case.optimizer,
+                "lr": 0.3 if case.optimizer == "sgd" else 0.004,
+                "clip": case.clip,
+                "update": case.update,
+                "clip_mode": case.clip_mode,
+            },
             "parallel": {
                 "engine": "zero" if zero else case.engine,
                 "zero_stage": int(case.engine[-1]) if zero else 2,
@@ -151,7 +177,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
 def runs(case: Case, ranks: int) -> bool:
     """Whether there is such a combination of settings, for this number of ranks."""
     try:
-        config_of(case, ranks)
+        micro_batches_per_update(config_of(case, ranks), ranks)
     except ConfigError:
         return False
     return case.replicas == 1 or ranks // case.replicas > 1
@@ -167,8 +193,8 @@ def pairwise() -> Iterator[Case]:
     """Cases in which every pair of :data:`VALUES` comes at least once, if it can be run; greedy, always the same."""
     every = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())]
     possible = [(case, Case(**case)) for case in every]
-    legal = functools.cache(lambda engine, accumulate: runs(Case(engine, accumulate=accumulate), 1))
-    possible = [(values, case) for values, case in possible if legal(case.engine, case.accumulate)]
+    legal = functools.cache(lambda engine, waits, update: runs(Case(engine, accumulate=waits, update=update), 1))
+    possible = [(values, case) for values, case in possible if legal(case.engine, case.accumulate, case.update)]
     pairs = {case: set(itertools.combinations(sorted(values.items(), key=str), 2)) for values, case in possible}
     missing = set().union(*pairs.values())
     while missing:
@@ -177,7 +203,7 @@ def pairwise() -> Iterator[Case]:
         yield best
 
 
-CASES = (*pairwise(), *BY_HAND)
+CASES = tuple(dict.fromkeys((*pairwise(), *BY_HAND, EAGER)))
 
 
 def global_rows(update: int) -> Rows:
@@ -223,11 +249,12 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     for update in range(UPDATES):
         rows = global_rows(update)[env.rank * share : (env.rank + 1) * share]
         with TrafficMeter() as meter:
+            engine.begin_update(config.optim.lr, norms[-1] if norms else None)
             loss, _ = forward_backward(engine, rows, config.train.micro_batch, env)
             held = held_bytes(engine)
-            norms.append(engine.clip_gradients(case.clip))
+            norms.append(engine.clip_gradients())
             losses.append(loss)
-            engine.update(config.optim.lr)
+            engine.update()
     held["states"] = held_bytes(engine)["states"]
     digests = env.gather({name: float(w.double().sum()) for name, w in engine.replicas()})
     return {
@@ -250,7 +277,7 @@ def norms_with_one_bad_value(case: Case, env: Environment) -> list[float]:
         # What only this rank holds: a reduction would have spread it before.
         shards = next(g for g in engine.tensors()["gradients"] if g.numel() not in (32, 61 * 32))
         shards.view(-1)[0] = torch.inf
-    return env.gather(engine.clip_gradients(1.0))
+    return env.gather(engine.clip_gradients())
 
 
 def main(out: str) -> None:
@@ -269,6 +296,10 @@ def main(out: str) -> None:
 
         with mock.patch("sltrain_dist.parallel.zero.clip_shards", twice):
             results["remainder counted again"] = train(BROKEN, env)
+
+        run = InBackward.run
+        with mock.patch.object(InBackward, "run", lambda self, backward, last: run(self, backward, last=True)):
+            results["stepped at every micro-batch"] = train(EAGER, env)
     if env.is_main:
         torch.save(results, out)
     env.gather(None)  # no rank is gone before all are done

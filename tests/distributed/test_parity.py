@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import rank_bytes
 
-from .cases import BROKEN, CASES, RANKS, VALUES, Case, cases_on, config_of, runs, train
+from .cases import BROKEN, CASES, EAGER, RANKS, VALUES, Case, cases_on, config_of, runs, train
 from .launch import torchrun
 
 pytest.importorskip("deepspeed")
@@ -77,6 +78,9 @@ def test_holds_what_the_closed_form_says(trained: dict[int, dict[str, Any]], ran
 def test_sends_what_the_closed_form_says(trained: dict[int, dict[str, Any]], ranks: int, case: Case) -> None:
     sent, expected = trained[ranks][case.name]["sent"], update_traffic(config_of(case, ranks), ranks)
     numbers = 100  # bytes, for counts, the loss and the norm
+    if case.clip_mode == "per_parameter":
+        config = config_of(case, ranks)
+        numbers += 8 * len(parameter_shapes(config.model, config.reparam))  # and each parameter's norm
     if case.engine == "zero3":  # which does not gather what it finds gathered
         assert expected.all_gather / 2 <= sent["all_gather"] <= expected.all_gather
     else:
@@ -101,6 +105,18 @@ def test_a_remainder_counted_again_is_seen(trained: dict[int, dict[str, Any]], r
     got, want = trained[ranks]["remainder counted again"], single(BROKEN.reference)
     assert got["norms"][0] > 1.01 * want["norms"][0]
     assert got["losses"][-1] != pytest.approx(want["losses"][-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_a_step_at_every_micro_batch_is_seen(trained: dict[int, dict[str, Any]], ranks: int) -> None:
+    """Negative control: what per-layer updates do under accumulation in the reference code is other training."""
+    right, got, want = (
+        trained[ranks][EAGER.name],
+        trained[ranks]["stepped at every micro-batch"],
+        single(EAGER.reference),
+    )
+    assert right["losses"][-1] == pytest.approx(want["losses"][-1], rel=1e-5)
+    assert got["losses"][-1] != pytest.approx(want["losses"][-1], rel=1e-2)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])

@@ -45,8 +45,8 @@ def test_training_lowers_the_loss_as_on_the_cpu(dtype: str) -> None:
         losses[device] = []
         for _ in range(20):
             loss = engine.micro_step(ids.to(device), ids.to(device), 1 / ids.numel(), last=True)
-            engine.clip_gradients(1.0)
-            engine.update(0.01)
+            engine.clip_gradients()
+            engine.update()
             losses[device].append(float(loss) / ids.numel())
     assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if dtype == "fp32" else 5e-2)

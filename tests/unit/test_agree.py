@@ -99,8 +99,9 @@ class TestSanity:
         settings = config()
         engine = DDPEngine(build_model(settings), settings.optim, SINGLE)
         ids = torch.arange(32).view(2, 16) % 61
+        engine.begin_update(lr, None)
         engine.micro_step(ids, ids, 0.1, last=True)
-        engine.update(lr)
+        engine.update()
         return engine, supports_fingerprint(engine.module)
 
     def test_a_good_update(self) -> None:
@@ -134,7 +135,8 @@ class TestSanity:
 
         def on_rank(env: Environment) -> None:
             engine = Faulty(settings, env)
-            engine.update(0.1)
+            engine.begin_update(0.1, None)
+            engine.update()
             check_update(engine, env, step=3, lr=0.1, supports=supports)
 
         with pytest.raises(SanityError, match=r"update 3, rank 1: its replicas differ from rank 0's: model\.layers\.0"):

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.config.schema import Config, TrainConfig
+from sltrain_dist.config.schema import Config, OptimConfig, TrainConfig
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitCode
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters
@@ -380,12 +380,18 @@ sys.stdin.read()
 
 class TestGuard:
     def test_finite(self, tmp_path: Path) -> None:
-        check_finite(3.0, 1e30, 4, tmp_path)
+        check_finite(3.0, 1e30, 4, tmp_path, OptimConfig())
 
     @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
     def test_not_finite(self, tmp_path: Path, loss: float, norm: float) -> None:
         with pytest.raises(DivergedError, match=r"update 5 has loss .* there is no checkpoint yet.*Lower optim.lr"):
-            check_finite(loss, norm, 4, tmp_path)
+            check_finite(loss, norm, 4, tmp_path, OptimConfig())
+
+    @pytest.mark.parametrize(("mode", "said"), [("previous_norm", "made in part.*lost"), ("two_pass", "was not made")])
+    def test_what_is_left_of_a_per_layer_update(self, tmp_path: Path, mode: str, said: str) -> None:
+        optim = OptimConfig(update="per_layer", clip=1.0, clip_mode=mode)
+        with pytest.raises(DivergedError, match=said):
+            check_finite(1.0, math.nan, 4, tmp_path, optim)
 
 
 class TestStop:
