@@ -123,11 +123,15 @@ def test_zero_on_two_ranks_goes_on_as_ddp_on_one(config: Path, uninterrupted: Pa
     assert final_tensors(run_dir).keys() == final_tensors(uninterrupted).keys()
 
 
-def test_zero_2_goes_on_as_fsdp_and_then_as_zero_3(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_zero_2_goes_on_as_fsdp_with_per_layer_updates_and_then_as_zero_3(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     saved = uninterrupted / "checkpoints" / f"step_{EVERY:08d}"
     checks = ("train.sanity_checks=true", "parallel.shard=all")
-    with torchrun(config, run_dir, f"checkpoint.resume={saved}", "parallel.engine=fsdp", *checks) as process:
+    per_layer = ("optim.update=per_layer", "optim.clip_mode=two_pass", "train.micro_batch=4")  # clips exactly
+    fsdp = (f"checkpoint.resume={saved}", "parallel.engine=fsdp", *per_layer)
+    with torchrun(config, run_dir, *fsdp, *checks) as process:
         kill_after_a_checkpoint(process, run_dir, 2 * EVERY)
 
     recompute = ("train.activation_checkpointing=full", "parallel.zero_stage=3")

@@ -27,11 +27,12 @@ STEPS = 80
 EVERY = 20
 
 
-def configuration(corpus: Corpus, batching: str) -> dict[str, Any]:
-    """Three epochs and more, with rows that a worker prepares ahead."""
+def configuration(corpus: Corpus, batching: str, update: str) -> dict[str, Any]:
+    """Three epochs and more, with rows that a worker prepares ahead, and two micro-batches per update."""
     return tiny_config(
         corpus,
         data={"batching": batching, "workers": 1},
+        optim={"update": update},
         train={"steps": STEPS},
         eval={"every": 10},
         checkpoint={"every": EVERY},
@@ -52,11 +53,13 @@ def stop_early(config: Path, run_dir: Path) -> None:
     assert "SIGTERM" in ended["reason"]
 
 
-@pytest.mark.parametrize(("batching", "first_stopped"), [("pad", True), ("pack", False)])
+@pytest.mark.parametrize(
+    ("batching", "update", "first_stopped"), [("pad", "whole", True), ("pack", "per_layer", False)]
+)
 def test_stopped_killed_and_resumed_equals_uninterrupted(
-    corpus: Corpus, tmp_path: Path, batching: str, first_stopped: bool
+    corpus: Corpus, tmp_path: Path, batching: str, update: str, first_stopped: bool
 ) -> None:
-    config = write_config(tmp_path / "config.yaml", configuration(corpus, batching))
+    config = write_config(tmp_path / "config.yaml", configuration(corpus, batching, update))
     run_dir, uninterrupted = tmp_path / "broken", tmp_path / "whole"
     if first_stopped:
         stop_early(config, run_dir)
