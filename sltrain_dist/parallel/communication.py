@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.parallel.partition import Named, dealt, optimizer_groups, value_bytes, zero3_values, zero12_partition
+from sltrain_dist.parallel.partition import (
+    Named,
+    agreed_bytes,
+    dealt,
+    optimizer_groups,
+    value_bytes,
+    zero3_values,
+    zero12_partition,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     sharded, whole = dealt(config)
     sent = Traffic.of("all_reduce", width * sum(math.prod(shape) for _, shape in whole), world_size)
     if parallel.engine == "fsdp":
+        sent += Traffic.of("all_reduce", agreed_bytes(config, world_size), world_size)
         return sent + _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if parallel.engine == "zero" and parallel.zero_stage == 3:
         padded = width * world_size * zero3_values(sharded, world_size, offload=False)[2]

@@ -10,8 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
-from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.optim.factory import (
+    adopt_state,
+    learning_rates,
+    make_optimizer,
+    saved_states,
+    set_lr,
+    state_tensors,
+)
+from sltrain_dist.optim.low_bit import Agree
+from sltrain_dist.optim.state_layout import Place, shared_blocks, stored_states
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Piece:
         start: Where the piece begins in the flattened parameter.
         parameter: The piece, as a leaf that the optimizer steps; of any shape.
         saved: Whether this rank saves the piece; where several hold it, one of them does.
+        borders: Where other ranks' pieces begin in the flattened parameter; needed of vectors.
     """
 
     name: str
@@ -52,6 +61,12 @@ class Piece:
     start: int
     parameter: nn.Parameter
     saved: bool
+    borders: tuple[int, ...] = ()
+
+    @property
+    def place(self) -> Place:
+        """Where the piece lies."""
+        return Place(self.name, self.shape, self.start, self.parameter.numel(), self.borders)
 
 
 class Held:
@@ -60,14 +75,18 @@ class Held:
     Args:
         pieces: What this rank holds; empty pieces are left out.
         optim: Optimizer settings.
+        agree: Makes the ranks agree on the scales of quantized blocks that they share.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig) -> None:
+    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: Agree | None = None) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
-        named = [(piece.name, piece.parameter) for piece in self.pieces]
+        self._optim = optim
+        # Agreeing takes all ranks, also one that holds nothing of a parameter whose blocks others share.
+        stepped = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
+        named = [(piece.name, piece.parameter) for piece in stepped]
+        places = {piece.name: piece.place for piece in stepped}
         # A rank may hold nothing: the whole of a model with more ranks than rows, or a remainder that is sharded.
-        self._optimizer = make_optimizer(named, optim) if named else None
-        self._state_names = STATE_NAMES[optim.name]
+        self._optimizer = make_optimizer(named, optim, places=places, agree=agree) if named else None
 
     def gradients(self) -> list[Tensor]:
         """All gradients."""
@@ -75,8 +94,9 @@ class Held:
 
     def states(self) -> list[Tensor]:
         """All optimizer states but the counters of updates."""
-        states = (self._state(piece) for piece in self.pieces)
-        return [state[key] for state in states for key in self._state_names if key in state]
+        if self._optimizer is None:
+            return []
+        return [s for piece in self.pieces for s in state_tensors(self._optimizer, piece.parameter).values()]
 
     def learning_rates(self) -> list[float]:
         """Of all groups of the optimizer."""
@@ -95,25 +115,22 @@ class Held:
             if not piece.saved:
                 continue
             yield Chunk(f"model.{piece.name}", piece.shape, piece.start, piece.parameter.detach().reshape(-1))
-            for key, state in self._state(piece).items():
-                if key in self._state_names:
-                    yield Chunk(f"optim.{piece.name}.{key}", piece.shape, piece.start, state.detach().reshape(-1))
+            if self._optimizer is not None:
+                for stored, state in saved_states(self._optimizer, piece.parameter, piece.place, self._optim):
+                    if state.numel():
+                        name = f"optim.{piece.name}.{stored.key}"
+                        yield Chunk(name, stored.shape, stored.start + stored.skip, state)
 
     def load(self, read: ReadChunk, step: int) -> None:
         """Takes every piece and its states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
-            parameter, where = piece.parameter, (piece.start, piece.parameter.numel())
+            parameter = piece.parameter
             with torch.no_grad():
-                parameter.copy_(read(f"model.{piece.name}", *where).view_as(parameter))
-            states = {
-                key: read(f"optim.{piece.name}.{key}", *where).view_as(parameter).to(parameter)
-                for key in (self._state_names if step else ())
-            }
+                parameter.copy_(read(f"model.{piece.name}", piece.start, parameter.numel()).view_as(parameter))
+            kept = stored_states(piece.place, self._optim, parameter.element_size()) if step else []
+            states = {s.key: read(f"optim.{piece.name}.{s.key}", s.start, s.count) for s in kept}
             if self._optimizer is not None:
                 adopt_state(self._optimizer, parameter, states, step)
-
-    def _state(self, piece: Piece) -> dict[str, Tensor]:
-        return {} if self._optimizer is None else self._optimizer.state.get(piece.parameter, {})
 
 
 class Replicated(Held):
