@@ -142,7 +142,8 @@ class OptimConfig(Section):
     master_weights: bool = False
     """Whether Adam keeps fp32 copies of bf16 parameters, and updates those: 4 bytes a parameter."""
     weight_decay: FloatOrZero = 0.0
-    """Weight decay, decoupled with adamw and adafactor, a part of the gradient with the others; never applied to norms and embeddings."""
+    """Weight decay: decoupled with adamw and adafactor, a part of the gradient with the others. Never applied to norms
+    and embeddings."""
     clip: FloatOrZero = 0.0
     """Largest global gradient norm; gradients of a larger norm are scaled down to it. 0: no clipping."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

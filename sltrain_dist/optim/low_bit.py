@@ -220,7 +220,7 @@ class LowBitAdam(torch.optim.Optimizer):
         values: Tensor,
         known: Mapping[int, Tensor],
     ) -> None:
-        """Stores a state's values, quantized with `known` scales of some blocks, by number, and their own of the rest."""
+        """Stores a state's values, quantized with `known` scales of some blocks, by number, and the rest's own."""
         if key in state:
             state[key][span.start : span.stop] = values
             return

@@ -6,6 +6,7 @@ same processes, and writes what it saw to the file that it is given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -55,6 +56,7 @@ class Case:
     clip: float = 0.0
     optimizer: str = "adamw"
     dtype: str = "fp32"
+    bits: int = 16
 
     @property
     def name(self) -> str:
@@ -65,7 +67,8 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        return Case(weights=self.weights, tied=self.tied, clip=self.clip, optimizer=self.optimizer, dtype=self.dtype)
+        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits"}
+        return Case(**{name: value for name, value in asdict(self).items() if name in same})
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -97,6 +100,12 @@ BY_HAND = (
     *(Case(engine, dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
     *(Case(engine, dtype="mixed", shard="all") for engine in ("ddp", "fsdp", "zero2", "zero3")),
     Case("fsdp", dtype="mixed", checkpointing="full"),
+    *(Case(engine, optimizer="adam") for engine in ("ddp", "fsdp", "zero2")),
+    Case("ddp", optimizer="adafactor"),
+    *(Case(engine, bits=bits) for engine in ("ddp", "fsdp") for bits in (8, 4)),
+    Case("fsdp", shard="all", accumulation=3, bits=4, replicas=2),
+    Case("fsdp", offload=True, dtype="bf16", bits=8),
+    Case("fsdp", dtype="bf16", bits=32),
 )
 """What pairs do not cover."""
 
@@ -126,7 +135,12 @@ def config_of(case: Case, ranks: int = 1) -> Config:
             },
             "reparam": reparam,
             "data": {"seq_len": 16},
-            "optim": {"name": case.optimizer, "lr": 0.3 if case.optimizer == "sgd" else 0.004, "clip": case.clip},
+            "optim": {
+                "name": case.optimizer,
+                "lr": 0.3 if case.optimizer == "sgd" else 0.004,
+                "clip": case.clip,
+                "state_bits": case.bits,
+            },
             "parallel": {
                 "engine": "zero" if zero else case.engine,
                 "zero_stage": int(case.engine[-1]) if zero else 2,
@@ -210,6 +224,12 @@ def whole_weights(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
     return weights
 
 
+def small_quantized() -> contextlib.AbstractContextManager[Any]:
+    """Lets `optim.state_bits` quantize these small parameters."""
+    return mock.patch("sltrain_dist.optim.state_layout.QUANTIZED_FROM", 100)
+
+
+@small_quantized()
 def train(case: Case, env: Environment) -> dict[str, Any]:
     """Trains a case; returns losses, gradient norms, final weights, whether replicas are equal, and bytes held."""
     config = config_of(case, env.world_size)
