@@ -32,6 +32,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", f"is longer than the run; at most train.steps = {train.steps}"
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
+    yield from _check_optimizer(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
 
@@ -52,6 +53,31 @@ def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
             "gradients of parallel.cpu_offload reach the host after the backward pass; set parallel.cpu_offload=false, "
             "or optim.update=whole",
         )
+
+
+def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
+    optim, engine, bf16 = config.optim, config.parallel.engine, config.train.dtype == "bf16"
+    if optim.master_weights and optim.stochastic_rounding:
+        yield (
+            "optim.stochastic_rounding",
+            "is for parameters without fp32 copies; set it, or optim.master_weights, false",
+        )
+    if optim.name in ("sgd", "adafactor"):
+        if optim.state_bits != 16:
+            yield "optim.state_bits", f"optim.name={optim.name} has no states that these are for; set 16"
+        for key in ("stochastic_rounding", "master_weights"):
+            if getattr(optim, key):
+                yield f"optim.{key}", f"is not there with optim.name={optim.name}; set it false, or adamw, or adam"
+    if optim.name == "adafactor" and engine != "ddp":
+        yield "optim.name", "adafactor needs whole parameters on every rank; set parallel.engine=ddp, or adamw"
+    if engine == "zero":
+        other = "; set parallel.engine=fsdp or ddp"
+        if optim.state_bits in (8, 4) or (optim.state_bits == 32 and bf16):
+            yield "optim.state_bits", f"DeepSpeed's flat partitions have states of the parameter's type{other}, or 16"
+        if optim.stochastic_rounding and bf16:
+            yield "optim.stochastic_rounding", f"DeepSpeed writes the parameters itself{other}"
+        if optim.master_weights and bf16:
+            yield "optim.master_weights", f"bf16 under DeepSpeed has no fp32 copies here{other}"
 
 
 DEEPSPEED_KEYS: dict[str, str] = {
@@ -213,7 +239,16 @@ def without_effect(config: Config) -> Iterator[str]:
             ("train.checkpoint_every",),
         ),
         ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),
-        ("optim.name=sgd", optim.name == "sgd", ("optim.beta1", "optim.beta2", "optim.eps")),
+        (
+            f"optim.name={optim.name}",
+            optim.name in ("sgd", "adafactor"),
+            ("optim.beta1", "optim.beta2", "optim.eps"),
+        ),
+        (
+            f"train.dtype={train.dtype}",
+            train.dtype != "bf16",
+            ("optim.stochastic_rounding", "optim.master_weights"),
+        ),
         ("optim.update=whole", optim.update == "whole", ("optim.per_layer_accumulation", "optim.clip_mode")),
         ("optim.clip=0", optim.clip == 0, ("optim.clip_mode",)),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),

@@ -121,8 +121,10 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: torch's AdamW. sgd: plain stochastic gradient descent, for tests and comparisons."""
+    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    """adamw: AdamW. adam: Adam, whose weight decay is a part of the gradient. adafactor: torch's Adafactor, which
+    keeps a row and a column of a matrix's second moment, and takes lr as the most of its relative step; ddp only.
+    sgd: plain stochastic gradient descent, for tests and comparisons."""
     lr: PositiveFloat = 3e-3
     """Peak learning rate."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -131,8 +133,17 @@ class OptimConfig(Section):
     """Decay of Adam's second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of Adam's second moment."""
+    state_bits: Literal[32, 16, 8, 4] = 16
+    """Bits of each of Adam's two states (docs/memory.md). 16: the parameter's type, as in the paper's baseline.
+    32: float32. 8 and 4: quantized in blocks of 256 and 128 values, but float32 for parameters of under 4096."""
+    stochastic_rounding: bool = False
+    """Whether Adam rounds bf16 parameters up or down at random, right in the mean, instead of to the nearest:
+    updates of less than half a unit in the last place are not lost, at no cost in memory."""
+    master_weights: bool = False
+    """Whether Adam keeps fp32 copies of bf16 parameters, and updates those: 4 bytes a parameter."""
     weight_decay: FloatOrZero = 0.0
-    """Decoupled weight decay; never applied to norms and embeddings."""
+    """Weight decay: decoupled with adamw and adafactor, a part of the gradient with the others. Never applied to norms
+    and embeddings."""
     clip: FloatOrZero = 0.0
     """Largest global gradient norm; gradients of a larger norm are scaled down to it. 0: no clipping."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -1,15 +1,16 @@
-"""Makes torch's optimizers from the configuration."""
+"""Makes optimizers from the configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.state_layout import decays
+from sltrain_dist.optim.low_bit import Agree, LowBitAdam, is_needed
+from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, stored_states, whole
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -22,14 +23,34 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: Opti
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Makes the optimizer over named parameters. States are of the parameters' type."""
-    groups = parameter_groups(parameters, optim)
+def make_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimConfig,
+    *,
+    places: Mapping[str, Place] | None = None,
+    agree: Agree | None = None,
+) -> torch.optim.Optimizer:
+    """Makes the optimizer over named parameters: torch's, wherever that keeps its states in the wanted form.
+
+    Args:
+        parameters: What is updated; one type for all.
+        optim: Optimizer settings.
+        places: What part of which parameter each is, by name; those that are not in it are whole.
+        agree: See :class:`LowBitAdam`.
+    """
+    named = list(parameters)
+    groups = parameter_groups(named, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
-    betas = (optim.beta1, optim.beta2)
+    if optim.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=optim.lr)
+    if is_needed(optim, named[0][1].element_size()):
+        known = places or {}
+        by_parameter = {p: known.get(name) or whole(name, tuple(p.shape)) for name, p in named}
+        return LowBitAdam(groups, optim, by_parameter, agree)
+    make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    return make(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -43,10 +64,55 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter's states by name as they are in memory, without the counter of updates."""
+    return {key: state for key, state in optimizer.state.get(parameter, {}).items() if key != "step"}
+
+
+def saved_states(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, place: Place, optim: OptimConfig
+) -> Iterator[tuple[Stored, torch.Tensor]]:
+    """What a checkpoint takes of a parameter's states, flat; nothing before the first update."""
+    held = state_tensors(optimizer, parameter)
+    for stored in stored_states(place, optim, parameter.element_size()) if held else ():
+        name, _, form = stored.key.partition(".")
+        if form == "codes" and isinstance(optimizer, LowBitAdam):
+            yield stored, optimizer.codes(parameter, name)
+        else:
+            yield stored, held[stored.key].detach().reshape(-1)[stored.skip :]
+
+
 def adopt_state(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, states: dict[str, torch.Tensor], step: int
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, states: Mapping[str, torch.Tensor], step: int
 ) -> None:
-    """Gives `parameter` the optimizer states of a checkpoint after `step` updates."""
-    if states:
-        count = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
-        optimizer.state[parameter] = {"step": count, **states}
+    """Gives `parameter` the optimizer states of a checkpoint after `step` updates.
+
+    Args:
+        optimizer: The parameter's.
+        parameter: What they belong to.
+        states: Flat, by the keys of :func:`stored_states`; in any floating type.
+        step: Updates made. States of no updates are none.
+    """
+    if not states:
+        return
+    device = parameter.device
+    if isinstance(optimizer, LowBitAdam):
+        state = optimizer.state[parameter] = optimizer.make_state(parameter)
+        state["step"] = step
+        for key, values in states.items():
+            name, _, form = key.partition(".")
+            if form == "codes":
+                optimizer.set_codes(parameter, name, values.to(device))
+            else:
+                state[key].copy_(values)
+        return
+    shapes = _adafactor_shapes(parameter) if isinstance(optimizer, torch.optim.Adafactor) else {}
+    where = "cpu" if isinstance(optimizer, torch.optim.Adafactor) else device
+    optimizer.state[parameter] = {
+        "step": torch.tensor(float(step), dtype=torch.float32, device=where),
+        **{key: values.to(parameter).view(shapes.get(key, parameter.shape)) for key, values in states.items()},
+    }
+
+
+def _adafactor_shapes(parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    return {stored.key: stored.shape for stored in adafactor_states(whole("", tuple(parameter.shape)), 0)}

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
-from sltrain_dist.parallel.partition import Named, dealt, optimizer_groups, value_bytes, zero3_values, zero12_partition
+from sltrain_dist.parallel.partition import (
+    Named,
+    agreed_bytes,
+    dealt,
+    optimizer_groups,
+    value_bytes,
+    zero3_values,
+    zero12_partition,
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if passes_twice(config.optim):
-        return sent + sent
+        sent += sent
     if parallel.engine == "fsdp":
-        return sent
+        return sent + Traffic.of("all_reduce", agreed_bytes(config, world_size), world_size)
     if parallel.engine == "zero" and parallel.zero_stage == 3:
         padded = width * world_size * zero3_values(sharded, world_size, offload=False)[2]
         gathers = Traffic.of("all_gather", 2 * passes * padded, world_size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -19,7 +21,7 @@ from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
 from sltrain_dist.parallel.in_backward import InBackward
-from sltrain_dist.parallel.partition import fsdp_rows, is_sharded
+from sltrain_dist.parallel.partition import fsdp_rows, is_sharded, vector_borders
 
 
 class FSDPEngine:
@@ -58,11 +60,12 @@ class FSDPEngine:
         for name, parameter in self._dtensors:
             local = parameter.to_local()
             first, last = fsdp_rows(shapes[name][0], rank, ranks)
-            width = local[0].numel() if len(local) else 0
+            width = math.prod(shapes[name][1:])
             if len(local) != last - first:
                 raise AssertionError(f"{name}: FSDP2 holds {len(local)} rows here, the rule says {last - first}")
-            pieces.append(Piece(name, shapes[name], first * width, _leaf(local), env.rank < ranks))
-        self._shards = Held(pieces, config.optim)
+            borders = vector_borders(shapes[name], ranks)
+            pieces.append(Piece(name, shapes[name], first * width, _leaf(local), env.rank < ranks, borders))
+        self._shards = Held(pieces, config.optim, self._agree)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._lr, self._clip = config.optim.lr, config.optim.clip
@@ -160,6 +163,12 @@ class FSDPEngine:
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """The remainder."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
+
+    def _agree(self, largest: Tensor) -> None:
+        """Over all ranks; replicas of the shards say the same."""
+        there = largest.to(self._env.device)
+        dist.all_reduce(there, dist.ReduceOp.MAX)
+        largest.copy_(there)
 
     def _shard(self, mesh: DeviceMesh, config: Config, ignored: set[nn.Parameter]) -> None:
         """Wraps every block, then the root, which gathers what is left: embedding, last norm and head."""

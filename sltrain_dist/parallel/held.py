@@ -10,8 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
-from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.optim.factory import (
+    adopt_state,
+    learning_rates,
+    make_optimizer,
+    saved_states,
+    set_lr,
+    state_tensors,
+)
+from sltrain_dist.optim.low_bit import Agree
+from sltrain_dist.optim.state_layout import Place, shared_blocks, stored_states
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Piece:
         start: Where the piece begins in the flattened parameter.
         parameter: The piece, as a leaf that the optimizer steps; of any shape.
         saved: Whether this rank saves the piece; where several hold it, one of them does.
+        borders: Where other ranks' pieces begin in the flattened parameter; needed of vectors.
     """
 
     name: str
@@ -52,6 +61,12 @@ class Piece:
     start: int
     parameter: nn.Parameter
     saved: bool
+    borders: tuple[int, ...] = ()
+
+    @property
+    def place(self) -> Place:
+        """Where the piece lies."""
+        return Place(self.name, self.shape, self.start, self.parameter.numel(), self.borders)
 
 
 class Held:
@@ -60,18 +75,22 @@ class Held:
     Args:
         pieces: What this rank holds; empty pieces are left out.
         optim: Optimizer settings.
+        agree: Makes the ranks agree on the scales of quantized blocks that they share.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig) -> None:
+    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: Agree | None = None) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
-        named = [(piece.name, piece.parameter) for piece in self.pieces]
+        self._optim = optim
+        # Agreeing takes all ranks, also one that holds nothing of a parameter whose blocks others share.
+        stepped = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
+        named = [(piece.name, piece.parameter) for piece in stepped]
+        places = {piece.name: piece.place for piece in stepped}
         # A rank may hold nothing: the whole of a model with more ranks than rows, or a remainder that is sharded.
         together = [named] if named and optim.update == "whole" else [[one] for one in named]
-        self._optimizers = [make_optimizer(some, optim) for some in together]
+        self._optimizers = [make_optimizer(some, optim, places=places, agree=agree) for some in together]
         self._optimizer_of = {
             name: optimizer for some, optimizer in zip(together, self._optimizers, strict=True) for name, _ in some
         }
-        self._state_names = STATE_NAMES[optim.name]
 
     def gradients(self) -> list[Tensor]:
         """All gradients."""
@@ -79,8 +98,8 @@ class Held:
 
     def states(self) -> list[Tensor]:
         """All optimizer states but the counters of updates."""
-        states = (self._state(piece) for piece in self.pieces)
-        return [state[key] for state in states for key in self._state_names if key in state]
+        pairs = ((self._optimizer_of[piece.name], piece.parameter) for piece in self.pieces)
+        return [state for optimizer, parameter in pairs for state in state_tensors(optimizer, parameter).values()]
 
     def learning_rates(self) -> list[float]:
         """Of all groups of the optimizer."""
@@ -92,8 +111,9 @@ class Held:
             _step(optimizer, lr)
 
     def step(self, piece: Piece, lr: float) -> None:
-        """Updates one piece, with `optim.update: per_layer`, and clears its gradient."""
-        _step(self._optimizer_of[piece.name], lr)
+        """Updates one piece, with `optim.update: per_layer`, and clears its gradient; nothing where none is held."""
+        if piece.name in self._optimizer_of:
+            _step(self._optimizer_of[piece.name], lr)
 
     def chunks(self) -> Iterator[Chunk]:
         """The pieces that this rank saves, with their states."""
@@ -101,24 +121,21 @@ class Held:
             if not piece.saved:
                 continue
             yield Chunk(f"model.{piece.name}", piece.shape, piece.start, piece.parameter.detach().reshape(-1))
-            for key, state in self._state(piece).items():
-                if key in self._state_names:
-                    yield Chunk(f"optim.{piece.name}.{key}", piece.shape, piece.start, state.detach().reshape(-1))
+            optimizer = self._optimizer_of[piece.name]
+            for stored, state in saved_states(optimizer, piece.parameter, piece.place, self._optim):
+                if state.numel():
+                    name = f"optim.{piece.name}.{stored.key}"
+                    yield Chunk(name, stored.shape, stored.start + stored.skip, state)
 
     def load(self, read: ReadChunk, step: int) -> None:
         """Takes every piece and its states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
-            parameter, where = piece.parameter, (piece.start, piece.parameter.numel())
+            parameter = piece.parameter
             with torch.no_grad():
-                parameter.copy_(read(f"model.{piece.name}", *where).view_as(parameter))
-            states = {
-                key: read(f"optim.{piece.name}.{key}", *where).view_as(parameter).to(parameter)
-                for key in (self._state_names if step else ())
-            }
+                parameter.copy_(read(f"model.{piece.name}", piece.start, parameter.numel()).view_as(parameter))
+            kept = stored_states(piece.place, self._optim, parameter.element_size()) if step else []
+            states = {s.key: read(f"optim.{piece.name}.{s.key}", s.start, s.count) for s in kept}
             adopt_state(self._optimizer_of[piece.name], parameter, states, step)
-
-    def _state(self, piece: Piece) -> dict[str, Tensor]:
-        return self._optimizer_of[piece.name].state.get(piece.parameter, {})
 
 
 class Replicated(Held):

@@ -161,9 +161,9 @@ class InBackward:
         piece.parameter.grad = None
         if self._phase is Phase.STEP:
             self._clip.apply(gradient, partial(self._over_shards, square) if sharded else lambda: square)
-            if gradient.numel():
-                piece.parameter.grad = gradient
-                held.step(piece, self._lr)
+            piece.parameter.grad = gradient
+            held.step(piece, self._lr)
+            piece.parameter.grad = None
 
     def _over_shards(self, square: Tensor) -> Tensor:
         total = square.clone()

@@ -11,7 +11,7 @@ from typing import Literal
 from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.optim.state_layout import STATE_NAMES, decays
+from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
 Named = Sequence[tuple[str, tuple[int, ...]]]
 """(name, shape) of parameters."""
@@ -54,6 +54,31 @@ def fsdp_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
+def vector_borders(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Where the ranks' parts of a vector begin under FSDP2, but for the first; none for matrices."""
+    if len(shape) > 1:
+        return ()
+    return tuple(
+        first for first, last in (fsdp_rows(shape[0], rank, ranks) for rank in range(1, ranks)) if first < last
+    )
+
+
+def fsdp_place(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Place:
+    """What a rank holds of a parameter under FSDP2."""
+    row = math.prod(shape[1:])
+    first, last = fsdp_rows(shape[0], rank, ranks)
+    return Place(name, shape, first * row, (last - first) * row, vector_borders(shape, ranks))
+
+
+def agreed_bytes(config: Config, world_size: int) -> int:
+    """Bytes of the message in which the ranks agree on the scales of blocks that they share; two scales a block."""
+    if config.parallel.engine != "fsdp":
+        return 0
+    ranks = world_size // config.parallel.replicas
+    places = (fsdp_place(name, shape, 0, ranks) for name, shape in dealt(config)[0])
+    return 8 * sum(len(shared_blocks(place, config.optim.state_bits)) for place in places)
+
+
 @dataclass(frozen=True)
 class RankBytes:
     """Bytes that one rank holds between the backward pass and the update (states: after the first update).
@@ -76,47 +101,43 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     Padding is in it: FSDP2 pads a parameter's rows, ZeRO 1 and 2 the flat group to a multiple of twice the
     ranks, ZeRO 3 every parameter to a multiple of the ranks.
     """
-    parallel = config.parallel
-    sharded, whole = dealt(config)
+    parallel, optim = config.parallel, config.optim
+    sharded, remainder = dealt(config)
+    width = value_bytes(config)
+    states = sum(state_bytes(whole(name, shape), optim, width) for name, shape in remainder)
+    parts: tuple[int, ...] = (0, 0, 0)
     if parallel.engine == "fsdp":
-        parts = _fsdp_values(sharded, world_size // parallel.replicas, rank % (world_size // parallel.replicas))
-    elif parallel.engine == "zero" and parallel.zero_stage == 3:
-        parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)
+        ranks = world_size // parallel.replicas
+        places = [fsdp_place(name, shape, rank % ranks, ranks) for name, shape in sharded]
+        padded = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
+        parts = (padded, padded, 0)
+        states += sum(state_bytes(place, optim, width) for place in places)
     elif parallel.engine == "zero":
-        groups = optimizer_groups(sharded, config.optim)
-        per_group = [_zero12_values(group, world_size, rank, parallel.cpu_offload) for group in groups]
-        parts = tuple(sum(values) for values in zip(*per_group, strict=True))
-    else:
-        parts = (0, 0, 0)
-    width, kept = value_bytes(config), len(STATE_NAMES[config.optim.name])
-    remainder = sum(math.prod(shape) for _, shape in whole)
-    gradients = 0 if config.optim.update == "per_layer" else width * (parts[1] + remainder)
-    return RankBytes(width * (parts[0] + remainder), gradients, width * kept * (parts[2] + remainder))
+        if parallel.zero_stage == 3:
+            parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)
+        else:
+            per_group = [
+                _zero12_values(group, world_size, rank, parallel.cpu_offload)
+                for group in optimizer_groups(sharded, optim)
+            ]
+            parts = tuple(sum(values) for values in zip(*per_group, strict=True))
+        states += width * len(STATE_NAMES[optim.name]) * parts[2]
+    kept = sum(math.prod(shape) for _, shape in remainder)
+    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + kept)
+    return RankBytes(width * (parts[0] + kept), gradients, states)
 
 
 def waiting_bytes(config: Config, world_size: int) -> int:
     """Bytes of the gradients that a rank holds between two micro-batches of an update, with ddp or fsdp."""
-    sharded, whole = dealt(config)
-    if accumulates_locally(config.parallel):
-        values = sum(math.prod(shape) for _, shape in sharded)
-    else:
-        values = _fsdp_values(sharded, world_size // config.parallel.replicas, 0)[1]
-    return value_bytes(config) * (values + sum(math.prod(shape) for _, shape in whole))
+    sharded, remainder = dealt(config)
+    ranks = 1 if accumulates_locally(config.parallel) else world_size // config.parallel.replicas
+    values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
+    return value_bytes(config) * (values + sum(math.prod(shape) for _, shape in remainder))
 
 
 def value_bytes(config: Config) -> int:
-    """Bytes of one value of a parameter, a gradient or a state."""
+    """Bytes of one value of a parameter or a gradient."""
     return 2 if config.train.dtype == "bf16" else 4
-
-
-def _fsdp_values(sharded: Named, ranks: int, rank: int) -> tuple[int, ...]:
-    padded = held = 0
-    for _, shape in sharded:
-        row = math.prod(shape[1:])
-        first, last = fsdp_rows(shape[0], rank, ranks)
-        padded += -(-shape[0] // ranks) * row
-        held += (last - first) * row
-    return padded, padded, held
 
 
 def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from sltrain_dist.errors import CheckpointError
 from sltrain_dist.optim.schedule import Progress
 
 _FIXED_SECTIONS = ("model", "reparam")
-_FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name")
+_FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Data keys are not here: the loader's cursor carries a fingerprint of what decides the order, and checks it."""
 
@@ -105,6 +105,8 @@ def check_resumable(before: Config, now: Config, where: str) -> list[str]:
     for key, old, new in changed_settings(before, now):
         section = key.partition(".")[0]
         fixed = (section in _FIXED_SECTIONS or key in _FIXED_KEYS) and key not in _FREE_KEYS
+        if key == "optim.state_bits" and {old, new} == {16, 32}:
+            fixed = False  # both are plain floats, which are converted
         (fatal if fixed else notes).append(f"{key}: {old!r} → {new!r}")
     if fatal:
         raise CheckpointError(

@@ -11,8 +11,8 @@ from sltrain_dist.config.rules import accumulates_locally, is_recomputed, keeps_
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
-from sltrain_dist.models.count import block_linears, count_parameters
-from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.models.count import block_linears, count_parameters, parameter_shapes
+from sltrain_dist.optim.state_layout import state_bytes, whole
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import waiting_bytes
@@ -40,7 +40,8 @@ def _model(config: Config) -> list[tuple[str, str]]:
     counted = count_parameters(config.model, config.reparam)
     full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
     width = torch.finfo(DTYPES[config.train.dtype]).bits // 8
-    states = len(STATE_NAMES[config.optim.name])
+    shapes = parameter_shapes(config.model, config.reparam)
+    states = sum(state_bytes(whole(name, shape), config.optim, width) for name, shape in shapes)
     kinds = [
         ("embedding, head, norms", counted.remainder),
         ("low-rank factors", counted.factors),
@@ -51,7 +52,7 @@ def _model(config: Config) -> list[tuple[str, str]]:
     lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
     lines.append(("weights", format_bytes(width * counted.total)))
     lines.append(("gradients", f"{format_bytes(width * counted.total)}  before sharding"))
-    lines.append(("optimizer states", f"{format_bytes(width * states * counted.total)}  before sharding"))
+    lines.append(("optimizer states", f"{format_bytes(states)}  before sharding"))
     return lines
 
 

@@ -6,6 +6,7 @@ same processes, and writes what it saw to the file that it is given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -59,6 +60,7 @@ class Case:
     dtype: str = "fp32"
     update: str = "whole"
     clip_mode: str = "previous_norm"
+    bits: int = 16
 
     @property
     def name(self) -> str:
@@ -69,10 +71,10 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        approximate = self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass"
-        per_layer = {"update": self.update, "clip_mode": self.clip_mode} if approximate else {}
-        kept = ("weights", "tied", "clip", "optimizer", "dtype")
-        return Case(**{name: getattr(self, name) for name in kept}, **per_layer)
+        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits"}
+        if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
+            same |= {"update", "clip_mode"}  # which clip by another norm than this update's
+        return Case(**{name: value for name, value in asdict(self).items() if name in same})
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -114,6 +116,13 @@ BY_HAND = (
     Case("fsdp", update="per_layer", checkpointing="full", compiled=True),
     *(Case(engine, update="per_layer", dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp")),
     *(Case(engine, update="per_layer", dtype="mixed") for engine in ("ddp", "fsdp")),
+    *(Case(engine, optimizer="adam") for engine in ("ddp", "fsdp", "zero2")),
+    Case("ddp", optimizer="adafactor"),
+    *(Case(engine, bits=bits) for engine in ("ddp", "fsdp") for bits in (8, 4)),
+    Case("fsdp", shard="all", accumulation=3, bits=4, replicas=2),
+    Case("fsdp", offload=True, dtype="bf16", bits=8),
+    Case("fsdp", dtype="bf16", bits=32),
+    *(Case(engine, bits=bits, update="per_layer") for engine, bits in (("ddp", 8), ("fsdp", 4))),
 )
 """What pairs do not cover."""
 
@@ -152,6 +161,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "clip": case.clip,
                 "update": case.update,
                 "clip_mode": case.clip_mode,
+                "state_bits": case.bits,
             },
             "parallel": {
                 "engine": "zero" if zero else case.engine,
@@ -236,6 +246,12 @@ def whole_weights(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
     return weights
 
 
+def small_quantized() -> contextlib.AbstractContextManager[Any]:
+    """Lets `optim.state_bits` quantize these small parameters."""
+    return mock.patch("sltrain_dist.optim.state_layout.QUANTIZED_FROM", 100)
+
+
+@small_quantized()
 def train(case: Case, env: Environment) -> dict[str, Any]:
     """Trains a case; returns losses, gradient norms, final weights, whether replicas are equal, and bytes held."""
     config = config_of(case, env.world_size)

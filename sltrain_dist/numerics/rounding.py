@@ -1,0 +1,51 @@
+"""Stochastic rounding to bfloat16, with random bits that depend on a key and on each value's position alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sltrain_dist.numerics.splitmix import key_bytes
+
+_MASK = 0xFFFFFFFF
+# Odd, and negative above 2^31, so that a product with 32 bits fits int64.
+_STEP = 0x9E3779B1 - (1 << 32)
+_MURMUR_1 = 0x85EBCA6B - (1 << 32)
+_MURMUR_2 = 0xC2B2AE35 - (1 << 32)
+
+
+def rounding_key(step: int, name: str) -> int:
+    """32 bits that stand for update `step` of the parameter `name`."""
+    return int.from_bytes(key_bytes(step, name)[:4], "big")
+
+
+def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """`count` random 32-bit words, as int64, of positions `start` and on; the same on any device.
+
+    MurmurHash3's 32-bit finaliser (Appleby, public domain) over a Weyl sequence from `key`, in int64 arithmetic.
+    Positions count modulo 2^32. Takes 16 bytes a value, its result included.
+    """
+    word = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    word.bitwise_and_(_MASK).mul_(_STEP).add_(key).bitwise_and_(_MASK)
+    word ^= word >> 16
+    word.mul_(_MURMUR_1).bitwise_and_(_MASK)
+    word ^= word >> 13
+    word.mul_(_MURMUR_2).bitwise_and_(_MASK)
+    word ^= word >> 16
+    return word
+
+
+def stochastic_round(values: Tensor, key: int, start: int) -> Tensor:
+    """float32 values rounded up or down to bfloat16, with probabilities that make the mean exact.
+
+    A random number below one unit in the last place is added and what is below it cut off. What is not finite
+    stays as it is.
+
+    Args:
+        values: Flat float32 tensor.
+        key: Of :func:`rounding_key`.
+        start: Position of the first value in the whole parameter.
+    """
+    noise = random_bits(key, start, values.numel(), values.device).bitwise_and_(0xFFFF).to(torch.int32)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
