@@ -123,6 +123,17 @@ def keeps_attention(train: TrainConfig) -> bool:
     return train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention"
 
 
+_LOSS_CHUNK_BYTES = 64 << 20
+"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
+
+
+def loss_chunk_tokens(config: Config) -> int:
+    """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
+    if config.train.loss_chunk_tokens is not None:
+        return config.train.loss_chunk_tokens
+    return max(1, _LOSS_CHUNK_BYTES // (4 * config.model.vocab_size))
+
+
 def accumulates_locally(parallel: ParallelConfig) -> bool:
     """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
     if parallel.accumulate == "auto":
