@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import ModelConfig
+from sltrain_dist.models.elementwise import rms_norm, rotate
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from sltrain_dist.numerics.keyed import fill_
 from sltrain_dist.sparse_lowrank.linear import apply_shared
@@ -32,7 +33,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., size) to (..., size)."""
         # Under mixed precision an engine may have gathered the gain in another type than x has.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -122,13 +123,6 @@ class RotaryEmbedding(nn.Module):
         if length > self.length:
             raise ValueError(f"a sequence of {length} tokens is longer than the model was built for: {self.length}")
         return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding to x (batch, heads, length, head_dim), halves paired as in Hugging Face's."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
 
 
 class Attention(nn.Module):
