@@ -111,6 +111,17 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
     return train.global_batch // per_pass
 
 
+_LOSS_CHUNK_BYTES = 64 << 20
+"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
+
+
+def loss_chunk_tokens(config: Config) -> int:
+    """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
+    if config.train.loss_chunk_tokens is not None:
+        return config.train.loss_chunk_tokens
+    return max(1, _LOSS_CHUNK_BYTES // (4 * config.model.vocab_size))
+
+
 def is_recomputed(index: int, train: TrainConfig) -> bool:
     """Whether activations of block number `index` are computed again, all or all but attention's output."""
     if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
@@ -121,17 +132,6 @@ def is_recomputed(index: int, train: TrainConfig) -> bool:
 def keeps_attention(train: TrainConfig) -> bool:
     """Whether blocks that are computed again keep attention's output."""
     return train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention"
-
-
-_LOSS_CHUNK_BYTES = 64 << 20
-"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
-
-
-def loss_chunk_tokens(config: Config) -> int:
-    """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
-    if config.train.loss_chunk_tokens is not None:
-        return config.train.loss_chunk_tokens
-    return max(1, _LOSS_CHUNK_BYTES // (4 * config.model.vocab_size))
 
 
 def accumulates_locally(parallel: ParallelConfig) -> bool:
