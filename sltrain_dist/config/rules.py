@@ -176,6 +176,17 @@ def _check_accumulation(config: Config, passes: int, largest: int) -> None:
         )
 
 
+_LOSS_CHUNK_BYTES = 64 << 20
+"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
+
+
+def loss_chunk_tokens(config: Config) -> int:
+    """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
+    if config.train.loss_chunk_tokens is not None:
+        return config.train.loss_chunk_tokens
+    return max(1, _LOSS_CHUNK_BYTES // (4 * config.model.vocab_size))
+
+
 def is_recomputed(index: int, train: TrainConfig) -> bool:
     """Whether activations of block number `index` are computed again, all or all but attention's output."""
     if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":

@@ -225,6 +225,10 @@ class TrainConfig(Section):
     seq_len."""
     checkpoint_every: Annotated[int, Field(ge=2)] = 2
     """With checkpoint_policy=blocks: one in so many blocks is computed again."""
+    loss_chunk_tokens: CountOrZero | None = None
+    """Tokens whose logits exist at a time: head and loss are computed in chunks of so many, each with its
+    gradients. Null: as many as 64 MiB of float32 logits hold (524 at a vocabulary of 32,000). 0: all at once,
+    as plain modules do, which keeps a few times tokens x vocabulary."""
     compile: bool = False
     """Whether torch.compile compiles the decoder blocks, each on its own, inside of the engine."""
     sanity_checks: bool = False

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from sltrain_dist.config.rules import loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ReparamConfig
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
@@ -36,7 +37,8 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
     with torch.device("meta"):
         factory = linear_factory(config.reparam, config.seed, config.model.init_std)
         autocast = torch.bfloat16 if config.train.dtype == "mixed" else None
-        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast)
+        chunk_tokens = loss_chunk_tokens(config)
+        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast, chunk_tokens)
     dtype = DTYPES[config.train.dtype]
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
         parameter.data = parameter.data.to(dtype)

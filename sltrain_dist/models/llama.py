@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import ModelConfig
-from sltrain_dist.models.loss import cross_entropy_sum
+from sltrain_dist.models.elementwise import rms_norm, rotate
+from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from sltrain_dist.numerics.keyed import fill_
 from sltrain_dist.sparse_lowrank.linear import apply_shared
 
@@ -32,7 +33,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., size) to (..., size)."""
         # Under mixed precision an engine may have gathered the gain in another type than x has.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -61,6 +62,33 @@ class DenseLinear(nn.Linear):
         seed, key, std = self._init
         if not self.weight.is_meta:
             fill_(self.weight, seed, key, normal=std)
+
+
+class Head(DenseLinear):
+    """The language-model head. Engines gather its weight for a call of it, so that the loss is computed in it.
+
+    Args:
+        in_features: Size of hidden states.
+        out_features: Words of the vocabulary.
+        name: Keys the initial values, with `seed`.
+        seed: Keys the initial values.
+        std: Of the initial values.
+        chunk_tokens: Tokens whose logits exist at a time in the loss; 0 for all at once.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, name: str, seed: int, std: float, chunk_tokens: int
+    ) -> None:
+        super().__init__(in_features, out_features, name=name, seed=seed, std=std)
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., hidden); with labels (...) the summed loss."""
+        if labels is None:
+            return super().forward(x)
+        if self.chunk_tokens:
+            return chunked_cross_entropy_sum(x, self.weight, labels, self.chunk_tokens)
+        return cross_entropy_sum(super().forward(x), labels)
 
 
 class RotaryEmbedding(nn.Module):
@@ -95,13 +123,6 @@ class RotaryEmbedding(nn.Module):
         if length > self.length:
             raise ValueError(f"a sequence of {length} tokens is longer than the model was built for: {self.length}")
         return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding to x (batch, heads, length, head_dim), halves paired as in Hugging Face's."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
 
 
 class Attention(nn.Module):
@@ -190,6 +211,7 @@ class LlamaForCausalLM(nn.Module):
         seq_len: Longest sequence, in tokens.
         seed: Keys the initial values.
         autocast: Type that matrix products compute in, where it is not the parameters'.
+        chunk_tokens: Tokens whose logits exist at a time in the loss; 0 for all at once.
     """
 
     def __init__(
@@ -199,12 +221,18 @@ class LlamaForCausalLM(nn.Module):
         seq_len: int,
         seed: int,
         autocast: torch.dtype | None = None,
+        chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.autocast = config, autocast
         self.model = LlamaModel(config, linear, seq_len, seed)
-        self.lm_head = DenseLinear(
-            config.hidden_size, config.vocab_size, name="lm_head", seed=seed, std=config.init_std
+        self.lm_head = Head(
+            config.hidden_size,
+            config.vocab_size,
+            name="lm_head",
+            seed=seed,
+            std=config.init_std,
+            chunk_tokens=chunk_tokens,
         )
         self.tie()
 
@@ -226,5 +254,4 @@ class LlamaForCausalLM(nn.Module):
         """
         # Here and not around the call, so that every engine computes alike: DeepSpeed switches a caller's off.
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.lm_head(self.model(input_ids))
-        return logits if labels is None else cross_entropy_sum(logits, labels)
+            return self.lm_head(self.model(input_ids), labels)

@@ -1,8 +1,13 @@
-"""The training loss."""
+"""The training loss: cross-entropy of logits, or of hidden states and the head, in chunks of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORE = -100
@@ -20,7 +25,113 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (...), int64; :data:`IGNORE` where nothing is predicted.
 
     Returns:
-        Scalar float32, in nats.
+        Scalar in nats: float32, or float64 of float64 logits.
     """
-    flat = logits.reshape(-1, logits.shape[-1]).float()
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat = flat.to(_loss_dtype(flat.dtype))
     return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
+
+
+def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    """`cross_entropy_sum(hidden @ weight.T, labels)` with logits of `chunk_tokens` tokens at a time.
+
+    A chunk's gradients are computed with its logits, in the forward pass (the idea is Liger Kernel's,
+    arXiv 2410.10989), so that no logits are kept or computed again. The backward pass scales these gradients
+    in place and hands them over: it can be made once only. Loss and the logits' gradient are computed in
+    float32, products in the inputs' type, or autocast's. Over several chunks the weight's gradient is summed
+    in float32, each chunk's product having been rounded to the products' type, as the only one would be.
+
+    Args:
+        hidden: (..., n).
+        weight: (vocabulary, n), of the same type.
+        labels: (...), int64; :data:`IGNORE` where nothing is predicted.
+        chunk_tokens: At least 1.
+
+    Returns:
+        Scalar in nats: float32, or float64 of float64 inputs.
+
+    Raises:
+        ValueError: `chunk_tokens` is not positive, or shapes do not fit.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens = {chunk_tokens} must be positive")
+    if hidden.shape[:-1] != labels.shape or weight.shape[1:] != hidden.shape[-1:]:
+        shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
+        raise ValueError(f"{shapes}: expected (..., n), (vocabulary, n), (...)")
+    x, y = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _ChunkedCrossEntropy.apply(x, weight, y, chunk_tokens, dtype)
+        total = x.new_zeros((), dtype=_loss_dtype(dtype))
+        cast = weight.to(dtype)
+        for rows in _chunks(len(x), chunk_tokens):
+            total += cross_entropy_sum(x[rows].to(dtype) @ cast.T, y[rows])
+        return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, dtype: torch.dtype) -> Tensor:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        cast = weight.to(dtype)
+        total = x.new_zeros((), dtype=_loss_dtype(dtype))
+        grad_x = torch.empty_like(x) if wants_x else None
+        grad_weight = None
+        several = len(x) > chunk_tokens
+        if wants_weight and (several or not len(x)):
+            grad_weight = torch.zeros_like(weight, dtype=_loss_dtype(dtype))
+        for rows in _chunks(len(x), chunk_tokens):
+            part = x[rows].to(dtype)
+            loss, grad_logits, counts = _loss_and_gradient(part @ cast.T, labels[rows])
+            total += loss
+            if grad_x is not None:
+                grad_x[rows] = (grad_logits @ cast).mul_(counts)
+            if not wants_weight:
+                continue
+            part = part * counts  # of n values a token, where the logits' gradient has one for every word
+            if grad_weight is None:
+                grad_weight = grad_logits.T @ part
+            elif grad_weight.dtype == dtype:
+                grad_weight.addmm_(grad_logits.T, part)
+            else:
+                grad_weight += grad_logits.T @ part
+        ctx.gradients, ctx.weight_dtype = (grad_x, grad_weight), weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss frees its gradients in the backward pass; make only one")
+        grad_x, grad_weight = ctx.gradients
+        ctx.gradients = None
+        # In place: a copy of the weight's gradient would come on top of all activations.
+        grad_x = None if grad_x is None else grad_x.mul_(grad_output)
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one chunk, whose logits (tokens, vocabulary) may be overwritten.
+
+    Returns:
+        The summed loss; softmax less one-hot labels, of the logits' type and also where nothing is predicted;
+        and (tokens, 1), of the same type: 1 where something is predicted, else 0.
+    """
+    counts = (labels != IGNORE)[:, None]
+    target = labels[:, None].where(counts, 0)
+    log_p = torch.log_softmax(logits, -1, dtype=_loss_dtype(logits.dtype))
+    loss = -log_p.gather(1, target).where(counts, 0).sum()
+    gradient = log_p.exp_()
+    gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+    return loss, gradient.to(logits.dtype), counts.to(logits.dtype)
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens))
+
+
+def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

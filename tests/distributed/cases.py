@@ -53,6 +53,7 @@ class Case:
     reshard: bool = True
     offload: bool = False
     compiled: bool = False
+    chunk: int = 0
     weights: str = "random"
     tied: bool = False
     clip: float = 0.0
@@ -83,6 +84,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 3),
     "accumulate": ("local", "sharded"),
     "checkpointing": ("none", "full", "blocks", "attention"),
+    "chunk": (0, 5),
     "weights": ("random", "stratified", "blocks", "full", "lowrank"),
     "clip": (0.0, 0.05),
     "optimizer": ("adamw", "sgd"),
@@ -98,14 +100,17 @@ BY_HAND = (
     Case("zero1", accumulation=3, offload=True, clip=0.05),
     Case("zero2", shard="all", accumulation=3, offload=True),
     Case("zero3", accumulation=3, offload=True, clip=0.05),
-    Case("fsdp", shard="all", tied=True),
-    Case("zero2", tied=True),
-    Case("zero3", shard="all", tied=True),
+    Case("fsdp", shard="all", tied=True, chunk=5),
+    Case("zero2", tied=True, chunk=5),
+    Case("zero3", shard="all", tied=True, chunk=5),
     Case("zero3", tied=True),
     Case("fsdp", checkpointing="full", compiled=True),
-    Case("zero3", weights="blocks", compiled=True),
-    *(Case(engine, dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
-    *(Case(engine, dtype="mixed", shard="all") for engine in ("ddp", "fsdp", "zero2", "zero3")),
+    Case("zero3", weights="blocks", compiled=True, chunk=5),
+    *(
+        Case(engine, dtype="bf16", clip=0.05, accumulation=3, chunk=5)
+        for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    ),
+    *(Case(engine, dtype="mixed", shard="all", chunk=5) for engine in ("ddp", "fsdp", "zero2", "zero3")),
     Case("fsdp", dtype="mixed", checkpointing="full"),
     *(Case(engine, update="per_layer", clip=0.05, clip_mode="two_pass") for engine in ("ddp", "fsdp")),
     *(Case(engine, update="per_layer", clip=0.05, clip_mode="per_parameter") for engine in ("ddp", "fsdp")),
@@ -178,6 +183,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "global_batch": GLOBAL_BATCH,
                 "dtype": case.dtype,
                 "compile": case.compiled,
+                "loss_chunk_tokens": case.chunk,
                 **recompute,
             },
         }

@@ -1,0 +1,86 @@
+"""Rotary embedding and normalisation in few passes over memory, forward and backward.
+
+On the CPU, autograd of the composed operations takes two to three times as long (docs/operator.md, "Whole model").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies the rotary embedding, halves paired as in Hugging Face's.
+
+    Args:
+        x: (batch, heads, length, head_dim).
+        cos: (length, head_dim), of x's type; the second half repeats the first.
+        sin: Likewise.
+
+    Returns:
+        A new tensor of x's shape.
+    """
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None  # the inverse of a rotation is its transpose
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = x * cos
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467).
+
+    Args:
+        x: (..., n).
+        gain: (n,), of x's type.
+        eps: Added to the mean square.
+
+    Returns:
+        (..., n), a new tensor.
+    """
+    fused = x.device.type != "cpu" or torch.compiler.is_compiling()
+    if fused or x.dtype not in (torch.float32, torch.float64):
+        return F.rms_norm(x, gain.shape, gain, eps)
+    return _RMSNorm.apply(x, gain, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, inverse)
+        return (x * inverse).mul_(gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, inverse = ctx.saved_tensors
+        normed = x * inverse
+        product = grad * normed
+        rows = product.reshape(-1, x.shape[-1])
+        d_gain = rows.sum(0)
+        along = torch.mv(rows, gain).div_(x.shape[-1]).view(inverse.shape)
+        dx = torch.mul(grad, gain, out=product).addcmul_(normed, along, value=-1).mul_(inverse)
+        return dx, d_gain, None
