@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -262,3 +264,18 @@ def test_listing_is_tried_again():
     with pytest.raises(DataError, match=r"cannot list nosuch://bucket/\*"):
         resolve_source("nosuch://bucket/*", fetcher=fetcher)
     assert len(waits) == 2
+
+
+def test_parquet_through_a_bad_network(server, tmp_path):
+    texts = [f"{number} {random.Random(number).randbytes(2000).hex()}" for number in range(300)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=100, compression="none", use_dictionary=False)
+    server.files["x.parquet"] = (tmp_path / "x.parquet").read_bytes()
+    server.plan["x.parquet"] = [status(500), None, cut(0.3), cut(0.4), status(429)]
+    fetcher = Fetcher(RetryPolicy(wait_s=0.0))
+    found = [text for _, text in read_documents(server.address("x.parquet"), "text", fetcher=fetcher)]
+    assert found == [text.encode() for text in texts]
+    assert sum(fetcher.retries.values()) == 4
+    server.ranges = False
+    with pytest.raises(DataError, match=r"x\.parquet needs a server with range requests"):
+        list(read_documents(server.address("x.parquet"), "text"))
