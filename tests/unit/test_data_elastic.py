@@ -13,7 +13,7 @@ from tests.unit.data_helpers import NumberTokenizer, data_config, settings, writ
 
 @pytest.fixture
 def shards(tmp_path):
-    return write_numbered(tmp_path, [40, 25, 60, 15, 30], lambda number: number % 19 + 1)
+    return write_numbered(tmp_path, [40, 25, 60, 20, 30], lambda number: number % 19 + 1)
 
 
 class SimulatedRank:
