@@ -248,6 +248,27 @@ def test_no_damage_to_a_gzip_file_is_silent(tmp_path, where, bit, truncate):
         assert not truncate
 
 
+def test_nobody_listens():
+    with serve() as gone:
+        pass
+    waits = []
+    fetcher = Fetcher(RetryPolicy(retries=2), sleep=waits.append)
+    with pytest.raises(DataError, match=r"x\.json.*gave up after 3 attempts.*connection.*refused"):
+        list(read_documents(gone.address("x.json"), "text", fetcher=fetcher))
+    assert len(waits) == 2
+    assert fetcher.retries == {Cause.CONNECTION: 2}
+
+
+def test_glob_over_http(server):
+    """Where the server lists its directory, and also when it does so only the second time."""
+    server.files[""] = b'<a href="a.json.gz">a</a> <a href="b.json.gz">b</a> <a href="other.txt">c</a>'
+    server.plan[""] = [status(503)]
+    waits = []
+    found = resolve_source(server.address("*.json.gz"), fetcher=Fetcher(sleep=waits.append))
+    assert found == [server.address("a.json.gz"), server.address("b.json.gz")]
+    assert len(waits) == 1
+
+
 def test_listing_is_tried_again():
     waits = []
     fetcher = Fetcher(sleep=waits.append)
