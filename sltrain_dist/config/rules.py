@@ -33,6 +33,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
     yield from _check_optimizer(config)
+    yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
 
@@ -102,6 +103,14 @@ DEEPSPEED_KEYS: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "optim.clip",
 }
 """Keys of DeepSpeed's configuration that are made from a setting of ours, and that setting."""
+
+
+def _check_data(config: Config) -> Iterator[tuple[str, str]]:
+    source, weights = config.data.source, config.data.weights
+    if weights is not None and not isinstance(source, list):
+        yield "data.weights", "belongs to a list of sources; make data.source one, or set null"
+    elif weights is not None and len(weights) != len(source):
+        yield "data.weights", f"has {len(weights)} entries for the {len(source)} of data.source"
 
 
 def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:

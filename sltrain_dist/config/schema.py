@@ -90,13 +90,18 @@ class DataConfig(Section):
 
     source: str | list[str] = "embedded"
     """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
-    directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list."""
+    directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list. Files are
+    JSON lines (also compressed) or Parquet."""
+    weights: list[PositiveFloat] | None = None
+    """With a list as source: the share of every update's rows that comes from each of its entries, relative to
+    the others'. Each repeats its own documents at its own pace. Part of the data order. Every stream reads one
+    entry, so streams must be large enough for the weights. Null: all documents are equal, each once an epoch."""
     subset: str | None = None
     """Configuration of a Hub dataset, such as en for allenai/c4."""
     split: str = "train"
     """Split of a Hub dataset, or of the embedded corpus."""
     text_field: str = "text"
-    """Key of the document's text in each JSON line."""
+    """Key of the document's text in each JSON line, or column of a Parquet file."""
     tokenizer: str = "embedded"
     """A SentencePiece model file. "embedded": trained on the embedded corpus, with model.vocab_size pieces."""
     seq_len: Annotated[int, Field(ge=2)] = 256
@@ -114,6 +119,14 @@ class DataConfig(Section):
     """Updates' worth of rows that each worker prepares ahead."""
     max_bad_fraction: Fraction = 0.01
     """The run stops (exit code 3) when more than this share of the documents read are unusable."""
+    retries: CountOrZero = 8
+    """Attempts to go on reading a remote file after an error that may pass (time-out, cut connection, status 408,
+    429 or 5xx, answer cut short), before the run stops (exit code 3). Counted anew after any progress."""
+    retry_wait_s: FloatOrZero = 1.0
+    """Mean seconds before the first of these attempts. Doubles with each, up to a minute; random by a half up or
+    down. A server's Retry-After is honoured if it asks for more."""
+    timeout_s: PositiveFloat = 60.0
+    """Seconds of silence after which an http(s) server counts as gone."""
     cache_dir: str | None = None
     """Where the embedded corpus is kept. Null: $XDG_CACHE_HOME/sltrain_dist or ~/.cache/sltrain_dist."""
 

@@ -26,6 +26,8 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
         "data.batching": settings.batching,
         "data.streams": settings.streams,
         "data.shuffle_block": settings.shuffle_block,
+        # Only where there is one: cursors from before there were mixtures stay valid.
+        **({"data.weights": _mixture(settings)} if settings.mixture else {}),
     }
 
 
@@ -122,6 +124,11 @@ def _source_fingerprint(shards: Sequence[str]) -> str:
         common += 1
     names = "\n".join("/".join(names[common:]) for names in parts)
     return f"{len(shards)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+
+
+def _mixture(settings: StreamSettings) -> str:
+    total = sum(source.weight for source in settings.mixture)
+    return ", ".join(f"{source.weight / total:.6g} of {source.shards} files" for source in settings.mixture)
 
 
 def _bytes_of(shards: Sequence[str]) -> int:

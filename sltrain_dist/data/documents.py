@@ -72,6 +72,14 @@ class Tally:
         )
 
 
+class Text(bytes):
+    """A document's text in UTF-8, as a column of a table gives it."""
+
+
+Record = bytes | None
+"""A document as its file has it: a :class:`Text`, None for a missing one, or any other bytes: a JSON line."""
+
+
 class Encoder(Protocol):
     """What of :class:`sltrain_dist.data.tokenizer.Tokenizer` is needed here."""
 
@@ -81,19 +89,23 @@ class Encoder(Protocol):
         """Ids of each text, without special tokens."""
 
 
-def parse(line: bytes, text_field: str) -> str | Fault:
-    """The text of one JSON line, or why there is none."""
+def parse(record: Record, text_field: str) -> str | Fault:
+    """The text of one document, or why there is none."""
+    if record is None:
+        return Fault.NO_TEXT
     try:
-        decoded = line.decode("utf-8")
+        decoded = record.decode("utf-8")
     except UnicodeDecodeError:
         return Fault.INVALID_UTF8
     if not decoded.strip():
         return Fault.EMPTY
+    if isinstance(record, Text):
+        return decoded
     try:
-        record = json.loads(decoded)
+        content = json.loads(decoded)
     except (ValueError, RecursionError):
         return Fault.NOT_JSON
-    text = record.get(text_field) if isinstance(record, dict) else None
+    text = content.get(text_field) if isinstance(content, dict) else None
     if not isinstance(text, str):
         return Fault.NO_TEXT
     if not text.strip():
@@ -107,21 +119,21 @@ def parse(line: bytes, text_field: str) -> str | Fault:
 
 
 def encode_documents(
-    lines: Iterable[tuple[int, bytes]], tokenizer: Encoder, text_field: str, max_tokens: int | None
+    records: Iterable[tuple[int, Record]], tokenizer: Encoder, text_field: str, max_tokens: int | None
 ) -> Iterator[tuple[int, TokenIds | Fault]]:
-    """Token ids of each line, with the line's index, in the order of the lines.
+    """Token ids of each document, with its index, in the order given.
 
     Args:
-        lines: Line indices and lines, as :func:`sltrain_dist.data.source.read_lines` yields them.
+        records: Documents and their indices, as :func:`sltrain_dist.data.source.read_documents` yields them.
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON object.
         max_tokens: How many leading tokens of a document matter; None: all. More may come.
     """
-    chunk: list[tuple[int, bytes]] = []
+    chunk: list[tuple[int, Record]] = []
     size = 0
-    for index, line in lines:
-        chunk.append((index, line))
-        size += len(line)
+    for index, record in records:
+        chunk.append((index, record))
+        size += len(record or b"")
         if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
             yield from _encode_chunk(chunk, tokenizer, text_field, max_tokens)
             chunk, size = [], 0
@@ -129,9 +141,9 @@ def encode_documents(
 
 
 def _encode_chunk(
-    chunk: list[tuple[int, bytes]], tokenizer: Encoder, text_field: str, max_tokens: int | None
+    chunk: list[tuple[int, Record]], tokenizer: Encoder, text_field: str, max_tokens: int | None
 ) -> Iterator[tuple[int, TokenIds | Fault]]:
-    parsed = [parse(line, text_field) for _, line in chunk]
+    parsed = [parse(record, text_field) for _, record in chunk]
     encoded = iter(_encode_texts([text for text in parsed if isinstance(text, str)], tokenizer, max_tokens))
     for (index, _), result in zip(chunk, parsed, strict=True):
         if isinstance(result, Fault):

@@ -9,7 +9,8 @@ import numpy as np
 from sltrain_dist.config.schema import DataConfig, EvalConfig
 from sltrain_dist.data.batching import count_tokens, make_rows
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents
-from sltrain_dist.data.source import read_lines
+from sltrain_dist.data.remote import Fetcher, RetryPolicy
+from sltrain_dist.data.source import read_documents
 from sltrain_dist.errors import DataError
 
 
@@ -47,8 +48,10 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
 def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[TokenIds]:
     tally = Tally()
     max_tokens = data.seq_len if data.batching == "pad" else None
+    fetcher = Fetcher(RetryPolicy.of(data))
     for shard in shards:
-        for line, result in encode_documents(read_lines(shard), tokenizer, data.text_field, max_tokens):
+        documents = read_documents(shard, data.text_field, fetcher=fetcher)
+        for line, result in encode_documents(documents, tokenizer, data.text_field, max_tokens):
             tally.add(shard, line, result)
             if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):
                 raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)

@@ -16,10 +16,14 @@ from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
-from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.remote import Cause, RetryPolicy
+from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update, WeightedSource
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker
-from sltrain_dist.errors import DataError
+from sltrain_dist.errors import ConfigError, DataError
+
+_WEIGHT_TOLERANCE = 0.05
+"""Largest deviation of a source's share of the rows from its weight, relative to the weight."""
 
 __all__ = ["LoaderStats", "TrainLoader", "merge_states"]
 
@@ -34,6 +38,8 @@ class LoaderStats:
     """Documents read, unusable ones included."""
     bad: dict[str, int] = field(default_factory=lambda: {fault.value: 0 for fault in Fault})
     """Documents that could not be used, by cause."""
+    retries: dict[str, int] = field(default_factory=lambda: {cause.value: 0 for cause in Cause})
+    """How often reading a remote shard was tried again, by cause."""
 
 
 class TrainLoader:
@@ -49,6 +55,7 @@ class TrainLoader:
         global_batch: Rows of an update, over all ranks.
         rank: In 0 … world_size − 1.
         world_size: Number of ranks; divides `global_batch`.
+        source_sizes: With `data.weights`: how many of the shards belong to each source, in order.
         state: Where to go on: what :func:`merge_states` returned, for any number of ranks. None: from the start.
 
     Attributes:
@@ -57,6 +64,7 @@ class TrainLoader:
 
     Raises:
         DataError: The tokenizer cannot be read, or there are no shards.
+        ConfigError: Whole streams cannot hold `data.weights`.
         CheckpointError: `state` belongs to other data, or to another order.
     """
 
@@ -70,6 +78,7 @@ class TrainLoader:
         global_batch: int,
         rank: int,
         world_size: int,
+        source_sizes: Sequence[int] = (),
         state: dict[str, Any] | None = None,
     ) -> None:
         if not shards:
@@ -84,6 +93,8 @@ class TrainLoader:
             seq_len=data.seq_len,
             shuffle_block=data.shuffle_block,
             max_bad_fraction=data.max_bad_fraction,
+            retry=RetryPolicy.of(data),
+            mixture=_mixture(data, source_sizes, len(shards), global_batch),
         )
         tokenizer = Tokenizer(tokenizer_path)
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
@@ -148,6 +159,27 @@ class TrainLoader:
         self.stats.wait_s += wait_s
         self.stats.documents = sum(update.documents_read for update in updates)
         self.stats.bad = {fault.value: faults[fault] for fault in Fault}
+        retries = sum((update.retries for update in updates), Counter[Cause]())
+        self.stats.retries = {cause.value: retries[cause] for cause in Cause}
+
+
+def _mixture(data: DataConfig, sizes: Sequence[int], num_shards: int, global_batch: int) -> tuple[WeightedSource, ...]:
+    """The weighted sources. Raises ConfigError if whole streams cannot hold the weights."""
+    if data.weights is None:
+        return ()
+    if len(sizes) != len(data.weights) or sum(sizes) != num_shards:
+        raise ValueError(f"{len(data.weights)} weights for sources of {list(sizes)} shards, {num_shards} in all")
+    dealt = order.deal_streams(data.weights, order.num_streams(data.streams, global_batch))
+    shares = order.source_shares(dealt, len(sizes), global_batch)
+    wanted = [weight / sum(data.weights) for weight in data.weights]
+    if any(abs(share - due) > _WEIGHT_TOLERANCE * due for share, due in zip(shares, wanted, strict=True)):
+        raise ConfigError(
+            f"data.weights ask for shares of {[round(due, 4) for due in wanted]}, but {len(dealt)} streams give "
+            f"{[round(share, 4) for share in shares]} of the {global_batch} rows of an update: every stream reads one "
+            "source. Set data.streams (at most train.global_batch, best a divisor of it) so that each weight is a "
+            f"whole number of streams, to within {_WEIGHT_TOLERANCE:.0%}"
+        )
+    return tuple(map(WeightedSource, sizes, data.weights))
 
 
 def _contiguous_groups(shares: list[order.StreamShare], workers: int) -> list[list[order.StreamShare]]:

@@ -12,11 +12,14 @@ of worker processes has any influence on a batch. In epoch e of a stream::
 Each document of the source is in exactly one unit, hence read exactly once per epoch. Streams go on to
 their next epoch by themselves: no stream waits for another.
 
+With several weighted sources, every stream reads one of them, and the above holds for each source and its streams.
+
 Random numbers are those of :mod:`sltrain_dist.numerics.splitmix`, which no library release can change.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -58,6 +61,35 @@ class StreamShare(NamedTuple):
 def num_streams(streams: int, global_batch: int) -> int:
     """Number of virtual streams V: at least one row of every update must come from each."""
     return min(streams, global_batch)
+
+
+def deal_streams(weights: Sequence[float], streams: int) -> list[int]:
+    """The source that each stream reads, so that sources get rows in proportion to their weights.
+
+    Stream by stream, the source goes next that is furthest behind its due share, as in Bresenham's algorithm;
+    hence any number of consecutive streams holds the weights as closely as whole streams can.
+
+    Args:
+        weights: Positive, one per source, of any sum.
+        streams: Number of virtual streams V.
+    """
+    total = sum(weights)
+    counts = [0] * len(weights)
+    dealt = []
+    for number in range(1, streams + 1):
+        source = max(range(len(weights)), key=lambda s: (weights[s] * number / total - counts[s], -s))
+        counts[source] += 1
+        dealt.append(source)
+    return dealt
+
+
+def source_shares(dealt: Sequence[int], num_sources: int, global_batch: int) -> list[float]:
+    """The share of every update's rows that each source gets with streams dealt as by :func:`deal_streams`."""
+    streams = len(dealt)
+    rows = [0] * num_sources
+    for stream, source in enumerate(dealt):
+        rows[source] += _first_row(stream + 1, global_batch, streams) - _first_row(stream, global_batch, streams)
+    return [count / global_batch for count in rows]
 
 
 def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> list[StreamShare]:

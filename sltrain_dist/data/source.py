@@ -1,18 +1,17 @@
-"""From `data.source` to a list of shards, and from a shard to its lines.
+"""From `data.source` to a list of shards, and from a shard to its documents.
 
-A shard is a file of JSON lines, possibly compressed, on the local disk or behind any URL that fsspec
-understands (the Hub's `hf://` included). `datasets` resolves Hub datasets to their files. The files are
-then read through fsspec, which `datasets` itself streams through: its text builder reads 10 MB pieces
-through several copies (a fifth of the speed and 200 MB more on 60 MB of Wikipedia) and treats a lone carriage
-return as the end of a line.
+A shard is a file of JSON lines, possibly compressed, or a Parquet file, on the local disk or behind any URL that
+fsspec understands (the Hub's `hf://` included). `datasets` resolves Hub datasets to their files. Lines are not
+read with its text builder, which reads 10 MB pieces through several copies (a fifth of the speed and 200 MB more
+on 60 MB of Wikipedia) and treats a lone carriage return as the end of a line.
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,29 +20,37 @@ from typing import IO
 import fsspec
 from fsspec.compression import compr as codecs
 
+from sltrain_dist.data.documents import Record
+from sltrain_dist.data.parquet import read_column
+from sltrain_dist.data.remote import Fetcher, RemoteFile
 from sltrain_dist.errors import DataError
 
 _CODEC_OF_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 _LINES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-_NOT_LINES = re.compile(r"\.(parquet|arrow|csv|tsv|zip|tar|tgz|tar\.gz)$", re.IGNORECASE)
+_PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
+_NOT_DOCUMENTS = re.compile(r"\.(arrow|csv|tsv|zip|tar|tgz|tar\.gz)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits before a remote shard is opened again after an error. A week's run on the Hub meets resets."""
-_LASTING = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)
-"""Errors that no second attempt will mend."""
+_READ_BYTES = 1 << 18
+"""Bytes that are asked of a connection at once."""
 
 
 def resolve_source(
-    source: str | list[str], *, subset: str | None = None, split: str = "train", key: str = "data.source"
+    source: str | list[str],
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    key: str = "data.source",
+    fetcher: Fetcher | None = None,
 ) -> list[str]:
     """The shards of a source: absolute local paths and URLs, sorted, each once.
 
     Args:
-        source: A file, a directory (its JSON-lines files), a glob, a URL or URL glob, or a Hub dataset
+        source: A file, a directory (its files of JSON lines and Parquet), a glob, a URL or URL glob, or a Hub dataset
             `owner/name`; or a list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
         key: What the source is called in the configuration, for messages.
+        fetcher: Decides about failures to list a URL. Default: one of the default policy.
 
     Raises:
         DataError: Nothing is there, or the Hub cannot be reached; the message names the entry.
@@ -51,54 +58,61 @@ def resolve_source(
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise DataError(f"{key} is an empty list; name at least one file, directory, glob, URL or Hub dataset")
-    shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key)}
+    shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key, fetcher or Fetcher())}
     for shard in sorted(shards):
-        if _NOT_LINES.search(_without_query(shard)):
-            raise DataError(f"{shard} is not a file of JSON lines (one object with a text field a line), as C4's are")
+        if _NOT_DOCUMENTS.search(_without_query(shard)):
+            raise DataError(
+                f"{shard} is neither Parquet nor a file of JSON lines (one object with a text field a line, as in C4)"
+            )
     return sorted(shards)
 
 
-def read_lines(shard: str, first: int = 0, step: int = 1) -> Iterator[tuple[int, bytes]]:
-    r"""Lines `first`, `first + step`, … of a shard, with their indices (from 0), undecoded.
+def read_documents(
+    shard: str, text_field: str, first: int = 0, step: int = 1, fetcher: Fetcher | None = None
+) -> Iterator[tuple[int, Record]]:
+    r"""Documents `first`, `first + step`, … of a shard, with their indices (from 0): lines or rows, unparsed.
 
-    Lines end with `\n` only. Memory is bounded by the longest line. A remote shard is opened again and
-    read up to where it failed when reading fails.
+    Lines end with `\n` only. Memory is bounded by the longest line, or as
+    :func:`sltrain_dist.data.parquet.read_column` says.
+
+    Args:
+        shard: One of :func:`resolve_source`'s.
+        text_field: The column of a Parquet file; lines are left to :func:`sltrain_dist.data.documents.parse`.
+        first: Index of the first document.
+        step: Distance to the next.
+        fetcher: Decides about failures to read a URL. Default: one of the default policy.
 
     Raises:
-        DataError: The shard cannot be read to its end; names the shard and the line.
+        DataError: The shard cannot be read to its end; names the shard and how far it was read.
     """
-    line = 0
-    failed_at, failures = -1, 0
-    while True:
-        try:
-            with _open(shard) as file:
-                for index, content in enumerate(file):
-                    if index < line:
-                        continue
-                    line = index + 1
-                    if index >= first and (index - first) % step == 0:
-                        yield index, content
-            break
-        # Any file system's plug-in may be at work here, each with exceptions of its own.
-        except Exception as error:
-            failures = 1 if line > failed_at else failures + 1
-            failed_at = line
-            if not _is_url(shard) or isinstance(error, (*_LASTING, DataError)) or failures > len(_RETRY_WAITS_S):
-                raise _reading_error(shard, line, error) from error
-            time.sleep(_RETRY_WAITS_S[failures - 1])
-    if line == 0 and _codec(shard) is not None and _num_bytes(shard) == 0:
-        # The decompressors take a file of no bytes for an empty one; it is what a failed download leaves.
-        raise DataError(f"{shard} has no bytes, so it is not a complete {_codec(shard)} file; fetch it again")
+    done = 0
+    try:
+        with _open(shard, fetcher or Fetcher()) as file:
+            if _PARQUET.search(_without_query(shard)):
+                for index, text in read_column(file, shard, text_field, first, step):
+                    done = index + 1
+                    yield index, text
+                return
+            for index, line in enumerate(file):
+                done = index + 1
+                if index >= first and (index - first) % step == 0:
+                    yield index, line
+            if done == 0 and _codec(shard) is not None and _num_bytes(shard) == 0:
+                # The decompressors take a file of no bytes for an empty one; it is what a failed download leaves.
+                raise DataError(f"{shard} has no bytes, so it is not a complete {_codec(shard)} file; fetch it again")
+    # Any file system's plug-in and any decompressor may be at work here, each with exceptions of its own.
+    except Exception as error:
+        raise _reading_error(shard, done, error) from error
 
 
-def _resolve_entry(entry: str, subset: str | None, split: str, key: str) -> list[str]:
+def _resolve_entry(entry: str, subset: str | None, split: str, key: str, fetcher: Fetcher) -> list[str]:
     if entry.startswith("file://"):
         entry = entry.removeprefix("file://")
     if _is_url(entry):
-        return _resolve_url(entry, key)
+        return _resolve_url(entry, key, fetcher)
     path = Path(entry).expanduser()
     if entry and path.is_dir():
-        return _lines_files([str(child.absolute()) for child in path.iterdir() if child.is_file()], entry)
+        return _document_files([str(child.absolute()) for child in path.iterdir() if child.is_file()], entry)
     if path.is_file():
         return [str(path.absolute())]
     if re.search(r"[*?[]", entry):
@@ -107,7 +121,7 @@ def _resolve_entry(entry: str, subset: str | None, split: str, key: str) -> list
         if not files:
             raise DataError(f"no file matches the glob {entry!r} (working directory {Path.cwd()}); check {key}")
         return files
-    if _HUB_ID.fullmatch(entry) and not _LINES.search(entry) and not _NOT_LINES.search(entry):
+    if _HUB_ID.fullmatch(entry) and not any(kind.search(entry) for kind in (_LINES, _PARQUET, _NOT_DOCUMENTS)):
         return _resolve_hub(entry, subset, split, key)
     raise DataError(
         f"there is no file or directory {entry!r} (working directory {Path.cwd()}), and it is neither a URL nor a "
@@ -115,20 +129,13 @@ def _resolve_entry(entry: str, subset: str | None, split: str, key: str) -> list
     )
 
 
-def _resolve_url(url: str, key: str) -> list[str]:
+def _resolve_url(url: str, key: str, fetcher: Fetcher) -> list[str]:
     http = url.startswith(("http://", "https://"))
     is_glob = re.search(r"[*]" if http else r"[*?[]", url) is not None
     if http and not is_glob:
         return [url]
     try:
-        file_system, path = fsspec.core.url_to_fs(url)
-        if is_glob:
-            found = [file_system.unstrip_protocol(match) for match in file_system.glob(path)]
-        elif file_system.isdir(path):
-            children = [file_system.unstrip_protocol(child) for child in file_system.ls(path, detail=False)]
-            return _lines_files(children, url)
-        else:
-            found = [url]
+        found = fetcher.call(url, lambda: _list_url(url, is_glob))
     except DataError:
         raise
     except Exception as error:  # as above: any plug-in's
@@ -138,12 +145,22 @@ def _resolve_url(url: str, key: str) -> list[str]:
     return found
 
 
-def _lines_files(files: list[str], directory: str) -> list[str]:
-    if found := [file for file in files if _LINES.search(file)]:
+def _list_url(url: str, is_glob: bool) -> list[str]:
+    file_system, path = fsspec.core.url_to_fs(url)
+    if is_glob:
+        return [file_system.unstrip_protocol(match) for match in file_system.glob(path)]
+    if file_system.isdir(path):
+        children = [file_system.unstrip_protocol(child) for child in file_system.ls(path, detail=False)]
+        return _document_files(children, url)
+    return [url]
+
+
+def _document_files(files: list[str], directory: str) -> list[str]:
+    if found := [file for file in files if _LINES.search(file) or _PARQUET.search(file)]:
         return found
     raise DataError(
-        f"the directory {directory!r} holds no *.json, *.jsonl or *.ndjson (also .gz, .bz2, .xz, .zst) among its "
-        f"{len(files)} files; subdirectories need a glob such as '{directory.rstrip('/')}/**/*.json.gz'"
+        f"the directory {directory!r} holds no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst) or *.parquet "
+        f"among its {len(files)} files; subdirectories need a glob such as '{directory.rstrip('/')}/**/*.json.gz'"
     )
 
 
@@ -166,16 +183,16 @@ def _resolve_hub(name: str, subset: str | None, split: str, key: str) -> list[st
     if split not in files_of_split:
         raise DataError(f"the Hub dataset {name!r} has no files for split {split!r}; it has {sorted(files_of_split)}")
     files = files_of_split[split]
-    if not files or not all(_LINES.search(file) for file in files):
+    if not files or not all(_LINES.search(file) or _PARQUET.search(file) for file in files):
         raise DataError(
-            f"the Hub dataset {name!r} is not stored as JSON lines (first file of {split!r}: {files[:1]}); only those, "
-            "as in allenai/c4, can be streamed"
+            f"the Hub dataset {name!r} is stored neither as JSON lines, as allenai/c4 is, nor as Parquet (first file "
+            f"of {split!r}: {files[:1]})"
         )
     return files
 
 
 @contextmanager
-def _open(shard: str) -> Iterator[IO[bytes]]:
+def _open(shard: str, fetcher: Fetcher) -> Iterator[IO[bytes]]:
     """Opens a shard for reading, decompressing."""
     codec = _codec(shard)
     if codec is not None and codec not in codecs:
@@ -183,8 +200,9 @@ def _open(shard: str) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
         file: IO[bytes]
         if _is_url(shard):
-            file_system, path = fsspec.core.url_to_fs(shard)
-            file = stack.enter_context(file_system.open(path, "rb"))
+            has_end = codec is not None or _PARQUET.search(_without_query(shard)) is not None
+            remote = stack.enter_context(RemoteFile(shard, fetcher, has_end=has_end))
+            file = stack.enter_context(io.BufferedReader(remote, _READ_BYTES))
         else:
             file = stack.enter_context(Path(shard).open("rb"))
         yield stack.enter_context(codecs[codec](file, mode="rb")) if codec else file
@@ -203,13 +221,14 @@ def _num_bytes(shard: str) -> int | None:
     return None if size is None else int(size)
 
 
-def _reading_error(shard: str, line: int, error: Exception) -> DataError:
+def _reading_error(shard: str, done: int, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return error
-    where = f"after {line} lines" if line else "at its start"
+    is_parquet = _PARQUET.search(_without_query(shard)) is not None
+    where = f"after {done} {'rows' if is_parquet else 'lines'}" if done else "at its start"
     if isinstance(error, FileNotFoundError):
         return DataError(f"the shard {shard} is not there (any more); put it back, or correct the source")
-    if _codec(shard) is not None:
+    if _codec(shard) is not None or is_parquet:
         return DataError(
             f"cannot read the shard {shard} {where}: {_text(error)}. A corrupt or truncated file must be fetched "
             "again, or taken out of the source"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,9 +12,19 @@ import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
-from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents, parse
-from sltrain_dist.data.source import read_lines
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Record, Tally, TokenIds, encode_documents, parse
+from sltrain_dist.data.remote import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.source import read_documents
 from sltrain_dist.errors import CheckpointError, DataError
+
+
+class WeightedSource(NamedTuple):
+    """One of several sources."""
+
+    shards: int
+    """Number of its shards."""
+    weight: float
+    """Its share of the rows, relative to the others'."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class StreamSettings:
     seq_len: int
     shuffle_block: int
     max_bad_fraction: float
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    """Without influence on the rows."""
+    mixture: tuple[WeightedSource, ...] = ()
+    """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +84,33 @@ class StreamState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
         """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
-        expected = {field.name for field in fields(cls)}
+        expected = {each.name for each in fields(cls)}
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
             raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
         return cls(**values)
+
+
+class _Share(NamedTuple):
+    """The source that a stream reads, and which of the source's streams it is."""
+
+    first_shard: int
+    shards: int
+    streams: int
+    number: int
+
+    @classmethod
+    def of(cls, settings: StreamSettings, stream: int) -> _Share:
+        if not settings.mixture:
+            return cls(0, len(settings.shards), settings.streams, stream)
+        dealt = order.deal_streams([source.weight for source in settings.mixture], settings.streams)
+        own = dealt[stream]
+        first = sum(source.shards for source in settings.mixture[:own])
+        return cls(first, settings.mixture[own].shards, dealt.count(own), dealt[:stream].count(own))
+
+    def units(self, seed: int, epoch: int) -> list[order.Unit]:
+        """Those of the stream in an epoch. Shards are numbered over all sources."""
+        units = order.stream_units(seed, epoch, self.shards, self.streams, self.number)
+        return [unit._replace(shard=unit.shard + self.first_shard) for unit in units]
 
 
 class _Document(NamedTuple):
@@ -99,8 +136,11 @@ class Stream:
         """Documents read by this object, unusable ones included."""
         self.faults_found: Counter[Fault] = Counter()
         """How many of these were unusable, by cause."""
+        self.fetcher = Fetcher(settings.retry)
+        """Reads remote shards, and counts what it had to try again."""
         self._settings = settings
         self._tokenizer = tokenizer
+        self._share = _Share.of(settings, number)
         self._number = number
         self._accepted: set[int] = set()
         self._rows = self._make_rows(state)
@@ -146,7 +186,7 @@ class Stream:
         """Usable documents without end, from a position onwards."""
         settings = self._settings
         while True:
-            units = order.stream_units(settings.seed, state.epoch, len(settings.shards), settings.streams, self._number)
+            units = self._share.units(settings.seed, state.epoch)
             for unit in units[state.unit :]:
                 state = yield from self._unit(unit, state)
             if state.documents == state.tally().faults.total():
@@ -161,19 +201,19 @@ class Stream:
         """The documents of one unit from a position in it onwards; returns the position after it."""
         size = self._settings.shuffle_block
         first = unit.part + state.block * size * unit.parts
-        lines = read_lines(self._settings.shards[unit.shard], first, unit.parts)
-        while block := list(islice(lines, size)):
+        documents = self._read(self._settings.shards[unit.shard], first, unit.parts)
+        while block := list(islice(documents, size)):
             state = yield from self._block(unit, state, block)
             state = replace(state, block=state.block + 1, document=0)
         self._check_unit(unit, state)
         return replace(state, unit=state.unit + 1, block=0, document=0)
 
     def _block(
-        self, unit: order.Unit, state: StreamState, lines: Sequence[tuple[int, bytes]]
+        self, unit: order.Unit, state: StreamState, records: Sequence[tuple[int, Record]]
     ) -> Generator[_Document, None, StreamState]:
         settings = self._settings
-        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(lines))
-        todo = (lines[index] for index in permuted[state.document :])
+        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(records))
+        todo = (records[index] for index in permuted[state.document :])
         max_tokens = settings.seq_len if settings.batching == "pad" else None
         for line, result in encode_documents(todo, self._tokenizer, settings.text_field, max_tokens):
             self.documents_read += 1
@@ -200,13 +240,17 @@ class Stream:
             self._check(unit, own)
         if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
             return
-        shards = self._settings.shards[unit.shard :] + self._settings.shards[: unit.shard]
-        lines = ((shard, index, line) for shard in shards for index, line in read_lines(shard))
+        first, last = self._share.first_shard, self._share.first_shard + self._share.shards
+        shards = self._settings.shards[unit.shard : last] + self._settings.shards[first : unit.shard]
+        documents = ((shard, index, record) for shard in shards for index, record in self._read(shard))
         sample = Tally()
-        for shard, index, line in islice(lines, SAMPLE):
-            sample.add(shard, index, parse(line, self._settings.text_field))
+        for shard, index, record in islice(documents, SAMPLE):
+            sample.add(shard, index, parse(record, self._settings.text_field))
         self._check(unit, sample)
         self._accepted.add(unit.shard)
+
+    def _read(self, shard: str, first: int = 0, step: int = 1) -> Iterator[tuple[int, Record]]:
+        return read_documents(shard, self._settings.text_field, first, step, self.fetcher)
 
     def _check(self, unit: order.Unit, tally: Tally) -> None:
         limit = self._settings.max_bad_fraction
@@ -226,6 +270,8 @@ class Update(NamedTuple):
     """Documents read by these streams since their start in this process, unusable ones included."""
     faults_found: Counter[Fault]
     """How many of these were unusable, by cause."""
+    retries: Counter[Cause]
+    """How often these streams have tried to read again, by cause, since then."""
 
 
 class StreamGroup:
@@ -259,4 +305,5 @@ class StreamGroup:
             {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
             sum(stream.documents_read for stream in self._streams),
             sum((stream.faults_found for stream in self._streams), Counter()),
+            sum((stream.fetcher.retries for stream in self._streams), Counter()),
         )

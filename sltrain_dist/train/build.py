@@ -13,6 +13,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.build import build_embedded
+from sltrain_dist.data.remote import Fetcher, RetryPolicy
 from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
@@ -38,6 +39,8 @@ class Corpus:
     """Where text comes from, resolved: shard lists, evaluation rows, tokenizer file."""
 
     train_shards: list[str]
+    source_sizes: list[int]
+    """Shards of each source, if sources are mixed by weight; else empty."""
     eval_rows: Rows | None
     tokenizer: Path
 
@@ -101,6 +104,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         global_batch=config.train.global_batch,
         rank=env.rank,
         world_size=env.world_size,
+        source_sizes=corpus.source_sizes,
         state=None if reader is None else reader.state["data"],
     )
     check_agreement(env, {"supports": supports, **loader.order})
@@ -167,14 +171,26 @@ def prepare_corpus(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of "
             f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    shards = env.on_main(lambda: resolve_source(train_source, subset=data.subset, split=data.split))
+    fetcher = Fetcher(RetryPolicy.of(data))
+    # With weights, each entry is a source of its own; a configuration with weights has a list.
+    sources = [train_source] if data.weights is None else list(train_source)
+    resolved = env.on_main(
+        lambda: [resolve_source(each, subset=data.subset, split=data.split, fetcher=fetcher) for each in sources]
+    )
+    shards = [shard for each in resolved for shard in each]
+    if len(set(shards)) < len(shards):
+        twice = next(shard for shard in shards if shards.count(shard) > 1)
+        raise ConfigError(f"{twice} is in two entries of data.source, of different weights; take it out of one")
     eval_rows = None
     if eval_source is not None and with_evaluation:
         eval_shards = env.on_main(
-            lambda: resolve_source(eval_source, subset=evaluation.subset, split=evaluation.split, key="eval.source")
+            lambda: resolve_source(
+                eval_source, subset=evaluation.subset, split=evaluation.split, key="eval.source", fetcher=fetcher
+            )
         )
         eval_rows = env.on_main(lambda: evaluation_rows(evaluation, data, eval_shards, tokenizer))
-    return Corpus(shards, eval_rows, Path(tokenizer_path))
+    source_sizes = [] if data.weights is None else [len(each) for each in resolved]
+    return Corpus(shards, source_sizes, eval_rows, Path(tokenizer_path))
 
 
 def open_checkpoint(

@@ -162,10 +162,12 @@ def _peak_flops(run: Run) -> float | None:
 
 
 def _data_faults(run: Run) -> dict[str, int]:
-    """Unusable documents so far by cause, over all ranks; nothing where there were none."""
-    names = list(run.loader.stats.bad)
-    totals = run.env.sum([float(run.loader.stats.bad[name]) for name in names])
-    return {f"bad_documents_{name}": int(total) for name, total in zip(names, totals, strict=True) if total}
+    """Unusable documents and repeated reads so far by cause, over all ranks; nothing where there were none."""
+    stats = run.loader.stats
+    counts = {f"bad_documents_{cause}": count for cause, count in stats.bad.items()}
+    counts |= {f"data_retries_{cause}": count for cause, count in stats.retries.items()}
+    totals = run.env.sum([float(count) for count in counts.values()])
+    return {name: int(total) for name, total in zip(counts, totals, strict=True) if total}
 
 
 def _evaluate(run: Run, clock: Clock) -> None:

@@ -66,11 +66,11 @@ def test_prefixes_give_the_tokens_of_whole_documents(shared_data, model):
     from itertools import islice
 
     from sltrain_dist.data.documents import encode_documents
-    from sltrain_dist.data.source import read_lines
+    from sltrain_dist.data.source import read_documents
 
     cut = 0
     for name in ("c4/c4-validation.00000.json.gz", "text/gutenberg.00000.json.gz"):
-        lines = list(islice(read_lines(str(shared_data / name)), 150))
+        lines = list(islice(read_documents(str(shared_data / name), "text"), 150))
         for seq_len in (16, 64):
             short = encode_documents(lines, tokenizer, "text", seq_len)
             whole = encode_documents(lines, tokenizer, "text", None)

@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltrain_dist.data import source
-from sltrain_dist.data.source import read_lines, resolve_source
+from sltrain_dist.data.remote import Cause, Fetcher
+from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard
 
 
 def contents(shard, *arguments):
-    return [line for _, line in read_lines(shard, *arguments)]
+    return [line for _, line in read_documents(shard, "text", *arguments)]
 
 
 def test_file_directory_and_glob(tmp_path, monkeypatch):
@@ -72,9 +73,9 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, entry, message):
 
 
 def test_unsuitable_files_are_refused(tmp_path):
-    (tmp_path / "a.parquet").touch()
-    with pytest.raises(DataError, match=r"a\.parquet is not a file of JSON lines"):
-        resolve_source(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(DataError, match=r"a\.csv is neither Parquet nor a file of JSON lines"):
+        resolve_source(str(tmp_path / "a.csv"))
     with pytest.raises(DataError, match="holds no"):
         resolve_source(str(tmp_path))
 
@@ -93,7 +94,9 @@ def test_hub_dataset(monkeypatch):
     with pytest.raises(DataError, match=r"no files for split 'test'; it has \['train'\]"):
         resolve_source("allenai/c4", subset="en", split="test")
     files[:] = ["hf://datasets/x/y@abc/data/train-00000.parquet"]
-    with pytest.raises(DataError, match="not stored as JSON lines"):
+    assert resolve_source("x/y") == files
+    files[:] = ["hf://datasets/x/y@abc/data/train-00000.csv"]
+    with pytest.raises(DataError, match=r"neither as JSON lines.*train-00000\.csv"):
         resolve_source("x/y")
 
 
@@ -155,19 +158,23 @@ def test_lines_are_lossless(tmp_path, suffix, compress):
     ]
     shard = tmp_path / f"x.jsonl{suffix}"
     shard.write_bytes(compress(b"\n".join(lines)))
-    assert list(read_lines(str(shard))) == [
+    assert list(read_documents(str(shard), "text")) == [
         (i, line + b"\n" if i < len(lines) - 1 else line) for i, line in enumerate(lines)
     ]
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/lossless/x.jsonl{suffix}", shard.read_bytes())
-    assert list(read_lines(f"memory://lossless/x.jsonl{suffix}")) == list(read_lines(str(shard)))
+    assert list(read_documents(f"memory://lossless/x.jsonl{suffix}", "text")) == list(
+        read_documents(str(shard), "text")
+    )
 
 
 @given(count=st.integers(0, 30), first=st.integers(0, 35), step=st.integers(1, 9))
 def test_parts_of_a_shard(tmp_path_factory, count, first, step):
     shard = tmp_path_factory.getbasetemp() / "parts.jsonl"
     shard.write_text("".join(f"{i}\n" for i in range(count)))
-    assert list(read_lines(str(shard), first, step)) == [(i, b"%d\n" % i) for i in range(first, count, step)]
+    assert list(read_documents(str(shard), "text", first, step)) == [
+        (i, b"%d\n" % i) for i in range(first, count, step)
+    ]
 
 
 @pytest.fixture
@@ -240,14 +247,16 @@ class FlakyFile(io.BytesIO):
 def test_remote_reads_are_tried_again(archive, monkeypatch):
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     waits = []
-    monkeypatch.setattr(source.time, "sleep", waits.append)
+    fetcher = Fetcher(sleep=waits.append, jitter=lambda: 0.5)
     monkeypatch.setattr(FlakyFileSystem, "content", archive[1])
     monkeypatch.setattr(FlakyFileSystem, "failures", 0)
-    expected = list(read_lines("flaky://x.json.gz"))
+    expected = list(read_documents("flaky://x.json.gz", "text", fetcher=fetcher))
     FlakyFileSystem.failures = 3
-    assert list(read_lines("flaky://x.json.gz")) == expected
+    assert list(read_documents("flaky://x.json.gz", "text", fetcher=fetcher)) == expected
     assert len(expected) == 5000
-    assert len(waits) == 3
+    assert waits == [1, 2, 4]
+    assert fetcher.retries == {Cause.CONNECTION: 3}
     FlakyFileSystem.failures = 1000
-    with pytest.raises(DataError, match=r"flaky://x.json.gz after \d+ lines: ConnectionResetError"):
-        contents("flaky://x.json.gz")
+    with pytest.raises(DataError, match=r"flaky://x.json.gz: gave up after 9 attempts.*connection reset"):
+        list(read_documents("flaky://x.json.gz", "text", fetcher=fetcher))
+    assert waits[3:] == [1, 2, 4, 8, 16, 32, 60, 60]
