@@ -17,6 +17,7 @@ from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
 from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker
 from sltrain_dist.errors import DataError
@@ -56,6 +57,7 @@ class TrainLoader:
             tokenizer; ranks must agree on it.
 
     Raises:
+        ConfigError: Token shards were made with another tokenizer.
         DataError: The tokenizer cannot be read, or there are no shards.
         CheckpointError: `state` belongs to other data, or to another order.
     """
@@ -75,8 +77,10 @@ class TrainLoader:
         if not shards:
             raise DataError("the training data has no shards; check data.source")
         self.stats = LoaderStats()
+        tokenizer = Tokenizer(tokenizer_path)
+        prepared = manifest_for(shards, tokenizer, data.text_field)
         settings = StreamSettings(
-            shards=tuple(shards),
+            shards=tuple(shards) if prepared is None else tuple(name for name, _ in prepared.job.sources),
             text_field=data.text_field,
             seed=seed,
             streams=order.num_streams(data.streams, global_batch),
@@ -84,8 +88,8 @@ class TrainLoader:
             seq_len=data.seq_len,
             shuffle_block=data.shuffle_block,
             max_bad_fraction=data.max_bad_fraction,
+            prepared=prepared,
         )
-        tokenizer = Tokenizer(tokenizer_path)
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)
         self._updates = 0

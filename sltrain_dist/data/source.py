@@ -21,6 +21,7 @@ from typing import IO
 import fsspec
 from fsspec.compression import compr as codecs
 
+from sltrain_dist.data import token_shards
 from sltrain_dist.errors import DataError
 
 _CODEC_OF_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -38,21 +39,28 @@ def resolve_source(
 ) -> list[str]:
     """The shards of a source: absolute local paths and URLs, sorted, each once.
 
+    A directory of token shards is one entry, its manifest; the sizes of its files are checked.
+
     Args:
-        source: A file, a directory (its JSON-lines files), a glob, a URL or URL glob, or a Hub dataset
+        source: A file, a directory (its JSON-lines files, or token shards), a glob, a URL or URL glob, or a Hub dataset
             `owner/name`; or a list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
         key: What the source is called in the configuration, for messages.
 
     Raises:
-        DataError: Nothing is there, or the Hub cannot be reached; the message names the entry.
+        DataError: Nothing is there, the Hub cannot be reached, or token shards are damaged; the message names the
+            entry.
     """
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise DataError(f"{key} is an empty list; name at least one file, directory, glob, URL or Hub dataset")
     shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key)}
     for shard in sorted(shards):
+        if Path(shard).name == token_shards.MANIFEST and len(shards) > 1:
+            raise DataError(
+                f"{shard} belongs to token shards, which cannot be one of several sources; give {key} alone"
+            )
         if _NOT_LINES.search(_without_query(shard)):
             raise DataError(f"{shard} is not a file of JSON lines (one object with a text field a line), as C4's are")
     return sorted(shards)
@@ -86,7 +94,7 @@ def read_lines(shard: str, first: int = 0, step: int = 1) -> Iterator[tuple[int,
             if not _is_url(shard) or isinstance(error, (*_LASTING, DataError)) or failures > len(_RETRY_WAITS_S):
                 raise _reading_error(shard, line, error) from error
             time.sleep(_RETRY_WAITS_S[failures - 1])
-    if line == 0 and _codec(shard) is not None and _num_bytes(shard) == 0:
+    if line == 0 and _codec(shard) is not None and num_bytes(shard) == 0:
         # The decompressors take a file of no bytes for an empty one; it is what a failed download leaves.
         raise DataError(f"{shard} has no bytes, so it is not a complete {_codec(shard)} file; fetch it again")
 
@@ -97,6 +105,8 @@ def _resolve_entry(entry: str, subset: str | None, split: str, key: str) -> list
     if _is_url(entry):
         return _resolve_url(entry, key)
     path = Path(entry).expanduser()
+    if entry and path.is_dir() and token_shards.is_prepared(path):
+        return [str(Path(token_shards.open_manifest(path).directory) / token_shards.MANIFEST)]
     if entry and path.is_dir():
         return _lines_files([str(child.absolute()) for child in path.iterdir() if child.is_file()], entry)
     if path.is_file():
@@ -194,7 +204,7 @@ def _codec(shard: str) -> str | None:
     return _CODEC_OF_SUFFIX.get(os.path.splitext(_without_query(shard))[1].lower())  # noqa: PTH122 (may be a URL)
 
 
-def _num_bytes(shard: str) -> int | None:
+def num_bytes(shard: str) -> int | None:
     """Size of a shard's file, or None where the server does not say."""
     if not _is_url(shard):
         return Path(shard).stat().st_size

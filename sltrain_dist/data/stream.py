@@ -12,8 +12,9 @@ import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
-from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents, parse
-from sltrain_dist.data.source import read_lines
+from sltrain_dist.data.corpus import Block, open_corpus
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
+from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
 
 
@@ -22,6 +23,7 @@ class StreamSettings:
     """What determines the rows of all streams, besides the tokenizer."""
 
     shards: tuple[str, ...]
+    """Those of the text, also where token shards were made of them."""
     text_field: str
     seed: int
     streams: int
@@ -30,6 +32,8 @@ class StreamSettings:
     seq_len: int
     shuffle_block: int
     max_bad_fraction: float
+    prepared: TokenManifest | None = None
+    """The token shards to read in place of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,13 @@ class Stream:
         """How many of these were unusable, by cause."""
         self._settings = settings
         self._tokenizer = tokenizer
+        self._corpus = open_corpus(
+            settings.shards,
+            settings.prepared,
+            tokenizer,
+            settings.text_field,
+            settings.seq_len if settings.batching == "pad" else None,
+        )
         self._number = number
         self._accepted: set[int] = set()
         self._rows = self._make_rows(state)
@@ -161,21 +172,16 @@ class Stream:
         """The documents of one unit from a position in it onwards; returns the position after it."""
         size = self._settings.shuffle_block
         first = unit.part + state.block * size * unit.parts
-        lines = read_lines(self._settings.shards[unit.shard], first, unit.parts)
-        while block := list(islice(lines, size)):
+        for block in self._corpus.blocks(unit.shard, first, unit.parts, size):
             state = yield from self._block(unit, state, block)
             state = replace(state, block=state.block + 1, document=0)
         self._check_unit(unit, state)
         return replace(state, unit=state.unit + 1, block=0, document=0)
 
-    def _block(
-        self, unit: order.Unit, state: StreamState, lines: Sequence[tuple[int, bytes]]
-    ) -> Generator[_Document, None, StreamState]:
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
         settings = self._settings
-        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(lines))
-        todo = (lines[index] for index in permuted[state.document :])
-        max_tokens = settings.seq_len if settings.batching == "pad" else None
-        for line, result in encode_documents(todo, self._tokenizer, settings.text_field, max_tokens):
+        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(block))
+        for line, result in block.documents(permuted[state.document :]):
             self.documents_read += 1
             if isinstance(result, Fault):
                 self.faults_found[result] += 1
@@ -200,11 +206,12 @@ class Stream:
             self._check(unit, own)
         if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
             return
-        shards = self._settings.shards[unit.shard :] + self._settings.shards[: unit.shard]
-        lines = ((shard, index, line) for shard in shards for index, line in read_lines(shard))
+        shards = self._settings.shards
+        numbers = [*range(unit.shard, len(shards)), *range(unit.shard)]
+        outcomes = ((shards[n], index, outcome) for n in numbers for index, outcome in self._corpus.outcomes(n))
         sample = Tally()
-        for shard, index, line in islice(lines, SAMPLE):
-            sample.add(shard, index, parse(line, self._settings.text_field))
+        for outcome in islice(outcomes, SAMPLE):
+            sample.add(*outcome)
         self._check(unit, sample)
         self._accepted.add(unit.shard)
 

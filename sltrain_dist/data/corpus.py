@@ -1,0 +1,133 @@
+"""The documents of a source, in blocks: read from text and tokenized, or from token shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sltrain_dist.data.documents import Encoder, Fault, TokenIds, encode_documents, parse
+from sltrain_dist.data.source import read_lines
+from sltrain_dist.data.token_shards import ShardReader, TokenManifest
+
+Order = npt.NDArray[np.int64]
+
+
+class Block(Protocol):
+    """Some documents that are permuted together."""
+
+    def __len__(self) -> int:
+        """Number of documents, unusable ones included."""
+        ...
+
+    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
+        """Line index, and token ids or what is wrong, of the documents of the given indices in the block."""
+        ...
+
+
+class Corpus(Protocol):
+    """The shards of a source."""
+
+    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[Block]:
+        """Documents `first`, `first + step`, … of a shard in blocks of `size`; the last may be smaller."""
+        ...
+
+    def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
+        """Line index of every document of a shard, and its :class:`Fault` if it has one that needs no tokenizer."""
+        ...
+
+
+def open_corpus(
+    shards: Sequence[str], prepared: TokenManifest | None, tokenizer: Encoder, text_field: str, max_tokens: int | None
+) -> Corpus:
+    """The documents of token shards, or of text.
+
+    Args:
+        shards: The files of text.
+        prepared: The token shards to read in their place.
+        tokenizer: The tokenizer.
+        text_field: Key of the text in each JSON line.
+        max_tokens: How many leading tokens of a document matter; None: all. More may come.
+    """
+    if prepared is not None:
+        return TokenCorpus(prepared)
+    return TextCorpus(shards, tokenizer, text_field, max_tokens)
+
+
+class TextCorpus:
+    """Files of JSON lines. See :func:`open_corpus`."""
+
+    def __init__(self, shards: Sequence[str], tokenizer: Encoder, text_field: str, max_tokens: int | None) -> None:
+        self._shards = shards
+        self._tokenizer = tokenizer
+        self._text_field = text_field
+        self._max_tokens = max_tokens
+
+    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TextBlock]:
+        """See :class:`Corpus`."""
+        lines = read_lines(self._shards[shard], first, step)
+        while some := list(islice(lines, size)):
+            yield _TextBlock(self, some)
+
+    def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
+        """See :class:`Corpus`."""
+        return ((index, parse(line, self._text_field)) for index, line in read_lines(self._shards[shard]))
+
+    def encode(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, TokenIds | Fault]]:
+        """Token ids of lines."""
+        return encode_documents(lines, self._tokenizer, self._text_field, self._max_tokens)
+
+
+class _TextBlock:
+    def __init__(self, corpus: TextCorpus, lines: list[tuple[int, bytes]]) -> None:
+        self._corpus = corpus
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
+        return self._corpus.encode(self._lines[index] for index in order)
+
+
+class TokenCorpus:
+    """Token shards.
+
+    Args:
+        manifest: The manifest of their directory.
+    """
+
+    def __init__(self, manifest: TokenManifest) -> None:
+        self._manifest = manifest
+
+    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TokenBlock]:
+        """See :class:`Corpus`."""
+        reader = ShardReader(self._manifest, shard)
+        documents = np.arange(first, reader.documents, step)
+        for start in range(0, len(documents), size):
+            yield _TokenBlock(reader, documents[start : start + size])
+
+    def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
+        """See :class:`Corpus`. Here, faults that only the tokenizer has found are known too."""
+        reader = ShardReader(self._manifest, shard)
+        return ((index, reader.fault(index)) for index in range(reader.documents))
+
+
+class _TokenBlock:
+    def __init__(self, reader: ShardReader, documents: Order) -> None:
+        self._reader = reader
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
+        reader = self._reader
+        documents = self._documents[order]
+        starts, ends = reader.starts[documents].tolist(), reader.starts[documents + 1].tolist()
+        for document, start, end in zip(documents.tolist(), starts, ends, strict=True):
+            fault = None if end > start else reader.fault(document)
+            yield document, fault or reader.tokens[start : end - 1].astype(np.int32)
