@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,8 +36,7 @@ class StreamSettings:
     """The token shards to read in place of the text."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamState:
+class StreamState(NamedTuple):
     """Where a stream stands: what it takes to go on at exactly the next row, and its counts in this epoch."""
 
     rows: int = 0
@@ -65,16 +64,16 @@ class StreamState:
     def after(self, fault: Fault | None) -> StreamState:
         """The position after one more document, which could be used or not."""
         counts = {fault.value: getattr(self, fault.value) + 1} if fault else {}
-        return replace(self, document=self.document + 1, token=0, documents=self.documents + 1, **counts)
+        return self._replace(document=self.document + 1, token=0, documents=self.documents + 1, **counts)
 
     def to_dict(self) -> dict[str, int]:
         """For JSON."""
-        return asdict(self)
+        return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
         """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
-        expected = {field.name for field in fields(cls)}
+        expected = set(cls._fields)
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
             raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
         return cls(**values)
@@ -140,7 +139,7 @@ class Stream:
                 yield document.ids
 
         rows = make_rows(
-            ids_of(self._documents(replace(state, token=0))),
+            ids_of(self._documents(state._replace(token=0))),
             settings.batching,
             seq_len=settings.seq_len,
             eos_id=self._tokenizer.eos_id,
@@ -151,7 +150,7 @@ class Stream:
             position = pending[done].start if done < len(pending) else pending[done - 1].end
             del pending[:done]
             passed = row.finished
-            yield row.tokens, replace(position, rows=number, token=row.offset)
+            yield row.tokens, position._replace(rows=number, token=row.offset)
 
     def _documents(self, state: StreamState) -> Iterator[_Document]:
         """Usable documents without end, from a position onwards."""
@@ -174,9 +173,9 @@ class Stream:
         first = unit.part + state.block * size * unit.parts
         for block in self._corpus.blocks(unit.shard, first, unit.parts, size):
             state = yield from self._block(unit, state, block)
-            state = replace(state, block=state.block + 1, document=0)
+            state = state._replace(block=state.block + 1, document=0)
         self._check_unit(unit, state)
-        return replace(state, unit=state.unit + 1, block=0, document=0)
+        return state._replace(unit=state.unit + 1, block=0, document=0)
 
     def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
         settings = self._settings

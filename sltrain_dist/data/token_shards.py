@@ -165,8 +165,8 @@ def manifest_for(shards: Sequence[str], tokenizer: Encoder, text_field: str) -> 
     if made_with.tokenizer != tokenizer.fingerprint:
         raise ConfigError(
             f"the token shards in {manifest.directory} were made with the tokenizer {made_with.tokenizer} "
-            f"({made_with.vocab_size} pieces), but data.tokenizer is {tokenizer.fingerprint}; name the same model file, "
-            "or prepare the text again"
+            f"({made_with.vocab_size} pieces), but data.tokenizer is {tokenizer.fingerprint}; name the same model "
+            "file, or prepare the text again"
         )
     if made_with.text_field != text_field:
         raise ConfigError(

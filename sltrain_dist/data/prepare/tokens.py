@@ -96,10 +96,9 @@ def prepare_tokens(
         with _claimed(output):
             finished = _start(output, job)
             tally = _BadDocuments(job, max_bad_fraction)
-            count = 0
-            for number, shard in _make([task for task in tasks if task.number not in finished], finished, processes):
+            missing = [task for task in tasks if task.number not in finished]
+            for count, (number, shard) in enumerate(_make(missing, finished, processes), start=1):
                 finished[number] = shard
-                count += 1
                 tally.add(shard)
                 if report is not None:
                     report(count, len(tasks), shard)
