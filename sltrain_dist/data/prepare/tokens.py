@@ -40,8 +40,8 @@ _CAUSES = tuple(fault.value for fault in Fault)
 _LOCK = ".lock"
 _PARENT_CHECK_S = 1.0
 
-Report = Callable[[int, int, TokenShard], None]
-"""Called with the number of finished shards, that of all, and the shard that has just been finished or found."""
+Report = Callable[[int, TokenShard], None]
+"""Called with the number of finished shards, and the one that has just been finished or found."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def prepare_tokens(
                 finished[number] = shard
                 tally.add(shard)
                 if report is not None:
-                    report(count, len(tasks), shard)
+                    report(count, shard)
             tally.check(at_end=True)
             manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
             write_durably(output / MANIFEST, manifest.to_json().encode())
