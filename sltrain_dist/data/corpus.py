@@ -16,6 +16,10 @@ from sltrain_dist.data.token_shards import ShardReader, TokenManifest
 Order = npt.NDArray[np.int64]
 
 
+_OPEN_SHARDS = 64
+"""Token shards that are kept open for the streams that have parts of them."""
+
+
 class Block(Protocol):
     """Some documents that are permuted together."""
 
@@ -102,32 +106,63 @@ class TokenCorpus:
 
     def __init__(self, manifest: TokenManifest) -> None:
         self._manifest = manifest
+        self._readers: dict[int, ShardReader] = {}
 
-    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TokenBlock]:
+    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[TokenBlock]:
         """See :class:`Corpus`."""
-        reader = ShardReader(self._manifest, shard)
+        reader = self._reader(shard)
         documents = np.arange(first, reader.documents, step)
         for start in range(0, len(documents), size):
-            yield _TokenBlock(reader, documents[start : start + size])
+            yield TokenBlock(reader, documents[start : start + size])
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
         """See :class:`Corpus`. Here, faults that only the tokenizer has found are known too."""
-        reader = ShardReader(self._manifest, shard)
+        reader = self._reader(shard)
         return ((index, reader.fault(index)) for index in range(reader.documents))
 
+    def _reader(self, shard: int) -> ShardReader:
+        """The shard, which the streams that have a part of it share, open."""
+        if shard not in self._readers:
+            if len(self._readers) == _OPEN_SHARDS:
+                del self._readers[next(iter(self._readers))]
+            self._readers[shard] = ShardReader(self._manifest, shard)
+        return self._readers[shard]
 
-class _TokenBlock:
+
+class TokenBlock:
+    """Some documents of a token shard.
+
+    Args:
+        reader: The shard.
+        documents: Indices of the documents in it.
+    """
+
     def __init__(self, reader: ShardReader, documents: Order) -> None:
         self._reader = reader
         self._documents = documents
+        self.tokens = reader.tokens
+        """Those of the shard."""
 
     def __len__(self) -> int:
+        """Number of documents, unusable ones included."""
         return len(self._documents)
 
     def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
-        reader = self._reader
+        """See :class:`Block`."""
+        for index, start, end in zip(order, *self.spans(order), strict=True):
+            if start == end:
+                yield self.unusable(index)
+            else:
+                yield int(self._documents[index]), self.tokens[start : end - 1].astype(np.int32)
+
+    def spans(self, order: Order) -> tuple[Order, Order]:
+        """Where the documents begin and end in the tokens, with their eos; at the same place if unusable."""
         documents = self._documents[order]
-        starts, ends = reader.starts[documents].tolist(), reader.starts[documents + 1].tolist()
-        for document, start, end in zip(documents.tolist(), starts, ends, strict=True):
-            fault = None if end > start else reader.fault(document)
-            yield document, fault or reader.tokens[start : end - 1].astype(np.int32)
+        return self._reader.starts[documents], self._reader.starts[documents + 1]
+
+    def unusable(self, index: int) -> tuple[int, Fault]:
+        """Line index of an unusable document, and what is wrong with it."""
+        document = int(self._documents[index])
+        fault = self._reader.fault(document)
+        assert fault is not None
+        return document, fault

@@ -16,7 +16,8 @@ from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
-from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.group import StreamGroup, Update
+from sltrain_dist.data.stream import StreamSettings, StreamState
 from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
-from sltrain_dist.data.corpus import Block, open_corpus
+from sltrain_dist.data.corpus import Block, Corpus, open_corpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
@@ -79,23 +80,27 @@ class StreamState(NamedTuple):
         return cls(**values)
 
 
+Piece = TypeVar("Piece")
+"""What a kind of stream reads at a time."""
+
+
 class _Document(NamedTuple):
     ids: TokenIds
     start: StreamState
     end: StreamState
 
 
-class Stream:
-    """One virtual stream.
+class StreamBase(ABC, Generic[Piece]):
+    """One virtual stream: the order of documents and the check of their quality. A subclass makes the rows.
 
     Args:
         settings: What all streams have in common.
-        tokenizer: The tokenizer.
+        corpus: The documents.
         number: Which of the streams this is.
         state: Where to start.
     """
 
-    def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
+    def __init__(self, settings: StreamSettings, corpus: Corpus, number: int, state: StreamState) -> None:
         self.state = state
         """Position after the last row taken."""
         self.documents_read = 0
@@ -103,56 +108,23 @@ class Stream:
         self.faults_found: Counter[Fault] = Counter()
         """How many of these were unusable, by cause."""
         self._settings = settings
-        self._tokenizer = tokenizer
-        self._corpus = open_corpus(
-            settings.shards,
-            settings.prepared,
-            tokenizer,
-            settings.text_field,
-            settings.seq_len if settings.batching == "pad" else None,
-        )
+        self._corpus = corpus
         self._number = number
         self._accepted: set[int] = set()
-        self._rows = self._make_rows(state)
 
+    @abstractmethod
     def take(self, count: int) -> TokenIds:
         """The next rows, shape (count, seq_len + 1).
 
         Raises:
             DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
         """
-        rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
-        for index, (row, state) in enumerate(islice(self._rows, count)):
-            rows[index] = row
-            self.state = state
-        return rows
 
-    def _make_rows(self, state: StreamState) -> Iterator[tuple[TokenIds, StreamState]]:
-        """Rows without end, each with the position after it."""
-        settings = self._settings
-        pending: list[_Document] = []  # taken, and not finished before the last row
-        passed = 0  # documents that were dropped from there
+    @abstractmethod
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[Piece, None, StreamState]:
+        """The usable documents of a block from a position in it onwards; returns the position after it."""
 
-        def ids_of(documents: Iterable[_Document]) -> Iterator[TokenIds]:
-            for document in documents:
-                pending.append(document)
-                yield document.ids
-
-        rows = make_rows(
-            ids_of(self._documents(state._replace(token=0))),
-            settings.batching,
-            seq_len=settings.seq_len,
-            eos_id=self._tokenizer.eos_id,
-            offset=state.token,
-        )
-        for number, row in enumerate(rows, start=state.rows + 1):
-            done = row.finished - passed
-            position = pending[done].start if done < len(pending) else pending[done - 1].end
-            del pending[:done]
-            passed = row.finished
-            yield row.tokens, position._replace(rows=number, token=row.offset)
-
-    def _documents(self, state: StreamState) -> Iterator[_Document]:
+    def _pieces(self, state: StreamState) -> Iterator[Piece]:
         """Usable documents without end, from a position onwards."""
         settings = self._settings
         while True:
@@ -167,7 +139,7 @@ class Stream:
                 )
             state = StreamState(rows=state.rows, epoch=state.epoch + 1)
 
-    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[_Document, None, StreamState]:
+    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Piece, None, StreamState]:
         """The documents of one unit from a position in it onwards; returns the position after it."""
         size = self._settings.shuffle_block
         first = unit.part + state.block * size * unit.parts
@@ -177,20 +149,13 @@ class Stream:
         self._check_unit(unit, state)
         return state._replace(unit=state.unit + 1, block=0, document=0)
 
-    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
-        settings = self._settings
-        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(block))
-        for line, result in block.documents(permuted[state.document :]):
-            self.documents_read += 1
-            if isinstance(result, Fault):
-                self.faults_found[result] += 1
-                state = state.after(result)
-                if state.documents >= SAMPLE:
-                    self._check(unit, state.tally((settings.shards[unit.shard], line, result)))
-            else:
-                end = state.after(None)
-                yield _Document(result, state, end)
-                state = end
+    def _pass_unusable(self, unit: order.Unit, state: StreamState, line: int, fault: Fault) -> StreamState:
+        """Counts an unusable document; returns the position after it."""
+        self.documents_read += 1
+        self.faults_found[fault] += 1
+        state = state.after(fault)
+        if state.documents >= SAMPLE:
+            self._check(unit, state.tally((self._settings.shards[unit.shard], line, fault)))
         return state
 
     def _check_unit(self, unit: order.Unit, state: StreamState) -> None:
@@ -221,48 +186,65 @@ class Stream:
             raise tally.error(where, limit, self._settings.text_field)
 
 
-class Update(NamedTuple):
-    """What some streams give to one update."""
-
-    rows: TokenIds
-    """Shape (rows, seq_len + 1)."""
-    states: dict[int, StreamState]
-    """Position of each stream after these rows."""
-    documents_read: int
-    """Documents read by these streams since their start in this process, unusable ones included."""
-    faults_found: Counter[Fault]
-    """How many of these were unusable, by cause."""
-
-
-class StreamGroup:
-    """Some streams, read in turn: a rank's, or those of one of its workers.
+class Stream(StreamBase[_Document]):
+    """One virtual stream of a source, document by document.
 
     Args:
         settings: What all streams have in common.
         tokenizer: The tokenizer.
-        shares: The streams, and what of each is kept.
-        states: Where each stream starts.
+        number: Which of the streams this is.
+        state: Where to start.
     """
 
-    def __init__(
-        self,
-        settings: StreamSettings,
-        tokenizer: Encoder,
-        shares: Sequence[order.StreamShare],
-        states: Mapping[int, StreamState],
-    ) -> None:
-        self._shares = shares
-        self._streams = [Stream(settings, tokenizer, share.stream, states[share.stream]) for share in shares]
+    def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
+        max_tokens = settings.seq_len if settings.batching == "pad" else None
+        corpus = open_corpus(settings.shards, settings.prepared, tokenizer, settings.text_field, max_tokens)
+        super().__init__(settings, corpus, number, state)
+        self._eos_id = tokenizer.eos_id
+        self._rows = self._make_rows(state)
 
-    def next_update(self) -> Update:
-        """The rows of the next update. Raises DataError as :meth:`Stream.take` does."""
-        rows = [
-            stream.take(share.rows)[share.begin : share.end]
-            for share, stream in zip(self._shares, self._streams, strict=True)
-        ]
-        return Update(
-            np.concatenate(rows),
-            {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
-            sum(stream.documents_read for stream in self._streams),
-            sum((stream.faults_found for stream in self._streams), Counter()),
+    def take(self, count: int) -> TokenIds:
+        """The next rows, see :class:`StreamBase`."""
+        rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
+        for index, (row, state) in enumerate(islice(self._rows, count)):
+            rows[index] = row
+            self.state = state
+        return rows
+
+    def _make_rows(self, state: StreamState) -> Iterator[tuple[TokenIds, StreamState]]:
+        """Rows without end, each with the position after it."""
+        settings = self._settings
+        pending: list[_Document] = []  # taken, and not finished before the last row
+        passed = 0  # documents that were dropped from there
+
+        def ids_of(documents: Iterable[_Document]) -> Iterator[TokenIds]:
+            for document in documents:
+                pending.append(document)
+                yield document.ids
+
+        rows = make_rows(
+            ids_of(self._pieces(state._replace(token=0))),
+            settings.batching,
+            seq_len=settings.seq_len,
+            eos_id=self._eos_id,
+            offset=state.token,
         )
+        for number, row in enumerate(rows, start=state.rows + 1):
+            done = row.finished - passed
+            position = pending[done].start if done < len(pending) else pending[done - 1].end
+            del pending[:done]
+            passed = row.finished
+            yield row.tokens, position._replace(rows=number, token=row.offset)
+
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
+        settings = self._settings
+        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(block))
+        for line, result in block.documents(permuted[state.document :]):
+            if isinstance(result, Fault):
+                state = self._pass_unusable(unit, state, line, result)
+            else:
+                self.documents_read += 1
+                end = state.after(None)
+                yield _Document(result, state, end)
+                state = end
+        return state
