@@ -139,6 +139,11 @@ class TrainLoader:
         """
         return make_cursor(self.order, self._updates, self._states)
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers]
+
     def close(self) -> None:
         """Ends the workers. May be called twice."""
         workers, self._workers = self._workers, []

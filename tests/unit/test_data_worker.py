@@ -47,7 +47,7 @@ def make_loader(shards, tokenizer, *, workers, rank=0, world_size=1, **changes):
 
 
 def worker_pids(loader):
-    return [worker.pid for worker in loader._workers]
+    return loader.worker_pids
 
 
 def is_running(pid):
@@ -182,7 +182,7 @@ next(loader)
 if FORKS and os.fork() == 0:
     time.sleep(15)
     os._exit(0)
-print(json.dumps([worker.pid for worker in loader._workers]), flush=True)
+print(json.dumps(loader.worker_pids), flush=True)
 ENDING
 """
 
