@@ -4,8 +4,9 @@
     python tools/bench_data.py --input 'data/*.json.gz' --tokenizer t5.model --json
 
 All make rows of the same text with the same (unigram) SentencePiece model. Tokens are those of the rows,
-padding not counted. Seconds are of the processor, over all processes and without the start; repetitions take
-turns, and medians are reported. Each repetition reads about `--megabytes` of text (prepared: `--epochs` times).
+padding not counted. Seconds are of the processor, over all processes, the start of a worker included;
+repetitions take turns, and medians are reported. Each repetition reads about `--megabytes` of text (prepared:
+`--epochs` times).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,19 +59,17 @@ class Cost(NamedTuple):
 def cut(inputs: str, text_field: str, num_bytes: int, num_shards: int, directory: Path) -> list[str]:
     """Deals the first `num_bytes` of usable text to shards of gzipped JSON lines."""
     paths = [directory / f"text.{number:05d}.json.gz" for number in range(num_shards)]
-    files = [gzip.open(path, "wb", compresslevel=6) for path in paths]
     size = count = 0
-    for shard in resolve_source(inputs):
-        for _, line in read_lines(shard):
+    with ExitStack() as stack:
+        files = [stack.enter_context(gzip.open(path, "wb", compresslevel=6)) for path in paths]
+        for _, line in chain.from_iterable(map(read_lines, resolve_source(inputs))):
             text = parse(line, text_field)
-            if isinstance(text, str) and size < num_bytes:
+            if isinstance(text, str):
                 files[count % num_shards].write(json.dumps({"text": text}).encode() + b"\n")
                 size += len(text.encode())
                 count += 1
-        if size >= num_bytes:
-            break
-    for file in files:
-        file.close()
+            if size >= num_bytes:
+                break
     if size < num_bytes:
         raise SystemExit(f"{inputs} has only {size / 1e6:.1f} MB of text; lower --megabytes")
     return [str(path) for path in paths]
@@ -140,11 +141,8 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     (directory / "hf").mkdir()
     fast = fast_tokenizer(args.tokenizer, directory / "hf")
     texts = [str(parse(line, "text")) for shard in shards for _, line in read_lines(shard)]
-    ids = ours.encode(texts)
-    equal = sum(
-        mine.tolist() == theirs
-        for mine, theirs in zip(ids, fast(texts, add_special_tokens=False)["input_ids"], strict=True)
-    )
+    mine, theirs = ours.encode(texts), fast(texts, add_special_tokens=False)["input_ids"]
+    equal = sum(one.tolist() == other for one, other in zip(mine, theirs, strict=True))
     start = time.process_time()
     manifest = prepare_tokens(shards, directory / "tokens", args.tokenizer)
     prepare_s = time.process_time() - start
