@@ -90,7 +90,8 @@ class DataConfig(Section):
 
     source: str | list[str] = "embedded"
     """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
-    directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list."""
+    directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list. Or one
+    directory of token shards, made by `sltrain prepare-data --tokenizer`, read in the order of their text."""
     subset: str | None = None
     """Configuration of a Hub dataset, such as en for allenai/c4."""
     split: str = "train"
