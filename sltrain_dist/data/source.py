@@ -57,9 +57,10 @@ def resolve_source(
         raise DataError(f"{key} is an empty list; name at least one file, directory, glob, URL or Hub dataset")
     shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key)}
     for shard in sorted(shards):
-        if Path(shard).name == token_shards.MANIFEST and len(shards) > 1:
+        if Path(shard).name == token_shards.MANIFEST and (len(shards) > 1 or _is_url(shard)):
             raise DataError(
-                f"{shard} belongs to token shards, which cannot be one of several sources; give {key} alone"
+                f"{shard} belongs to token shards, which must lie on a local or mounted disk and be the only source; "
+                f"name their directory alone in {key}"
             )
         if _NOT_LINES.search(_without_query(shard)):
             raise DataError(f"{shard} is not a file of JSON lines (one object with a text field a line), as C4's are")

@@ -13,7 +13,7 @@ import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
-from sltrain_dist.data.corpus import Block, Corpus, open_corpus
+from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
@@ -187,7 +187,7 @@ class StreamBase(ABC, Generic[Piece]):
 
 
 class Stream(StreamBase[_Document]):
-    """One virtual stream of a source, document by document.
+    """One virtual stream of text, document by document.
 
     Args:
         settings: What all streams have in common.
@@ -198,7 +198,7 @@ class Stream(StreamBase[_Document]):
 
     def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
         max_tokens = settings.seq_len if settings.batching == "pad" else None
-        corpus = open_corpus(settings.shards, settings.prepared, tokenizer, settings.text_field, max_tokens)
+        corpus = TextCorpus(settings.shards, tokenizer, settings.text_field, max_tokens)
         super().__init__(settings, corpus, number, state)
         self._eos_id = tokenizer.eos_id
         self._rows = self._make_rows(state)

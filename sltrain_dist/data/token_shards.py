@@ -6,7 +6,7 @@ A directory made by `sltrain prepare-data --tokenizer` holds two files for each 
     00000.index    int64 (documents + 1,): where in the tokens each document begins; then uint8 (documents,): 0, or
                    1 + the number of the cause (of the manifest's `causes`) for which the document cannot be used
 
-both little-endian, and `tokens.json`, the manifest. An unusable document keeps its place, with no tokens, so
+both little-endian, and `token_shards.json`, the manifest. An unusable document keeps its place, with no tokens, so
 that a position means the same document as in the text.
 """
 
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from sltrain_dist.data.documents import Encoder, Fault
 from sltrain_dist.errors import ConfigError, DataError
 
-MANIFEST = "tokens.json"
+MANIFEST = "token_shards.json"
 _FORMAT = 1
 _HASH_CHUNK_BYTES = 1 << 20
 

@@ -54,7 +54,7 @@ def prepared(text, tmp_path):
 
 
 @hypothesis_settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None, derandomize=True
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None, derandomize=True
 )
 @given(
     batching=st.sampled_from(["pad", "pack"]),
@@ -223,7 +223,7 @@ def test_misuse_is_refused(text, prepared, tmp_path):
         prepare(text[:2], tmp_path / "tokens")
     with pytest.raises(ConfigError, match="already"):
         prepare(prepared, tmp_path / "again")
-    with pytest.raises(DataError, match="alone"):
+    with pytest.raises(DataError, match="only source"):
         resolve_source([text[0], str(tmp_path / "tokens")])
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.01"):
         prepare_tokens(text, tmp_path / "bad", Path("unused"))
