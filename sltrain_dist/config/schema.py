@@ -91,7 +91,8 @@ class DataConfig(Section):
     source: str | list[str] = "embedded"
     """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
     directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list. Files are
-    JSON lines (also compressed) or Parquet."""
+    JSON lines (also compressed) or Parquet. Or one directory of token shards, made by
+    `sltrain prepare-data --tokenizer`, read in the order of their text."""
     weights: list[PositiveFloat] | None = None
     """With a list as source: the share of every update's rows that comes from each of its entries, relative to
     the others'. Each repeats its own documents at its own pace. Part of the data order. Every stream reads one

@@ -19,7 +19,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
     return {
         "seed": settings.seed,
         "data.source": _source_fingerprint(settings.shards),
-        _BYTES: _bytes_of(settings.shards),
+        _BYTES: _bytes_of(settings.shards) if settings.prepared is None else settings.prepared.source_bytes,
         "data.text_field": settings.text_field,
         "data.tokenizer": tokenizer_fingerprint,
         "data.seq_len": settings.seq_len,

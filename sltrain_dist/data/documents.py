@@ -84,6 +84,7 @@ class Encoder(Protocol):
     """What of :class:`sltrain_dist.data.tokenizer.Tokenizer` is needed here."""
 
     eos_id: int
+    fingerprint: str
 
     def encode(self, texts: list[str]) -> list[TokenIds]:
         """Ids of each text, without special tokens."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
 from sltrain_dist.config.schema import DataConfig, EvalConfig
 from sltrain_dist.data.batching import count_tokens, make_rows
-from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds, encode_documents
+from sltrain_dist.data.corpus import open_corpus
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.remote import Fetcher, RetryPolicy
-from sltrain_dist.data.source import read_documents
+from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.errors import DataError
+
+_BLOCK = 64
+"""Documents that are read at a time."""
 
 
 def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> TokenIds:
@@ -30,6 +35,7 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
         int32 array of shape (rows, seq_len + 1); −1 is padding.
 
     Raises:
+        ConfigError: Token shards were made with another tokenizer.
         DataError: A shard cannot be read, too many documents are unusable, or all are.
     """
     rows: list[TokenIds] = []
@@ -48,10 +54,14 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
 def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[TokenIds]:
     tally = Tally()
     max_tokens = data.seq_len if data.batching == "pad" else None
+    prepared = manifest_for(shards, tokenizer, data.text_field)
+    if prepared is not None:
+        shards = [name for name, _ in prepared.job.sources]
     fetcher = Fetcher(RetryPolicy.of(data))
-    for shard in shards:
-        documents = read_documents(shard, data.text_field, fetcher=fetcher)
-        for line, result in encode_documents(documents, tokenizer, data.text_field, max_tokens):
+    corpus = open_corpus(shards, prepared, tokenizer, data.text_field, max_tokens, fetcher)
+    for number, shard in enumerate(shards):
+        blocks = corpus.blocks(number, 0, 1, _BLOCK)
+        for line, result in chain.from_iterable(block.documents(np.arange(len(block))) for block in blocks):
             tally.add(shard, line, result)
             if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):
                 raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)

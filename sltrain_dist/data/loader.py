@@ -16,8 +16,10 @@ from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
+from sltrain_dist.data.group import StreamGroup, Update
 from sltrain_dist.data.remote import Cause, RetryPolicy
-from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update, WeightedSource
+from sltrain_dist.data.stream import StreamSettings, StreamState, WeightedSource
+from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker
 from sltrain_dist.errors import ConfigError, DataError
@@ -63,6 +65,7 @@ class TrainLoader:
             tokenizer; ranks must agree on it.
 
     Raises:
+        ConfigError: Token shards were made with another tokenizer.
         DataError: The tokenizer cannot be read, or there are no shards.
         ConfigError: Whole streams cannot hold `data.weights`.
         CheckpointError: `state` belongs to other data, or to another order.
@@ -84,8 +87,10 @@ class TrainLoader:
         if not shards:
             raise DataError("the training data has no shards; check data.source")
         self.stats = LoaderStats()
+        tokenizer = Tokenizer(tokenizer_path)
+        prepared = manifest_for(shards, tokenizer, data.text_field)
         settings = StreamSettings(
-            shards=tuple(shards),
+            shards=tuple(shards) if prepared is None else tuple(name for name, _ in prepared.job.sources),
             text_field=data.text_field,
             seed=seed,
             streams=order.num_streams(data.streams, global_batch),
@@ -93,10 +98,10 @@ class TrainLoader:
             seq_len=data.seq_len,
             shuffle_block=data.shuffle_block,
             max_bad_fraction=data.max_bad_fraction,
+            prepared=prepared,
             retry=RetryPolicy.of(data),
             mixture=_mixture(data, source_sizes, len(shards), global_batch),
         )
-        tokenizer = Tokenizer(tokenizer_path)
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)
         self._updates = 0
@@ -144,6 +149,11 @@ class TrainLoader:
         :func:`merge_states` joins those of all ranks.
         """
         return make_cursor(self.order, self._updates, self._states)
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.pid for worker in self._workers]
 
     def close(self) -> None:
         """Ends the workers. May be called twice."""

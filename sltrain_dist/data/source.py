@@ -20,6 +20,7 @@ from typing import IO
 import fsspec
 from fsspec.compression import compr as codecs
 
+from sltrain_dist.data import token_shards
 from sltrain_dist.data.documents import Record
 from sltrain_dist.data.parquet import read_column
 from sltrain_dist.data.remote import Fetcher, RemoteFile
@@ -44,8 +45,11 @@ def resolve_source(
 ) -> list[str]:
     """The shards of a source: absolute local paths and URLs, sorted, each once.
 
+    A directory of token shards is one entry, its manifest; the sizes of its files are checked.
+
     Args:
-        source: A file, a directory (its files of JSON lines and Parquet), a glob, a URL or URL glob, or a Hub dataset
+        source: A file, a directory (its files of JSON lines and Parquet, or token shards), a glob, a URL or URL glob,
+            or a Hub dataset
             `owner/name`; or a list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
@@ -53,13 +57,19 @@ def resolve_source(
         fetcher: Decides about failures to list a URL. Default: one of the default policy.
 
     Raises:
-        DataError: Nothing is there, or the Hub cannot be reached; the message names the entry.
+        DataError: Nothing is there, the Hub cannot be reached, or token shards are damaged; the message names the
+            entry.
     """
     entries = [source] if isinstance(source, str) else source
     if not entries:
         raise DataError(f"{key} is an empty list; name at least one file, directory, glob, URL or Hub dataset")
     shards = {shard for entry in entries for shard in _resolve_entry(entry, subset, split, key, fetcher or Fetcher())}
     for shard in sorted(shards):
+        if Path(shard).name == token_shards.MANIFEST and (len(shards) > 1 or _is_url(shard)):
+            raise DataError(
+                f"{shard} belongs to token shards, which must lie on a local or mounted disk and be the only source; "
+                f"name their directory alone in {key}"
+            )
         if _NOT_DOCUMENTS.search(_without_query(shard)):
             raise DataError(
                 f"{shard} is neither Parquet nor a file of JSON lines (one object with a text field a line, as in C4)"
@@ -97,7 +107,7 @@ def read_documents(
                 done = index + 1
                 if index >= first and (index - first) % step == 0:
                     yield index, line
-            if done == 0 and _codec(shard) is not None and _num_bytes(shard) == 0:
+            if done == 0 and _codec(shard) is not None and num_bytes(shard) == 0:
                 # The decompressors take a file of no bytes for an empty one; it is what a failed download leaves.
                 raise DataError(f"{shard} has no bytes, so it is not a complete {_codec(shard)} file; fetch it again")
     # Any file system's plug-in and any decompressor may be at work here, each with exceptions of its own.
@@ -111,6 +121,8 @@ def _resolve_entry(entry: str, subset: str | None, split: str, key: str, fetcher
     if _is_url(entry):
         return _resolve_url(entry, key, fetcher)
     path = Path(entry).expanduser()
+    if entry and path.is_dir() and token_shards.is_prepared(path):
+        return [str(Path(token_shards.open_manifest(path).directory) / token_shards.MANIFEST)]
     if entry and path.is_dir():
         return _document_files([str(child.absolute()) for child in path.iterdir() if child.is_file()], entry)
     if path.is_file():
@@ -212,7 +224,7 @@ def _codec(shard: str) -> str | None:
     return _CODEC_OF_SUFFIX.get(os.path.splitext(_without_query(shard))[1].lower())  # noqa: PTH122 (may be a URL)
 
 
-def _num_bytes(shard: str) -> int | None:
+def num_bytes(shard: str) -> int | None:
     """Size of a shard's file, or None where the server does not say."""
     if not _is_url(shard):
         return Path(shard).stat().st_size

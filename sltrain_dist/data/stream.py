@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
-from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Record, Tally, TokenIds, encode_documents, parse
+from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
+from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.remote import Cause, Fetcher, RetryPolicy
-from sltrain_dist.data.source import read_documents
+from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
 
 
@@ -32,6 +34,7 @@ class StreamSettings:
     """What determines the rows of all streams, besides the tokenizer."""
 
     shards: tuple[str, ...]
+    """Those of the text, also where token shards were made of them."""
     text_field: str
     seed: int
     streams: int
@@ -40,14 +43,15 @@ class StreamSettings:
     seq_len: int
     shuffle_block: int
     max_bad_fraction: float
+    prepared: TokenManifest | None = None
+    """The token shards to read in place of the text."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     """Without influence on the rows."""
     mixture: tuple[WeightedSource, ...] = ()
     """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamState:
+class StreamState(NamedTuple):
     """Where a stream stands: what it takes to go on at exactly the next row, and its counts in this epoch."""
 
     rows: int = 0
@@ -75,19 +79,23 @@ class StreamState:
     def after(self, fault: Fault | None) -> StreamState:
         """The position after one more document, which could be used or not."""
         counts = {fault.value: getattr(self, fault.value) + 1} if fault else {}
-        return replace(self, document=self.document + 1, token=0, documents=self.documents + 1, **counts)
+        return self._replace(document=self.document + 1, token=0, documents=self.documents + 1, **counts)
 
     def to_dict(self) -> dict[str, int]:
         """For JSON."""
-        return asdict(self)
+        return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
         """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
-        expected = {each.name for each in fields(cls)}
+        expected = set(cls._fields)
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
             raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
         return cls(**values)
+
+
+Piece = TypeVar("Piece")
+"""What a kind of stream reads at a time."""
 
 
 class _Share(NamedTuple):
@@ -119,8 +127,108 @@ class _Document(NamedTuple):
     end: StreamState
 
 
-class Stream:
-    """One virtual stream.
+class StreamBase(ABC, Generic[Piece]):
+    """One virtual stream: the order of documents and the check of their quality. A subclass makes the rows.
+
+    Args:
+        settings: What all streams have in common.
+        corpus: The documents.
+        number: Which of the streams this is.
+        state: Where to start.
+    """
+
+    def __init__(self, settings: StreamSettings, corpus: Corpus, number: int, state: StreamState) -> None:
+        self.state = state
+        """Position after the last row taken."""
+        self.documents_read = 0
+        """Documents read by this object, unusable ones included."""
+        self.faults_found: Counter[Fault] = Counter()
+        """How many of these were unusable, by cause."""
+        self._settings = settings
+        self._corpus = corpus
+        self.retries: Counter[Cause] = Counter()
+        """How often something remote was tried again, by cause."""
+        self._number = number
+        self._share = _Share.of(settings, number)
+        self._accepted: set[int] = set()
+
+    @abstractmethod
+    def take(self, count: int) -> TokenIds:
+        """The next rows, shape (count, seq_len + 1).
+
+        Raises:
+            DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
+        """
+
+    @abstractmethod
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[Piece, None, StreamState]:
+        """The usable documents of a block from a position in it onwards; returns the position after it."""
+
+    def _pieces(self, state: StreamState) -> Iterator[Piece]:
+        """Usable documents without end, from a position onwards."""
+        settings = self._settings
+        while True:
+            units = self._share.units(settings.seed, state.epoch)
+            for unit in units[state.unit :]:
+                state = yield from self._unit(unit, state)
+            if state.documents == state.tally().faults.total():
+                raise DataError(
+                    f"stream {self._number} of {settings.streams} found no usable document in its share of the source "
+                    f"({state.documents} documents, all unusable, in {len(units)} parts of files): lower data.streams, "
+                    "of which each needs at least one document, or check the source"
+                )
+            state = StreamState(rows=state.rows, epoch=state.epoch + 1)
+
+    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Piece, None, StreamState]:
+        """The documents of one unit from a position in it onwards; returns the position after it."""
+        size = self._settings.shuffle_block
+        first = unit.part + state.block * size * unit.parts
+        for block in self._corpus.blocks(unit.shard, first, unit.parts, size):
+            state = yield from self._block(unit, state, block)
+            state = state._replace(block=state.block + 1, document=0)
+        self._check_unit(unit, state)
+        return state._replace(unit=state.unit + 1, block=0, document=0)
+
+    def _pass_unusable(self, unit: order.Unit, state: StreamState, line: int, fault: Fault) -> StreamState:
+        """Counts an unusable document; returns the position after it."""
+        self.documents_read += 1
+        self.faults_found[fault] += 1
+        state = state.after(fault)
+        if state.documents >= SAMPLE:
+            self._check(unit, state.tally((self._settings.shards[unit.shard], line, fault)))
+        return state
+
+    def _check_unit(self, unit: order.Unit, state: StreamState) -> None:
+        """Checks the share of unusable documents at the end of a unit.
+
+        One bad line among the dozen that a stream has of a small file says nothing about the source. So, if
+        the stream's own share is too large but comes of few documents, that of the next `SAMPLE` documents
+        from this shard on (or of the whole source, if it has fewer) decides.
+        """
+        own = state.tally()
+        if own.documents >= SAMPLE:
+            self._check(unit, own)
+        if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
+            return
+        shards = self._settings.shards
+        first, last = self._share.first_shard, self._share.first_shard + self._share.shards
+        numbers = [*range(unit.shard, last), *range(first, unit.shard)]
+        outcomes = ((shards[n], index, outcome) for n in numbers for index, outcome in self._corpus.outcomes(n))
+        sample = Tally()
+        for outcome in islice(outcomes, SAMPLE):
+            sample.add(*outcome)
+        self._check(unit, sample)
+        self._accepted.add(unit.shard)
+
+    def _check(self, unit: order.Unit, tally: Tally) -> None:
+        limit = self._settings.max_bad_fraction
+        if tally.exceeds(limit):
+            where = f"training data, at {self._settings.shards[unit.shard]} (stream {self._number})"
+            raise tally.error(where, limit, self._settings.text_field)
+
+
+class Stream(StreamBase[_Document]):
+    """One virtual stream of text, document by document.
 
     Args:
         settings: What all streams have in common.
@@ -130,27 +238,16 @@ class Stream:
     """
 
     def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
-        self.state = state
-        """Position after the last row taken."""
-        self.documents_read = 0
-        """Documents read by this object, unusable ones included."""
-        self.faults_found: Counter[Fault] = Counter()
-        """How many of these were unusable, by cause."""
-        self.fetcher = Fetcher(settings.retry)
-        """Reads remote shards, and counts what it had to try again."""
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._share = _Share.of(settings, number)
-        self._number = number
-        self._accepted: set[int] = set()
+        max_tokens = settings.seq_len if settings.batching == "pad" else None
+        fetcher = Fetcher(settings.retry)
+        corpus = TextCorpus(settings.shards, tokenizer, settings.text_field, max_tokens, fetcher)
+        super().__init__(settings, corpus, number, state)
+        self.retries = fetcher.retries
+        self._eos_id = tokenizer.eos_id
         self._rows = self._make_rows(state)
 
     def take(self, count: int) -> TokenIds:
-        """The next rows, shape (count, seq_len + 1).
-
-        Raises:
-            DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
-        """
+        """The next rows, see :class:`StreamBase`."""
         rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
         for index, (row, state) in enumerate(islice(self._rows, count)):
             rows[index] = row
@@ -169,10 +266,10 @@ class Stream:
                 yield document.ids
 
         rows = make_rows(
-            ids_of(self._documents(replace(state, token=0))),
+            ids_of(self._pieces(state._replace(token=0))),
             settings.batching,
             seq_len=settings.seq_len,
-            eos_id=self._tokenizer.eos_id,
+            eos_id=self._eos_id,
             offset=state.token,
         )
         for number, row in enumerate(rows, start=state.rows + 1):
@@ -180,130 +277,17 @@ class Stream:
             position = pending[done].start if done < len(pending) else pending[done - 1].end
             del pending[:done]
             passed = row.finished
-            yield row.tokens, replace(position, rows=number, token=row.offset)
+            yield row.tokens, position._replace(rows=number, token=row.offset)
 
-    def _documents(self, state: StreamState) -> Iterator[_Document]:
-        """Usable documents without end, from a position onwards."""
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
         settings = self._settings
-        while True:
-            units = self._share.units(settings.seed, state.epoch)
-            for unit in units[state.unit :]:
-                state = yield from self._unit(unit, state)
-            if state.documents == state.tally().faults.total():
-                raise DataError(
-                    f"stream {self._number} of {settings.streams} found no usable document in its share of the source "
-                    f"({state.documents} documents, all unusable, in {len(units)} parts of files): lower data.streams, "
-                    "of which each needs at least one document, or check the source"
-                )
-            state = StreamState(rows=state.rows, epoch=state.epoch + 1)
-
-    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[_Document, None, StreamState]:
-        """The documents of one unit from a position in it onwards; returns the position after it."""
-        size = self._settings.shuffle_block
-        first = unit.part + state.block * size * unit.parts
-        documents = self._read(self._settings.shards[unit.shard], first, unit.parts)
-        while block := list(islice(documents, size)):
-            state = yield from self._block(unit, state, block)
-            state = replace(state, block=state.block + 1, document=0)
-        self._check_unit(unit, state)
-        return replace(state, unit=state.unit + 1, block=0, document=0)
-
-    def _block(
-        self, unit: order.Unit, state: StreamState, records: Sequence[tuple[int, Record]]
-    ) -> Generator[_Document, None, StreamState]:
-        settings = self._settings
-        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(records))
-        todo = (records[index] for index in permuted[state.document :])
-        max_tokens = settings.seq_len if settings.batching == "pad" else None
-        for line, result in encode_documents(todo, self._tokenizer, settings.text_field, max_tokens):
-            self.documents_read += 1
+        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(block))
+        for line, result in block.documents(permuted[state.document :]):
             if isinstance(result, Fault):
-                self.faults_found[result] += 1
-                state = state.after(result)
-                if state.documents >= SAMPLE:
-                    self._check(unit, state.tally((settings.shards[unit.shard], line, result)))
+                state = self._pass_unusable(unit, state, line, result)
             else:
+                self.documents_read += 1
                 end = state.after(None)
                 yield _Document(result, state, end)
                 state = end
         return state
-
-    def _check_unit(self, unit: order.Unit, state: StreamState) -> None:
-        """Checks the share of unusable documents at the end of a unit.
-
-        One bad line among the dozen that a stream has of a small file says nothing about the source. So, if
-        the stream's own share is too large but comes of few documents, that of the next `SAMPLE` documents
-        from this shard on (or of the whole source, if it has fewer) decides.
-        """
-        own = state.tally()
-        if own.documents >= SAMPLE:
-            self._check(unit, own)
-        if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
-            return
-        first, last = self._share.first_shard, self._share.first_shard + self._share.shards
-        shards = self._settings.shards[unit.shard : last] + self._settings.shards[first : unit.shard]
-        documents = ((shard, index, record) for shard in shards for index, record in self._read(shard))
-        sample = Tally()
-        for shard, index, record in islice(documents, SAMPLE):
-            sample.add(shard, index, parse(record, self._settings.text_field))
-        self._check(unit, sample)
-        self._accepted.add(unit.shard)
-
-    def _read(self, shard: str, first: int = 0, step: int = 1) -> Iterator[tuple[int, Record]]:
-        return read_documents(shard, self._settings.text_field, first, step, self.fetcher)
-
-    def _check(self, unit: order.Unit, tally: Tally) -> None:
-        limit = self._settings.max_bad_fraction
-        if tally.exceeds(limit):
-            where = f"training data, at {self._settings.shards[unit.shard]} (stream {self._number})"
-            raise tally.error(where, limit, self._settings.text_field)
-
-
-class Update(NamedTuple):
-    """What some streams give to one update."""
-
-    rows: TokenIds
-    """Shape (rows, seq_len + 1)."""
-    states: dict[int, StreamState]
-    """Position of each stream after these rows."""
-    documents_read: int
-    """Documents read by these streams since their start in this process, unusable ones included."""
-    faults_found: Counter[Fault]
-    """How many of these were unusable, by cause."""
-    retries: Counter[Cause]
-    """How often these streams have tried to read again, by cause, since then."""
-
-
-class StreamGroup:
-    """Some streams, read in turn: a rank's, or those of one of its workers.
-
-    Args:
-        settings: What all streams have in common.
-        tokenizer: The tokenizer.
-        shares: The streams, and what of each is kept.
-        states: Where each stream starts.
-    """
-
-    def __init__(
-        self,
-        settings: StreamSettings,
-        tokenizer: Encoder,
-        shares: Sequence[order.StreamShare],
-        states: Mapping[int, StreamState],
-    ) -> None:
-        self._shares = shares
-        self._streams = [Stream(settings, tokenizer, share.stream, states[share.stream]) for share in shares]
-
-    def next_update(self) -> Update:
-        """The rows of the next update. Raises DataError as :meth:`Stream.take` does."""
-        rows = [
-            stream.take(share.rows)[share.begin : share.end]
-            for share, stream in zip(self._shares, self._streams, strict=True)
-        ]
-        return Update(
-            np.concatenate(rows),
-            {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
-            sum(stream.documents_read for stream in self._streams),
-            sum((stream.faults_found for stream in self._streams), Counter()),
-            sum((stream.fetcher.retries for stream in self._streams), Counter()),
-        )

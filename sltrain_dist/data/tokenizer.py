@@ -76,8 +76,8 @@ class Tokenizer:
         Single-threaded: the loader's workers are the parallelism. The texts must be encodable as UTF-8 (no
         lone surrogates), which what is read from UTF-8 files always is.
         """
-        rows = self._processor.encode(texts, out_type=int, num_threads=1)
-        return [np.asarray(row, dtype=np.int32) for row in rows]
+        rows: list[npt.NDArray[np.int32]] = self._processor.encode_as_numpy(texts, num_threads=1)
+        return rows
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special pieces become nothing."""

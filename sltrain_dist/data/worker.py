@@ -22,8 +22,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from sltrain_dist.data.group import StreamGroup, Update
 from sltrain_dist.data.order import StreamShare
-from sltrain_dist.data.stream import StreamGroup, StreamSettings, StreamState, Update
+from sltrain_dist.data.stream import StreamSettings, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError, SltrainError
 

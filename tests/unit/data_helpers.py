@@ -14,6 +14,7 @@ class NumberTokenizer:
     """Tokenizes "12 7 12" as 12, 7, 12: rows show which documents they were made of."""
 
     eos_id = 0
+    vocab_size = 1 << 16
     fingerprint = "0123456789abcdef"
 
     def __init__(self, path=None):

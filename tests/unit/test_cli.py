@@ -83,9 +83,42 @@ def test_train_tokenizer(
     assert "300 pieces" in out and "bytes per token" in out and Tokenizer(output).fingerprint in out
 
 
+def test_prepare_data_with_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
+) -> None:
+    """In two processes; a second run finds all done; a damaged shard is made again."""
+    model, output = str(tmp_path / "t.model"), tmp_path / "tokens"
+    assert _run(monkeypatch, "train-tokenizer", "-i", texts, "-o", model, "--vocab-size", "300") == 0
+    for shard in range(3):
+        lines = [json.dumps({"text": f"Foxes of shard {shard} and line {line}."}) for line in range(20)]
+        (tmp_path / f"part-{shard}.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["prepare-data", "--tokenizer", model, "-i", str(tmp_path / "part-*.jsonl"), "-o", str(output)]
+    capsys.readouterr()
+    assert _run(monkeypatch, *arguments, "--processes", "2") == 0
+    captured = capsys.readouterr()
+    assert "60" in captured.out and "uint16" in captured.out and "3/3" in captured.err
+    times = {path.name: path.stat().st_mtime_ns for path in output.glob("0*")}
+    before = (output / "00001.tokens").read_bytes()
+    assert len(times) == 6 and _run(monkeypatch, *arguments) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in output.glob("0*")} == times
+    (output / "00001.tokens").write_bytes(before[:-2] + b"\0\0")
+    capsys.readouterr()
+    assert _run(monkeypatch, "verify", str(output)) == 3 and "00001.tokens" in capsys.readouterr().err
+    assert _run(monkeypatch, *arguments) == 0 and (output / "00001.tokens").read_bytes() == before
+    assert _run(monkeypatch, *arguments, "--text-field", "body") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["prepare-data", "-o", "out", "-i", "{texts}", "--processes", "2"], 2, "go with --tokenizer only"),
+        (
+            ["prepare-data", "-o", "out", "-i", "{broken}", "--tokenizer", "t.model", "--no-clean"],
+            2,
+            "prepare it first",
+        ),
+        (["prepare-data", "-o", "out", "-i", "{broken}", "--tokenizer", "none.model"], 3, "none.model"),
+        (["prepare-data", "-o", "out", "-i", "none/*.jsonl", "--tokenizer", "t.model"], 3, "check --input"),
         (["prepare-data", "-o", "out"], 2, "either --input"),
         (["prepare-data", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
         (["prepare-data", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),

@@ -5,8 +5,9 @@ import pytest
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data import order
+from sltrain_dist.data.group import StreamGroup
 from sltrain_dist.data.loader import TrainLoader, merge_states
-from sltrain_dist.data.stream import StreamGroup, StreamState
+from sltrain_dist.data.stream import StreamState
 from sltrain_dist.numerics.splitmix import integers
 from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.batching import PADDING
+from sltrain_dist.data.group import StreamGroup
 from sltrain_dist.data.loader import TrainLoader, merge_states
-from sltrain_dist.data.stream import Stream, StreamGroup, StreamState
+from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.errors import CheckpointError, DataError
 from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered, write_shard
 

@@ -46,10 +46,6 @@ def make_loader(shards, tokenizer, *, workers, rank=0, world_size=1, **changes):
     )
 
 
-def worker_pids(loader):
-    return [worker.pid for worker in loader._workers]
-
-
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -85,7 +81,7 @@ def test_workers_import_neither_torch_nor_datasets(shards, tokenizer):
     assert done.stdout.strip() == "[]"
     with closing(make_loader(shards, tokenizer, workers=1)) as loader:
         next(loader)
-        maps = Path(f"/proc/{worker_pids(loader)[0]}/maps").read_text()
+        maps = Path(f"/proc/{loader.worker_pids[0]}/maps").read_text()
     assert "numpy" in maps
     assert "torch" not in maps
 
@@ -124,7 +120,7 @@ def test_mistakes_of_ours_come_over_with_their_traceback(tmp_path, tokenizer, mo
 def test_a_killed_worker_is_an_error_at_once(shards, tokenizer):
     with closing(make_loader(shards, tokenizer, workers=2)) as loader:
         next(loader)
-        pid = worker_pids(loader)[1]
+        pid = loader.worker_pids[1]
         os.kill(pid, signal.SIGKILL)
         start = time.monotonic()
         with pytest.raises(DataError, match=rf"process id {pid} was killed by signal 9 \(SIGKILL\)"):
@@ -146,7 +142,7 @@ def test_a_worker_that_cannot_start_is_an_error(shards, tokenizer, monkeypatch, 
 
 def test_signals_to_the_whole_job_leave_workers_alone(shards, tokenizer):
     with closing(make_loader(shards, tokenizer, workers=1)) as loader:
-        (pid,) = worker_pids(loader)
+        (pid,) = loader.worker_pids
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(pid, number)  # at once, before its program has begun
         expected = next(loader)
@@ -160,7 +156,7 @@ def test_signals_to_the_whole_job_leave_workers_alone(shards, tokenizer):
 
 def test_close_ends_the_workers(shards, tokenizer):
     loader = make_loader(shards, tokenizer, workers=2)
-    pids = worker_pids(loader)
+    pids = loader.worker_pids
     next(loader)
     start = time.monotonic()
     loader.close()
@@ -182,7 +178,7 @@ next(loader)
 if FORKS and os.fork() == 0:
     time.sleep(15)
     os._exit(0)
-print(json.dumps([worker.pid for worker in loader._workers]), flush=True)
+print(json.dumps(loader.worker_pids), flush=True)
 ENDING
 """
 
@@ -222,7 +218,7 @@ def test_prefetch_is_bounded(tmp_path, tokenizer):
     shard = write_shard(tmp_path / "x.jsonl", ["some words of a document"] * 5000)
     with closing(make_loader([shard], tokenizer, workers=1, seq_len=4096, streams=1, prefetch=2)) as loader:
         next(loader)
-        (pid,) = worker_pids(loader)
+        (pid,) = loader.worker_pids
 
         def cpu_ticks():
             return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))

@@ -1,0 +1,291 @@
+"""From shards of text to token shards: in parallel, restartable, each file whole under its name or not there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sltrain_dist.data.documents import SAMPLE, Fault, Tally, encode_documents
+from sltrain_dist.data.source import num_bytes, read_documents
+from sltrain_dist.data.token_shards import (
+    MANIFEST,
+    TokenJob,
+    TokenManifest,
+    TokenShard,
+    damage,
+    is_prepared,
+    put_in_place,
+    read_manifest,
+    shard_from_dict,
+    write_durably,
+)
+from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.errors import ConfigError, DataError
+
+_CAUSES = tuple(fault.value for fault in Fault)
+_LOCK = ".lock"
+_PARENT_CHECK_S = 1.0
+
+Report = Callable[[int, TokenShard], None]
+"""Called with the number of finished shards, and the one that has just been finished or found."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a process needs to make one shard."""
+
+    directory: Path
+    number: int
+    tokenizer_path: Path
+    job: TokenJob
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}"
+
+
+def prepare_tokens(
+    shards: list[str],
+    output: Path,
+    tokenizer_path: Path,
+    *,
+    text_field: str = "text",
+    max_bad_fraction: float = 0.01,
+    processes: int = 1,
+    report: Report | None = None,
+) -> TokenManifest:
+    """Tokenizes text into a directory of token shards, one for each shard of the text.
+
+    What an earlier, interrupted call with the same arguments has finished is checked (SHA-256) and not made
+    again; in a finished directory, damaged shards are made anew.
+
+    Args:
+        shards: What :func:`sltrain_dist.data.source.resolve_source` returned.
+        output: Directory to make, or to go on with.
+        tokenizer_path: The SentencePiece model file.
+        text_field: Key of the text in each JSON line.
+        max_bad_fraction: Largest accepted share of unusable documents.
+        processes: Shards to make at the same time, each in a process of its own. 1: in this process.
+        report: Called for each finished shard.
+
+    Raises:
+        ConfigError: `output` holds something else, or is being written by another process.
+        DataError: A shard cannot be read, too many documents are unusable, or the directory cannot be written.
+    """
+    if any(Path(shard).name == MANIFEST for shard in shards):
+        raise ConfigError(f"{shards[0]} is of token shards already; give the text that they were made of")
+    tokenizer = Tokenizer(tokenizer_path)
+    sources = tuple((shard, _size(shard)) for shard in shards)
+    job = TokenJob(sources, text_field, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
+    tasks = [_Task(output, number, tokenizer_path, job) for number in range(len(shards))]
+    try:
+        with _claimed(output):
+            finished = _start(output, job)
+            tally = _BadDocuments(job, max_bad_fraction)
+            missing = [task for task in tasks if task.number not in finished]
+            for count, (number, shard) in enumerate(_make(missing, finished, processes), start=1):
+                finished[number] = shard
+                tally.add(shard)
+                if report is not None:
+                    report(count, shard)
+            tally.check(at_end=True)
+            manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
+            write_durably(output / MANIFEST, manifest.to_json().encode())
+            for task in tasks:
+                _record(task).unlink(missing_ok=True)
+            return manifest
+    except OSError as error:
+        raise DataError(f"cannot write to {output}: {error.strerror or error}; what is finished is kept") from None
+
+
+def _size(shard: str) -> int:
+    """Size in bytes; 0 where the server does not say."""
+    try:
+        return num_bytes(shard) or 0
+    except Exception as error:  # any file system's plug-in may be at work, each with exceptions of its own
+        raise DataError(f"cannot ask for the size of {shard}: {type(error).__name__}: {error}") from error
+
+
+class _BadDocuments:
+    """Stops the preparation when too many of the documents are unusable."""
+
+    def __init__(self, job: TokenJob, limit: float) -> None:
+        self._job = job
+        self._limit = limit
+        self._tally = Tally()
+
+    def add(self, shard: TokenShard) -> None:
+        """Counts one shard's documents."""
+        self._tally.documents += shard.documents
+        self._tally.faults.update({Fault(cause): count for cause, count in shard.faults.items()})
+        self.check()
+
+    def check(self, *, at_end: bool = False) -> None:
+        """Raises DataError if there are too many, once there are enough documents to say so."""
+        if (at_end or self._tally.documents >= SAMPLE) and self._tally.exceeds(self._limit):
+            raise self._tally.error("the text", self._limit, self._job.text_field)
+
+
+def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
+    """The shards that are finished and whole; writes the manifest of an unfinished preparation."""
+    records: list[TokenShard] = []
+    if is_prepared(output):
+        earlier = read_manifest(output)
+        if earlier.job != job or earlier.causes != _CAUSES:
+            raise ConfigError(
+                f"{output} holds token shards of other text, another text field or another tokenizer; choose another "
+                "directory or remove it"
+            )
+        records = list(earlier.shards)
+    elif any(not path.name.startswith(".") for path in output.iterdir()):
+        raise ConfigError(f"{output} exists already and holds no token shards; choose another directory or remove it")
+    for path in output.glob("*.shard.json"):
+        records.append(shard_from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    whole = {int(shard.name): shard for shard in records if damage(output, shard) is None}
+    if len(whole) < len(job.sources):
+        # From here on nobody takes the directory for finished; what is whole is known by records of its own.
+        for number, shard in whole.items():
+            _write_record(output / f"{number:05d}.shard.json", shard)
+        write_durably(output / MANIFEST, TokenManifest(str(output), job, _CAUSES, ()).to_json().encode())
+    return whole
+
+
+def _make(tasks: list[_Task], finished: dict[int, TokenShard], processes: int) -> Iterator[tuple[int, TokenShard]]:
+    """All shards with their numbers: those that were finished, then the others, as they become so."""
+    yield from sorted(finished.items())
+    if processes == 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield task.number, _make_shard(task)
+        return
+    # Not forked: a fork of a process with threads (the progress bar's, say) may inherit a held lock.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        min(processes, len(tasks)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
+    try:
+        futures: dict[Future[TokenShard], int] = {pool.submit(_make_shard, task): task.number for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that tokenizes was killed (out of memory?); what is finished is kept: run the same command "
+            "again, with fewer --processes if memory is short"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Keeps a process from outliving a parent that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_shard(task: _Task) -> TokenShard:
+    """Makes the two files of a shard, and the record that says so."""
+    job = task.job
+    source = job.sources[task.number][0]
+    tokenizer = Tokenizer(task.tokenizer_path)
+    if tokenizer.fingerprint != job.tokenizer:
+        raise DataError(f"the tokenizer {task.tokenizer_path} has changed since the preparation began")
+    lengths: list[int] = []
+    causes = bytearray()
+    tokens = _DurableFile(task.directory / f"{task.name}.tokens")
+    index = _DurableFile(task.directory / f"{task.name}.index")
+    with tokens as tokens_file, index as index_file:
+        for _, result in encode_documents(read_documents(source, job.text_field), tokenizer, job.text_field, None):
+            if isinstance(result, Fault):
+                lengths.append(0)
+                causes.append(1 + _CAUSES.index(result.value))
+            else:
+                lengths.append(len(result) + 1)
+                causes.append(0)
+                tokens_file.write(np.append(result, np.int32(job.eos_id)).astype(job.dtype).tobytes())
+        starts = np.zeros(len(lengths) + 1, dtype="<i8")
+        np.cumsum(lengths, out=starts[1:])
+        index_file.write(starts.tobytes() + bytes(causes))
+    shard = TokenShard(
+        name=task.name,
+        documents=len(lengths),
+        tokens=int(starts[-1]),
+        faults={cause: causes.count(1 + number) for number, cause in enumerate(_CAUSES) if 1 + number in causes},
+        files={file.path.name: (file.size, file.digest) for file in (tokens, index)},
+    )
+    _write_record(_record(task), shard)
+    return shard
+
+
+class _DurableFile:
+    """A file that is hashed as it is written, and appears under its name at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._sha256 = hashlib.sha256()
+        self._file: IO[bytes] | None = None
+
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, content: bytes) -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self._sha256.update(content)
+        self.size += len(content)
+
+    def __enter__(self) -> _DurableFile:
+        self._file = self._temporary.open("wb")
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        assert self._file is not None
+        with self._file as file:
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+        if kind is None:
+            put_in_place(self._temporary, self.path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _record(task: _Task) -> Path:
+    return task.directory / f"{task.name}.shard.json"
+
+
+def _write_record(path: Path, shard: TokenShard) -> None:
+    write_durably(path, json.dumps(asdict(shard)).encode())
+
+
+@contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """Makes the directory and keeps a second preparation out of it."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is writing to {output}; wait for it, or choose another one") from None
+        yield
+    (output / _LOCK).unlink(missing_ok=True)
