@@ -229,7 +229,7 @@ def test_models_train_alike(dtype: str, tied: bool) -> None:
         model = model_of(chunk, dtype, tied, vocab_size=61)
         loss = model(ids, labels)
         (loss / 96).backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     rounding = 1e-5 if dtype == "fp32" else 2e-2
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6 if dtype == "fp32" else 1e-3)
