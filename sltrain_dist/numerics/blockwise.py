@@ -33,10 +33,11 @@ def unsigned_levels(bits: int) -> list[float]:
 
     A second moment that is rounded to zero, beside a first one that is not, would make a step of first / eps.
     8 bits: the unsigned dynamic map, with 5.5e-8, the next decade's centre, in the place of its zero.
-    4 bits: sixteen equal parts of [0, 1] without their lower end, Li et al.'s.
+    4 bits: squares of sixteen equal parts of [0, 1] without their lower end: even in the root, which is what the
+    update divides by. (Li et al. take the parts themselves, whose updates are off by almost twice as much.)
     """
     if bits == 4:
-        return [(i + 1) / 16 for i in range(16)]
+        return [((i + 1) / 16) ** 2 for i in range(16)]
     decades = bits - 1
     levels = [level for i in range(decades) for level in _decade(2 << i, i + 1 - decades)]
     return sorted([*levels, *_decade(1, -decades), 1.0])
