@@ -335,7 +335,7 @@ def _open_fsspec(url: str, offset: int) -> _Opened:
 def _status(error: Exception) -> int | None:
     """The HTTP status that an error of any of the usual libraries carries."""
     for holder in (error, getattr(error, "response", None)):
-        for name in ("code", "status", "status_code"):
+        for name in ("status", "status_code", "code"):
             value = getattr(holder, name, None)
             if isinstance(value, int) and 400 <= value < 600:
                 return value
