@@ -62,7 +62,7 @@ def cut(inputs: str, text_field: str, num_bytes: int, num_shards: int, directory
     size = count = 0
     with ExitStack() as stack:
         files = [stack.enter_context(gzip.open(path, "wb", compresslevel=6)) for path in paths]
-        for _, line in chain.from_iterable(read_documents(shard, "text") for shard in resolve_source(inputs)):
+        for _, line in chain.from_iterable(read_documents(shard, text_field) for shard in resolve_source(inputs)):
             text = parse(line, text_field)
             if isinstance(text, str):
                 files[count % num_shards].write(json.dumps({"text": text}).encode() + b"\n")

@@ -100,7 +100,7 @@ class TrainLoader:
             max_bad_fraction=data.max_bad_fraction,
             prepared=prepared,
             retry=RetryPolicy.of(data),
-            mixture=_mixture(data, source_sizes, len(shards), global_batch),
+            mixture=() if prepared is not None else _mixture(data, source_sizes, len(shards), global_batch),
         )
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)

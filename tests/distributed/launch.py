@@ -10,7 +10,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 
 
-def torchrun(script: Path, *arguments: str, ranks: int, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def torchrun(script: Path, *arguments: str, ranks: int, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:
     """Runs a script on `ranks` processes of this machine, and returns when all have ended."""
     environment = {
         **os.environ,
