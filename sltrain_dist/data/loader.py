@@ -65,9 +65,8 @@ class TrainLoader:
             tokenizer; ranks must agree on it.
 
     Raises:
-        ConfigError: Token shards were made with another tokenizer.
+        ConfigError: Token shards were made with another tokenizer, or whole streams cannot hold `data.weights`.
         DataError: The tokenizer cannot be read, or there are no shards.
-        ConfigError: Whole streams cannot hold `data.weights`.
         CheckpointError: `state` belongs to other data, or to another order.
     """
 

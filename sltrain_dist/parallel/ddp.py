@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.parallel.engine import Kind, scale_down, squared_norm
+from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
 from sltrain_dist.parallel.in_backward import InBackward
@@ -61,17 +61,10 @@ class DDPEngine:
     def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
         """Forward and backward; the all-reduce overlaps the backward pass of the last micro-batch alone."""
         if self._in_backward is not None:
-            return self._in_backward.run(lambda: self._backward(input_ids, labels, weight), last=last)
+            return self._in_backward.run(lambda: backward_of(self._module, input_ids, labels, weight), last=last)
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
-            loss = (self._ddp or self._module)(input_ids, labels)
             # DDP averages over ranks; gradients here are sums.
-            (loss * (weight * self._env.world_size)).backward()
-        return loss.detach()
-
-    def _backward(self, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
-        loss = self._module(input_ids, labels)
-        (loss * weight).backward()
-        return loss.detach()
+            return backward_of(self._ddp or self._module, input_ids, labels, weight * self._env.world_size)
 
     def clip_gradients(self) -> float:
         """The gradient norm, the same on every rank because every rank holds the same gradients."""

@@ -85,6 +85,13 @@ class Engine(Protocol):
         ...
 
 
+def backward_of(model: nn.Module, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Forward and backward of `weight` times the summed loss; returns the latter, detached."""
+    loss = model(input_ids, labels)
+    (loss * weight).backward()
+    return loss.detach()
+
+
 def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Sum of squares over tensors, in float32, as a scalar tensor on `device`."""
     tensors = list(tensors)

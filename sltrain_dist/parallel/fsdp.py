@@ -17,7 +17,7 @@ from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel.engine import Kind, clip_shards
+from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
 from sltrain_dist.parallel.in_backward import InBackward
@@ -95,8 +95,8 @@ class FSDPEngine:
         """Forward and backward; gradients are reduce-scattered at each micro-batch, or at the last."""
         self._root.set_requires_gradient_sync(last or self._sync_each)
         if self._in_backward is not None:
-            return self._in_backward.run(lambda: self._backward(input_ids, labels, weight), last=last)
-        loss = self._backward(input_ids, labels, weight)
+            return self._in_backward.run(lambda: backward_of(self._model, input_ids, labels, weight), last=last)
+        loss = backward_of(self._model, input_ids, labels, weight)
         if last:
             self._remainder.all_reduce()
             for name, parameter in self._dtensors:
@@ -104,11 +104,6 @@ class FSDPEngine:
                 if gradient is not None and name in self._leaves:
                     self._leaves[name].grad = cast(DTensor, gradient).to_local()
         return loss
-
-    def _backward(self, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
-        loss = self._model(input_ids, labels)
-        (loss * weight).backward()
-        return loss.detach()
 
     def clip_gradients(self) -> float:
         """The norm over the shards of all ranks, plus the remainder once."""

@@ -63,3 +63,8 @@ def settings(shards, **changes) -> StreamSettings:
 def data_config(**changes) -> DataConfig:
     values = {"seq_len": 8, "streams": 6, "shuffle_block": 4, "workers": 0}
     return DataConfig(**{**values, **changes})
+
+
+def global_batches(loaders, updates):
+    """The next global batches, (updates, rows, seq_len + 1), of one loader per rank."""
+    return np.stack([np.concatenate([next(loader) for loader in loaders]) for _ in range(updates)])

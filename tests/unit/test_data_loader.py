@@ -16,7 +16,7 @@ from sltrain_dist.data.group import StreamGroup
 from sltrain_dist.data.loader import TrainLoader, merge_states
 from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.errors import CheckpointError, DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered, write_shard
+from tests.unit.data_helpers import NumberTokenizer, data_config, global_batches, settings, write_numbered, write_shard
 
 in_fixture = hypothesis_settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
@@ -42,10 +42,6 @@ def make_loaders(config, shards, world_size, *, global_batch=24, state=None, see
         )
         for rank in range(world_size)
     ]
-
-
-def global_batches(loaders, updates):
-    return np.stack([np.concatenate([next(loader) for loader in loaders]) for _ in range(updates)])
 
 
 def saved(loaders):

@@ -12,7 +12,7 @@ from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data import order
 from sltrain_dist.data.loader import TrainLoader, merge_states
 from sltrain_dist.errors import CheckpointError, ConfigError
-from tests.unit.data_helpers import NumberTokenizer, data_config, write_numbered
+from tests.unit.data_helpers import NumberTokenizer, data_config, global_batches, write_numbered
 
 SIZES = [3, 2, 1]
 WEIGHTS = [6.0, 3.0, 1.0]
@@ -41,10 +41,6 @@ def make_loaders(shards, world_size, *, state=None, weights=WEIGHTS, **changes):
         )
         for rank in range(world_size)
     ]
-
-
-def global_batches(loaders, updates):
-    return np.stack([np.concatenate([next(loader) for loader in loaders]) for _ in range(updates)])
 
 
 def source_of(documents):
