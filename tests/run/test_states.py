@@ -101,8 +101,8 @@ def test_a_control_that_cannot_be_is_refused(
 def test_goes_on_to_the_bit_and_refuses_another_form(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    form = ("optim.state_bits=4", "train.dtype=bf16", "optim.stochastic_rounding=true", "train.steps=8", "optim.warmup_steps=2")
-    schedule = ("optim.schedule=constant", "checkpoint.every=4")
+    form = ("optim.state_bits=4", "train.dtype=bf16", "optim.stochastic_rounding=true")
+    schedule = ("optim.schedule=constant", "optim.warmup_steps=2", "checkpoint.every=4", "train.steps=8")
     assert train_here(config, tmp_path / "whole", *form, *schedule) == 0
     assert train_here(config, tmp_path / "parts", *form, *schedule, "train.steps=4") == 0
     assert train_here(config, tmp_path / "parts", *form, *schedule, "optim.state_bits=8") == 5
