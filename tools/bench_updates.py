@@ -60,7 +60,7 @@ def make_step(args: argparse.Namespace, dtype: str, state_bits: int, update: str
 def compare(args: argparse.Namespace, dtype: str, state_bits: int) -> dict[str, Any]:
     """One row of the report: medians of both kinds of updates, and of their ratio by turns."""
     runs = {update: make_step(args, dtype, state_bits, update) for update in UPDATES}
-    times = interleaved(runs, args.repeats, torch.device(args.device), warm_up=2)
+    times = interleaved(runs, args.repeats, torch.device(args.device), warm_up=1)
     row: dict[str, Any] = {"dtype": dtype, "state_bits": state_bits}
     for clock in ("wall", "cpu"):
         whole, per_layer = ([getattr(time, clock) for time in times[update]] for update in UPDATES)

@@ -57,4 +57,4 @@ def test_both_kinds_of_updates_train(capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr(InBackward, "run", counted)
     assert bench_updates.main(ARGUMENTS) == 0
     assert capsys.readouterr().out.count("%") == 4 * 6
-    assert passes == [True] * 4 * (2 + 3)  # two types, two widths of states, warm-up and repeats
+    assert passes == [True] * 4 * (1 + 3)  # two types, two widths of states, warm-up and repeats
