@@ -61,7 +61,12 @@ def compare(args: argparse.Namespace, dtype: str, state_bits: int) -> dict[str, 
     """One row of the report: medians of both kinds of updates, and of their ratio by turns."""
     runs = {update: make_step(args, dtype, state_bits, update) for update in UPDATES}
     times = interleaved(runs, args.repeats, torch.device(args.device), warm_up=1)
-    row: dict[str, Any] = {"dtype": dtype, "state_bits": state_bits}
+    row: dict[str, Any] = {
+        "dtype": dtype,
+        "state_bits": state_bits,
+        "repeats": args.repeats,
+        "load": os.getloadavg()[0],
+    }
     for clock in ("wall", "cpu"):
         whole, per_layer = ([getattr(time, clock) for time in times[update]] for update in UPDATES)
         ratios = [b / a for a, b in zip(whole, per_layer, strict=True)]
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = {
         "preset": args.preset, "micro_batch": args.micro_batch, "seq_len": args.seq_len, "clip": args.clip,
         "device": torch.cuda.get_device_name() if is_cuda else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "load": os.getloadavg()[0], "repeats": args.repeats, "rows": rows,
+        "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     if args.json:
         print(json.dumps(report, indent=1))
