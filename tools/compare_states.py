@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def overrides_of(variant: str, config: Config) -> list[str]:
             raise ConfigError(f"--controls rounding halves train.micro_batch, and {config.train.micro_batch} is odd")
         return [f"optim.state_bits={REFERENCE}", f"train.micro_batch={config.train.micro_batch // 2}"]
     return [f"optim.state_bits={variant}"]
+
+
+def run_name(variant: str, seed: int, config: Config) -> str:
+    """Name of a run's directory: runs of other settings are others."""
+    settings = config.model_dump_json(exclude={"run_dir", "tracking"})
+    return f"{variant}-{seed}-{sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def losses_of(config: str, overrides: Sequence[str], run_dir: Path) -> tuple[float, float]:
@@ -116,17 +123,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     variants = list(dict.fromkeys([REFERENCE, *args.controls, *args.bits]))
     losses: Losses = {}
+    runs: dict[tuple[str, int], tuple[list[str], str]] = {}
     try:
         config = load_config(args.config, args.overrides)
-        settings = {variant: overrides_of(variant, config) for variant in variants}
+        for seed, variant in itertools.product(args.seeds, variants):
+            overrides = [*args.overrides, *overrides_of(variant, config), f"seed={seed}"]
+            runs[variant, seed] = overrides, run_name(variant, seed, load_config(args.config, overrides))
     except SltrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
     with tempfile.TemporaryDirectory() as nowhere:
-        for seed, variant in itertools.product(args.seeds, variants):
-            overrides = [*args.overrides, *settings[variant], f"seed={seed}"]
-            run_dir = (args.out or Path(nowhere)) / f"{variant}-{seed}"
-            losses[variant, seed] = losses_of(args.config, overrides, run_dir)
+        for key, (overrides, name) in runs.items():
+            losses[key] = losses_of(args.config, overrides, (args.out or Path(nowhere)) / name)
     if args.json:
         print(json.dumps(report(losses, config)))
     else:

@@ -27,9 +27,8 @@ def signed_levels(bits: int) -> list[float]:
     """Levels of what has both signs, zero and ±1 or nearly so among them.
 
     8 bits: the signed dynamic map, in every decade twice as many values of both signs as in the one below.
-    4 bits: NF4, quantiles of the normal distribution (Dettmers et al., arXiv 2305.14314). The dynamic map's levels are
-    so far apart between 0.08 and 0.9 that a first moment, which moves by a tenth of the way to the gradient at a time,
-    is rounded back to where it was: docs/memory.md has what that costs.
+    4 bits: NF4, quantiles of the normal distribution (Dettmers et al., arXiv 2305.14314), because the first moments of
+    a block are nearly normal. The dynamic map of 4 bits has few levels where most of them are (docs/memory.md).
     """
     if bits == 4:
         return _normal_levels()
