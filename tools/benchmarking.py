@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,39 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_times(
-    runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1, *, cpu_time: bool = False
-) -> dict[str, float]:
-    """Median seconds of every run. Repetitions take turns, so that a slow spell of the machine hits all alike.
+@dataclass(frozen=True)
+class Seconds:
+    """How long a run took: by the clock, and of the processor, over all threads."""
 
-    With `cpu_time`, seconds are of the processor, over all threads: for one thread on a machine that others use.
-    """
-    clock = time.process_time if cpu_time else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    wall: float
+    cpu: float
+
+
+def interleaved(
+    runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[Seconds]]:
+    """Seconds of every repetition of every run. Runs take turns, so that a slow spell of the machine hits all alike."""
+    times: dict[str, list[Seconds]] = {name: [] for name in runs}
     for repetition in range(warm_up + repeats):
         for name, run in runs.items():
             synchronise(device)
-            start = clock()
+            wall, cpu = time.perf_counter(), time.process_time()
             run()
             synchronise(device)
             if repetition >= warm_up:
-                times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
+    return times
+
+
+def median_times(
+    runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1, *, cpu_time: bool = False
+) -> dict[str, float]:
+    """Median seconds of every run, see :func:`interleaved`.
+
+    With `cpu_time`, seconds are of the processor: for one thread on a machine that others use.
+    """
+    times = interleaved(runs, repeats, device, warm_up)
+    return {name: statistics.median(s.cpu if cpu_time else s.wall for s in seconds) for name, seconds in times.items()}
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:

@@ -1,15 +1,17 @@
 """Block quantization: every block of values shares one float32 scale, its largest magnitude, and each value is
 the nearest of 256 or 16 levels times that.
 
-The levels of 8 bits, and the signed ones of 4, are the dynamic tree map of Dettmers et al., "8-bit Optimizers via
-Block-wise Quantization" (arXiv 2110.02861), as bitsandbytes and torchao build it; but for the unsigned map's zero
-(see :func:`unsigned_levels`). Blocks of 256 and 128 are torchao's and Li et al.'s (arXiv 2309.01507).
+The levels of 8 bits are the dynamic tree map of Dettmers et al., "8-bit Optimizers via Block-wise Quantization"
+(arXiv 2110.02861), as bitsandbytes and torchao build it, but for the unsigned map's zero (see
+:func:`unsigned_levels`); those of 4 bits are others. Blocks of 256 and 128 are torchao's and Li et al.'s (arXiv
+2309.01507).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -22,10 +24,28 @@ def _decade(items: int, exponent: int) -> list[float]:
 
 
 def signed_levels(bits: int) -> list[float]:
-    """The signed dynamic map: zero, one, and in every decade twice as many values of both signs as in the one below."""
+    """Levels of what has both signs, zero and ±1 or nearly so among them.
+
+    8 bits: the signed dynamic map, in every decade twice as many values of both signs as in the one below.
+    4 bits: NF4, quantiles of the normal distribution (Dettmers et al., arXiv 2305.14314), because the first moments of
+    a block are nearly normal. The dynamic map of 4 bits has few levels where most of them are (docs/memory.md).
+    """
+    if bits == 4:
+        return _normal_levels()
     decades = bits - 1
     magnitudes = [level for i in range(decades) for level in _decade(1 << i, i + 1 - decades)]
     return sorted([*magnitudes, *(-level for level in magnitudes), 0.0, 1.0])
+
+
+def _normal_levels() -> list[float]:
+    """NF4: zero, and on each side quantiles evenly spaced in probability, as shares of the largest."""
+    edge = (1 - 1 / 30 + 1 - 1 / 32) / 2
+
+    def quantiles(count: int) -> list[float]:
+        found = [NormalDist().inv_cdf(edge + (0.5 - edge) * i / count) for i in range(count)]
+        return [value / found[0] for value in found]
+
+    return sorted([*quantiles(8), 0.0, *(-value for value in quantiles(7))])
 
 
 def unsigned_levels(bits: int) -> list[float]:

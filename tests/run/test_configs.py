@@ -15,10 +15,12 @@ from sltrain_dist.models.count import count_parameters
 from .helpers import REPO
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+SMALL = {"quickstart": (1, 2), "compare_states": (1,)}
+"""Those of no preset, and the numbers of ranks that they are for."""
 
 
 def test_there_is_one_for_every_preset() -> None:
-    assert {path.stem for path in CONFIGS} == {*PRESETS, "quickstart"}
+    assert {path.stem for path in CONFIGS} == {*PRESETS, *SMALL}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -26,7 +28,7 @@ def test_shipped_configuration(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert config.run_dir == f"runs/{path.stem}"
     assert list(without_effect(config)) == []
-    for ranks in (1, 2) if path.stem == "quickstart" else (1, 2, 4, 8):
+    for ranks in SMALL.get(path.stem, (1, 2, 4, 8)):
         assert micro_batches_per_update(config, ranks) >= 1
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "resolved.yaml") == config

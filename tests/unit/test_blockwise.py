@@ -39,8 +39,9 @@ def round_trip(kind: Quantizer, given: Tensor, left: int = 0) -> tuple[Tensor, T
 
 class TestLevels:
     def test_are_those_of_bitsandbytes_and_torchao(self) -> None:
-        fours = [0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875]
-        assert signed_levels(4) == pytest.approx([*(-level for level in reversed(fours)), 0.0, *fours, 1.0])
+        below = [-1.0, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105]
+        above = [0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0]
+        assert signed_levels(4) == pytest.approx([*below, 0.0, *above], abs=1e-5)  # NF4
         eights = signed_levels(8)
         assert eights[0] == pytest.approx(-0.99296875)
         assert eights[127:129] == pytest.approx([0.0, 5.5e-7])

@@ -149,7 +149,7 @@ class TestStep:
                 want = reference.state[theirs[n]][key].reshape(-1)
                 torch.testing.assert_close(optimizer.state[ours[n]][key], want, rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.3)])
+    @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.35)])
     def test_of_quantized_states_is_near(self, bits: int, error: float) -> None:
         wide = trained(1, OptimConfig(state_bits=32))
         narrow = trained(1, OptimConfig(state_bits=bits))  # type: ignore[arg-type]
