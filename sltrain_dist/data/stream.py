@@ -49,6 +49,8 @@ class StreamSettings:
     """Without influence on the rows."""
     mixture: tuple[WeightedSource, ...] = ()
     """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
+    mark: bool = False
+    """Whether documents' first tokens carry `batching.BEGIN`."""
 
 
 class StreamState(NamedTuple):
@@ -271,6 +273,7 @@ class Stream(StreamBase[_Document]):
             seq_len=settings.seq_len,
             eos_id=self._eos_id,
             offset=state.token,
+            mark=settings.mark,
         )
         for number, row in enumerate(rows, start=state.rows + 1):
             done = row.finished - passed

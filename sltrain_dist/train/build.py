@@ -28,6 +28,7 @@ from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
+from sltrain_dist.train.feed import RowFeed
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
@@ -55,6 +56,8 @@ class Run:
     engine: Engine
     state: TrainState
     loader: TrainLoader
+    feed: RowFeed
+    """The loader's rows; nobody else takes any."""
     eval_rows: Rows | None
     tokenizer: Path
     store: CheckpointStore
@@ -131,7 +134,19 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     for path in abandoned:
         tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
     return Run(
-        config, env, run_dir, engine, state, loader, corpus.eval_rows, corpus.tokenizer, store, tracker, stop, supports
+        config,
+        env,
+        run_dir,
+        engine,
+        state,
+        loader,
+        RowFeed(loader, env.device),
+        corpus.eval_rows,
+        corpus.tokenizer,
+        store,
+        tracker,
+        stop,
+        supports,
     )
 
 
