@@ -41,8 +41,14 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
     rows: list[TokenIds] = []
     tokens = 0
     documents = _usable_documents(data, shards, tokenizer)
-    form = {"seq_len": data.seq_len, "eos_id": tokenizer.eos_id, "mark": data.reset_attention}
-    for row in make_rows(documents, data.batching, **form, rest=True):
+    for row in make_rows(
+        documents,
+        data.batching,
+        seq_len=data.seq_len,
+        eos_id=tokenizer.eos_id,
+        rest=True,
+        mark=data.reset_attention,
+    ):
         rows.append(row.tokens)
         tokens += count_tokens(row.tokens)
         if tokens >= eval_config.tokens:

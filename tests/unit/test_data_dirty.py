@@ -13,12 +13,19 @@ from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.batching import PADDING, count_tokens
 from sltrain_dist.data.documents import Fault, Text, encode_documents, parse
 from sltrain_dist.data.evaluation import evaluation_rows
-from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered, write_shard
+from tests.unit.data_helpers import (
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    settings,
+    write_numbered,
+    write_shard,
+)
 
 SPECIAL = ["\u200b\u200d\ufeff", "\u0301\u0302", "�" * 50, "\x00\x01\x02", "\U000e0001\U0010fffd", "\u202e\u202d"]
 """Zero-width, combining, replacement, control, private-use and direction marks."""
@@ -107,10 +114,7 @@ def test_parquet_is_read_as_lines_are(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(loader_module, "Tokenizer", NumberTokenizer)
     batches = []
     for path in (shard, lines):
-        loader = TrainLoader(
-            data_config(), shards=[path], tokenizer_path="unused", seed=0, global_batch=6, rank=0, world_size=1
-        )
-        batches.append([next(loader) for _ in range(20)])
+        batches.append(global_batches(make_loaders(data_config(), [path], 1, global_batch=6), 20))
     assert np.array_equal(*batches)
 
 
