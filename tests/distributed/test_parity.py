@@ -139,6 +139,10 @@ def test_the_cases_can_tell_engines_apart() -> None:
     assert plain["losses"][1] != pytest.approx(clipped["losses"][1], rel=1e-3)
 
 
+def test_the_rows_of_several_documents_are_other_training() -> None:
+    assert single(Case(packed=True))["losses"][-1] != pytest.approx(single(Case())["losses"][-1], rel=1e-2)
+
+
 def test_every_pair_of_settings_is_in_a_case() -> None:
     for (one, ones), (two, twos) in itertools.combinations(VALUES.items(), 2):
         for a, b in itertools.product(ones, twos):
