@@ -11,7 +11,7 @@ from sltrain_dist.config.schema import DataConfig, EvalConfig
 from sltrain_dist.data.batching import count_tokens, make_rows
 from sltrain_dist.data.corpus import open_corpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.remote import Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.errors import DataError
 

@@ -17,7 +17,7 @@ from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
 from sltrain_dist.data.group import StreamGroup, Update
-from sltrain_dist.data.remote import Cause, RetryPolicy
+from sltrain_dist.data.retry import Cause, RetryPolicy
 from sltrain_dist.data.stream import StreamSettings, StreamState, WeightedSource
 from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.data.tokenizer import Tokenizer

@@ -23,7 +23,8 @@ from fsspec.compression import compr as codecs
 from sltrain_dist.data import token_shards
 from sltrain_dist.data.documents import Record
 from sltrain_dist.data.parquet import read_column
-from sltrain_dist.data.remote import Fetcher, RemoteFile
+from sltrain_dist.data.remote import RemoteFile
+from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.errors import DataError
 
 _CODEC_OF_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}

@@ -15,7 +15,7 @@ from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
 from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.remote import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
 

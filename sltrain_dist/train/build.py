@@ -13,7 +13,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.build import build_embedded
-from sltrain_dist.data.remote import Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltrain_dist.data import source
-from sltrain_dist.data.remote import Cause, Fetcher
+from sltrain_dist.data.retry import Cause, Fetcher
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard

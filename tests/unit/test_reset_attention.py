@@ -16,7 +16,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.batching import pack_rows
 from sltrain_dist.models.build import initialise
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.blocks import _ATTENTION, prepare_blocks
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.train.evaluate import evaluate
@@ -148,32 +148,43 @@ def test_training_settings_change_nothing(how: dict[str, object]) -> None:
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=(0.1 if low else 1e-5) * scale, msg=name)
 
 
+class Listen(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[object] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.ran.append(operation)
+        return operation(*args, **(kwargs or {}))
+
+
+def fused_calls(model: LlamaForCausalLM, ids: Tensor) -> int:
+    """How many layers compute attention with a mask in one kernel, forward and backward, which keep no length² for
+    each head."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1) % 7
+    with Listen() as listen:
+        model(ids, ids, positions).backward()
+    return sum(operation in _ATTENTION for operation in listen.ran)
+
+
 @pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
 def test_the_mask_is_held_once_and_attention_stays_fused(shape: dict[str, int], dtype: str) -> None:
-    """No layer makes a mask of its own, and none holds length² for each head."""
     config = small(model=shape, train={"dtype": dtype})
-    model = warmed(config)
-    ids = tokens(config, 5)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    ran: list[object] = []
-    held: dict[int, tuple[int, ...]] = {}
-
-    class Listen(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            ran.append(operation)
-            return operation(*args, **(kwargs or {}))
+    model, ids = warmed(config), tokens(config, 5)
+    held: set[int] = set()
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.ndim == 4 and tensor.shape[-2:] == (SEQ_LEN, SEQ_LEN):
-            held[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
-            assert tensor.untyped_storage().nbytes() == 5 * SEQ_LEN**2 * tensor.element_size()
+            held.add(tensor.untyped_storage().data_ptr())
+            assert tensor.untyped_storage().nbytes() == 5 * SEQ_LEN**2 * (4 if dtype == "fp32" else 2)
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor), Listen():
-        model(ids, ids, torch.arange(SEQ_LEN).expand(5, -1) % 7).backward()
-    assert ran.count(fused) == config.model.num_layers
-    assert len(held) == 1
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert fused_calls(model, ids) == config.model.num_layers
+    assert len(held) == 1, "every layer has a mask of its own"
 
 
 def test_initialised_models_have_a_table_for_positions() -> None:
