@@ -142,9 +142,10 @@ def test_the_cases_can_tell_engines_apart() -> None:
 
 def test_documents_that_see_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: an engine that lost the positions would train otherwise."""
+    want = single(Case(packed=True))
     monkeypatch.setattr(step, "_positions", lambda begins: torch.arange(begins.shape[1]).expand(begins.shape))
     got = train(Case(packed=True), Environment(0, 1, 0, torch.device("cpu")))
-    assert got["losses"][0] != pytest.approx(single(Case(packed=True))["losses"][0], rel=1e-4)
+    assert got["losses"][1] != pytest.approx(want["losses"][1], rel=1e-3)
 
 
 def test_every_pair_of_settings_is_in_a_case() -> None:
