@@ -71,6 +71,7 @@ class Fetcher:
         sleep: Waits for some seconds.
         jitter: A random number in [0, 1), so that the ranks of a job do not all come back at once. Has no
             influence on what is read.
+        report: Told in a line of every wait before it begins.
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class Fetcher:
         *,
         sleep: Callable[[float], object] = time.sleep,
         jitter: Callable[[], float] = random.random,
+        report: Callable[[str], object] = lambda line: None,
     ) -> None:
         self.policy = policy or RetryPolicy()
         self.retries: Counter[Cause] = Counter()
         """Attempts after the first, by cause."""
         self._sleep = sleep
         self._jitter = jitter
+        self._report = report
 
     def pause(self, url: str, failures: int, error: Exception) -> None:
         """Waits before the next attempt after `failures` (at least 1) failed ones.
@@ -107,7 +110,10 @@ class Fetcher:
             ) from error
         self.retries[cause] += 1
         wait_s = min(self.policy.wait_s * 2.0 ** (failures - 1), _LONGEST_WAIT_S) * (0.5 + self._jitter())
-        self._sleep(max(wait_s, wanted_s))
+        wait_s = max(wait_s, wanted_s)
+        what = f"{url}: {cause.value}, {type(error).__name__}"
+        self._report(f"{what}; again in {wait_s:.0f} s ({failures} of {self.policy.retries})")
+        self._sleep(wait_s)
 
     def call(self, url: str, function: Callable[[], _T]) -> _T:
         """The result of a function that asks a server about `url`. Raises as :meth:`pause` does."""
@@ -123,7 +129,7 @@ class Fetcher:
 
 def cause_of(error: Exception) -> Cause | None:
     """Why to try again after an error; None if that would be useless."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         if status == http.client.REQUEST_TIMEOUT:
             return Cause.TIMEOUT
@@ -141,7 +147,7 @@ def cause_of(error: Exception) -> Cause | None:
     return Cause.CONNECTION
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
     """The HTTP status that an error of any of the usual libraries carries."""
     for holder in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):

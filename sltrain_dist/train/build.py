@@ -186,7 +186,7 @@ def prepare_corpus(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of "
             f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    fetcher = Fetcher(RetryPolicy.of(data))
+    fetcher = Fetcher(RetryPolicy.of(data), report=say)
     # With weights, each entry is a source of its own; a configuration with weights has a list.
     sources = [train_source] if data.weights is None else list(train_source)
     resolved = env.on_main(

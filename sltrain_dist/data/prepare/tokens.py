@@ -20,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from sltrain_dist.data.documents import SAMPLE, Fault, Tally, encode_documents
+from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import num_bytes, read_documents
 from sltrain_dist.data.token_shards import (
     MANIFEST,
@@ -115,7 +116,7 @@ def prepare_tokens(
 def _size(shard: str) -> int:
     """Size in bytes; 0 where the server does not say."""
     try:
-        return num_bytes(shard) or 0
+        return Fetcher().call(shard, lambda: num_bytes(shard)) or 0
     except Exception as error:  # any file system's plug-in may be at work, each with exceptions of its own
         raise DataError(f"cannot ask for the size of {shard}: {type(error).__name__}: {error}") from error
 
