@@ -15,6 +15,7 @@ from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.build import build_embedded
 from sltrain_dist.data.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.source import resolve_source
+from sltrain_dist.data.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model, supports_fingerprint
@@ -44,6 +45,11 @@ class Corpus:
     """Shards of each source, if sources are mixed by weight; else empty."""
     eval_rows: Rows | None
     tokenizer: Path
+
+    @property
+    def num_shards(self) -> int:
+        """Training shards; of token shards as many as there were of text."""
+        return count_shards(self.train_shards)
 
 
 @dataclass
@@ -121,7 +127,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         resumed_step=state.step,
     )
     env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
-    tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
+    tracker.summary(summarise(config, env, run_dir, corpus.num_shards, state.step))
     for warning in without_effect(config):
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:

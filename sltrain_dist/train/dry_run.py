@@ -29,7 +29,7 @@ def dry_run(config: Config, env: Environment) -> Outcome:
 
     passes = micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say, with_evaluation=False)
-    say(f"data: {len(corpus.train_shards)} shards, tokenizer {corpus.tokenizer}")
+    say(f"data: {corpus.num_shards} shards, tokenizer {corpus.tokenizer}")
     engine = build_engine(build_model(config, env.device), config, env)
     rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
     engine.begin_update(config.optim.lr, None)

@@ -8,11 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sltrain_dist.config.schema import EvalConfig
 from sltrain_dist.data import loader as loader_module
-from sltrain_dist.data.batching import PADDING, count_tokens
 from sltrain_dist.data.documents import Fault, Text, encode_documents, parse
-from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
@@ -23,7 +20,6 @@ from tests.unit.data_helpers import (
     global_batches,
     make_loaders,
     settings,
-    write_numbered,
     write_shard,
 )
 
@@ -83,22 +79,6 @@ def test_real_c4(shared_data, t5):
     for (_, record), (_, ids) in zip(records[:50], results, strict=False):
         text = " ".join(parse(record, "text").split())
         assert t5.decode(ids)[:20] == text[:20] or 2 in ids  # 2: unknown, as T5 has no byte fallback
-
-
-def test_evaluation_counts_every_token_once_for_any_ranks(tmp_path):
-    """Ranks take every N-th row of the same set; together they have each document's tokens once."""
-    shards = write_numbered(tmp_path, [17, 30], lambda number: number % 20 + 1)
-    for batching in ("pad", "pack"):
-        rows = evaluation_rows(EvalConfig(tokens=10**6), data_config(batching=batching), shards, NumberTokenizer())
-        for ranks in (1, 2, 3, 5, 64):
-            assert sum(count_tokens(rows[rank::ranks]) for rank in range(ranks)) == count_tokens(rows)
-        lengths = Counter({number: number % 20 + 1 for number in range(1, 48)})
-        found = Counter(rows[:, 1:][rows[:, 1:] > 0].tolist())
-        if batching == "pack":
-            assert found + Counter([int(rows[0, 0])]) == lengths
-        else:  # cut to 8, and a row's first token is predicted by nothing
-            assert found == Counter({number: min(length, 8) - 1 for number, length in lengths.items() if length > 1})
-        assert PADDING in rows
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])

@@ -179,6 +179,30 @@ def test_an_interrupted_preparation_goes_on(text, tmp_path, monkeypatch, at):
             assert path.read_bytes() == (output / path.name).read_bytes()
 
 
+def test_what_a_killed_command_has_left_running_spoils_nothing(text, tmp_path, monkeypatch):
+    """Its process makes a shard that the next command makes at the same time."""
+    whole = prepare(text, tmp_path / "whole")
+    output = tmp_path / "tokens"
+    encode = tokens_module.encode_documents
+    orphans = []
+
+    def encode_and_meet_another(*arguments):
+        results = list(encode(*arguments))
+        yield from results[:3]
+        if not orphans:
+            orphans.append(None)
+            orphans[0] = tokens_module._make_shard(tokens_module._Task(output, 0, Path("unused"), whole.job))
+        yield from results[3:]
+
+    monkeypatch.setattr(tokens_module, "encode_documents", encode_and_meet_another)
+    assert prepare(text, output).shards == whole.shards
+    assert orphans[0] == whole.shards[0]
+    assert verify(monkeypatch, output) == 0
+    (output / ".00009.tokens.cafe.tmp").touch()
+    prepare(text, output)
+    assert not list(output.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [

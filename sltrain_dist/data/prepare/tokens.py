@@ -24,6 +24,7 @@ from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import num_bytes, read_documents
 from sltrain_dist.data.token_shards import (
     MANIFEST,
+    TEMPORARY,
     TokenJob,
     TokenManifest,
     TokenShard,
@@ -32,6 +33,7 @@ from sltrain_dist.data.token_shards import (
     put_in_place,
     read_manifest,
     shard_from_dict,
+    temporary_for,
     write_durably,
 )
 from sltrain_dist.data.tokenizer import Tokenizer
@@ -143,6 +145,8 @@ class _BadDocuments:
 
 def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
     """The shards that are finished and whole; writes the manifest of an unfinished preparation."""
+    for left_over in output.glob(f".*{TEMPORARY}"):
+        left_over.unlink(missing_ok=True)
     records: list[TokenShard] = []
     if is_prepared(output):
         earlier = read_manifest(output)
@@ -241,7 +245,7 @@ class _DurableFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = temporary_for(path)
         self._sha256 = hashlib.sha256()
         self._file: IO[bytes] | None = None
 
