@@ -14,15 +14,18 @@ from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.token_shards import MANIFEST
 from sltrain_dist.errors import DataError
 
+from ..unit.test_token_shards import verify
 from .helpers import Corpus, Process, documents, outcome, train_here, trajectory, write_shard
 
 SLTRAIN = [sys.executable, "-m", "sltrain_dist.cli"]
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the middle of shards, whose processes outlive it for a moment, while the next command has begun."""
     texts = documents("text", 100)
-    for number, copies in enumerate((1, 150, 150, 100)):
+    for number, copies in enumerate((1, 60, 60, 40)):
         write_shard(tmp_path / "text" / f"{number}.json.gz", texts * copies)
     output, whole = tmp_path / "tokens", tmp_path / "whole"
     source = f"{tmp_path}/text/*.json.gz"
@@ -40,12 +43,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus: Corpus, tmp_p
             assert again.wait() == 0, again.stderr
     prepare_tokens(resolve_source(source), whole, corpus.tokenizer)
     names = {path.name for path in whole.iterdir()}
-    assert {path.name for path in output.iterdir()} == names
+    # Hidden files may be of a process that has just outlived the killed command.
+    assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == names
     assert len(names) == 9
     for name in names:
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
-    with Process([*SLTRAIN, "verify", output], tmp_path / "verify") as verify:
-        assert verify.wait() == 0, verify.stderr
+    assert verify(monkeypatch, output) == 0
 
 
 def test_a_run_on_token_shards_is_the_run_on_their_text(

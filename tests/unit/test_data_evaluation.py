@@ -123,14 +123,14 @@ def test_prefixes_give_the_tokens_of_whole_documents(shared_data, model):
 
     cut = 0
     for name in ("c4/c4-validation.00000.json.gz", "text/gutenberg.00000.json.gz"):
-        lines = list(islice(read_documents(str(shared_data / name), "text"), 150))
+        lines = list(islice(read_documents(str(shared_data / name), "text"), 60))
         for seq_len in (16, 64):
             short = encode_documents(lines, tokenizer, "text", seq_len)
             whole = encode_documents(lines, tokenizer, "text", None)
             for (_, some), (_, every) in zip(short, whole, strict=True):
                 assert np.array_equal(some[:seq_len], every[:seq_len])
                 cut += len(some) < len(every)
-    assert cut > 200
+    assert cut > 80
 
 
 def test_real_c4(shared_data):

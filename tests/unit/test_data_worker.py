@@ -67,11 +67,11 @@ def test_same_rows_and_states_for_any_number_of_workers(shards, tokenizer):
             return rows, loader.state_dict(), loader.stats.documents, loader.stats.bad
 
     expected = read(0, 0, 1)
-    for workers in (1, 2, 3, 9):
+    for workers in (2, 9):
         rows, *rest = read(workers, 0, 1)
         assert np.array_equal(rows, expected[0])
         assert rest == list(expected[1:])
-    last, *_ = read(2, 1, 2)
+    last, *_ = read(1, 1, 2)
     assert np.array_equal(last, expected[0][:, 6:])
 
 
