@@ -295,8 +295,10 @@ def _reading_error(shard: str, done: int, error: Exception) -> DataError:
 
 
 def _remedy(error: Exception, url: str) -> str | None:
-    """What to install or to check, where the error tells."""
-    protocol = url.partition("://")[0]
+    """What to install or to check, where the error of a URL tells."""
+    protocol, _, path = url.partition("://")
+    if not path:
+        return None
     if isinstance(error, ImportError):
         package = known_implementations.get(protocol, {}).get("class", protocol).partition(".")[0]
         return f"pip install {package}"

@@ -169,6 +169,18 @@ def test_a_missing_plug_in_is_named(url, package, monkeypatch):
         list(read_documents(f"{url[:5]}b/x.json", "text"))
 
 
+def test_a_local_file_that_may_not_be_read(tmp_path, monkeypatch):
+    shard = write_shard(tmp_path / "x.json", ["a"])
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", shard)
+
+    monkeypatch.setattr(source.Path, "open", refuse)
+    with pytest.raises(DataError, match=r"cannot read the shard .*x\.json at its start: PermissionError") as error:
+        list(read_documents(shard, "text"))
+    assert "credentials" not in str(error.value)
+
+
 class RefusingFileSystem(AbstractFileSystem):
     """Fails as `errors` says, then holds one file."""
 
