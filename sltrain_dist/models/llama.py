@@ -149,8 +149,8 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     """
     index = torch.arange(positions.shape[1], device=positions.device)
     first = (index - positions)[:, :, None]
-    seen = (index <= index[:, None]) & (index >= first)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
+    hidden = (index > index[:, None]) | (index < first)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class Attention(nn.Module):

@@ -121,8 +121,10 @@ def _update(run: Run, clock: Clock) -> None:
 def _prepare_next(run: Run, clock: Clock) -> None:
     """Where the device computes while the host waits, that wait is for the next update's rows."""
     if run.state.step + 1 != run.config.train.steps:  # else nobody would take them
+        watchdog.beat("getting the next update's rows")
         with clock.meter.waiting_for_data():
             run.feed.prepare()
+        watchdog.beat("in a forward and backward pass")
 
 
 @contextmanager
