@@ -17,8 +17,8 @@ from sltrain_dist.data.documents import TokenIds
 PADDING = -1
 """No token. Not a tokenizer's padding id: many have none, and those of others may occur in a text."""
 BEGIN = 1 << 30
-"""Bit of a document's first token, where rows say where documents begin. Larger than any id. Not told from eos: a
-tokenizer may give it to a text that spells it, and a row may begin with the eos that ended the row before."""
+"""Bit of a document's first token, where rows say where documents begin; larger than any id. They cannot be told from
+eos: a tokenizer may give it to a text that spells it."""
 
 Batching = Literal["pad", "pack"]
 

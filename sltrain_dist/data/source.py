@@ -185,9 +185,13 @@ def _glob(file_system: fsspec.AbstractFileSystem, pattern: str) -> Iterator[str]
         try:
             entries = file_system.ls(directory, detail=True)
         except FileNotFoundError:
-            entries = []
+            if directory != root:
+                raise
+            return
         for entry in entries:
             name = entry["name"]
+            if name.rstrip("/").endswith(("/.", "/..")):  # links of an HTTP server's listing
+                continue
             if entry["type"] == "directory":
                 if levels is None or name.rstrip("/").count("/", len(root)) < levels:
                     directories.append(name)
