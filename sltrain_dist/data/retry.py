@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.errors import DataError
+
+if TYPE_CHECKING:  # half of a data worker's start, and 10 MB of it, would be pydantic
+    from sltrain_dist.config.schema import DataConfig
 
 _LONGEST_WAIT_S = 60.0
 """Waits double up to here."""

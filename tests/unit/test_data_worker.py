@@ -76,7 +76,7 @@ def test_same_rows_and_states_for_any_number_of_workers(shards, tokenizer):
 
 
 def test_workers_import_neither_torch_nor_datasets(shards, tokenizer):
-    code = "import sys, sltrain_dist.data.worker; print(sorted({'torch', 'datasets', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, sltrain_dist.data.worker; print(sorted({'torch', 'datasets', 'mlflow', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     with closing(make_loader(shards, tokenizer, workers=1)) as loader:
