@@ -62,8 +62,6 @@ class Run:
     engine: Engine
     state: TrainState
     loader: TrainLoader
-    feed: RowFeed
-    """The loader's rows; nobody else takes any."""
     eval_rows: Rows | None
     tokenizer: Path
     store: CheckpointStore
@@ -74,6 +72,9 @@ class Run:
     """(step, perplexity) of the evaluations that this process made."""
     traffic: Traffic | None = None
     """What an update sends, once that has been measured."""
+
+    def __post_init__(self) -> None:
+        self.feed = RowFeed(self.loader, self.env.device)
 
     @property
     def eval_micro_batch(self) -> int:
@@ -140,19 +141,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     for path in abandoned:
         tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
     return Run(
-        config,
-        env,
-        run_dir,
-        engine,
-        state,
-        loader,
-        RowFeed(loader, env.device),
-        corpus.eval_rows,
-        corpus.tokenizer,
-        store,
-        tracker,
-        stop,
-        supports,
+        config, env, run_dir, engine, state, loader, corpus.eval_rows, corpus.tokenizer, store, tracker, stop, supports
     )
 
 
