@@ -6,7 +6,6 @@ loader, put into pinned memory and sent on a stream of their own, so that no upd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,18 +32,16 @@ class FedRows(NamedTuple):
     rows: Rows
     """On the host."""
     sent: Tensor
-    """On the device, int32; the current stream waits for them."""
+    """On the device, int32."""
 
 
 class _Ahead(NamedTuple):
     """What is ready of the next update."""
 
-    state: Mapping[str, Any]
+    state: dict[str, Any]
     """The cursor before it."""
-    rows: Rows | None
-    sent: Tensor | None
-    failure: Exception | None
-    """In place of rows: what the loader raised."""
+    outcome: FedRows | Exception
+    """Its rows, on their way to the device, or what the loader raised in their place."""
 
 
 class RowFeed:
@@ -63,53 +60,49 @@ class RowFeed:
         self._next: _Ahead | None = None
 
     def take(self) -> FedRows:
-        """The rows of the next update.
+        """The rows of the next update, for which the current stream waits.
 
         Raises:
             DataError: As the loader does, also where :meth:`prepare` has met it.
         """
         ready, self._next = self._next, None
-        if ready is None:
-            rows = next(self._loader)
-            return FedRows(rows, self._receive(self._send(rows)))
-        if ready.failure is not None:
-            raise ready.failure
-        assert ready.rows is not None
-        assert ready.sent is not None
-        return FedRows(ready.rows, self._receive(ready.sent))
+        fed = self._send(next(self._loader)) if ready is None else ready.outcome
+        if isinstance(fed, Exception):
+            raise fed
+        self._await(fed.sent)
+        return fed
 
     def prepare(self) -> None:
         """Gets the rows that :meth:`take` will return. What goes wrong is for the update that needs them to say."""
         if not self._runs_ahead or self._next is not None:
             return
         state = self._loader.state_dict()
+        outcome: FedRows | Exception
         try:
-            rows = next(self._loader)
+            outcome = self._send(next(self._loader))
         except Exception as error:  # whatever it is, `take` raises it
-            self._next = _Ahead(state, None, None, error)
-            return
-        self._next = _Ahead(state, rows, self._send(rows), None)
+            outcome = error
+        self._next = _Ahead(state, outcome)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor after the rows that were taken last; those that only wait here do not count."""
-        return dict(self._next.state) if self._next is not None else self._loader.state_dict()
+        return self._next.state if self._next is not None else self._loader.state_dict()
 
-    def _send(self, rows: Rows) -> Tensor:
+    def _send(self, rows: Rows) -> FedRows:
         """Begins to copy rows to the device.
 
         Every update has pinned memory of its own, which nobody writes to again: torch's allocator gives it to
         another one when the copies that were begun from it are done, and not before.
         """
         if self._stream is None:
-            return torch.from_numpy(rows).to(self._device)
+            return FedRows(rows, torch.from_numpy(rows).to(self._device))
         pinned = torch.from_numpy(rows).pin_memory()
         with torch.cuda.stream(self._stream):
-            return pinned.to(self._device, non_blocking=True)
+            return FedRows(rows, pinned.to(self._device, non_blocking=True))
 
-    def _receive(self, sent: Tensor) -> Tensor:
+    def _await(self, sent: Tensor) -> None:
         """Makes the current stream wait for a copy, and its memory not be used again before this stream is done."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             sent.record_stream(current)
-        return sent

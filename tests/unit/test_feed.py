@@ -94,3 +94,47 @@ def test_a_run_that_was_ahead_resumes_exactly(tmp_path, monkeypatch, stop: int) 
     before = updates(first, stop)
     state = json.loads(json.dumps(first.state_dict()))
     assert all(map(np.array_equal, [*before, *updates(feed(state), 8 - stop)], whole))
+
+
+def test_on_cuda_a_copy_is_begun_from_pinned_memory_and_waited_for_when_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of CUDA and in which order; tests/gpu has what comes of it."""
+    done: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None) -> None:
+            self.name = "compute" if device is None else "copy"
+
+        def __enter__(self) -> None:
+            done.append(f"enter {self.name}")
+
+        def __exit__(self, *exception: object) -> None:
+            done.append(f"leave {self.name}")
+
+        def wait_stream(self, other: Stream) -> None:
+            done.append(f"{self.name} waits for {other.name}")
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        done.append("pin")
+        return tensor.clone()  # as pinning does: the loader may do with its own what it likes
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        done.append(f"to {device}, {non_blocking=}")
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: done.append(f"held for {stream.name}"))
+    feed = RowFeed(Numbers(), torch.device("cuda", 0))
+    begun = ["pin", "enter copy", "to cuda:0, non_blocking=True", "leave copy"]
+    taken = ["compute waits for copy", "held for compute"]
+    assert number(feed) == 1
+    assert done == begun + taken
+    done.clear()
+    feed.prepare()
+    assert done == begun
+    done.clear()
+    assert number(feed) == 2
+    assert done == taken
