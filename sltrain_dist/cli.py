@@ -157,9 +157,11 @@ def _prepare_tokens(
     processes: int,
 ) -> None:
     from sltrain_dist.data.prepare.tokens import prepare_tokens
+    from sltrain_dist.data.retry import Fetcher
     from sltrain_dist.data.source import resolve_source
 
-    shards = resolve_source(inputs, subset=subset, split=split, key="--input")
+    fetcher = Fetcher(report=lambda line: typer.echo(line, err=True))
+    shards = resolve_source(inputs, subset=subset, split=split, key="--input", fetcher=fetcher)
     with _progress_bar("tokenizing", len(shards)) as report:
         manifest = prepare_tokens(
             shards,

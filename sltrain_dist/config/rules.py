@@ -107,6 +107,8 @@ DEEPSPEED_KEYS: dict[str, str] = {
 
 def _check_data(config: Config) -> Iterator[tuple[str, str]]:
     source, weights = config.data.source, config.data.weights
+    if config.data.reset_attention and config.data.batching != "pack":
+        yield "data.reset_attention", "a padded row holds one document; set it false, or data.batching=pack"
     if weights is not None and not isinstance(source, list):
         yield "data.weights", "belongs to a list of sources; make data.source one, or set null"
     elif weights is not None and len(weights) != len(source):

@@ -109,6 +109,9 @@ class DataConfig(Section):
     """Tokens in a row."""
     batching: Literal["pad", "pack"] = "pad"
     """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
+    reset_attention: bool = False
+    """With pack: whether attention and positions start anew at every document's first token, which then is not
+    predicted, so that the documents of a row know nothing of each other. false: they attend to what comes before."""
     streams: PositiveInt = 16
     """Virtual streams that the documents are dealt to. Part of the data order: changing it changes every
     batch. Best a multiple of the number of ranks; each stream keeps one file open."""

@@ -16,6 +16,9 @@ from sltrain_dist.data.documents import TokenIds
 
 PADDING = -1
 """No token. Not a tokenizer's padding id: many have none, and those of others may occur in a text."""
+BEGIN = 1 << 30
+"""Bit of a document's first token, where rows say where documents begin; larger than any id. They cannot be told from
+eos: a tokenizer may give it to a text that spells it."""
 
 Batching = Literal["pad", "pack"]
 
@@ -32,7 +35,14 @@ class Row(NamedTuple):
 
 
 def make_rows(
-    documents: Iterable[TokenIds], batching: Batching, *, seq_len: int, eos_id: int, offset: int = 0, rest: bool = False
+    documents: Iterable[TokenIds],
+    batching: Batching,
+    *,
+    seq_len: int,
+    eos_id: int,
+    offset: int = 0,
+    rest: bool = False,
+    mark: bool = False,
 ) -> Iterator[Row]:
     """The rows of some documents.
 
@@ -43,10 +53,11 @@ def make_rows(
         eos_id: The token that ends a document.
         offset: For pack: the first token to use of the first document; a `Row.offset` of an earlier call.
         rest: For pack: whether what is left at the end makes a last, padded row.
+        mark: For pack: whether documents' first tokens carry :data:`BEGIN`.
     """
     if batching == "pad":
         return pad_rows(documents, seq_len=seq_len, eos_id=eos_id)
-    return pack_rows(documents, seq_len=seq_len, eos_id=eos_id, offset=offset, rest=rest)
+    return pack_rows(documents, seq_len=seq_len, eos_id=eos_id, offset=offset, rest=rest, mark=mark)
 
 
 def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int) -> Iterator[Row]:
@@ -64,7 +75,13 @@ def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int) -> Ite
 
 
 def pack_rows(
-    documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, offset: int = 0, rest: bool = False
+    documents: Iterable[TokenIds],
+    *,
+    seq_len: int,
+    eos_id: int,
+    offset: int = 0,
+    rest: bool = False,
+    mark: bool = False,
 ) -> Iterator[Row]:
     """Documents, each followed by eos, one after another; every row takes `seq_len + 1` tokens.
 
@@ -75,6 +92,8 @@ def pack_rows(
     filled = 0
     for finished, ids in enumerate(documents):
         tokens = np.append(ids, np.int32(eos_id))
+        if mark:
+            tokens[0] |= BEGIN
         while offset < len(tokens):
             piece = tokens[offset : offset + seq_len + 1 - filled]
             row[filled : filled + len(piece)] = piece
@@ -93,3 +112,12 @@ def pack_rows(
 def count_tokens(rows: npt.NDArray[np.int32]) -> int:
     """Tokens that a model reads in `rows`, of shape (…, seq_len + 1): padding and the last column do not count."""
     return int(np.count_nonzero(rows[..., :-1] != PADDING))
+
+
+def count_labels(rows: npt.NDArray[np.int32]) -> int:
+    """Tokens that a model is to predict in `rows`, of shape (…, seq_len + 1).
+
+    Not padding, nor a token with :data:`BEGIN`: nothing of its document comes before it.
+    """
+    targets = rows[..., 1:]
+    return int(np.count_nonzero((targets >= 0) & (targets < BEGIN)))

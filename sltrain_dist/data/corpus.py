@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data.documents import Encoder, Fault, Record, TokenIds, encode_documents, parse
-from sltrain_dist.data.remote import Fetcher
+from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import read_documents
 from sltrain_dist.data.token_shards import ShardReader, TokenManifest
 

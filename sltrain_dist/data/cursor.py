@@ -26,8 +26,9 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
         "data.batching": settings.batching,
         "data.streams": settings.streams,
         "data.shuffle_block": settings.shuffle_block,
-        # Only where there is one: cursors from before there were mixtures stay valid.
+        # Only where they say something: cursors from before there were such settings stay valid.
         **({"data.weights": _mixture(settings)} if settings.mixture else {}),
+        **({"data.reset_attention": True} if settings.mark else {}),
     }
 
 

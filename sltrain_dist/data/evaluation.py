@@ -11,7 +11,7 @@ from sltrain_dist.config.schema import DataConfig, EvalConfig
 from sltrain_dist.data.batching import count_tokens, make_rows
 from sltrain_dist.data.corpus import open_corpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.remote import Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.errors import DataError
 
@@ -23,7 +23,7 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
     """Rows for evaluation: documents in the order of the files, batched as for training.
 
     With `data.batching: pack`, a last row is filled with padding, so that every token but the very first is
-    predicted exactly once.
+    predicted exactly once; with `data.reset_attention`, every token but the first of each document.
 
     Args:
         eval_config: `tokens` is where to stop: with the row that reaches as many non-padding tokens.
@@ -32,7 +32,7 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
         tokenizer: The tokenizer.
 
     Returns:
-        int32 array of shape (rows, seq_len + 1); −1 is padding.
+        int32 array of shape (rows, seq_len + 1); −1 is padding, and see `batching.BEGIN`.
 
     Raises:
         ConfigError: Token shards were made with another tokenizer.
@@ -41,7 +41,14 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
     rows: list[TokenIds] = []
     tokens = 0
     documents = _usable_documents(data, shards, tokenizer)
-    for row in make_rows(documents, data.batching, seq_len=data.seq_len, eos_id=tokenizer.eos_id, rest=True):
+    for row in make_rows(
+        documents,
+        data.batching,
+        seq_len=data.seq_len,
+        eos_id=tokenizer.eos_id,
+        rest=True,
+        mark=data.reset_attention,
+    ):
         rows.append(row.tokens)
         tokens += count_tokens(row.tokens)
         if tokens >= eval_config.tokens:

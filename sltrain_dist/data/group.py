@@ -11,7 +11,7 @@ import numpy as np
 from sltrain_dist.data import order
 from sltrain_dist.data.corpus import TokenCorpus
 from sltrain_dist.data.documents import Encoder, Fault, TokenIds
-from sltrain_dist.data.remote import Cause
+from sltrain_dist.data.retry import Cause
 from sltrain_dist.data.stream import Stream, StreamBase, StreamSettings, StreamState
 from sltrain_dist.data.token_stream import TokenStream
 

@@ -17,7 +17,7 @@ from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
 from sltrain_dist.data.group import StreamGroup, Update
-from sltrain_dist.data.remote import Cause, RetryPolicy
+from sltrain_dist.data.retry import Cause, RetryPolicy
 from sltrain_dist.data.stream import StreamSettings, StreamState, WeightedSource
 from sltrain_dist.data.token_shards import manifest_for
 from sltrain_dist.data.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ class TrainLoader:
             prepared=prepared,
             retry=RetryPolicy.of(data),
             mixture=() if prepared is not None else _mixture(data, source_sizes, len(shards), global_batch),
+            mark=data.reset_attention,
         )
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)
@@ -124,7 +125,8 @@ class TrainLoader:
     def __next__(self) -> TokenIds:
         """This rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
 
-        −1 is padding. An error is raised again by every later call.
+        −1 is padding. With `data.reset_attention`, documents' first tokens carry the bit `batching.BEGIN`. An error is
+        raised again by every later call.
 
         Raises:
             DataError: A shard cannot be read, too many documents are unusable, or a worker died.

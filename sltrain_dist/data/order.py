@@ -19,6 +19,7 @@ Random numbers are those of :mod:`sltrain_dist.numerics.splitmix`, which no libr
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sltrain_dist.numerics.splitmix import permutation, splitmix64
+from sltrain_dist.numerics.splitmix import first_word, permutation
 
 _MASK = (1 << 64) - 1
 
@@ -109,11 +110,11 @@ def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> 
     rows_per_rank = global_batch // world_size
     first, last = rank * rows_per_rank, (rank + 1) * rows_per_rank
     shares = []
-    for stream in range(streams):
-        start, stop = _first_row(stream, global_batch, streams), _first_row(stream + 1, global_batch, streams)
-        begin, end = max(start, first), min(stop, last)
-        if begin < end:
-            shares.append(StreamShare(stream, stop - start, begin - start, end - start))
+    stream = bisect_right(range(streams), first, key=lambda s: _first_row(s, global_batch, streams)) - 1
+    while (start := _first_row(stream, global_batch, streams)) < last:
+        stop = _first_row(stream + 1, global_batch, streams)
+        shares.append(StreamShare(stream, stop - start, max(start, first) - start, min(stop, last) - start))
+        stream += 1
     return shares
 
 
@@ -139,5 +140,5 @@ def _first_row(stream: int, global_batch: int, streams: int) -> int:
 def _key(*words: int) -> int:
     state = 0
     for word in words:
-        state = int(splitmix64((state + word) & _MASK, 0, 1)[0])
+        state = first_word((state + word) & _MASK)
     return state

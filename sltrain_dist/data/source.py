@@ -19,11 +19,14 @@ from typing import IO
 
 import fsspec
 from fsspec.compression import compr as codecs
+from fsspec.registry import known_implementations
+from fsspec.utils import glob_translate
 
 from sltrain_dist.data import token_shards
 from sltrain_dist.data.documents import Record
 from sltrain_dist.data.parquet import read_column
-from sltrain_dist.data.remote import Fetcher, RemoteFile
+from sltrain_dist.data.remote import RemoteFile
+from sltrain_dist.data.retry import Fetcher, status_of
 from sltrain_dist.errors import DataError
 
 _CODEC_OF_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -31,6 +34,8 @@ _LINES = re.compile(r"\.(json|jsonl|ndjson)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE
 _PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
 _NOT_DOCUMENTS = re.compile(r"\.(arrow|csv|tsv|zip|tar|tgz|tar\.gz)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HTTP = ("httpx", "httpx2", "requests", "urllib3", "aiohttp")
+"""Libraries that one or the other version of `datasets` and its kin speak HTTP with."""
 _READ_BYTES = 1 << 18
 """Bytes that are asked of a connection at once."""
 
@@ -134,7 +139,7 @@ def _resolve_entry(entry: str, subset: str | None, split: str, key: str, fetcher
             raise DataError(f"no file matches the glob {entry!r} (working directory {Path.cwd()}); check {key}")
         return files
     if _HUB_ID.fullmatch(entry) and not any(kind.search(entry) for kind in (_LINES, _PARQUET, _NOT_DOCUMENTS)):
-        return _resolve_hub(entry, subset, split, key)
+        return _resolve_hub(entry, subset, split, key, fetcher)
     raise DataError(
         f"there is no file or directory {entry!r} (working directory {Path.cwd()}), and it is neither a URL nor a "
         f"Hub dataset of the form owner/name; check {key}"
@@ -151,7 +156,7 @@ def _resolve_url(url: str, key: str, fetcher: Fetcher) -> list[str]:
     except DataError:
         raise
     except Exception as error:  # as above: any plug-in's
-        raise DataError(f"cannot list {url}: {_text(error)}; check {key} and the network") from error
+        raise DataError(f"cannot list {url}: {_text(error)}; {_remedy(error, url) or f'check {key}'}") from error
     if not found:
         raise DataError(f"no file matches the glob {url!r}; check {key}")
     return found
@@ -160,11 +165,38 @@ def _resolve_url(url: str, key: str, fetcher: Fetcher) -> list[str]:
 def _list_url(url: str, is_glob: bool) -> list[str]:
     file_system, path = fsspec.core.url_to_fs(url)
     if is_glob:
-        return [file_system.unstrip_protocol(match) for match in file_system.glob(path)]
-    if file_system.isdir(path):
+        return [file_system.unstrip_protocol(match) for match in _glob(file_system, path)]
+    if file_system.info(path)["type"] == "directory":
         children = [file_system.unstrip_protocol(child) for child in file_system.ls(path, detail=False)]
         return _document_files(children, url)
     return [url]
+
+
+def _glob(file_system: fsspec.AbstractFileSystem, pattern: str) -> Iterator[str]:
+    """Files that match a glob. fsspec's own takes a directory that it could not list for an empty one."""
+    magic = re.search(r"[*?[]", pattern)
+    assert magic is not None
+    root = pattern[: pattern.rfind("/", 0, magic.start()) + 1]
+    levels = None if "**" in pattern else pattern.count("/", len(root))
+    matches = re.compile(glob_translate(pattern)).match
+    directories = [root]
+    while directories:
+        directory = directories.pop()
+        try:
+            entries = file_system.ls(directory, detail=True)
+        except FileNotFoundError:
+            if directory != root:
+                raise
+            return
+        for entry in entries:
+            name = entry["name"]
+            if name.rstrip("/").endswith(("/.", "/..")):  # links of an HTTP server's listing
+                continue
+            if entry["type"] == "directory":
+                if levels is None or name.rstrip("/").count("/", len(root)) < levels:
+                    directories.append(name)
+            elif matches(name):
+                yield name
 
 
 def _document_files(files: list[str], directory: str) -> list[str]:
@@ -176,12 +208,18 @@ def _document_files(files: list[str], directory: str) -> list[str]:
     )
 
 
-def _resolve_hub(name: str, subset: str | None, split: str, key: str) -> list[str]:
+def _resolve_hub(name: str, subset: str | None, split: str, key: str, fetcher: Fetcher) -> list[str]:
     # Here, because it takes a second to import and only Hub datasets need it.
     import datasets
 
+    def ask() -> datasets.DatasetBuilder:
+        try:
+            return datasets.load_dataset_builder(name, subset)
+        except Exception as error:
+            raise _on_the_way(error) from None
+
     try:
-        builder = datasets.load_dataset_builder(name, subset)
+        builder = ask() if datasets.config.HF_HUB_OFFLINE else fetcher.call(f"the Hub's {name}", ask)
     except Exception as error:
         raise DataError(
             f"{name!r} is no local file or directory (working directory {Path.cwd()}), so it was looked for as a "
@@ -201,6 +239,16 @@ def _resolve_hub(name: str, subset: str | None, split: str, key: str) -> list[st
             f"of {split!r}: {files[:1]})"
         )
     return files
+
+
+def _on_the_way(error: Exception) -> Exception:
+    """The failure of the network behind an error of `datasets`, which turns most into files that are not found."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, Exception) and (status_of(found) or type(found).__module__.partition(".")[0] in _HTTP):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
 
 
 @contextmanager
@@ -238,6 +286,8 @@ def _reading_error(shard: str, done: int, error: Exception) -> DataError:
         return error
     is_parquet = _PARQUET.search(_without_query(shard)) is not None
     where = f"after {done} {'rows' if is_parquet else 'lines'}" if done else "at its start"
+    if remedy := _remedy(error, shard):
+        return DataError(f"cannot read the shard {shard}: {_text(error)}; {remedy}")
     if isinstance(error, FileNotFoundError):
         return DataError(f"the shard {shard} is not there (any more); put it back, or correct the source")
     if _codec(shard) is not None or is_parquet:
@@ -246,6 +296,19 @@ def _reading_error(shard: str, done: int, error: Exception) -> DataError:
             "again, or taken out of the source"
         )
     return DataError(f"cannot read the shard {shard} {where}: {_text(error)}")
+
+
+def _remedy(error: Exception, url: str) -> str | None:
+    """What to install or to check, where the error of a URL tells."""
+    protocol, _, path = url.partition("://")
+    if not path:
+        return None
+    if isinstance(error, ImportError):
+        package = known_implementations.get(protocol, {}).get("class", protocol).partition(".")[0]
+        return f"pip install {package}"
+    if status_of(error) in (401, 403) or isinstance(error, PermissionError):
+        return f"check the credentials for {protocol}://"
+    return None
 
 
 def _is_url(shard: str) -> bool:

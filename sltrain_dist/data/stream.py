@@ -15,7 +15,7 @@ from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
 from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.remote import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
 
@@ -49,6 +49,8 @@ class StreamSettings:
     """Without influence on the rows."""
     mixture: tuple[WeightedSource, ...] = ()
     """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
+    mark: bool = False
+    """Whether documents' first tokens carry `batching.BEGIN`."""
 
 
 class StreamState(NamedTuple):
@@ -271,6 +273,7 @@ class Stream(StreamBase[_Document]):
             seq_len=settings.seq_len,
             eos_id=self._eos_id,
             offset=state.token,
+            mark=settings.mark,
         )
         for number, row in enumerate(rows, start=state.rows + 1):
             done = row.finished - passed

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from sltrain_dist.data.documents import Encoder, Fault
 from sltrain_dist.errors import ConfigError, DataError
 
 MANIFEST = "token_shards.json"
+TEMPORARY = ".tmp"
+"""Suffix of files that are being written."""
 _FORMAT = 1
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -176,6 +179,13 @@ def manifest_for(shards: Sequence[str], tokenizer: Encoder, text_field: str) -> 
     return manifest
 
 
+def count_shards(shards: Sequence[str]) -> int:
+    """Number of shards of a source, where it is token shards too (see `shards` of :func:`manifest_for`)."""
+    if len(shards) == 1 and Path(shards[0]).name == MANIFEST:
+        return len(read_manifest(Path(shards[0]).parent).job.sources)
+    return len(shards)
+
+
 def _unfinished(directory: Path | str) -> str:
     return (
         f"the preparation of {directory} is not finished; run the same `sltrain prepare-data` again, which goes on "
@@ -260,12 +270,18 @@ def _sha256(path: Path) -> str:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a file that is either whole under its name or not there, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_for(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     put_in_place(temporary, path)
+
+
+def temporary_for(path: Path) -> Path:
+    """A name of its own for a file that is to become `path`: what an earlier command, killed a moment ago, has left
+    running may still be writing to its."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

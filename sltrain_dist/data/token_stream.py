@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data import order
-from sltrain_dist.data.batching import PADDING
+from sltrain_dist.data.batching import BEGIN, PADDING
 from sltrain_dist.data.corpus import Block, TokenBlock, TokenCorpus
 from sltrain_dist.data.documents import TokenIds
 from sltrain_dist.data.stream import StreamBase, StreamSettings, StreamState
@@ -92,6 +92,8 @@ class TokenStream(StreamBase[_Run]):
             start = run.starts[self._at] + self._offset
             length = min(run.ends[self._at] - start, len(tokens) - filled)
             tokens[filled : filled + length] = run.tokens[start : start + length]
+            if self._settings.mark and self._offset == 0:
+                tokens[filled] |= BEGIN
             filled += length
             if filled == len(tokens):
                 self._offset += length - 1

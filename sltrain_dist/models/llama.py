@@ -118,11 +118,39 @@ class RotaryEmbedding(nn.Module):
             self.cos.copy_(angles.cos())
             self.sin.copy_(angles.sin())
 
-    def forward(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns (cos, sin), each (length, head_dim) of type `dtype`."""
+    def forward(self, length: int, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns (cos, sin) of type `dtype`, each (length, head_dim), or (batch, 1, length, head_dim) at `positions`.
+
+        Args:
+            length: Of the sequences.
+            dtype: Of the result.
+            positions: (batch, length), int64, below `length`. None: 0, 1, … in every sequence.
+        """
         if length > self.length:
             raise ValueError(f"a sequence of {length} tokens is longer than the model was built for: {self.length}")
-        return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        if positions is None:
+            return self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        cos, sin = self.cos.to(dtype)[positions], self.sin.to(dtype)[positions]
+        return cos[:, None], sin[:, None]
+
+
+def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Block-causal attention: a token sees itself and what of its own document is before it in the row.
+
+    One for all layers and heads, and in the form that attention's kernels take: of a boolean mask every layer would
+    make such a one and keep it for the backward pass.
+
+    Args:
+        positions: (batch, length), int64: of each token in its document, from 0 or from where the row begins.
+        dtype: That attention computes in.
+
+    Returns:
+        (batch, 1, length, length): 0 where a query (third dimension) sees a key (fourth), elsewhere −∞.
+    """
+    index = torch.arange(positions.shape[1], device=positions.device)
+    first = (index - positions)[:, :, None]
+    hidden = (index > index[:, None]) | (index < first)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 class Attention(nn.Module):
@@ -138,15 +166,22 @@ class Attention(nn.Module):
         self.v_proj = linear(config.hidden_size, kv_size, f"{name}.v_proj")
         self.o_proj = linear(config.hidden_size, config.hidden_size, f"{name}.o_proj")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Maps (batch, length, hidden) to the same shape; a position sees itself and what is before it."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (batch, length, hidden) to the same shape; a position sees itself and what is before it.
+
+        `mask`, see :func:`document_mask`, says what it sees instead.
+        """
         batch, length, _ = x.shape
         q, k, v = (
             y.view(batch, length, -1, self.head_dim).transpose(1, 2)
             for y in apply_shared((self.q_proj, self.k_proj, self.v_proj), x)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        if mask is not None and self.grouped:
+            # CUDA has no fused attention for grouped heads with a mask; the unfused one takes length² for each head.
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+        grouped = self.grouped and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -175,9 +210,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (batch, length, hidden) to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -193,12 +228,18 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, seq_len)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Maps token ids (batch, length) to hidden states (batch, length, hidden)."""
         x = self.embed_tokens(input_ids)
-        cos, sin = self.rotary_emb(input_ids.shape[1], x.dtype)
+        cos, sin = self.rotary_emb(input_ids.shape[1], x.dtype, positions)
+        mask = None
+        if positions is not None:
+            device = x.device.type
+            mask = document_mask(
+                positions, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            )
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -241,17 +282,19 @@ class LlamaForCausalLM(nn.Module):
         if self.config.tie_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Predicts the next token at every position.
 
         Args:
             input_ids: (batch, length), int64.
             labels: (batch, length), int64: the token after each position (already shifted), or
                 `loss.IGNORE` where nothing is to be predicted.
+            positions: (batch, length), int64: of each token in its document, where several share a row; see
+                :func:`document_mask`. None: a row is one document.
 
         Returns:
             Logits (batch, length, vocabulary) without labels; with labels the summed loss, a float32 scalar.
         """
         # Here and not around the call, so that every engine computes alike: DeepSpeed switches a caller's off.
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.lm_head(self.model(input_ids), labels)
+            return self.lm_head(self.model(input_ids, positions), labels)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 UInt64 = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
 _LOW32 = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
 _CHUNK = 1 << 14  # words at a time: the dozen passes over them stay in the cache
@@ -41,6 +42,14 @@ def splitmix64(key: int, start: int, count: int) -> UInt64:
     z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
     return z
+
+
+def first_word(key: int) -> int:
+    """`splitmix64(key, 0, 1)[0]` in Python's integers, which are faster for a single one."""
+    z = (int(_GOLDEN) + key) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
 
 
 def below(words: UInt64, bound: int) -> UInt64:

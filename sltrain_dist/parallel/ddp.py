@@ -58,13 +58,17 @@ class DDPEngine:
         if self._in_backward is not None:
             self._in_backward.begin_update(lr, previous_norm)
 
-    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+    def micro_step(
+        self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward; the all-reduce overlaps the backward pass of the last micro-batch alone."""
         if self._in_backward is not None:
-            return self._in_backward.run(lambda: backward_of(self._module, input_ids, labels, weight), last=last)
+            return self._in_backward.run(
+                lambda: backward_of(self._module, input_ids, labels, positions, weight), last=last
+            )
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
             # DDP averages over ranks; gradients here are sums.
-            return backward_of(self._ddp or self._module, input_ids, labels, weight * self._env.world_size)
+            return backward_of(self._ddp or self._module, input_ids, labels, positions, weight * self._env.world_size)
 
     def clip_gradients(self) -> float:
         """The gradient norm, the same on every rank because every rank holds the same gradients."""
@@ -81,9 +85,9 @@ class DDPEngine:
             self._replicas.update(self._lr)
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """The summed loss of a batch."""
-        return self._module(input_ids, labels)
+        return self._module(input_ids, labels, positions)
 
     def chunks(self) -> Iterator[Chunk]:
         """This rank's share of the replicas."""

@@ -41,8 +41,12 @@ class Engine(Protocol):
         """
         ...
 
-    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+    def micro_step(
+        self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward of one micro-batch; gradients are complete after the `last` one.
+
+        `positions` are the model's, where several documents share a row.
 
         Returns:
             The summed loss of this rank's micro-batch, detached, before weighting.
@@ -60,7 +64,7 @@ class Engine(Protocol):
         """Makes the optimizer's step, where that has not been made, and clears the gradients."""
         ...
 
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """The summed loss of a batch, without gradients. All ranks must call it equally often."""
         ...
 
@@ -85,9 +89,9 @@ class Engine(Protocol):
         ...
 
 
-def backward_of(model: nn.Module, input_ids: Tensor, labels: Tensor, weight: float) -> Tensor:
+def backward_of(model: nn.Module, input_ids: Tensor, labels: Tensor, positions: Tensor | None, weight: float) -> Tensor:
     """Forward and backward of `weight` times the summed loss; returns the latter, detached."""
-    loss = model(input_ids, labels)
+    loss = model(input_ids, labels, positions)
     (loss * weight).backward()
     return loss.detach()
 

@@ -91,12 +91,16 @@ class FSDPEngine:
         if self._in_backward is not None:
             self._in_backward.begin_update(lr, previous_norm)
 
-    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+    def micro_step(
+        self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward; gradients are reduce-scattered at each micro-batch, or at the last."""
         self._root.set_requires_gradient_sync(last or self._sync_each)
         if self._in_backward is not None:
-            return self._in_backward.run(lambda: backward_of(self._model, input_ids, labels, weight), last=last)
-        loss = backward_of(self._model, input_ids, labels, weight)
+            return self._in_backward.run(
+                lambda: backward_of(self._model, input_ids, labels, positions, weight), last=last
+            )
+        loss = backward_of(self._model, input_ids, labels, positions, weight)
         if last:
             self._remainder.all_reduce()
             for name, parameter in self._dtensors:
@@ -122,9 +126,9 @@ class FSDPEngine:
             parameter.grad = None
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """The summed loss of a batch."""
-        loss = self._model(input_ids, labels)
+        loss = self._model(input_ids, labels, positions)
         self._root.reshard()  # only a backward pass would free the root's own parameters
         return loss
 

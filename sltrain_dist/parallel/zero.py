@@ -159,12 +159,14 @@ class ZeroEngine:
         """Takes the learning rate."""
         self._lr = lr
 
-    def micro_step(self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool) -> Tensor:
+    def micro_step(
+        self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward; DeepSpeed reduces the sharded gradients, the remainder's wait for the last."""
         # Stage 3 averages over ranks whatever it is told.
         undo = float(self._env.world_size) if self._stage == 3 else 1.0
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self._engine(input_ids, labels)
+        loss = self._engine(input_ids, labels, positions)
         self._engine.backward(loss * (weight * undo), scale_wrt_gas=False)
         if last:
             self._remainder.all_reduce(1 / undo)
@@ -181,9 +183,9 @@ class ZeroEngine:
         self._remainder.update(self._lr)
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """The summed loss of a batch."""
-        return self._engine.module(input_ids, labels)
+        return self._engine.module(input_ids, labels, positions)
 
     def chunks(self) -> Iterator[Chunk]:
         """The parts of the sharded parameters whose states are here, and this rank's share of the rest."""

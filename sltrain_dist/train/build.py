@@ -13,8 +13,9 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.build import build_embedded
-from sltrain_dist.data.remote import Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.source import resolve_source
+from sltrain_dist.data.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model, supports_fingerprint
@@ -28,6 +29,7 @@ from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
+from sltrain_dist.train.feed import RowFeed
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
@@ -43,6 +45,11 @@ class Corpus:
     """Shards of each source, if sources are mixed by weight; else empty."""
     eval_rows: Rows | None
     tokenizer: Path
+
+    @property
+    def num_shards(self) -> int:
+        """Training shards; of token shards as many as there were of text."""
+        return count_shards(self.train_shards)
 
 
 @dataclass
@@ -65,6 +72,9 @@ class Run:
     """(step, perplexity) of the evaluations that this process made."""
     traffic: Traffic | None = None
     """What an update sends, once that has been measured."""
+
+    def __post_init__(self) -> None:
+        self.feed = RowFeed(self.loader, self.env.device)
 
     @property
     def eval_micro_batch(self) -> int:
@@ -118,7 +128,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         resumed_step=state.step,
     )
     env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
-    tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
+    tracker.summary(summarise(config, env, run_dir, corpus.num_shards, state.step))
     for warning in without_effect(config):
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:
@@ -171,7 +181,7 @@ def prepare_corpus(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} pieces of "
             f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
-    fetcher = Fetcher(RetryPolicy.of(data))
+    fetcher = Fetcher(RetryPolicy.of(data), report=say)
     # With weights, each entry is a source of its own; a configuration with weights has a list.
     sources = [train_source] if data.weights is None else list(train_source)
     resolved = env.on_main(

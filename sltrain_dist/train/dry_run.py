@@ -29,16 +29,17 @@ def dry_run(config: Config, env: Environment) -> Outcome:
 
     passes = micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say, with_evaluation=False)
-    say(f"data: {len(corpus.train_shards)} shards, tokenizer {corpus.tokenizer}")
+    say(f"data: {corpus.num_shards} shards, tokenizer {corpus.tokenizer}")
     engine = build_engine(build_model(config, env.device), config, env)
     rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
     engine.begin_update(config.optim.lr, None)
-    loss, tokens = forward_backward(engine, rows, config.train.micro_batch, env)
+    reset = config.data.reset_attention
+    loss, tokens = forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
     norm = engine.clip_gradients()
     engine.update()
     # Only now are the optimizer's states there, beside which the next forward and backward pass must fit.
     engine.begin_update(config.optim.lr, norm)
-    forward_backward(engine, rows, config.train.micro_batch, env)
+    forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
     (peak,) = env.max([peak_memory_bytes()])
     say(f"one update on {tokens} made-up tokens: loss {loss:.3f}, gradient norm {norm:.3f}")
     kind = "allocated on the device" if env.device.type == "cuda" else "resident, with libraries"

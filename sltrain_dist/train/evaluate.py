@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sltrain_dist.data.batching import count_labels
 from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
@@ -27,7 +28,9 @@ class EvalResult:
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
-def evaluate(engine: Engine, rows: Rows, micro_batch: int, env: Environment) -> EvalResult:
+def evaluate(
+    engine: Engine, rows: Rows, micro_batch: int, env: Environment, *, reset_attention: bool = False
+) -> EvalResult:
     """Evaluates all rows, dealt to the ranks in turn; every label counts exactly once.
 
     Ranks that have fewer rows fill up with padding, because an engine's forward pass may be a collective.
@@ -39,7 +42,8 @@ def evaluate(engine: Engine, rows: Rows, micro_batch: int, env: Environment) -> 
     loss = torch.zeros((), dtype=torch.float64, device=env.device)
     for start in range(0, len(mine), micro_batch):
         watchdog.beat("evaluating")
-        loss += engine.evaluate(*to_batch(mine[start : start + micro_batch], env.device))
+        there = torch.from_numpy(mine[start : start + micro_batch]).to(env.device)
+        loss += engine.evaluate(*to_batch(there, reset_attention=reset_attention))
     (total,) = env.sum([float(loss)])
-    tokens = int(np.count_nonzero(rows[:, 1:] >= 0))
+    tokens = count_labels(rows)
     return EvalResult(total / tokens, tokens)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
@@ -88,13 +89,21 @@ def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
     watchdog.beat("waiting for training data")
     with clock.meter.waiting_for_data():
-        rows = next(run.loader)
+        rows, sent = run.feed.take()
     progress = state.progress(config.train, config.optim.warmup_steps)
     lr = learning_rate(config.optim, progress)
     clock.updates += 1
     with _measured(run, clock):
         engine.begin_update(lr, state.grad_norm)
-        loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
+        loss, tokens = forward_backward(
+            engine,
+            rows,
+            config.train.micro_batch,
+            run.env,
+            reset_attention=config.data.reset_attention,
+            sent=sent,
+            meanwhile=partial(_prepare_next, run, clock),
+        )
         grad_norm = engine.clip_gradients()
         check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
         engine.update()
@@ -107,6 +116,15 @@ def _update(run: Run, clock: Clock) -> None:
     run.tracker.progress(state.step, state.tokens, loss)
     if _due(config.tracking.log_every, state.step) or state.finished(config.train):
         _log(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+
+
+def _prepare_next(run: Run, clock: Clock) -> None:
+    """Where the device computes while the host waits, that wait is for the next update's rows."""
+    if run.state.step + 1 != run.config.train.steps:  # else nobody would take them
+        watchdog.beat("getting the next update's rows")
+        with clock.meter.waiting_for_data():
+            run.feed.prepare()
+        watchdog.beat("in a forward and backward pass")
 
 
 @contextmanager
@@ -174,7 +192,8 @@ def _evaluate(run: Run, clock: Clock) -> None:
     if run.eval_rows is None:
         return
     with clock.meter.excluded():
-        result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env)
+        reset = run.config.data.reset_attention
+        result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env, reset_attention=reset)
     run.perplexities.append((run.state.step, result.perplexity))
     run.tracker.evaluation(
         {
@@ -195,7 +214,7 @@ def _save(run: Run, clock: Clock) -> None:
             run.engine.chunks(),
             {
                 "counters": state.to_dict(),
-                "data": merge_states(env.gather(run.loader.state_dict())),
+                "data": merge_states(env.gather(run.feed.state_dict())),
                 "rng": env.gather(rng_state(env.device)),
                 "supports": run.supports,
             },

@@ -22,6 +22,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
+from sltrain_dist.data.batching import BEGIN
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers
@@ -62,6 +63,8 @@ class Case:
     update: str = "whole"
     clip_mode: str = "previous_norm"
     bits: int = 16
+    packed: bool = False
+    """Whether rows hold several documents, which do not see each other."""
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits"}
+        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed"}
         if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
             same |= {"update", "clip_mode"}  # which clip by another norm than this update's
         return Case(**{name: value for name, value in asdict(self).items() if name in same})
@@ -118,6 +121,9 @@ BY_HAND = (
     Case("fsdp", update="per_layer", clip=0.05, clip_mode="per_parameter", replicas=2, optimizer="sgd"),
     Case("fsdp", update="per_layer", shard="all", tied=True, accumulation=3),
     Case("ddp", update="per_layer", tied=True, checkpointing="full"),
+    Case("ddp", packed=True, update="per_layer"),
+    Case("fsdp", packed=True, accumulation=3, checkpointing="attention"),
+    Case("zero3", packed=True, checkpointing="full"),
     Case("fsdp", update="per_layer", checkpointing="full", compiled=True),
     *(Case(engine, update="per_layer", dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp")),
     *(Case(engine, update="per_layer", dtype="mixed") for engine in ("ddp", "fsdp")),
@@ -159,7 +165,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "tie_head": case.tied,
             },
             "reparam": reparam,
-            "data": {"seq_len": 16},
+            "data": {"seq_len": 16, **({"batching": "pack", "reset_attention": True} if case.packed else {})},
             "optim": {
                 "name": case.optimizer,
                 "lr": 0.3 if case.optimizer == "sgd" else 0.004,
@@ -224,11 +230,14 @@ def pairwise() -> Iterator[Case]:
 CASES = tuple(dict.fromkeys((*pairwise(), *BY_HAND, EAGER)))
 
 
-def global_rows(update: int) -> Rows:
+def global_rows(update: int, packed: bool = False) -> Rows:
     """A global batch with documents of very different lengths, so that means over rows or ranks are wrong."""
     ids = integers(99, update * 10_000, GLOBAL_BATCH * 17, 61).astype(np.int32).reshape(GLOBAL_BATCH, 17)
     for row in range(GLOBAL_BATCH):
-        ids[row, 2 + row * 14 // (GLOBAL_BATCH - 1) :] = -1
+        length = 2 + row * 14 // (GLOBAL_BATCH - 1)
+        ids[row, length:] = -1
+        if packed:
+            ids[row, 3 : length : 2 + row % 5] |= BEGIN
     return ids
 
 
@@ -271,10 +280,11 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     losses, norms = [], []
     held: dict[str, int] = {}
     for update in range(UPDATES):
-        rows = global_rows(update)[env.rank * share : (env.rank + 1) * share]
+        rows = global_rows(update, case.packed)[env.rank * share : (env.rank + 1) * share]
         with TrafficMeter() as meter:
             engine.begin_update(config.optim.lr, norms[-1] if norms else None)
-            loss, _ = forward_backward(engine, rows, config.train.micro_batch, env)
+            reset = config.data.reset_attention
+            loss, _ = forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
             held = held_bytes(engine)
             norms.append(engine.clip_gradients())
             losses.append(loss)

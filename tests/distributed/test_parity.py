@@ -16,6 +16,7 @@ from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import rank_bytes
+from sltrain_dist.train import step
 
 from .cases import BROKEN, CASES, EAGER, RANKS, VALUES, Case, cases_on, config_of, runs, small_quantized, train
 from .launch import torchrun
@@ -137,6 +138,14 @@ def test_the_cases_can_tell_engines_apart() -> None:
     assert min(clipped["norms"]) > 0.05
     assert plain["losses"][-1] < plain["losses"][0] - 0.05
     assert plain["losses"][1] != pytest.approx(clipped["losses"][1], rel=1e-3)
+
+
+def test_documents_that_see_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: an engine that lost the positions would train otherwise."""
+    want = single(Case(packed=True))
+    monkeypatch.setattr(step, "_positions", lambda begins: torch.arange(begins.shape[1]).expand(begins.shape))
+    got = train(Case(packed=True), Environment(0, 1, 0, torch.device("cpu")))
+    assert got["losses"][1] != pytest.approx(want["losses"][1], rel=1e-3)
 
 
 def test_every_pair_of_settings_is_in_a_case() -> None:

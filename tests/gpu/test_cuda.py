@@ -9,7 +9,9 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 
-from ..unit.test_model import small, tokens
+from ..unit.test_model import small, tokens, warmed
+from ..unit.test_reset_attention import SHAPES as HEADS
+from ..unit.test_reset_attention import batch, fused_calls
 from ..unit.test_sl_linear import SHAPES, assert_close, made, make_layer, oracle, results
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +34,23 @@ def test_operator_equals_oracle(shape: tuple[int, int, int], dtype: torch.dtype,
 def test_model_starts_from_the_same_weights_as_on_the_cpu() -> None:
     cpu, cuda = build_model(small()).state_dict(), build_model(small(), "cuda").state_dict()
     assert all(torch.equal(cpu[name], cuda[name].cpu()) for name in cpu)
+
+
+@pytest.mark.parametrize("shape", list(HEADS.values()), ids=list(HEADS))
+def test_documents_of_a_row_do_not_see_each_other_as_on_the_cpu(shape: dict[str, int]) -> None:
+    losses, gradients = {}, {}
+    for device in ("cpu", "cuda"):
+        model = warmed(small(model=shape)).double().to(device)
+        loss = model(*(part.to(device) for part in batch()))
+        loss.backward()
+        losses[device] = float(loss.detach())
+        gradients[device] = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-10)
+    for name, gradient in gradients["cpu"].items():
+        torch.testing.assert_close(gradients["cuda"][name], gradient, rtol=1e-7, atol=1e-10, msg=name)
+    for dtype in ("fp32", "bf16", "mixed"):
+        config = small(model=shape, train={"dtype": dtype})
+        assert fused_calls(warmed(config).cuda(), tokens(config, 5).cuda()) == config.model.num_layers
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.fault_server import cut, serve, status
 
-from .helpers import Corpus, metrics, outcome, python, train_here, trajectory
+from .helpers import Corpus, metrics, outcome, train_here, trajectory
 
 
 def sources(url: str, names: list[str]) -> str:
@@ -33,8 +33,7 @@ def test_a_bad_network_and_a_lost_shard(corpus: Corpus, tiny: Path, tmp_path: Pa
         }
 
         del server.files[names[1]]
-        with python(tiny, tmp_path / "lost", sources(server.url, names), *patience, "train.steps=100") as process:
-            assert process.wait() == 3, process.stderr
+        assert train_here(tiny, tmp_path / "lost", sources(server.url, names), *patience, "train.steps=100") == 3
         assert outcome(tmp_path / "lost")["code"] == 3
         assert f"{server.url}/{names[1]}" in outcome(tmp_path / "lost")["reason"]
 

@@ -165,9 +165,9 @@ def test_dry_run_measures_with_the_optimizers_states(
     forward_backward = dry_run.forward_backward
     states: list[int] = []
 
-    def counting(engine: Engine, *arguments: object) -> tuple[float, int]:
+    def counting(engine: Engine, *arguments: object, **settings: object) -> tuple[float, int]:
         states.append(len(engine.tensors()["states"]))
-        return forward_backward(engine, *arguments)
+        return forward_backward(engine, *arguments, **settings)
 
     monkeypatch.setattr(dry_run, "forward_backward", counting)
     assert train_here(tiny, tmp_path, "train.dry_run=true") == 0

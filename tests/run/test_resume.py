@@ -31,7 +31,7 @@ def configuration(corpus: Corpus, batching: str, update: str) -> dict[str, Any]:
     """Three epochs and more, with rows that a worker prepares ahead, and two micro-batches per update."""
     return tiny_config(
         corpus,
-        data={"batching": batching, "workers": 1},
+        data={"batching": batching, "reset_attention": batching == "pack", "workers": 1},
         optim={"update": update},
         train={"steps": STEPS},
         eval={"every": 10},

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from sltrain_dist.config.schema import DataConfig
+from sltrain_dist.data.loader import TrainLoader, merge_states
 from sltrain_dist.data.stream import StreamSettings
+
+BATCHINGS = {
+    "pad": {"batching": "pad"},
+    "pack": {"batching": "pack"},
+    "marked": {"batching": "pack", "reset_attention": True},
+}
+"""Settings of all forms that rows have."""
 
 
 class NumberTokenizer:
@@ -63,6 +71,31 @@ def settings(shards, **changes) -> StreamSettings:
 def data_config(**changes) -> DataConfig:
     values = {"seq_len": 8, "streams": 6, "shuffle_block": 4, "workers": 0}
     return DataConfig(**{**values, **changes})
+
+
+def make_loaders(
+    config, shards, world_size, *, global_batch=24, state=None, seed=3, source_sizes=(), tokenizer_path="unused"
+):
+    """One loader per rank."""
+    return [
+        TrainLoader(
+            config,
+            shards=shards,
+            tokenizer_path=tokenizer_path,
+            seed=seed,
+            global_batch=global_batch,
+            rank=rank,
+            world_size=world_size,
+            source_sizes=source_sizes,
+            state=state,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def saved(loaders):
+    """The merged cursor, as it comes back from a file."""
+    return json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
 
 
 def global_batches(loaders, updates):

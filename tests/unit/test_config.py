@@ -173,6 +173,7 @@ class TestMessages:
             ("preset=[a]", "preset = ['a']: unknown preset; there are: "),
             # combinations
             ("model.num_heads=3", "model.num_heads = 3: does not divide model.hidden_size = 512"),
+            ("data.reset_attention=true", "data.reset_attention = true: a padded row holds one document"),
         ],
     )
     def test_override(self, override: str, expected: str) -> None:

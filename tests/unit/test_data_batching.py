@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltrain_dist.data.batching import PADDING, count_tokens, make_rows, pack_rows, pad_rows
+from sltrain_dist.data.batching import BEGIN, PADDING, count_labels, count_tokens, make_rows, pack_rows, pad_rows
 
 EOS = 1
 documents_strategy = st.lists(
@@ -39,11 +39,25 @@ def test_pack_predicts_every_token_once(documents, seq_len):
 
 @given(documents_strategy, st.integers(2, 17))
 def test_pack_goes_on_from_every_row(documents, seq_len):
-    whole = list(pack_rows(documents, seq_len=seq_len, eos_id=EOS))
+    whole = list(pack_rows(documents, seq_len=seq_len, eos_id=EOS, mark=True))
     for index, row in enumerate(whole):
-        rest = pack_rows(documents[row.finished :], seq_len=seq_len, eos_id=EOS, offset=row.offset)
+        rest = pack_rows(documents[row.finished :], seq_len=seq_len, eos_id=EOS, offset=row.offset, mark=True)
         expected = [later.tokens for later in whole[index + 1 :]]
         assert np.array_equal([later.tokens for later in rest], expected)
+
+
+@given(documents_strategy.map(lambda documents: [np.append(EOS, ids) for ids in documents]), st.integers(2, 17))
+def test_marks_are_where_documents_begin(documents, seq_len):
+    """Also where their text holds eos, and where a row begins with the token that ends the row before."""
+    settings = {"seq_len": seq_len, "eos_id": EOS, "rest": True}
+    plain = [row.tokens for row in pack_rows(documents, **settings)]
+    marked = [row.tokens for row in pack_rows(documents, **settings, mark=True)]
+    assert [np.where(row >= BEGIN, row - BEGIN, row).tolist() for row in marked] == [row.tolist() for row in plain]
+    begins = [index == 0 for ids in documents for index in range(len(ids) + 1)]
+    for number, row in enumerate(marked):
+        shown = begins[number * seq_len : (number + 1) * seq_len + 1]
+        assert (row >= BEGIN).tolist()[: len(shown)] == shown
+        assert count_labels(row) == shown[1:].count(False)
 
 
 def test_documents_are_taken_as_needed():

@@ -8,17 +8,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sltrain_dist.config.schema import EvalConfig
 from sltrain_dist.data import loader as loader_module
-from sltrain_dist.data.batching import PADDING, count_tokens
 from sltrain_dist.data.documents import Fault, Text, encode_documents, parse
-from sltrain_dist.data.evaluation import evaluation_rows
-from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered, write_shard
+from tests.unit.data_helpers import (
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    settings,
+    write_shard,
+)
 
 SPECIAL = ["\u200b\u200d\ufeff", "\u0301\u0302", "�" * 50, "\x00\x01\x02", "\U000e0001\U0010fffd", "\u202e\u202d"]
 """Zero-width, combining, replacement, control, private-use and direction marks."""
@@ -78,22 +81,6 @@ def test_real_c4(shared_data, t5):
         assert t5.decode(ids)[:20] == text[:20] or 2 in ids  # 2: unknown, as T5 has no byte fallback
 
 
-def test_evaluation_counts_every_token_once_for_any_ranks(tmp_path):
-    """Ranks take every N-th row of the same set; together they have each document's tokens once."""
-    shards = write_numbered(tmp_path, [17, 30], lambda number: number % 20 + 1)
-    for batching in ("pad", "pack"):
-        rows = evaluation_rows(EvalConfig(tokens=10**6), data_config(batching=batching), shards, NumberTokenizer())
-        for ranks in (1, 2, 3, 5, 64):
-            assert sum(count_tokens(rows[rank::ranks]) for rank in range(ranks)) == count_tokens(rows)
-        lengths = Counter({number: number % 20 + 1 for number in range(1, 48)})
-        found = Counter(rows[:, 1:][rows[:, 1:] > 0].tolist())
-        if batching == "pack":
-            assert found + Counter([int(rows[0, 0])]) == lengths
-        else:  # cut to 8, and a row's first token is predicted by nothing
-            assert found == Counter({number: min(length, 8) - 1 for number, length in lengths.items() if length > 1})
-        assert PADDING in rows
-
-
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
 def test_parquet_is_read_as_lines_are(tmp_path, kind, monkeypatch):
     texts = [str(number) for number in range(1, 41)]
@@ -107,10 +94,7 @@ def test_parquet_is_read_as_lines_are(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(loader_module, "Tokenizer", NumberTokenizer)
     batches = []
     for path in (shard, lines):
-        loader = TrainLoader(
-            data_config(), shards=[path], tokenizer_path="unused", seed=0, global_batch=6, rank=0, world_size=1
-        )
-        batches.append([next(loader) for _ in range(20)])
+        batches.append(global_batches(make_loaders(data_config(), [path], 1, global_batch=6), 20))
     assert np.array_equal(*batches)
 
 

@@ -6,10 +6,18 @@ import pytest
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data import order
 from sltrain_dist.data.group import StreamGroup
-from sltrain_dist.data.loader import TrainLoader, merge_states
 from sltrain_dist.data.stream import StreamState
 from sltrain_dist.numerics.splitmix import integers
-from tests.unit.data_helpers import NumberTokenizer, data_config, settings, write_numbered
+from tests.unit.data_helpers import (
+    BATCHINGS,
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    saved,
+    settings,
+    write_numbered,
+)
 
 
 @pytest.fixture
@@ -90,33 +98,16 @@ def test_every_rank_count_deals_every_row_once(world_size):
         assert rows == sorted(set(rows))
 
 
-@pytest.mark.parametrize("batching", ["pad", "pack"])
+@pytest.mark.parametrize("batching", list(BATCHINGS))
 def test_ranks_1_2_4_3(shards, batching, monkeypatch):
     """The loader itself, through a cursor as it is saved, with two epochs' worth of documents."""
     monkeypatch.setattr(loader_module, "Tokenizer", NumberTokenizer)
 
-    def loaders(world_size, state):
-        return [
-            TrainLoader(
-                data_config(batching=batching, streams=8),
-                shards=shards,
-                tokenizer_path="unused",
-                seed=0,
-                global_batch=24,
-                rank=rank,
-                world_size=world_size,
-                state=state,
-            )
-            for rank in range(world_size)
-        ]
-
-    def global_batches(group, updates):
-        return [np.concatenate([next(loader) for loader in group]) for _ in range(updates)]
-
-    expected = global_batches(loaders(1, None), 60)
+    config = data_config(**BATCHINGS[batching], streams=8)
+    expected = global_batches(make_loaders(config, shards, 1), 60)
     state, done = None, 0
     for world_size, updates in ((1, 13), (2, 11), (4, 17), (3, 19)):
-        group = loaders(world_size, state)
-        assert all(map(np.array_equal, global_batches(group, updates), expected[done : done + updates]))
-        state, done = merge_states([loader.state_dict() for loader in group]), done + updates
+        loaders = make_loaders(config, shards, world_size, state=state)
+        assert np.array_equal(global_batches(loaders, updates), expected[done : done + updates])
+        state, done = saved(loaders), done + updates
     assert done == 60

@@ -16,11 +16,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sltrain_dist.data import loader as loader_module
-from sltrain_dist.data.loader import TrainLoader
-from sltrain_dist.data.remote import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.errors import DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, write_shard
+from tests.unit.data_helpers import NumberTokenizer, data_config, make_loaders, write_shard
 from tests.unit.fault_server import cut, flip, serve, stall, status
 
 DOCUMENTS = 500
@@ -54,16 +53,9 @@ def server(contents, monkeypatch):
 
 
 def make_loader(server, state=None):
-    return TrainLoader(
-        data_config(streams=2, retries=4, retry_wait_s=0.001, timeout_s=0.4),
-        shards=[server.address(name) for name in ("a.json.gz", "b.json.gz")],
-        tokenizer_path="unused",
-        seed=0,
-        global_batch=24,
-        rank=0,
-        world_size=1,
-        state=state,
-    )
+    shards = [server.address(name) for name in ("a.json.gz", "b.json.gz")]
+    config = data_config(streams=2, retries=4, retry_wait_s=0.001, timeout_s=0.4)
+    return make_loaders(config, shards, 1, state=state)[0]
 
 
 @pytest.fixture(scope="module")

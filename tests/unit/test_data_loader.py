@@ -1,6 +1,5 @@
 """Every document once an epoch, the same global batches for any ranks, exact continuation, faults that stop."""
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -13,10 +12,20 @@ from hypothesis import strategies as st
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.batching import PADDING
 from sltrain_dist.data.group import StreamGroup
-from sltrain_dist.data.loader import TrainLoader, merge_states
+from sltrain_dist.data.loader import merge_states
 from sltrain_dist.data.stream import Stream, StreamState
 from sltrain_dist.errors import CheckpointError, DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, global_batches, settings, write_numbered, write_shard
+from tests.unit.data_helpers import (
+    BATCHINGS,
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    saved,
+    settings,
+    write_numbered,
+    write_shard,
+)
 
 in_fixture = hypothesis_settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
@@ -26,27 +35,6 @@ in_fixture = hypothesis_settings(
 @pytest.fixture(autouse=True)
 def numbers(monkeypatch):
     monkeypatch.setattr(loader_module, "Tokenizer", NumberTokenizer)
-
-
-def make_loaders(config, shards, world_size, *, global_batch=24, state=None, seed=3):
-    return [
-        TrainLoader(
-            config,
-            shards=shards,
-            tokenizer_path="unused",
-            seed=seed,
-            global_batch=global_batch,
-            rank=rank,
-            world_size=world_size,
-            state=state,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def saved(loaders):
-    """The merged cursor, as it comes back from a file."""
-    return json.loads(json.dumps(merge_states([loader.state_dict() for loader in loaders])))
 
 
 def messages(error):
@@ -105,12 +93,12 @@ def test_streams_above_the_global_batch_are_not_used(tmp_path):
     updates=st.integers(0, 9),
     before=st.sampled_from([1, 2, 3, 4, 8]),
     after=st.sampled_from([1, 2, 4, 6, 12]),
-    batching=st.sampled_from(["pad", "pack"]),
+    batching=st.sampled_from(list(BATCHINGS)),
     streams=st.integers(1, 12),
 )
 def test_resume_on_other_ranks_is_exact(tmp_path, updates, before, after, batching, streams):
     shards = write_numbered(tmp_path, [31, 27, 14, 20], lambda number: number % 37 + 1)
-    config = data_config(batching=batching, streams=streams)
+    config = data_config(**BATCHINGS[batching], streams=streams)
     whole = make_loaders(config, shards, 1)
     expected = global_batches(whole, updates + 6)
     first = make_loaders(config, shards, before)
@@ -124,10 +112,11 @@ def test_resume_on_other_ranks_is_exact(tmp_path, updates, before, after, batchi
     assert saved(second) == saved(whole)
 
 
-def test_resume_in_the_middle_of_a_document(tmp_path):
+@pytest.mark.parametrize("batching", ["pack", "marked"])
+def test_resume_in_the_middle_of_a_document(tmp_path, batching):
     """Documents of 100 tokens, rows of 8: nearly all cursors stand inside one."""
     shards = write_numbered(tmp_path, [40, 40], lambda number: 100)
-    config = data_config(batching="pack", streams=4)
+    config = data_config(**BATCHINGS[batching], streams=4)
     loaders = make_loaders(config, shards, 4)
     global_batches(loaders, 5)
     state = saved(loaders)
@@ -151,6 +140,7 @@ def test_data_may_move(tmp_path):
     [
         ({"seq_len": 16}, r"data\.seq_len \(8, now 16\)"),
         ({"batching": "pack"}, r"data\.batching \('pad', now 'pack'\)"),
+        ({"batching": "pack", "reset_attention": True}, r"'pack'\), data\.reset_attention \(None, now True\)"),
         ({"streams": 5}, r"data\.streams \(6, now 5\)"),
         ({"shuffle_block": 9, "text_field": "body"}, r"data\.text_field .*, data\.shuffle_block \(4, now 9\)"),
     ],

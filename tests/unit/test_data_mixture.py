@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from sltrain_dist.config.load import build_config
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data import order
-from sltrain_dist.data.loader import TrainLoader, merge_states
 from sltrain_dist.errors import CheckpointError, ConfigError
-from tests.unit.data_helpers import NumberTokenizer, data_config, global_batches, write_numbered
+from tests.unit.data_helpers import (
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    saved,
+    write_numbered,
+)
 
 SIZES = [3, 2, 1]
 WEIGHTS = [6.0, 3.0, 1.0]
@@ -25,22 +31,10 @@ def shards(tmp_path, monkeypatch):
     return write_numbered(tmp_path, [30] * 6, lambda number: number % 7 + 1)
 
 
-def make_loaders(shards, world_size, *, state=None, weights=WEIGHTS, **changes):
+def mixed(shards, world_size, *, state=None, weights=WEIGHTS, **changes):
+    """Loaders of the three sources."""
     config = data_config(**{"streams": 20, "source": ["a", "b", "c"], "weights": weights, **changes})
-    return [
-        TrainLoader(
-            config,
-            shards=shards,
-            tokenizer_path="unused",
-            seed=0,
-            global_batch=40,
-            rank=rank,
-            world_size=world_size,
-            source_sizes=SIZES,
-            state=state,
-        )
-        for rank in range(world_size)
-    ]
+    return make_loaders(config, shards, world_size, global_batch=40, state=state, source_sizes=SIZES)
 
 
 def source_of(documents):
@@ -49,7 +43,7 @@ def source_of(documents):
 
 @pytest.mark.parametrize("batching", ["pad", "pack"])
 def test_every_update_has_the_shares(shards, batching):
-    batches = global_batches(make_loaders(shards, 1, batching=batching, seq_len=2), 30)
+    batches = global_batches(mixed(shards, 1, batching=batching, seq_len=2), 30)
     tokens = batches[:, :, 0]
     if batching == "pack":  # zeros end documents
         tokens = np.where(tokens == 0, batches[:, :, 1], tokens)
@@ -58,7 +52,7 @@ def test_every_update_has_the_shares(shards, batching):
 
 
 def test_each_source_gives_every_document_before_any_again(shards):
-    first = global_batches(make_loaders(shards, 1), 100)[..., 0]
+    first = global_batches(mixed(shards, 1), 100)[..., 0]
     for source, size, first_epoch in ((0, 90, 2), (1, 60, 4), (2, 30, 6)):
         seen = Counter(first[source_of(first) == source].tolist())
         assert len(seen) == size
@@ -68,26 +62,26 @@ def test_each_source_gives_every_document_before_any_again(shards):
 
 @pytest.mark.parametrize("batching", ["pad", "pack"])
 def test_any_number_of_ranks_and_resume(shards, batching):
-    expected = global_batches(make_loaders(shards, 1, batching=batching), 16)
+    expected = global_batches(mixed(shards, 1, batching=batching), 16)
     state, done = None, 0
     for world_size, updates in ((1, 3), (2, 5), (8, 1), (5, 7)):
-        loaders = make_loaders(shards, world_size, state=state, batching=batching)
+        loaders = mixed(shards, world_size, state=state, batching=batching)
         assert np.array_equal(global_batches(loaders, updates), expected[done : done + updates])
-        state, done = merge_states([loader.state_dict() for loader in loaders]), done + updates
+        state, done = saved(loaders), done + updates
 
 
 def test_weights_are_part_of_the_order(shards):
-    state = merge_states([loader.state_dict() for loader in make_loaders(shards, 1)])
+    state = saved(mixed(shards, 1))
     with pytest.raises(CheckpointError, match=r"data\.weights \('0\.6 of 3 files, .*, now '0\.5 of 3 files"):
-        make_loaders(shards, 1, state=state, weights=[5.0, 4.0, 1.0])
-    make_loaders(shards, 1, state=state, weights=[0.6, 0.3, 0.1])  # only their ratio matters
+        mixed(shards, 1, state=state, weights=[5.0, 4.0, 1.0])
+    mixed(shards, 1, state=state, weights=[0.6, 0.3, 0.1])  # only their ratio matters
 
 
 def test_weights_that_streams_cannot_hold(shards):
     with pytest.raises(ConfigError, match=r"\[0\.6, 0\.3, 0\.1\], but 6 streams give .* of the 40 rows.*data\.streams"):
-        make_loaders(shards, 1, streams=6)
+        mixed(shards, 1, streams=6)
     with pytest.raises(ConfigError, match=r"but 20 streams give \[.*0\.0\]"):
-        make_loaders(shards, 1, weights=[1.0, 1.0, 1e-6])
+        mixed(shards, 1, weights=[1.0, 1.0, 1e-6])
 
 
 @given(

@@ -5,7 +5,10 @@ import gzip
 import io
 import lzma
 import random
+import re
+import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import datasets
 import fsspec
@@ -15,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltrain_dist.data import source
-from sltrain_dist.data.remote import Cause, Fetcher
+from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard
@@ -125,8 +128,101 @@ def test_unreachable_hub_explains_both_readings(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
-    with pytest.raises(DataError, match=r"'data/train' is no local file.*Couldn't reach the Hub.*HF_HUB_OFFLINE"):
-        resolve_source("data/train")
+    waits = []
+    fetcher = Fetcher(RetryPolicy(retries=2), sleep=waits.append, jitter=lambda: 0.5)
+    with pytest.raises(DataError, match=r"'data/train' is no local file.*3 attempts.*Couldn't reach.*HF_HUB_OFFLINE"):
+        resolve_source("data/train", fetcher=fetcher)
+    assert waits == [1, 2]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"'data/train' is no local file.*failed too: ConnectionError: Couldn't reach"):
+        resolve_source("data/train", fetcher=fetcher)
+    assert waits == [1, 2], "nobody answers who must not be asked"
+
+
+@pytest.mark.parametrize(("code", "attempts"), [(500, 3), (429, 3), (404, 1), (401, 1)])
+def test_failures_that_datasets_calls_a_missing_file(monkeypatch, code, attempts):
+    """It drops the status, which is to be found behind its error only."""
+    asked, waits = [], []
+
+    class StatusError(OSError):
+        response = SimpleNamespace(status_code=code, headers={})
+
+    def load(name, subset):
+        asked.append(name)
+        try:
+            raise StatusError(f"status {code}")
+        except StatusError:
+            raise FileNotFoundError("Couldn't find any data file") from None
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    with pytest.raises(DataError, match=rf"'x/y' is no local file.*StatusError: status {code}"):
+        resolve_source("x/y", fetcher=Fetcher(RetryPolicy(retries=2), sleep=waits.append))
+    assert (len(asked), len(waits)) == (attempts, attempts - 1)
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://bucket/c4/*.json.gz", "s3fs"), ("gs://bucket/c4", "gcsfs")])
+def test_a_missing_plug_in_is_named(url, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    with pytest.raises(DataError, match=rf"cannot list {re.escape(url)}: ImportError: .*; pip install {package}"):
+        resolve_source(url)
+    with pytest.raises(DataError, match=rf"cannot read the shard {url[:5]}b/x\.json: .*; pip install {package}"):
+        list(read_documents(f"{url[:5]}b/x.json", "text"))
+
+
+def test_a_local_file_that_may_not_be_read(tmp_path, monkeypatch):
+    shard = write_shard(tmp_path / "x.json", ["a"])
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", shard)
+
+    monkeypatch.setattr(source.Path, "open", refuse)
+    with pytest.raises(DataError, match=r"cannot read the shard .*x\.json at its start: PermissionError") as error:
+        list(read_documents(shard, "text"))
+    assert "credentials" not in str(error.value)
+
+
+class RefusingFileSystem(AbstractFileSystem):
+    """Fails as `errors` says, then holds one file."""
+
+    protocol = "refusing"
+    errors: ClassVar[list[Exception]] = []
+
+    def ls(self, path, detail=True, **kwargs):
+        if self.errors:
+            raise self.errors.pop(0)
+        return [{"name": "bucket/a.json", "size": 3, "type": "file"}] if detail else ["bucket/a.json"]
+
+    def info(self, path, **kwargs):
+        return {"name": path, "type": "directory"}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["g/*", "g/*.json", "g/**/*.json", "g/a/*.json", "g/*/*.json", "g/?/x[12].json", "g/a/b/**", "g/**", "none/*"],
+)
+def test_globs_find_what_fsspecs_own_finds(pattern):
+    memory = fsspec.filesystem("memory")
+    for name in ("x1.json", "a/x1.json", "a/x3.json", "a/b/x2.json", "a/b/c/x2.txt", "b/x2.json", "b/d/e/f/x.json"):
+        memory.pipe(f"/g/{name}", b"{}")
+    expected = [name for name in memory.glob(f"/{pattern}") if memory.isfile(name)]
+    assert sorted(source._glob(memory, f"/{pattern}")) == sorted(expected)
+    assert bool(expected) == (pattern != "none/*")
+
+
+def test_a_listing_is_tried_again(monkeypatch):
+    fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+    waits = []
+    fetcher = Fetcher(RetryPolicy(retries=2), sleep=waits.append, jitter=lambda: 0.5)
+    for entry in ("refusing://bucket/*.json", "refusing://bucket"):
+        monkeypatch.setattr(RefusingFileSystem, "errors", [TimeoutError(), ConnectionResetError()])
+        assert resolve_source(entry, fetcher=fetcher) == ["refusing://bucket/a.json"]
+        monkeypatch.setattr(RefusingFileSystem, "errors", [TimeoutError()] * 3)
+        with pytest.raises(DataError, match=rf"{re.escape(entry)}: gave up after 3 attempts.*timeout"):
+            resolve_source(entry, fetcher=fetcher)
+        monkeypatch.setattr(RefusingFileSystem, "errors", [PermissionError("Access Denied")])
+        with pytest.raises(DataError, match=r"Access Denied; check the credentials for refusing://"):
+            resolve_source(entry, fetcher=fetcher)
+    assert waits == [1, 2] * 4
 
 
 def test_remote_urls():

@@ -67,16 +67,17 @@ def test_same_rows_and_states_for_any_number_of_workers(shards, tokenizer):
             return rows, loader.state_dict(), loader.stats.documents, loader.stats.bad
 
     expected = read(0, 0, 1)
-    for workers in (1, 2, 3, 9):
+    for workers in (2, 9):
         rows, *rest = read(workers, 0, 1)
         assert np.array_equal(rows, expected[0])
         assert rest == list(expected[1:])
-    last, *_ = read(2, 1, 2)
+    last, *_ = read(1, 1, 2)
     assert np.array_equal(last, expected[0][:, 6:])
 
 
-def test_workers_import_neither_torch_nor_datasets(shards, tokenizer):
-    code = "import sys, sltrain_dist.data.worker; print(sorted({'torch', 'datasets', 'mlflow'} & set(sys.modules)))"
+def test_workers_import_nothing_heavy(shards, tokenizer):
+    heavy = {"torch", "datasets", "mlflow", "pydantic"}
+    code = f"import sys, sltrain_dist.data.worker; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     with closing(make_loader(shards, tokenizer, workers=1)) as loader:

@@ -13,14 +13,21 @@ from sltrain_dist import cli
 from sltrain_dist.config.schema import EvalConfig
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.evaluation import evaluation_rows
-from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare import tokens as tokens_module
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.token_shards import MANIFEST, ShardReader, open_manifest
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
-from tests.unit.data_helpers import NumberTokenizer, data_config, write_numbered, write_shard
-from tests.unit.test_data_loader import global_batches, make_loaders, saved
+from tests.unit.data_helpers import (
+    BATCHINGS,
+    NumberTokenizer,
+    data_config,
+    global_batches,
+    make_loaders,
+    saved,
+    write_numbered,
+    write_shard,
+)
 
 RAW = [b"not json", b'{"other": 1}', b"", b'{"text": "x"}', b'{"text": "\xff"}']
 """One line of each cause, and one that the tokenizer has no tokens for."""
@@ -57,7 +64,7 @@ def prepared(text, tmp_path):
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None, derandomize=True
 )
 @given(
-    batching=st.sampled_from(["pad", "pack"]),
+    batching=st.sampled_from(list(BATCHINGS)),
     streams=st.integers(1, 9),
     block=st.integers(1, 9),
     seq_len=st.integers(2, 40),
@@ -69,7 +76,8 @@ def test_the_rows_and_positions_of_the_text(
     text, prepared, batching, streams, block, seq_len, global_batch, worlds, updates
 ):
     """Also when a run goes on with another number of ranks, or changes from text to token shards or back."""
-    config = data_config(batching=batching, streams=streams, shuffle_block=block, seq_len=seq_len, max_bad_fraction=0.6)
+    order = {"streams": streams, "shuffle_block": block, "seq_len": seq_len}
+    config = data_config(**BATCHINGS[batching], **order, max_bad_fraction=0.6)
     state_of_text = state = None
     for world, count in zip(worlds, updates, strict=True):
         of_text = make_loaders(config, text, 1, global_batch=global_batch, state=state)
@@ -92,18 +100,16 @@ def test_workers_read_token_shards(text, prepared, shared_data, tmp_path, monkey
     for name, source, workers in (("text", shards, 0), ("tokens", resolve_source(str(tmp_path / "c4")), 2)):
         for batching in ("pad", "pack"):
             config = data_config(batching=batching, seq_len=128, workers=workers, shuffle_block=64)
-            (loader,) = loaders = [
-                TrainLoader(config, shards=source, tokenizer_path=path, seed=1, global_batch=24, rank=0, world_size=1)
-            ]
+            loaders = make_loaders(config, source, 1, tokenizer_path=path)
             rows[name, batching] = global_batches(loaders, 12)
-            loader.close()
+            loaders[0].close()
     for batching in ("pad", "pack"):
         np.testing.assert_array_equal(rows["tokens", batching], rows["text", batching])
 
 
-@pytest.mark.parametrize("batching", ["pad", "pack"])
+@pytest.mark.parametrize("batching", list(BATCHINGS))
 def test_evaluation_rows_of_the_text(text, prepared, batching):
-    config = data_config(batching=batching, max_bad_fraction=0.5)
+    config = data_config(**BATCHINGS[batching], max_bad_fraction=0.5)
     rows = [evaluation_rows(EvalConfig(tokens=10**6), config, shards, NumberTokenizer()) for shards in (text, prepared)]
     np.testing.assert_array_equal(*rows)
 
@@ -171,6 +177,30 @@ def test_an_interrupted_preparation_goes_on(text, tmp_path, monkeypatch, at):
     for path in (tmp_path / "whole").iterdir():
         if path.name != MANIFEST:
             assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+def test_what_a_killed_command_has_left_running_spoils_nothing(text, tmp_path, monkeypatch):
+    """Its process makes a shard that the next command makes at the same time."""
+    whole = prepare(text, tmp_path / "whole")
+    output = tmp_path / "tokens"
+    encode = tokens_module.encode_documents
+    orphans = []
+
+    def encode_and_meet_another(*arguments):
+        results = list(encode(*arguments))
+        yield from results[:3]
+        if not orphans:
+            orphans.append(None)
+            orphans[0] = tokens_module._make_shard(tokens_module._Task(output, 0, Path("unused"), whole.job))
+        yield from results[3:]
+
+    monkeypatch.setattr(tokens_module, "encode_documents", encode_and_meet_another)
+    assert prepare(text, output).shards == whole.shards
+    assert orphans[0] == whole.shards[0]
+    assert verify(monkeypatch, output) == 0
+    (output / ".00009.tokens.cafe.tmp").touch()
+    prepare(text, output)
+    assert not list(output.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(

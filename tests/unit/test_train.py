@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, OptimConfig, TrainConfig
+from sltrain_dist.data.batching import BEGIN, count_labels
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitCode
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters
@@ -150,10 +151,20 @@ class TestForwardBackward:
             forward_backward(engine(), rows, 2, SINGLE)
 
     def test_batch_of_rows(self) -> None:
-        inputs, labels = to_batch(np.array([[3, 4, 5, -1], [6, 7, 8, 9]], dtype=np.int32), torch.device("cpu"))
+        inputs, labels, positions = to_batch(torch.tensor([[3, 4, 5, -1], [6, 7, 8, 9]], dtype=torch.int32))
         assert inputs.tolist() == [[3, 4, 5], [6, 7, 8]]
         assert labels.tolist() == [[4, 5, IGNORE], [7, 8, 9]]
         assert inputs.dtype == labels.dtype == torch.int64
+        assert positions is None
+
+    def test_batch_of_marked_rows(self) -> None:
+        rows = torch.tensor([[3, 4, BEGIN | 5, 6, BEGIN | 7], [BEGIN | 8, 9, 9, BEGIN | 0, -1]], dtype=torch.int32)
+        inputs, labels, positions = to_batch(rows, reset_attention=True)
+        assert inputs.tolist() == [[3, 4, 5, 6], [8, 9, 9, 0]]
+        assert labels.tolist() == [[4, IGNORE, 6, IGNORE], [9, 9, IGNORE, IGNORE]]
+        assert positions is not None
+        assert positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
+        assert count_labels(rows.numpy()) == 4
 
 
 class TestEvaluate:
@@ -175,9 +186,9 @@ class TestEvaluate:
         class Counting(DDPEngine):
             passes = 0
 
-            def evaluate(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            def evaluate(self, *batch: torch.Tensor | None) -> torch.Tensor:
                 self.passes += 1
-                return super().evaluate(input_ids, labels)
+                return super().evaluate(*batch)
 
         def on_rank(env: Environment) -> int:
             settings = config()

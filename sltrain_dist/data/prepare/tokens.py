@@ -20,9 +20,11 @@ from typing import IO, Any
 import numpy as np
 
 from sltrain_dist.data.documents import SAMPLE, Fault, Tally, encode_documents
+from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import num_bytes, read_documents
 from sltrain_dist.data.token_shards import (
     MANIFEST,
+    TEMPORARY,
     TokenJob,
     TokenManifest,
     TokenShard,
@@ -31,6 +33,7 @@ from sltrain_dist.data.token_shards import (
     put_in_place,
     read_manifest,
     shard_from_dict,
+    temporary_for,
     write_durably,
 )
 from sltrain_dist.data.tokenizer import Tokenizer
@@ -115,7 +118,7 @@ def prepare_tokens(
 def _size(shard: str) -> int:
     """Size in bytes; 0 where the server does not say."""
     try:
-        return num_bytes(shard) or 0
+        return Fetcher().call(shard, lambda: num_bytes(shard)) or 0
     except Exception as error:  # any file system's plug-in may be at work, each with exceptions of its own
         raise DataError(f"cannot ask for the size of {shard}: {type(error).__name__}: {error}") from error
 
@@ -142,6 +145,8 @@ class _BadDocuments:
 
 def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
     """The shards that are finished and whole; writes the manifest of an unfinished preparation."""
+    for left_over in output.glob(f".*{TEMPORARY}"):
+        left_over.unlink(missing_ok=True)
     records: list[TokenShard] = []
     if is_prepared(output):
         earlier = read_manifest(output)
@@ -240,7 +245,7 @@ class _DurableFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = temporary_for(path)
         self._sha256 = hashlib.sha256()
         self._file: IO[bytes] | None = None
 

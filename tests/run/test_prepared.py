@@ -1,0 +1,62 @@
+"""`sltrain prepare-data --tokenizer` killed and started again, and a run on what it made."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from sltrain_dist.data.prepare.tokens import prepare_tokens
+from sltrain_dist.data.source import resolve_source
+from sltrain_dist.data.token_shards import MANIFEST
+from sltrain_dist.errors import DataError
+
+from ..unit.test_token_shards import verify
+from .helpers import Corpus, Process, documents, outcome, train_here, trajectory, write_shard
+
+SLTRAIN = [sys.executable, "-m", "sltrain_dist.cli"]
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of shards, whose processes outlive it for a moment, while the next command has begun."""
+    texts = documents("text", 100)
+    for number, copies in enumerate((1, 60, 60, 40)):
+        write_shard(tmp_path / "text" / f"{number}.json.gz", texts * copies)
+    output, whole = tmp_path / "tokens", tmp_path / "whole"
+    source = f"{tmp_path}/text/*.json.gz"
+    arguments = ["prepare-data", "--tokenizer", str(corpus.tokenizer), "-i", source, "--processes", "2"]
+    with Process([*SLTRAIN, *arguments, "-o", output], tmp_path / "killed") as process:
+        process.until(lambda: (output / "00000.shard.json").exists(), "the first shard")
+        process.until(lambda: any(path.stat().st_size for path in output.glob(".*.tmp")), "a part of another one")
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        made = len(list(output.glob("*.shard.json")))
+        assert 1 <= made < 4
+        with pytest.raises(DataError, match="not finished"):
+            resolve_source(str(output))
+        with Process([*SLTRAIN, *arguments, "-o", output], tmp_path / "again") as again:
+            assert again.wait() == 0, again.stderr
+    prepare_tokens(resolve_source(source), whole, corpus.tokenizer)
+    names = {path.name for path in whole.iterdir()}
+    # Hidden files may be of a process that has just outlived the killed command.
+    assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == names
+    assert len(names) == 9
+    for name in names:
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+    assert verify(monkeypatch, output) == 0
+
+
+def test_a_run_on_token_shards_is_the_run_on_their_text(
+    corpus: Corpus, tiny: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_tokens(resolve_source(corpus.train), tmp_path / "tokens", corpus.tokenizer)
+    assert len(json.loads((tmp_path / "tokens" / MANIFEST).read_text())["shards"]) == 3
+    assert train_here(tiny, tmp_path / "run", f"data.source={tmp_path / 'tokens'}") == 0
+    assert trajectory(tmp_path / "run") == trajectory(finished)
+    assert outcome(tmp_path / "run")["code"] == 0
+    assert "tokens  (3 shards)" in " ".join(capsys.readouterr().out.split("\n")).replace(" │", "")
