@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import MASTER
 from sltrain_dist.parallel import held
@@ -62,7 +63,8 @@ class Follower:
     def __init__(self, config: Config, env: Environment, tracker: LiveBytes) -> None:
         self.config, self.env, self.tracker = config, env, tracker
         self._backward = False
-        self._kind, self._passes, self._pass = OTHER, 1, 0
+        self._kind, self._passes, self._pass, self._built = OTHER, 1, 0, 0
+        self._levels: dict[Any, Any] = {}
         passes = min(2, micro_batches_per_update(config, env.world_size))
         # The first micro-batch finds no gradients, the last one all; what is between is like the last one at most.
         self._rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
@@ -82,6 +84,20 @@ class Follower:
             with tracker.within("gradients" if ddp else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
             self._assign_model(self.engine.module)
+        self._built = len(tracker.stretches)
+
+    def prepare(self) -> None:
+        """Makes a first update, after which the optimizer's states are there, without its arithmetic where it is ours."""
+
+        def no_update(optimizer: low_bit.LowBitAdam, parameter: Tensor, state: low_bit.State, *unused: Any) -> None:
+            for key in state:
+                name, _, form = key.partition(".")
+                if form == "codes":
+                    optimizer._quantizer(parameter, name)
+
+        with mock.patch.object(low_bit.LowBitAdam, "_update", no_update):
+            self.update()
+        del self.tracker.stretches[self._built :]
 
     def update(self) -> None:
         """Makes an update of the first and the last micro-batch."""
@@ -200,14 +216,34 @@ class Follower:
         with ExitStack() as stack:
             stack.enter_context(scoped(training_step, "to_batch", "batch"))
             stack.enter_context(scoped(held, "_step", "temporaries.update"))
-            stack.enter_context(scoped(held.Replicated, "all_reduce", "buffers.messages"))
             stack.enter_context(scoped(FSDPParamGroup, "unshard", "buffers.gathered"))
             stack.enter_context(scoped(FSDPParamGroup, "wait_for_unshard", "buffers.gathered"))
+            stack.enter_context(self._messages())
             stack.enter_context(self._reductions())
             stack.enter_context(self._new_states())
             stack.enter_context(self._recomputation())
             stack.enter_context(saved_tensors_hooks(self._saved, lambda tensor: tensor))
+            # Tables of levels are kept for good, and would be there from an earlier run in this process, or not.
+            stack.enter_context(mock.patch.object(low_bit, "quantizer", self._quantizer))
+            stack.enter_context(mock.patch.object(blockwise, "_made", {}))
             yield
+
+    def _quantizer(self, *key: Any, signed: bool) -> blockwise.Quantizer:
+        if (*key, signed) not in self._levels:
+            with self.tracker.within("temporaries.levels"):
+                self._levels[*key, signed] = blockwise.quantizer(*key, signed=signed)
+        return self._levels[*key, signed]
+
+    def _messages(self) -> Any:
+        """The all-reduce of what is whole on every rank."""
+        all_reduce = held.Replicated.all_reduce
+
+        def wrapped(replicas: held.Replicated, *args: Any) -> None:
+            self.tracker.begin(("backward", "all-reduce"))
+            with self.tracker.within("buffers.messages"):
+                all_reduce(replicas, *args)
+
+        return mock.patch.object(held.Replicated, "all_reduce", wrapped)
 
     def _reductions(self) -> Any:
         """FSDP2's reduce-scatter: gradients go in, gradients come out, and buffers are between."""

@@ -7,7 +7,6 @@ updates are made, and the second is reported, beside whose forward and backward 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
@@ -28,6 +27,7 @@ from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters, model_flops_per_token
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.optim import low_bit
+from sltrain_dist.optim.state_layout import Span
 from sltrain_dist.parallel import fsdp
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.ddp import DDPEngine
@@ -82,10 +82,9 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         follower = Follower(eager, env, tracker)
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
-        first = len(tracker.stretches)
-        follower.update()
-        del tracker.stretches[first:]
-        follower.update()
+        with _few_spans():
+            follower.prepare()
+            follower.update()
         follower.save()
     return Estimate(
         timeline=follower.timeline(),
@@ -157,6 +156,19 @@ def _fakeable() -> Iterator[None]:
         stack.enter_context(mock.patch.object(fsdp, "_mesh", mesh))
         stack.enter_context(mock.patch.object(data_parallel, "_verify_param_shape_across_processes"))
         stack.enter_context(mock.patch.object(data_parallel, "_sync_module_states"))
+        yield
+
+
+@contextmanager
+def _few_spans() -> Iterator[None]:
+    """Low-bit states in three spans of every parameter, the first two and the last: the others are like the second."""
+    spans = low_bit.spans
+
+    def few(*args: Any) -> Iterator[Span]:
+        every = list(spans(*args))
+        yield from every[:2] + every[2:][-1:]
+
+    with mock.patch.object(low_bit, "spans", few):
         yield
 
 

@@ -6,7 +6,6 @@ another one on CUDA, its place is taken by one that makes and keeps the same ten
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,8 +43,6 @@ def as_cuda(config: Config) -> Iterator[None]:
             (llama, "rms_norm", _RMSNorm.apply),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        # One for all parameters, as for real tensors; fake ones are not kept beyond their mode.
-        stack.enter_context(mock.patch.object(low_bit, "quantizer", functools.cache(low_bit.quantizer)))
         model = config.model
         if config.train.dtype == "fp32" and model.kv_heads != model.num_heads:
             # Flash attention takes no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils).
