@@ -78,7 +78,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         stack.enter_context(_fakeable())
         if device == "cuda":
             stack.enter_context(as_cuda(config))
-        tracker = FakeBytes(INSIDE if device == "cuda" else None)
+        tracker = FakeBytes(device)
         follower = Follower(eager, env, tracker)
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
@@ -98,12 +98,25 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
 
 
 class FakeBytes(LiveBytes):
-    """Live bytes of fake tensors. A number that is read from one of them is 1."""
+    """Live bytes of fake tensors. A number that is read from one of them is 1.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    Args:
+        device: Whose operators they stand for.
+    """
+
+    def __init__(self, device: Literal["cuda", "cpu"]) -> None:
+        super().__init__(INSIDE if device == "cuda" else None)
+        self._cpu = device == "cpu"
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._cpu and func is torch.ops.aten._embedding_bag_forward_only.default:
+            # Fake tensors keep the bag of every index, as CUDA does; the CPU's kernel does not.
+            return (out[0], out[1].new_empty(0), *out[2:])
+        return out
 
 
 class Alone(Environment):
