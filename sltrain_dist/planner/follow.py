@@ -7,6 +7,7 @@ another one when its role shows: what autograd saves becomes an activation, what
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
@@ -24,7 +27,7 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import MASTER
-from sltrain_dist.parallel import held
+from sltrain_dist.parallel import fsdp, held
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import is_factor
@@ -79,15 +82,19 @@ class Follower:
             self._assign_model(model)
             self._watch(model)
             tracker.begin(("init", "engine"))
+            engine = self.config.parallel.engine
             # DDP's buckets are where the gradients will be.
-            ddp = self.config.parallel.engine == "ddp"
-            with tracker.within("gradients" if ddp else "buffers.engine"):
+            with _without_mesh(), tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
-            self._assign_model(self.engine.module)
+            if engine == "zero":  # all that it shards lies in the same flat tensors
+                tracker.assign(self.engine.tensors()["parameters"], "factors")
+                self._assign_model(self.engine.module, only="dense")
+            else:
+                self._assign_model(self.engine.module)
         self._built = len(tracker.stretches)
 
     def prepare(self) -> None:
-        """Makes a first update, after which the optimizer's states are there, without its arithmetic where it is ours."""
+        """Makes a first update, so that there are optimizer states; our own optimizer skips its arithmetic."""
 
         def no_update(optimizer: low_bit.LowBitAdam, parameter: Tensor, state: low_bit.State, *unused: Any) -> None:
             for key in state:
@@ -102,6 +109,7 @@ class Follower:
     def update(self) -> None:
         """Makes an update of the first and the last micro-batch."""
         engine, tracker, optim = self.engine, self.tracker, self.config.optim
+        gc.collect()  # what the update before has left in cycles
         self._passes, self._pass, self._backward = self._pass, 0, False
         with tracker, self._scopes():
             tracker.begin(("forward", "begin"))
@@ -135,9 +143,11 @@ class Follower:
             points.append(Point(cast(Phase, phase), where, parts))
         return tuple(points)
 
-    def _assign_model(self, model: nn.Module) -> None:
+    def _assign_model(self, model: nn.Module, only: str = "") -> None:
         for name, parameter in model.named_parameters():
-            self.tracker.assign([_local(parameter)], component_of(name))
+            component = component_of(name)
+            if component.startswith(only):
+                self.tracker.assign([_local(parameter)], component)
         for name, buffer in model.named_buffers():
             self.tracker.assign([buffer], "index" if ".support." in name else "dense")
 
@@ -170,6 +180,7 @@ class Follower:
         if where == "embed_tokens":
             self._backward = False
             self._pass += 1
+            self._assign_held()
         self._kind = kind
         if self._backward:
             self._begin("backward", f"{where}, computed again")
@@ -216,6 +227,7 @@ class Follower:
         with ExitStack() as stack:
             stack.enter_context(scoped(training_step, "to_batch", "batch"))
             stack.enter_context(scoped(held, "_step", "temporaries.update"))
+            stack.enter_context(scoped(DistributedDataParallel, "_pre_forward", "gradients"))
             stack.enter_context(scoped(FSDPParamGroup, "unshard", "buffers.gathered"))
             stack.enter_context(scoped(FSDPParamGroup, "wait_for_unshard", "buffers.gathered"))
             stack.enter_context(self._messages())
@@ -292,6 +304,17 @@ def component_of(name: str) -> str:
     if not is_factor(name) or last not in ("B", "A", "V"):
         return "dense"
     return "sparse_values" if last == "V" else "factors"
+
+
+def _without_mesh() -> Any:
+    """A mesh of ranks is a few numbers on the host. And it is looked into, which fake tensors do not bear."""
+    make_mesh = fsdp._mesh
+
+    def mesh(*args: Any) -> Any:
+        with _disable_current_modes():
+            return make_mesh(*args)
+
+    return mock.patch.object(fsdp, "_mesh", mesh)
 
 
 def _groups(module: nn.Module) -> list[FSDPParamGroup]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import distributed as data_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
@@ -28,7 +27,6 @@ from sltrain_dist.models.count import count_parameters, model_flops_per_token
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import Span
-from sltrain_dist.parallel import fsdp
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
@@ -125,14 +123,13 @@ class Alone(Environment):
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.world_size
 
-    def sum(self, values: list[float]) -> list[float]:
-        return [self.world_size * value for value in values]
-
-    def max(self, values: list[float]) -> list[float]:
-        return list(values)
-
     def on_main(self, action: Callable[[], T]) -> T:
         return action()
+
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
+        if self.world_size > 1:
+            torch.tensor(values, dtype=torch.float64, device=self.device)  # the message
+        return [self.world_size * value for value in values] if op == dist.ReduceOp.SUM else list(values)
 
 
 def fake_model(config: Config) -> LlamaForCausalLM:
@@ -159,16 +156,10 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
 @contextmanager
 def _fakeable() -> Iterator[None]:
     """Without what looks at the values of tensors, which fake ones do not have."""
-    make_mesh = fsdp._mesh
-
-    def mesh(*args: Any) -> Any:
-        with _disable_current_modes():  # it looks for this rank in a tensor of all
-            return make_mesh(*args)
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fsdp, "_mesh", mesh))
-        stack.enter_context(mock.patch.object(data_parallel, "_verify_param_shape_across_processes"))
-        stack.enter_context(mock.patch.object(data_parallel, "_sync_module_states"))
+    with (
+        mock.patch.object(data_parallel, "_verify_param_shape_across_processes"),
+        mock.patch.object(data_parallel, "_sync_module_states"),
+    ):
         yield
 
 

@@ -73,12 +73,8 @@ def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **kwargs: Any) -> i
     return 4 * batch * heads * length * (width + 1)
 
 
-def _values_partial(grads: Tensor, inputs: Tensor, window_inputs: Tensor, *rest: Any) -> int:
-    """Sums of chunks of tokens before they are added up (kernels.blocks_values)."""
-    return 0
-
-
 INSIDE: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
 }
-"""What operators take on CUDA while they run, beside what they return."""
+"""What operators take on CUDA while they run, beside what they return. Not counted: partial sums of
+`kernels.blocks_values`, at most 512 tiles of 64×64 in float32 (8.4 MB), and workspaces of the matrix libraries."""
