@@ -16,6 +16,9 @@ from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_b
 Named = Sequence[tuple[str, tuple[int, ...]]]
 """(name, shape) of parameters."""
 
+ZERO_BUCKET = 50_000_000
+"""Most values in a message of DeepSpeed's, where `parallel.deepspeed` does not say otherwise."""
+
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
 
