@@ -27,6 +27,7 @@ from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.planner.estimate import estimate
+from sltrain_dist.planner.result import Estimate
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
 from sltrain_dist.train.memory import MemoryWatch
@@ -121,7 +122,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         resumed_step=state.step,
     )
     env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
-    memory = MemoryWatch(config, env, lambda config, ranks: estimate(config, ranks=ranks))
+    memory = MemoryWatch(config, env, predict)
     tracker.summary(
         {**summarise(config, env, run_dir, len(corpus.train_shards), state.step), "Memory": memory.summary()}
     )
@@ -151,6 +152,11 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         supports,
         memory,
     )
+
+
+def predict(config: Config, ranks: int) -> Estimate:
+    """What the planner says of a run on a number of ranks."""
+    return estimate(config, ranks=ranks)
 
 
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:

@@ -14,10 +14,9 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.planner.result import Estimate, Point
 from sltrain_dist.tracking.console import format_bytes
-from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.build import build_engine, predict
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.memory import MEASURED_UPDATE, MemoryWatch
 from sltrain_dist.train.step import forward_backward
@@ -35,10 +34,6 @@ class Said:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.note, self.warn = self.notes.append, self.warnings.append
-
-
-def predict(config: Config, ranks: int) -> Estimate:
-    return estimate(config, ranks=ranks)
 
 
 def changed(group: str, size: int) -> Callable[[Config, int], Estimate]:
