@@ -16,7 +16,7 @@ RESIDUAL = "activations.residual"
 ATTENTION, MLP, NORMS = "activations.attention", "activations.mlp", "activations.norms"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once (sizes.py)
 class Block:
     """Sizes of a decoder block and of what goes through it.
 

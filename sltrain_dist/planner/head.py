@@ -13,7 +13,7 @@ from sltrain_dist.planner.tape import Buffer, Tape
 LOSS, LOGITS = "activations.loss", "temporaries.logits"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as Block
 class Ends:
     """Sizes of what is before and after the blocks.
 
