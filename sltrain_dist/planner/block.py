@@ -186,8 +186,15 @@ class BlockTape:
         tape.drop(gate, up, product)
         return y
 
-    def backward(self, grad: Buffer, kept: Kept, sink: Sink) -> Buffer:
-        """Maps the gradient of the block's output to that of its input, and frees what was kept."""
+    def backward(self, grad: Buffer, kept: Kept, sink: Sink, gains: Sink) -> Buffer:
+        """Maps the gradient of the block's output to that of its input, and frees what was kept.
+
+        Args:
+            grad: Of the output; it is used up.
+            kept: By the forward pass.
+            sink: Takes the gradients of the linear layers' parameters.
+            gains: Takes those of the norms'.
+        """
         tape, w = self.tape, self.block.widths
         calls = list(kept.calls)
         tape.at("backward of mlp")
@@ -200,7 +207,7 @@ class BlockTape:
         d_gate = tape.new(OUTPUT_GRADIENTS, d_up.size)
         tape.drop(d_activated, gate)
         normed = self.linear.backward(calls.pop(), [d_gate, d_up], sink)
-        grad = self._norm_backward(grad, normed, kept, sink)
+        grad = self._norm_backward(grad, normed, kept, gains)
         tape.at("backward of attention")
         out = self.linear.backward(calls.pop(), [self._narrow(grad)], sink)
         q, k, v = self._attention_backward(out, kept)
@@ -218,7 +225,7 @@ class BlockTape:
                 back = narrow
             turned.append(back)
         normed = self.linear.backward(calls.pop(), [turned[1], turned[0], v], sink)
-        return self._norm_backward(grad, normed, kept, sink)
+        return self._norm_backward(grad, normed, kept, gains)
 
     def _attention_backward(self, out: Buffer, kept: Kept) -> list[Buffer]:
         tape, block = self.tape, self.block
