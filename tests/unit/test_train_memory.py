@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -110,6 +111,16 @@ def test_the_allocators_peak_is_compared(
     assert bool(said.warnings) == warns and len(said.notes) == 1 - warns
     if warns:
         assert "activations, temporaries or buffers" in said.warnings[0]
+
+
+def test_compiled_blocks_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    config = config_of(train={"compile": True}, model={"num_layers": 1})
+    watch = MemoryWatch(config, SINGLE, predict)
+    said = trained(watch, config)
+    assert said.warnings == [] and watch.observed is not None
+    held = sum(watch.observed.held.values())
+    assert held < watch.observed.peak_bytes
 
 
 def test_a_short_run_is_measured_in_its_last_update() -> None:
