@@ -69,15 +69,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    with ExitStack() as stack:
-        env = Alone(rank, ranks, rank, torch.device("cpu"))
-        if ranks > 1 or config.parallel.engine != "ddp":
-            stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(_fakeable())
-        if device == "cuda":
-            stack.enter_context(as_cuda(config))
-        tracker = FakeBytes(device)
+    with fake_rank(config, rank, ranks, device) as (env, tracker):
         follower = Follower(eager, env, tracker)
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
@@ -86,6 +78,21 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
             follower.update()
         follower.save()
     return replace(estimate(config, ranks=ranks), timeline=follower.timeline(), method="replay")
+
+
+@contextmanager
+def fake_rank(
+    config: Config, rank: int, ranks: int, device: Literal["cuda", "cpu"]
+) -> Iterator[tuple[Environment, LiveBytes]]:
+    """One of several ranks, on fake tensors, and what counts their bytes. Arguments as of :func:`replay`."""
+    with ExitStack() as stack:
+        if ranks > 1 or config.parallel.engine != "ddp":
+            stack.enter_context(_fake_group(rank, ranks))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_fakeable())
+        if device == "cuda":
+            stack.enter_context(as_cuda(config))
+        yield Alone(rank, ranks, rank, torch.device("cpu")), FakeBytes(device)
 
 
 class FakeBytes(LiveBytes):
