@@ -29,9 +29,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def config_of(values: dict[str, Any]) -> Config:
+def config_of(values: dict[str, Any], base: dict[str, Any] = SMALL) -> Config:
     """A small model, with some values of its own."""
-    return build_config(merged(SMALL, values))
+    return build_config(merged(base, values))
 
 
 def at_update(found: Estimate) -> dict[str, int]:
@@ -198,6 +198,7 @@ def test_an_evaluation_of_larger_batches_counts() -> None:
 # Which fields matter
 
 Values = dict[str, Any]
+_SMALLEST = merged(SMALL, {"model": {"num_layers": 1}})
 _FSDP: Values = {"parallel": {"engine": "fsdp"}, "train": {"global_batch": 8}}
 _ZERO: Values = {"parallel": {"engine": "zero", "zero_stage": 2}, "train": {"dtype": "fp32", "global_batch": 8}}
 _AGAIN: Values = {"micro_batch": 8, "global_batch": 8, "activation_checkpointing": "selective"}
@@ -211,7 +212,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "model.vocab_size": ({}, 192),
     "model.hidden_size": ({}, 128),
     "model.intermediate_size": ({}, 256),
-    "model.num_layers": ({}, 3),
+    "model.num_layers": ({}, 2),
     "model.num_heads": ({"data": {"seq_len": 128}, "train": {"micro_batch": 8, "global_batch": 8}}, 16),
     "model.num_kv_heads": ({"train": {"micro_batch": 8, "global_batch": 8}}, 1),
     "model.tie_head": ({}, True),
@@ -219,7 +220,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.rank": ({}, 16),
     "reparam.density": ({}, 0.3),
     "reparam.support": ({}, "blocks"),
-    "reparam.path": ({"data": {"seq_len": 64}}, "factored"),
+    "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
     "reparam.row_block_bytes": (_WIDE, 16384),
     "data.seq_len": ({}, 64),
     "optim.name": ({}, "sgd"),
@@ -236,7 +237,10 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "train.micro_batch": ({}, 1),
     "train.global_batch": ({}, 8),
     "train.dtype": ({}, "fp32"),
-    "train.activation_checkpointing": ({"train": {"micro_batch": 8, "global_batch": 8}}, "full"),
+    "train.activation_checkpointing": (
+        {"model": {"num_layers": 3}, "train": {"micro_batch": 8, "global_batch": 8}},
+        "full",
+    ),
     "train.checkpoint_policy": (_LAYERS, "attention"),
     "train.checkpoint_every": (_LAYERS, 4),
     "train.loss_chunk_tokens": ({"model": {"vocab_size": 2048}}, 4),
@@ -244,7 +248,10 @@ MOVES: dict[str, tuple[Values, Any]] = {
 """By field: what else is set, and a value other than the default, which moves the peak."""
 
 NOT_REPLAYED: dict[str, tuple[Values, Any]] = {
-    "optim.weight_decay": ({"optim": {"name": "sgd"}}, 0.1),
+    "optim.weight_decay": (
+        {"optim": {"name": "sgd"}, "data": {"seq_len": 4}, "train": {"loss_chunk_tokens": 2}},
+        0.1,
+    ),
     "parallel.zero_stage": (_ZERO, 3),
     "parallel.cpu_offload": (_ZERO, True),
     "parallel.deepspeed": (_ZERO, {"zero_optimization": {"reduce_bucket_size": 5000}}),
@@ -277,12 +284,12 @@ def with_value(values: Values, key: str, value: Any) -> Values:
 @functools.cache
 def replayed(values: str) -> int:
     """Peak of a replay, by its values as JSON: several fields share what else is set."""
-    config = config_of(json.loads(values))
+    config = config_of(json.loads(values), _SMALLEST)
     return replay(config, ranks_of(config)).peak_bytes
 
 
 def estimated(values: Values) -> int:
-    config = config_of(values)
+    config = config_of(values, _SMALLEST)
     return estimate(config, ranks=ranks_of(config)).peak_bytes
 
 
