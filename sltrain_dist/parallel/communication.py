@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
@@ -63,7 +64,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if accumulates_locally(parallel) else passes
     sharded, whole = dealt(config)
-    sent = Traffic.of("all_reduce", width * sum(math.prod(shape) for _, shape in whole), world_size)
+    sent = Traffic.of("all_reduce", width * sum(_padded_values(whole, 1)), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if passes_twice(config.optim):
@@ -85,14 +86,24 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
 def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     ranks = world_size // parallel.replicas
-    sent = Traffic()
+    blocks, root = _padded_values(sharded, ranks)
+    gathers = passes * (2 if parallel.reshard_after_forward else 1)
+    gathered_width = 2 if config.train.dtype == "mixed" else width
+    # The root keeps its own parameters from the forward to the backward pass.
+    gathered = gathers * gathered_width * blocks + passes * width * root
+    reduced = reductions * width * (blocks + root)
+    sent = Traffic.of("all_gather", gathered, ranks) + Traffic.of("reduce_scatter", reduced, ranks)
+    return sent + Traffic.of("all_reduce", reduced / ranks, parallel.replicas)
+
+
+@lru_cache(maxsize=256)
+def _padded_values(sharded: Named, ranks: int) -> tuple[int, int]:
+    """Values in the decoder blocks, and outside of them, with the padding of rows."""
+    blocks = root = 0
     for name, shape in sharded:
         padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
-        # The root keeps its own parameters from the forward to the backward pass.
-        block = ".layers." in name
-        gathers = passes * (2 if block and parallel.reshard_after_forward else 1)
-        gathered_width = 2 if block and config.train.dtype == "mixed" else width
-        sent += Traffic.of("all_gather", gathers * gathered_width * padded, ranks)
-        sent += Traffic.of("reduce_scatter", reductions * width * padded, ranks)
-        sent += Traffic.of("all_reduce", reductions * width * padded / ranks, parallel.replicas)
-    return sent
+        if ".layers." in name:
+            blocks += padded
+        else:
+            root += padded
+    return blocks, root

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from sltrain_dist.config.rules import accumulates_locally
-from sltrain_dist.config.schema import Config, OptimConfig
+from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
-Named = Sequence[tuple[str, tuple[int, ...]]]
-"""(name, shape) of parameters."""
+Named = tuple[tuple[str, tuple[int, ...]], ...]
+"""(name, shape) of parameters. A tuple, so that what follows from it can be looked up: the planner asks often."""
+_MANY = 256
+"""Models that are remembered."""
+
+ZERO_BUCKET = 50_000_000
+"""Most values in a message of DeepSpeed's, where `parallel.deepspeed` does not say otherwise."""
 
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
@@ -35,16 +42,24 @@ def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
 
 def dealt(config: Config) -> tuple[Named, Named]:
     """(parameters that the engine shards, parameters that are whole on every rank)."""
-    shapes = parameter_shapes(config.model, config.reparam)
-    if config.parallel.engine == "ddp":
-        return [], shapes
-    sharded = [(name, shape) for name, shape in shapes if is_sharded(name, config.parallel.shard)]
-    return sharded, [(name, shape) for name, shape in shapes if not is_sharded(name, config.parallel.shard)]
+    return _dealt(config.model, config.reparam, config.parallel.engine != "ddp", config.parallel.shard)
 
 
-def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[list[tuple[int, ...]]]:
+@lru_cache(maxsize=_MANY)
+def _dealt(
+    model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Literal["factors", "all"]
+) -> tuple[Named, Named]:
+    shapes = parameter_shapes(model, reparam)
+    sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
+    known = {name for name, _ in sharded}
+    return sharded, tuple((name, shape) for name, shape in shapes if name not in known)
+
+
+def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[int, ...], ...]]:
     """Shapes by the optimizer's group, each of which ZeRO 1 and 2 flatten on its own; none is empty."""
-    groups = [[shape for name, shape in parameters if decays(name, optim) is kind] for kind in (True, False)]
+    if optim.weight_decay == 0:
+        return [tuple(shape for _, shape in parameters)] if parameters else []
+    groups = [tuple(shape for name, shape in parameters if decays(name, optim) is kind) for kind in (True, False)]
     return [group for group in groups if group]
 
 
@@ -75,8 +90,9 @@ def agreed_bytes(config: Config, world_size: int) -> int:
     if config.parallel.engine != "fsdp":
         return 0
     ranks = world_size // config.parallel.replicas
-    places = (fsdp_place(name, shape, 0, ranks) for name, shape in dealt(config)[0])
-    return 8 * sum(len(shared_blocks(place, config.optim.state_bits)) for place in places)
+    vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices share no blocks
+    shared = {shape: shared_blocks(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
+    return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,7 @@ def value_bytes(config: Config) -> int:
     return 2 if config.train.dtype == "bf16" else 4
 
 
+@lru_cache(maxsize=_MANY)
 def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
     """(parameters, gradients, states) that a rank holds under ZeRO 3, in values."""
     part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)
