@@ -145,12 +145,20 @@ class _Run:
         done = 0 if self.per_layer or accumulates else trained - head
         points.append(self._point("backward", "embed_tokens", gradients=waiting + done + head))
         if not self.per_layer:
-            points.append(self._point("update", "gradient norm", gradients=trained, temporaries={"gradient copy": head}))
+            points.append(
+                self._point("update", "gradient norm", gradients=trained, temporaries={"gradient copy": head})
+            )
             points.append(self._point("update", "step", gradients=trained, temporaries=self._step(trained)))
         return points
 
     def _point(
-        self, phase: Phase, where: str, *, blocks: int = 0, gradients: int = 0, temporaries: dict[str, int] | None = None
+        self,
+        phase: Phase,
+        where: str,
+        *,
+        blocks: int = 0,
+        gradients: int = 0,
+        temporaries: dict[str, int] | None = None,
     ) -> Point:
         """The lasting bytes, activations of the first `blocks` blocks (all: of the head too), and what is given."""
         components = {**self.lasting, "gradients": gradients, **self._batch()}

@@ -1,0 +1,223 @@
+"""Looks for configurations that fit (no torch): every combination of some levers, all else fixed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from sltrain_dist.config.rules import check_fields, check_replicas, field_value, idle_keys, micro_batches_per_update
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.planner.levers import Lever, Setting
+from sltrain_dist.planner.result import Estimate
+from sltrain_dist.planner.speed import update_time
+
+Estimator = Callable[..., Estimate]
+"""As :func:`sltrain_dist.planner.estimate.estimate`."""
+
+_NEAR = 0.01
+"""A row that is worse in one figure must be better in the other by more than this share to be worth a line."""
+
+_SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
+"""Settings that make another model: rows are compared with those of the same values only."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one configuration.
+
+    Attributes:
+        config: It.
+        settings: What was chosen, by the levers' names.
+        peak_bytes, device_bytes, parameters, flops_per_token, comm_bytes_per_update: As of :class:`Estimate`.
+        phase, where: Of the peak.
+        binding: The component that takes most at the peak.
+        seconds: Predicted time of an update, see :mod:`sltrain_dist.planner.speed`.
+        relative_speed: That of the configuration that the search began with, divided by `seconds`.
+    """
+
+    config: Config
+    settings: Mapping[str, str]
+    peak_bytes: int
+    device_bytes: int
+    parameters: int
+    flops_per_token: int
+    comm_bytes_per_update: int
+    phase: str
+    where: str
+    binding: str
+    seconds: float
+    relative_speed: float = 1.0
+
+    def fits(self, device_memory: int | None) -> bool:
+        """Whether a device has enough; any has, where none is named."""
+        return device_memory is None or self.device_bytes <= device_memory
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that makes a configuration fit."""
+
+    lever: str
+    label: str
+    row: Row
+
+
+@dataclass
+class Search:
+    """What a search found.
+
+    Attributes:
+        start: The configuration that it began with.
+        rows: All that can be run, in no order.
+        refused: How many cannot, by the key that was refused.
+        equal: How many differ from another one only in settings that have no effect there.
+    """
+
+    start: Row
+    rows: list[Row] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    equal: int = 0
+
+    @property
+    def examined(self) -> int:
+        """All combinations."""
+        return len(self.rows) + self.refused.total() + self.equal
+
+    def front(self, device_memory: int | None = None) -> list[Row]:
+        """The rows that fit and that no other one beats in both memory and speed, the fastest first."""
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            if row.fits(device_memory):
+                key = tuple(field_value(row.config, key) for key in _SIZE_KEYS)
+                groups.setdefault(key, []).append(row)
+        chosen = [row for rows in groups.values() for row in pareto(rows)]
+        return sorted(chosen, key=lambda row: (row.seconds, row.device_bytes))
+
+    @cached_property
+    def smallest(self) -> Row:
+        """The row that takes least."""
+        return min(self.rows, key=lambda row: (row.device_bytes, row.seconds))
+
+
+def pareto(rows: Iterable[Row]) -> list[Row]:
+    """Rows worth choosing between memory and speed: each is slower than the one before, and smaller by over 1 %."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, row.device_bytes)):
+        if not front or row.device_bytes < (1 - _NEAR) * front[-1].device_bytes:
+            # As good as equally fast: the smaller one stands for both.
+            if front and row.seconds <= (1 + _NEAR) * front[-1].seconds:
+                front.pop()
+            front.append(row)
+    return front
+
+
+def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator) -> Search:
+    """Estimates every combination of the levers' settings.
+
+    The global batch is that of `config`; combinations that the configuration's own rules refuse are counted, not
+    estimated.
+
+    Args:
+        config: What everything else is taken from.
+        ranks: Number of ranks.
+        levers: What is varied.
+        estimate: Called once for each distinct configuration that can be run.
+    """
+    found = Search(start=evaluate(config, ranks, {}, estimate))
+    keys = sorted({key for lever in levers for setting in lever.settings for key in setting.values})
+    seen: set[tuple[Any, ...]] = set()
+    for combination in itertools.product(*(lever.settings for lever in levers)):
+        candidate = apply(config, combination)
+        refusal = refused(candidate, ranks)
+        if refusal is not None:
+            found.refused[refusal] += 1
+            continue
+        idle = idle_keys(candidate)
+        identity = tuple(None if key in idle else _hashable(field_value(candidate, key)) for key in keys)
+        if identity in seen:
+            found.equal += 1
+            continue
+        seen.add(identity)
+        settings = {lever.name: setting.label for lever, setting in zip(levers, combination, strict=True)}
+        row = evaluate(candidate, ranks, settings, estimate)
+        found.rows.append(replace(row, relative_speed=found.start.seconds / row.seconds))
+    return found
+
+
+def single_changes(
+    config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator, device_memory: int
+) -> list[Change]:
+    """Settings of one lever each that make a configuration fit, the least slowdown first."""
+    start = evaluate(config, ranks, {}, estimate)
+    changes = []
+    for lever in levers:
+        for setting in lever.settings:
+            candidate = apply(config, [setting])
+            if candidate == config or refused(candidate, ranks) is not None:
+                continue
+            row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
+            if row.fits(device_memory):
+                row = replace(row, relative_speed=start.seconds / row.seconds)
+                changes.append(Change(lever.name, setting.label, row))
+    return sorted(changes, key=lambda change: (change.row.seconds, change.row.device_bytes))
+
+
+def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: Estimator) -> Row:
+    """Estimates one configuration."""
+    estimated = estimate(config, ranks=ranks)
+    peak = estimated.peak
+    return Row(
+        config=config,
+        settings=settings,
+        peak_bytes=estimated.peak_bytes,
+        device_bytes=estimated.device_bytes,
+        parameters=estimated.parameters,
+        flops_per_token=estimated.flops_per_token,
+        comm_bytes_per_update=estimated.comm_bytes_per_update,
+        phase=peak.phase,
+        where=peak.where,
+        binding=max(peak.groups().items(), key=lambda item: item[1])[0],
+        seconds=update_time(config, ranks, estimated.comm_bytes_per_update).total,
+    )
+
+
+def apply(config: Config, settings: Iterable[Setting]) -> Config:
+    """The configuration with some settings; their values have been checked, their combination has not."""
+    changed: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        for key, value in setting.values.items():
+            section, _, name = key.partition(".")
+            changed.setdefault(section, {})[name] = value
+    sections = {section: getattr(config, section).model_copy(update=values) for section, values in changed.items()}
+    return config.model_copy(update=sections)
+
+
+def refused(config: Config, ranks: int) -> str | None:
+    """The first key that the configuration's rules refuse on so many ranks, or None."""
+    for key, _ in check_fields(config):
+        return key
+    try:
+        check_ranks(config, ranks)
+    except ConfigError as error:
+        return str(error).split()[0].partition("=")[0]
+    return None
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuses numbers of ranks that do not go with the batches, or the replicas.
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    micro_batches_per_update(config, ranks)
+    if config.parallel.engine == "fsdp":
+        check_replicas(config.parallel, ranks)
+
+
+def _hashable(value: Any) -> Any:
+    return repr(value) if isinstance(value, list | dict) else value
