@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,8 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
         for value in parsed:
             _check_value(config, key, value)
         levers.append(_lever(key, key, parsed))
-    names = [lever.name for lever in levers]
-    keys = [key for lever in levers for key in {key for setting in lever.settings for key in setting.values}]
-    twice = next((each for each in (*names, *keys) if (names + keys).count(each) > (2 if each in names and each in keys else 1)), None)
+    keys = [key for lever in levers for key in sorted({key for setting in lever.settings for key in setting.values})]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise ConfigError(f"--vary: {twice} is varied twice; put its values into one --vary")
     return levers
@@ -123,12 +123,13 @@ def _check_value(config: Config, key: str, value: Any) -> None:
 
 
 def _lever(name: str, key: str, values: Sequence[Any]) -> Lever:
-    labels = ["null" if value is None else str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    labels = [json.dumps(value).strip('"') for value in values]  # null, true, 8, blocks
     return Lever(name, tuple(Setting(label, {key: value}) for label, value in zip(labels, values, strict=True)))
 
 
 def _selective(policy: str) -> dict[str, Any]:
-    return {"train.activation_checkpointing": "selective", "train.checkpoint_policy": policy}
+    values = {"train.activation_checkpointing": "selective", "train.checkpoint_policy": policy}
+    return {**values, "train.checkpoint_every": 2} if policy == "blocks" else values
 
 
 def _micro_batches(config: Config, ranks: int) -> list[int]:

@@ -12,8 +12,9 @@ from typing import Any
 from sltrain_dist.config.rules import check_fields, check_replicas, field_value, idle_keys, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.planner.labels import binding
 from sltrain_dist.planner.levers import Lever, Setting
-from sltrain_dist.planner.result import Estimate
+from sltrain_dist.planner.result import Estimate, Group, Phase
 from sltrain_dist.planner.speed import update_time
 
 Estimator = Callable[..., Estimate]
@@ -38,6 +39,7 @@ class Row:
         binding: The component that takes most at the peak.
         seconds: Predicted time of an update, see :mod:`sltrain_dist.planner.speed`.
         relative_speed: That of the configuration that the search began with, divided by `seconds`.
+        replayed_bytes: The peak by replay, where there was one.
     """
 
     config: Config
@@ -47,11 +49,12 @@ class Row:
     parameters: int
     flops_per_token: int
     comm_bytes_per_update: int
-    phase: str
+    phase: Phase
     where: str
-    binding: str
+    binding: Group
     seconds: float
     relative_speed: float = 1.0
+    replayed_bytes: int | None = None
 
     def fits(self, device_memory: int | None) -> bool:
         """Whether a device has enough; any has, where none is named."""
@@ -60,10 +63,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """One setting that makes a configuration fit."""
+    """One setting that makes a configuration fit: its values by dotted key, and what comes of it."""
 
-    lever: str
-    label: str
+    values: Mapping[str, Any]
     row: Row
 
 
@@ -105,14 +107,20 @@ class Search:
 
 
 def pareto(rows: Iterable[Row]) -> list[Row]:
-    """Rows worth choosing between memory and speed: each is slower than the one before, and smaller by over 1 %."""
+    """Rows worth choosing between: each slower than the one before, and over 1 % smaller.
+
+    Of rows that are about equally fast, the smallest stands for all.
+    """
     front: list[Row] = []
+    fastest = 0.0  # of those that the last row stands for
     for row in sorted(rows, key=lambda row: (row.seconds, row.device_bytes)):
-        if not front or row.device_bytes < (1 - _NEAR) * front[-1].device_bytes:
-            # As good as equally fast: the smaller one stands for both.
-            if front and row.seconds <= (1 + _NEAR) * front[-1].seconds:
-                front.pop()
+        if front and row.device_bytes >= (1 - _NEAR) * front[-1].device_bytes:
+            continue
+        if front and row.seconds <= (1 + _NEAR) * fastest:
+            front[-1] = row
+        else:
             front.append(row)
+            fastest = row.seconds
     return front
 
 
@@ -163,7 +171,7 @@ def single_changes(
             row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
             if row.fits(device_memory):
                 row = replace(row, relative_speed=start.seconds / row.seconds)
-                changes.append(Change(lever.name, setting.label, row))
+                changes.append(Change(setting.values, row))
     return sorted(changes, key=lambda change: (change.row.seconds, change.row.device_bytes))
 
 
@@ -181,7 +189,7 @@ def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: 
         comm_bytes_per_update=estimated.comm_bytes_per_update,
         phase=peak.phase,
         where=peak.where,
-        binding=max(peak.groups().items(), key=lambda item: item[1])[0],
+        binding=binding(estimated)[0],
         seconds=update_time(config, ranks, estimated.comm_bytes_per_update).total,
     )
 

@@ -1,0 +1,261 @@
+"""What the planner found as one page of HTML without scripts or anything from elsewhere (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, group_of
+from sltrain_dist.planner.page_style import STYLE
+from sltrain_dist.planner.report import row_cells, search_sentences, sentences, size, varying
+from sltrain_dist.planner.result import Group, Point
+from sltrain_dist.planner.timeline import draw, ticks
+
+_WIDTH, _HEIGHT = 1000, 300
+"""Of the drawing, which is stretched to the page's width; text stands beside it, not in it."""
+
+
+def write_page(known: Answer, path: Path) -> None:
+    """Writes the page.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    try:
+        path.write_text(page(known), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html: cannot write {path}: {error.strerror}") from None
+
+
+def page(known: Answer) -> str:
+    """The page."""
+    title = describe(known.config, known.ranks)
+    sections = [_summary(known), _parts(known), _timeline(known), _phases(known)]
+    if known.found is not None:
+        sections.append(_search(known))
+    sections.append(_moments(known))
+    body = "\n".join(sections)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Memory plan: {escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p class="quiet">Memory of one device, as <code>sltrain plan</code> predicts it. GB = 1e9 bytes.</p>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _summary(known: Answer) -> str:
+    estimate, device = known.estimate, known.device_memory
+    room = max(device or 0, estimate.device_bytes)
+    bars = [
+        f'<i style="width:{_percent(sum_, room)};background:{GROUPS[group][1]}" title="{name}"></i>'
+        for group, name, sum_ in _groups(estimate.peak)
+    ]
+    if estimate.reserved_bytes:
+        bars.append(
+            f'<i class="slack" style="width:{_percent(estimate.reserved_bytes, room)}" title="context, slack"></i>'
+        )
+    lines = []
+    for line in sentences(known):
+        if line.startswith("  "):
+            continue
+        kind = "bad" if line.startswith("Does NOT") else ("warn" if "error:" in line else "good")
+        is_verdict = line.startswith(("Fits", "Does NOT"))
+        lines.append(f'<p class="{kind}">{escape(line)}</p>' if is_verdict else f"<p>{escape(line)}</p>")
+    lines += ['<ul class="changes">', *_changes(known), "</ul>"] if known.changes else []
+    of = "" if device is None else f' <span class="quiet">of {size(device)}</span>'
+    reserved = f", and {size(estimate.reserved_bytes)} for context, workspaces and allocator slack"
+    return f"""<section>
+<p class="big">{size(estimate.device_bytes)}{of}</p>
+<p class="quiet">{size(estimate.peak_bytes)} allocated at the peak{reserved if estimate.reserved_bytes else ""}</p>
+<div class="meter" aria-hidden="true">{"".join(bars)}</div>
+{"".join(lines)}
+</section>"""
+
+
+def _changes(known: Answer) -> Iterator[str]:
+    for line in sentences(known):
+        if line.startswith("  "):
+            settings, _, rest = line.strip().partition("  ")
+            yield f"<li><code>{escape(settings)}</code> {escape(rest)}</li>"
+
+
+def _parts(known: Answer) -> str:
+    """The peak by group, with details."""
+    peak = known.estimate.peak
+    largest = max(sum_ for _, _, sum_ in _groups(peak))
+    rows = []
+    for group, name, sum_ in _groups(peak):
+        bar = f'<div class="bar" style="width:{_percent(sum_, largest)};background:{GROUPS[group][1]}"></div>'
+        rows.append(
+            f'<dt><span class="swatch" style="background:{GROUPS[group][1]}"></span>{name}</dt>'
+            f'<dd class="track">{bar}</dd><dd class="number">{size(sum_)}</dd>'
+            f'<dd class="number quiet">{sum_ / peak.total:.1%}</dd>'
+        )
+        details = sorted(key for key in peak.components if group_of(key) == group)
+        for key in details if len(details) > 1 else ():
+            rows.append(
+                f'<dt class="detail">{escape(detail_of(key))}</dt><dd class="track"></dd>'
+                f'<dd class="number detail">{size(peak.components[key])}</dd><dd></dd>'
+            )
+    return f"""<section>
+<h2>What takes it at the peak: {escape(PHASES[peak.phase])}, {escape(peak.where)}</h2>
+<dl class="parts">{"".join(rows)}</dl>
+</section>"""
+
+
+def _timeline(known: Answer) -> str:
+    estimate, drawing = known.estimate, draw(known.estimate)
+    ceiling = None if known.device_memory is None else known.device_memory - estimate.reserved_bytes
+    if ceiling is not None and not 0 < ceiling <= 2 * estimate.peak_bytes:
+        ceiling = None
+    top = round(1.04 * max(estimate.peak_bytes, ceiling or 0))
+
+    def height(num_bytes: int) -> str:
+        return f"{_HEIGHT * (1 - num_bytes / top):.1f}"
+
+    areas = []
+    for group, (lower, upper) in drawing.stacked().items():
+        corners = [f"{_WIDTH * x:.1f},{height(y)}" for x, y in zip(drawing.xs, upper, strict=True)]
+        corners += [f"{_WIDTH * x:.1f},{height(y)}" for x, y in zip(reversed(drawing.xs), reversed(lower), strict=True)]
+        name, colour = GROUPS[group]
+        areas.append(f'<polygon points="{" ".join(corners)}" fill="{colour}"><title>{name}</title></polygon>')
+    grid = [f'<line x1="0" x2="{_WIDTH}" y1="{height(tick)}" y2="{height(tick)}"/>' for tick in ticks(top)]
+    borders = [
+        f'<line class="border" x1="{_WIDTH * each.start:.1f}" x2="{_WIDTH * each.start:.1f}" y1="0" y2="{_HEIGHT}"/>'
+        for each in drawing.stretches[1:]
+    ]
+    x = _WIDTH * drawing.peak_x
+    marks = [f'<line class="peak" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"/>']
+    labels = [
+        f'<span class="tick" style="top:{100 * (1 - tick / top):.2f}%">{tick / 1e9:g} GB</span>' for tick in ticks(top)
+    ]
+    side = "left" if drawing.peak_x <= 0.5 else "right"  # the label's own side, so that it stays within the page
+    offset = 100 * (drawing.peak_x if side == "left" else 1 - drawing.peak_x)
+    labels.append(f'<span class="above" style="{side}:{offset:.2f}%">peak {size(estimate.peak_bytes)}</span>')
+    if ceiling is not None:
+        marks.append(f'<line class="device" x1="0" x2="{_WIDTH}" y1="{height(ceiling)}" y2="{height(ceiling)}"/>')
+        labels.append(f'<span class="ceiling" style="top:{100 * (1 - ceiling / top):.2f}%">device, less context</span>')
+    phases = "".join(
+        f'<span style="width:{100 * (each.end - each.start):.2f}%">{each.name}</span>' for each in drawing.stretches
+    )
+    legend = "".join(
+        f'<li><span class="swatch" style="background:{GROUPS[group][1]}"></span>{GROUPS[group][0]}</li>'
+        for group in drawing.heights
+    )
+    return f"""<section>
+<h2>Over one update</h2>
+<div class="plot">
+<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="Allocated memory over one update,
+stacked by kind; the tables below have its numbers">{"".join(grid)}{"".join(areas)}{"".join(borders)}{"".join(marks)}</svg>
+{"".join(labels)}
+</div>
+<div class="phases" aria-hidden="true">{phases}</div>
+<ul class="legend">{legend}</ul>
+<p class="quiet">Moments in their order, evenly spaced within a phase: widths are not times.</p>
+</section>"""
+
+
+def _phases(known: Answer) -> str:
+    """The table of groups by phase."""
+    largest = known.estimate.phases()
+    points = [largest[phase] for phase in PHASES if phase in largest]
+    titles = [PHASES[point.phase] for point in points]
+    rows = []
+    for group, (name, colour) in GROUPS.items():
+        sums = [point.groups().get(group, 0) for point in points]
+        if not any(sums):
+            continue
+        swatch = f'<span class="swatch" style="background:{colour}"></span>'
+        rows.append(_table_row("", f"{swatch}{name}", titles, map(_gb, sums)))
+        details = sorted({key for point in points for key in point.components if group_of(key) == group})
+        for key in details if len(details) > 1 else ():
+            sizes = (_gb(point.components.get(key, 0)) for point in points)
+            rows.append(_table_row("detail", escape(detail_of(key)), titles, sizes))
+    rows.append(_table_row("total", "allocated", titles, (_gb(point.total) for point in points)))
+    where = [f"{PHASES[point.phase]}: {escape(point.where)}" for point in points]
+    return f"""<section>
+<h2>Largest moment of each phase, GB</h2>
+{_table(["", *titles], rows, stack=True)}
+<p class="quiet">{"; ".join(where)}.</p>
+</section>"""
+
+
+def _search(known: Answer) -> str:
+    names, shared = varying(known.rows)
+    rows = [row_cells(row, names) for row in known.rows]
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    lines = "".join(f"<p>{escape(line)}</p>" for line in search_sentences(known))
+    table_rows = []
+    for number, row in enumerate(rows, start=1):
+        saved = f" <code>{escape(known.saved[number - 1])}</code>" if known.saved else ""
+        table_rows.append(_table_row("", f"{number}{saved}", titles, (escape(row.get(title, "")) for title in titles)))
+    same = ", ".join(f"{name} {value}" for name, value in shared.items())
+    note = f"In all of these: {same}. " if same else ""
+    table = _table(["row", *titles], table_rows, stack=True) if rows else ""
+    return f"""<section>
+<h2>Search</h2>
+{lines}
+{table}
+<p class="quiet">{escape(note)}Speed is predicted, relative to the configuration above.</p>
+</section>"""
+
+
+def _moments(known: Answer) -> str:
+    titles = ["phase", "GB"]
+    rows = [
+        _table_row("", escape(point.where), titles, (PHASES[point.phase], _gb(point.total)))
+        for point in known.estimate.timeline
+    ]
+    return f"""<section>
+<details><summary>All {len(rows)} moments as a table</summary>
+{_table(["moment", *titles], rows, stack=False)}
+</details>
+</section>"""
+
+
+def _table(titles: Sequence[str], rows: Sequence[str], *, stack: bool) -> str:
+    """A table; one that stacks becomes a list on a narrow screen, with its roles said, for screen readers."""
+    heads = "".join(
+        f'<th role="columnheader" scope="col"{"" if index == 0 else " class=number"}>{escape(title)}</th>'
+        for index, title in enumerate(titles)
+    )
+    return (
+        f'<table role="table"{" class=stack" if stack else ""}><thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
+    )
+
+
+def _table_row(kind: str, head: str, titles: Sequence[str], cells: Iterable[str]) -> str:
+    inner = "".join(
+        f'<td role="cell" class="number" data-title="{escape(title)}">{cell}</td>'
+        for title, cell in zip(titles, cells, strict=True)
+    )
+    return f'<tr role="row" class="{kind}"><th role="rowheader" scope="row">{head}</th>{inner}</tr>'
+
+
+def _groups(point: Point) -> list[tuple[Group, str, int]]:
+    """(group, name, bytes) of what is there, in the order of the reports."""
+    sums = point.groups()
+    return [(group, name, sums[group]) for group, (name, _) in GROUPS.items() if group in sums]
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.3f}" if num_bytes else ""
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3f}%"

@@ -1,0 +1,106 @@
+"""What the planner found, as tables on a terminal (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sltrain_dist.planner.accounting import PaperMemory
+from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, group_of
+from sltrain_dist.planner.report import row_cells, search_sentences, sentences, varying
+from sltrain_dist.planner.result import Estimate
+
+
+def print_answer(known: Answer) -> None:
+    """The components by phase, what follows from them in words, and the rows of a search."""
+    console = _console()
+    console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
+    console.print(_components(known.estimate))
+    for line in sentences(known):
+        console.print(escape(line))
+    if known.found is not None:
+        console.print()
+        _print_search(console, known)
+
+
+def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
+    """The paper's table for one model."""
+    console = _console()
+    shown = _table()
+    shown.add_column("G = 1e9 bytes")
+    for name in ("parameters", "optimizer", "total"):
+        shown.add_column(name, justify="right")
+    for each in table:
+        mark = " ◀" if each.method == memory.method else ""
+        cells = (str(gb) for gb in (each.parameter_gb, each.optimizer_gb, each.total_gb))
+        shown.add_row(each.method + mark, *cells, style="bold" if mark else "")
+    console.print(shown)
+    console.print("As the paper's Table 2 counts: no gradients, no activations; parts are rounded, then added.")
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, tables take what they need and sentences are not broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _components(estimate: Estimate) -> Table:
+    """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
+    largest = estimate.phases()
+    phases = [phase for phase in PHASES if phase in largest]
+    table = _table()
+    table.add_column("GB (1e9 bytes)", no_wrap=True)
+    for phase in phases:
+        is_peak = phase == estimate.peak.phase
+        title = f"{PHASES[phase]} ◀" if is_peak else PHASES[phase]
+        table.add_column(title, justify="right", style="bold" if is_peak else "", no_wrap=True)
+    points = [largest[phase] for phase in phases]
+    for group, (name, colour) in GROUPS.items():
+        sums = [point.groups().get(group, 0) for point in points]
+        if not any(sums):
+            continue
+        table.add_row(f"[{colour}]■[/] {name}", *map(_cell, sums))
+        details = sorted({key for point in points for key in point.components if group_of(key) == group})
+        for key in details if len(details) > 1 else ():
+            sizes = (f"[dim]{_cell(point.components.get(key, 0))}[/]" for point in points)
+            table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
+    table.add_row("allocated", *(_cell(point.total) for point in points))
+    if estimate.reserved_bytes:
+        table.add_row("with context and slack", *(_cell(point.total + estimate.reserved_bytes) for point in points))
+    return table
+
+
+def _cell(num_bytes: int) -> str:
+    """GB with three decimals, which line up; nothing for nothing."""
+    return f"{num_bytes / 1e9:,.3f}" if num_bytes else ""
+
+
+def _print_search(console: Console, known: Answer) -> None:
+    for line in search_sentences(known):
+        console.print(escape(line))
+    names, shared = varying(known.rows)
+    if not known.rows:
+        return
+    table = _table()
+    rows = [row_cells(row, names) for row in known.rows]
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    for title in titles:
+        table.add_column(title, justify="left" if title in names else "right")
+    if known.saved:
+        table.add_column("file", overflow="fold")
+    for index, row in enumerate(rows):
+        table.add_row(*(row.get(title, "") for title in titles), *known.saved[index : index + 1])
+    console.print(table)
+    if shared:
+        console.print(
+            escape("In all of these: " + ", ".join(f"{name} {value}" for name, value in shared.items()) + ".")
+        )
+    console.print("Speed is predicted, relative to the configuration above (docs/planner_search.md).")
