@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sltrain_dist.config.schema import Config
-from sltrain_dist.planner.result import Estimate, Group, Phase
+from sltrain_dist.planner.result import Estimate, Group, Phase, Point
 
 GROUPS: Mapping[Group, tuple[str, str]] = {
     "factors": ("low-rank factors", "#2f6fc4"),
@@ -41,6 +41,14 @@ def group_of(component: str) -> Group:
 def detail_of(component: str) -> str:
     """What a component says beyond its group; "other" if nothing."""
     return component.partition(".")[2].replace("_", " ") or "other"
+
+
+def details(group: Group, points: Sequence[Point]) -> list[str]:
+    """Components of a group that are there at any of some moments, if there are several."""
+    keys = sorted(
+        {key for point in points for key, size in point.components.items() if size and group_of(key) == group}
+    )
+    return keys if len(keys) > 1 else []
 
 
 def describe(config: Config, ranks: int) -> str:

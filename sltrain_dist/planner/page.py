@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
-from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, group_of
+from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, details
 from sltrain_dist.planner.page_style import STYLE
 from sltrain_dist.planner.report import row_cells, search_sentences, sentences, size, varying
 from sltrain_dist.planner.result import Group, Point
-from sltrain_dist.planner.timeline import draw, ticks
+from sltrain_dist.planner.timeline import Drawing, allocatable, draw, ticks
 
 _WIDTH, _HEIGHT = 1000, 300
 """Of the drawing, which is stretched to the page's width; text stands beside it, not in it."""
@@ -68,6 +68,8 @@ def _summary(known: Answer) -> str:
         bars.append(
             f'<i class="slack" style="width:{_percent(estimate.reserved_bytes, room)}" title="context, slack"></i>'
         )
+    if known.margin_bytes is not None and known.margin_bytes < 0:
+        bars.append(f'<b style="left:{_percent(device or 0, room)}"></b>')
     lines = []
     for line in sentences(known):
         if line.startswith("  "):
@@ -105,8 +107,7 @@ def _parts(known: Answer) -> str:
             f'<dd class="track">{bar}</dd><dd class="number">{size(sum_)}</dd>'
             f'<dd class="number quiet">{sum_ / peak.total:.1%}</dd>'
         )
-        details = sorted(key for key in peak.components if group_of(key) == group)
-        for key in details if len(details) > 1 else ():
+        for key in details(group, [peak]):
             rows.append(
                 f'<dt class="detail">{escape(detail_of(key))}</dt><dd class="track"></dd>'
                 f'<dd class="number detail">{size(peak.components[key])}</dd><dd></dd>'
@@ -118,37 +119,15 @@ def _parts(known: Answer) -> str:
 
 
 def _timeline(known: Answer) -> str:
-    estimate, drawing = known.estimate, draw(known.estimate)
-    ceiling = None if known.device_memory is None else known.device_memory - estimate.reserved_bytes
-    if ceiling is not None and not 0 < ceiling <= 2 * estimate.peak_bytes:
-        ceiling = None
+    """The drawing, with text of the page around it."""
+    estimate, drawing, ceiling = known.estimate, draw(known.estimate), allocatable(known)
     top = round(1.04 * max(estimate.peak_bytes, ceiling or 0))
-
-    def height(num_bytes: int) -> str:
-        return f"{_HEIGHT * (1 - num_bytes / top):.1f}"
-
-    areas = []
-    for group, (lower, upper) in drawing.stacked().items():
-        corners = [f"{_WIDTH * x:.1f},{height(y)}" for x, y in zip(drawing.xs, upper, strict=True)]
-        corners += [f"{_WIDTH * x:.1f},{height(y)}" for x, y in zip(reversed(drawing.xs), reversed(lower), strict=True)]
-        name, colour = GROUPS[group]
-        areas.append(f'<polygon points="{" ".join(corners)}" fill="{colour}"><title>{name}</title></polygon>')
-    grid = [f'<line x1="0" x2="{_WIDTH}" y1="{height(tick)}" y2="{height(tick)}"/>' for tick in ticks(top)]
-    borders = [
-        f'<line class="border" x1="{_WIDTH * each.start:.1f}" x2="{_WIDTH * each.start:.1f}" y1="0" y2="{_HEIGHT}"/>'
-        for each in drawing.stretches[1:]
-    ]
-    x = _WIDTH * drawing.peak_x
-    marks = [f'<line class="peak" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"/>']
     labels = [
         f'<span class="tick" style="top:{100 * (1 - tick / top):.2f}%">{tick / 1e9:g} GB</span>' for tick in ticks(top)
     ]
     side = "left" if drawing.peak_x <= 0.5 else "right"  # the label's own side, so that it stays within the page
     offset = 100 * (drawing.peak_x if side == "left" else 1 - drawing.peak_x)
     labels.append(f'<span class="above" style="{side}:{offset:.2f}%">peak {size(estimate.peak_bytes)}</span>')
-    if ceiling is not None:
-        marks.append(f'<line class="device" x1="0" x2="{_WIDTH}" y1="{height(ceiling)}" y2="{height(ceiling)}"/>')
-        labels.append(f'<span class="ceiling" style="top:{100 * (1 - ceiling / top):.2f}%">device, less context</span>')
     phases = "".join(
         f'<span style="width:{100 * (each.end - each.start):.2f}%">{each.name}</span>' for each in drawing.stretches
     )
@@ -156,17 +135,45 @@ def _timeline(known: Answer) -> str:
         f'<li><span class="swatch" style="background:{GROUPS[group][1]}"></span>{GROUPS[group][0]}</li>'
         for group in drawing.heights
     )
+    if ceiling is not None:
+        legend += f'<li><span class="ceiling"></span>what {size(known.device_memory or 0)} leave to tensors</li>'
     return f"""<section>
 <h2>Over one update</h2>
 <div class="plot">
-<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="Allocated memory over one update,
-stacked by kind; the tables below have its numbers">{"".join(grid)}{"".join(areas)}{"".join(borders)}{"".join(marks)}</svg>
+{_svg(drawing, top, ceiling)}
 {"".join(labels)}
 </div>
 <div class="phases" aria-hidden="true">{phases}</div>
 <ul class="legend">{legend}</ul>
 <p class="quiet">Moments in their order, evenly spaced within a phase: widths are not times.</p>
 </section>"""
+
+
+def _svg(drawing: Drawing, top: int, ceiling: int | None) -> str:
+    """Areas, grid and marks, without text, which would be stretched."""
+
+    def at(x: float, num_bytes: int) -> str:
+        return f"{_WIDTH * x:.1f},{_HEIGHT * (1 - num_bytes / top):.1f}"
+
+    def line(kind: str, start: str, end: str) -> str:
+        (x1, y1), (x2, y2) = start.split(","), end.split(",")
+        return f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
+
+    shapes = [line("grid", at(0, tick), at(1, tick)) for tick in ticks(top)]
+    for group, (lower, upper) in drawing.stacked().items():
+        there = [at(x, y) for x, y in zip(drawing.xs, upper, strict=True)]
+        back = [at(x, y) for x, y in zip(drawing.xs, lower, strict=True)][::-1]
+        name, colour = GROUPS[group]
+        shapes.append(f'<polygon points="{" ".join(there + back)}" fill="{colour}"><title>{name}</title></polygon>')
+    shapes += [line("border", at(each.start, 0), at(each.start, top)) for each in drawing.stretches[1:]]
+    shapes.append(line("peak", at(drawing.peak_x, 0), at(drawing.peak_x, top)))
+    if ceiling is not None:
+        shapes.append(line("device", at(0, ceiling), at(1, ceiling)))
+    says = "Allocated memory over one update, stacked by kind; the tables below have its numbers"
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{says}">'
+        f"{''.join(shapes)}</svg>"
+    )
 
 
 def _phases(known: Answer) -> str:
@@ -181,8 +188,7 @@ def _phases(known: Answer) -> str:
             continue
         swatch = f'<span class="swatch" style="background:{colour}"></span>'
         rows.append(_table_row("", f"{swatch}{name}", titles, map(_gb, sums)))
-        details = sorted({key for point in points for key in point.components if group_of(key) == group})
-        for key in details if len(details) > 1 else ():
+        for key in details(group, points):
             sizes = (_gb(point.components.get(key, 0)) for point in points)
             rows.append(_table_row("detail", escape(detail_of(key)), titles, sizes))
     rows.append(_table_row("total", "allocated", titles, (_gb(point.total) for point in points)))
@@ -234,7 +240,8 @@ def _table(titles: Sequence[str], rows: Sequence[str], *, stack: bool) -> str:
         for index, title in enumerate(titles)
     )
     return (
-        f'<table role="table"{" class=stack" if stack else ""}><thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
+        f'<table role="table"{" class=stack" if stack else ""}>'
+        f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
     )
 

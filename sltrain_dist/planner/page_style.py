@@ -28,16 +28,21 @@ section {
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 .warn { color: var(--warn); font-weight: 600; }
 .meter {
-  display: flex; height: 1.4rem; margin: .9rem 0 .3rem; border-radius: .3rem; overflow: hidden;
+  display: flex; height: 1.4rem; margin: .9rem 0 .7rem; border-radius: .3rem; overflow: hidden;
   background: var(--line); gap: 1px;
 }
+.meter { position: relative; }
 .meter i { display: block; height: 100%; }
+.meter b { position: absolute; top: 0; bottom: 0; width: 3px; background: var(--bad); outline: 1px solid var(--card); }
 .slack { background: repeating-linear-gradient(45deg, var(--quiet) 0 3px, transparent 3px 6px); }
-dl.parts { margin: 0; display: grid; grid-template-columns: auto 1fr auto auto; gap: .35rem .7rem; align-items: center; }
+dl.parts {
+  margin: 0; display: grid; grid-template-columns: auto 1fr auto auto; gap: .35rem .7rem; align-items: center;
+}
 dl.parts dt, dl.parts dd { margin: 0; }
 dl.parts .bar { height: .6rem; border-radius: .2rem; min-width: 2px; }
 dl.parts dd.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 dl.parts .detail { color: var(--quiet); font-size: .85rem; padding-left: 1.4rem; }
+.ceiling { display: inline-block; width: 1.2rem; border-top: 2px dashed var(--bad); margin: 0 .5rem .25rem 0; }
 .swatch { display: inline-block; width: .75rem; height: .75rem; border-radius: .15rem; margin-right: .5rem; }
 .plot { position: relative; height: 16rem; margin: 1.6rem 0 .2rem 3.4rem; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -49,9 +54,8 @@ dl.parts .detail { color: var(--quiet); font-size: .85rem; padding-left: 1.4rem;
 .plot span { position: absolute; font-size: .75rem; line-height: 1; white-space: nowrap; }
 .plot .tick { right: calc(100% + .4rem); transform: translateY(-50%); color: var(--quiet); }
 .plot .above { bottom: calc(100% + .35rem); font-weight: 600; }
-.plot .ceiling { right: .2rem; transform: translateY(-140%); color: var(--bad); }
 .phases { display: flex; margin-left: 3.4rem; font-size: .75rem; color: var(--quiet); }
-.phases span { overflow: hidden; text-align: center; text-overflow: ellipsis; }
+.phases span { display: flex; justify-content: center; white-space: nowrap; overflow-wrap: normal; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .8rem 0 0; padding: 0; list-style: none; }
 .legend li { font-size: .85rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
@@ -70,7 +74,9 @@ summary { cursor: pointer; }
   dl.parts { grid-template-columns: 1fr auto auto; }
   dl.parts dd.track { display: none; }
   table.stack thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  table.stack tr { display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: .45rem 0; border-bottom: 1px solid var(--line); }
+  table.stack tr {
+    display: flex; flex-wrap: wrap; gap: .1rem .9rem; padding: .45rem 0; border-bottom: 1px solid var(--line);
+  }
   table.stack th { flex: 1 0 100%; border: 0; padding: 0; }
   table.stack tr.detail th { padding-left: 1.25rem; }
   table.stack td { border: 0; padding: 0; white-space: normal; text-align: left; }

@@ -10,7 +10,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.labels import GROUPS, describe
 from sltrain_dist.planner.report import sentences, size
-from sltrain_dist.planner.timeline import draw
+from sltrain_dist.planner.timeline import allocatable, draw
 
 FORMATS = (".png", ".svg", ".pdf")
 """Kinds of files, by their suffix."""
@@ -39,14 +39,14 @@ def _figure(known: Answer) -> Figure:
     areas = drawing.stacked()
     for group, (lower, upper) in areas.items():
         name, colour = GROUPS[group]
-        label = f"{name}  {size(estimate.peak.groups().get(group, 0))}"
-        scaled = [[y / 1e9 for y in edge] for edge in (lower, upper)]
-        axes.fill_between(drawing.xs, *scaled, color=colour, linewidth=0, label=label)
+        at_peak = estimate.peak.groups().get(group, 0)
+        label = f"{name}  {size(at_peak)}" if at_peak else name
+        low, high = ([y / 1e9 for y in edge] for edge in (lower, upper))
+        axes.fill_between(drawing.xs, low, high, color=colour, linewidth=0, label=label)
     axes.axvline(drawing.peak_x, color="black", linewidth=1)
-    if known.device_memory is not None:
-        ceiling = known.device_memory - estimate.reserved_bytes
-        if 0 < ceiling <= 2 * estimate.peak_bytes:
-            axes.axhline(ceiling / 1e9, color="#b3261e", linestyle="--", linewidth=1, label="device, less context")
+    ceiling = allocatable(known)
+    if ceiling is not None:
+        axes.axhline(ceiling / 1e9, color="#b3261e", linestyle="--", linewidth=1, label="left to tensors")
     for stretch in drawing.stretches[1:]:
         axes.axvline(stretch.start, color="#808890", linestyle=":", linewidth=0.8)
     axes.set_xticks([(each.start + each.end) / 2 for each in drawing.stretches])

@@ -8,6 +8,7 @@ from typing import Any
 from sltrain_dist.planner.accounting import PaperMemory
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.labels import GROUPS, PHASES, binding, group_of
+from sltrain_dist.planner.result import Point
 from sltrain_dist.planner.search import Row, Search
 from sltrain_dist.tracking.console import format_bytes, format_count
 
@@ -27,7 +28,7 @@ def as_json(known: Answer) -> dict[str, Any]:
         "peak_bytes": estimate.peak_bytes,
         "device_bytes": estimate.device_bytes,
         "phases": {phase: point.total for phase, point in largest.items()},
-        "components": dict(estimate.peak.components),
+        "components": _there(estimate.peak),
         "fits": known.fits,
         "margin_bytes": known.margin_bytes,
         "parameters": estimate.parameters,
@@ -35,7 +36,7 @@ def as_json(known: Answer) -> dict[str, Any]:
         "comm_bytes_per_update": estimate.comm_bytes_per_update,
         "peak_phase": estimate.peak.phase,
         "where": estimate.peak.where,
-        "phase_components": {phase: dict(point.components) for phase, point in largest.items()},
+        "phase_components": {phase: _there(point) for phase, point in largest.items()},
         "method": estimate.method,
         "relative_error": estimate.relative_error,
         "ranks": known.ranks,
@@ -46,6 +47,10 @@ def as_json(known: Answer) -> dict[str, Any]:
     if known.found is not None:
         result["search"] = _search_json(known.found, known)
     return result
+
+
+def _there(point: Point) -> dict[str, int]:
+    return {component: num_bytes for component, num_bytes in point.components.items() if num_bytes}
 
 
 def _search_json(found: Search, known: Answer) -> dict[str, Any]:
@@ -92,6 +97,9 @@ def sentences(known: Answer) -> Iterator[str]:
     """Where the peak is, what binds, what the run computes and sends, whether it fits, and what would help."""
     estimate, peak = known.estimate, known.estimate.peak
     group, most = binding(estimate)
+    sent = (
+        f"{size(estimate.comm_bytes_per_update)} sent by each rank in an update" if known.ranks > 1 else "nothing sent"
+    )
     when = "at the start" if peak.phase == "init" else f"in the {PHASES[peak.phase]} phase"
     yield (
         f"Peak {size(estimate.peak_bytes)} {when} ({peak.where}); most of all there: "
@@ -99,8 +107,7 @@ def sentences(known: Answer) -> Iterator[str]:
     )
     yield (
         f"{format_count(estimate.parameters)} parameters, {format_count(estimate.flops_per_token)} FLOPs a token, "
-        f"{size(estimate.comm_bytes_per_update)} sent by each rank in an update. "
-        f"By {estimate.method}; the peak is within {estimate.relative_error:.0%}."
+        f"{sent}. By {estimate.method}; the peak is within {estimate.relative_error:.0%}."
     )
     if (fits := verdict(known)) is not None:
         yield fits

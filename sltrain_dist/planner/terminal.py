@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sltrain_dist.planner.accounting import PaperMemory
 from sltrain_dist.planner.answer import Answer
-from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, group_of
+from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, details
 from sltrain_dist.planner.report import row_cells, search_sentences, sentences, varying
 from sltrain_dist.planner.result import Estimate
 
@@ -68,8 +68,7 @@ def _components(estimate: Estimate) -> Table:
         if not any(sums):
             continue
         table.add_row(f"[{colour}]■[/] {name}", *map(_cell, sums))
-        details = sorted({key for point in points for key in point.components if group_of(key) == group})
-        for key in details if len(details) > 1 else ():
+        for key in details(group, points):
             sizes = (f"[dim]{_cell(point.components.get(key, 0))}[/]" for point in points)
             table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
     table.add_row("allocated", *(_cell(point.total) for point in points))

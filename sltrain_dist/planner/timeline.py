@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.labels import GROUPS, PHASES
 from sltrain_dist.planner.result import Estimate, Group, Phase
 
-_NARROWEST = 0.09
+_NARROWEST = 0.12
 """Share of the width that every phase has at least, so that its name can be read."""
 
 
@@ -72,6 +73,14 @@ def draw(estimate: Estimate) -> Drawing:
     sums = [point.groups() for point in corners]
     heights = {group: [each.get(group, 0) for each in sums] for group in GROUPS}
     return Drawing(stretches, xs, {group: sizes for group, sizes in heights.items() if any(sizes)}, peak_x)
+
+
+def allocatable(known: Answer) -> int | None:
+    """What the device leaves to allocated tensors; None without one, or where it is far above what is drawn."""
+    if known.device_memory is None:
+        return None
+    left = known.device_memory - known.estimate.reserved_bytes
+    return left if 0 < left <= 2 * known.estimate.peak_bytes else None
 
 
 def ticks(top: int) -> list[int]:

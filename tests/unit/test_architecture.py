@@ -20,6 +20,7 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"train"},
+    {"planner"},
     {"cli"},
 )
 """Lowest first; a package imports itself and what is below it, not its neighbours."""
@@ -43,6 +44,21 @@ TORCH_FREE = {
     "parallel.watchdog",
     "checkpoint.manifest",
     "data.order",
+    "planner.result",
+    "planner.units",
+    "planner.labels",
+    "planner.levers",
+    "planner.speed",
+    "planner.search",
+    "planner.accounting",
+    "planner.reference",
+    "planner.answer",
+    "planner.report",
+    "planner.terminal",
+    "planner.timeline",
+    "planner.page",
+    "planner.picture",
+    "planner.command",
     "cli",
 }
 LEAVES = {
