@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.low_bit import Agree, LowBitAdam, is_needed
-from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, stored_states, whole
+from sltrain_dist.optim.low_bit import Agree, LowBitAdam
+from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, needs_low_bit, stored_states, whole
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
-    if is_needed(optim, named[0][1].element_size()):
+    if needs_low_bit(optim, named[0][1].element_size()):
         known = places or {}
         by_parameter = {p: known.get(name) or whole(name, tuple(p.shape)) for name, p in named}
         return LowBitAdam(groups, optim, by_parameter, agree)

@@ -25,7 +25,6 @@ from sltrain_dist.optim.state_layout import (
     Place,
     Span,
     code_bytes,
-    has_masters,
     shared_blocks,
     spans,
     stored_states,
@@ -265,12 +264,3 @@ def _bytes_of(place: Place, span: Span) -> tuple[int, int, bool]:
         return first, first + span.rows * per_row, False
     start, stop = place.start + span.start, place.start + span.stop
     return start // 2 - place.start // 2, -(-stop // 2) - place.start // 2, start % 2 == 1
-
-
-def is_needed(optim: OptimConfig, value_bytes: int) -> bool:
-    """Whether torch's own Adam will not do, for parameters of this many bytes a value."""
-    if optim.name not in ("adamw", "adam"):
-        return False
-    rounds = optim.stochastic_rounding and value_bytes < 4
-    wider = optim.state_bits == 32 and value_bytes < 4
-    return optim.state_bits in BLOCKS or wider or rounds or has_masters(optim, value_bytes)

@@ -172,6 +172,15 @@ def has_masters(optim: OptimConfig, value_bytes: int) -> bool:
     return optim.master_weights and value_bytes < 4
 
 
+def needs_low_bit(optim: OptimConfig, value_bytes: int) -> bool:
+    """Whether torch's own Adam will not do, for parameters of this many bytes a value."""
+    if optim.name not in ("adamw", "adam"):
+        return False
+    rounds = optim.stochastic_rounding and value_bytes < 4
+    wider = optim.state_bits == 32 and value_bytes < 4
+    return optim.state_bits in BLOCKS or wider or rounds or has_masters(optim, value_bytes)
+
+
 def state_bytes(place: Place, optim: OptimConfig, value_bytes: int) -> int:
     """Bytes of a place's optimizer state; the counter of updates is not among them."""
     return sum(state.nbytes for state in stored_states(place, optim, value_bytes))

@@ -1,0 +1,125 @@
+"""What becomes of a parameter's gradient when it arrives (no torch)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+from sltrain_dist.planner.tape import Buffer, Tape
+from sltrain_dist.planner.updates import StepMemory
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model, the same in every block.
+
+    Attributes:
+        group: "factors", "sparse_values" or "dense".
+        shape: Its shape.
+    """
+
+    group: str
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """Number of them."""
+        return prod(self.shape)
+
+
+Arrived = Sequence[tuple[Parameter, Buffer]]
+
+
+class Sink(Protocol):
+    """Takes the gradients of one autograd function."""
+
+    def arrive(self, tape: Tape, gradients: Arrived) -> None:
+        """Owns the buffers from now on. Several parameters may share one."""
+
+
+class Keep:
+    """They become `.grad`, and wait for the update."""
+
+    def arrive(self, tape: Tape, gradients: Arrived) -> None:
+        """They stay."""
+
+
+class Add:
+    """They are added to what is there: an earlier micro-batch's, or DDP's bucket."""
+
+    def arrive(self, tape: Tape, gradients: Arrived) -> None:
+        """They go."""
+        tape.drop(*(buffer for _, buffer in gradients))
+
+
+class Step:
+    """Per-layer updates: their parameters are updated, one after the other.
+
+    Args:
+        how: What is the same for all gradients.
+        waiting: Parameters whose gradients are on their way at the beginning.
+    """
+
+    def __init__(self, how: Arrivals, waiting: Sequence[Parameter] = ()) -> None:
+        self._how = how
+        self._sent: deque[tuple[Parameter, Buffer | None]] = deque((parameter, None) for parameter in waiting)
+
+    def arrive(self, tape: Tape, gradients: Arrived) -> None:
+        """They are used, at once or when they come back."""
+        for parameter, gradient in gradients:
+            buffer: Buffer | None = gradient
+            if self._how.held:  # added to that of earlier micro-batches
+                tape.drop(gradient)
+                buffer = None
+            if self._how.in_flight is None:
+                self._use(tape, parameter, buffer)
+                continue
+            self._sent.append((parameter, buffer))
+            self.receive(tape, self._how.in_flight)
+
+    def receive(self, tape: Tape, at_most: int) -> None:
+        """Uses the oldest until so many bytes are on their way."""
+        while sum(parameter.values for parameter, _ in self._sent) * self._how.width > at_most:
+            self._use(tape, *self._sent.popleft())
+
+    @property
+    def waiting(self) -> tuple[Parameter, ...]:
+        """On their way, the oldest first."""
+        return tuple(parameter for parameter, _ in self._sent)
+
+    def _use(self, tape: Tape, parameter: Parameter, buffer: Buffer | None) -> None:
+        assert self._how.step is not None  # where gradients are used up, something steps
+        tape.brief("temporaries.optimizer", self._how.step.of(parameter.shape))
+        if buffer is None:
+            tape.add("gradients", -parameter.values * self._how.width)
+        else:
+            tape.drop(buffer)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """How gradients are taken.
+
+    Attributes:
+        kind: keep: they become `.grad`. add: they are added to what is there, an earlier micro-batch's or DDP's bucket.
+            step: they are used up by per-layer updates.
+        width: Bytes of a value.
+        step: What an update takes, with step.
+        in_flight: With step, most bytes that are being summed over the ranks meanwhile; None on one rank.
+        held: With step, whether there are gradients of earlier micro-batches.
+    """
+
+    kind: Literal["keep", "add", "step"]
+    width: int
+    step: StepMemory | None = None
+    in_flight: int | None = None
+    held: bool = False
+
+    def sink(self, waiting: Sequence[Parameter] = ()) -> Keep | Add | Step:
+        """For a stretch of training, at whose beginning some gradients are on their way."""
+        if self.kind == "step":
+            return Step(self, waiting)
+        return Keep() if self.kind == "keep" else Add()

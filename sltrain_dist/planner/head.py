@@ -1,0 +1,188 @@
+"""What is before and after the decoder blocks (no torch): embedding, last norm, head and loss (models/loss.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sltrain_dist.planner.block import NORMS, RESIDUAL
+from sltrain_dist.planner.device import Device
+from sltrain_dist.planner.gradients import Parameter, Sink
+from sltrain_dist.planner.linear import CAST_WEIGHTS, CASTS, OUTPUT_GRADIENTS, Widths
+from sltrain_dist.planner.tape import Buffer, Tape
+
+LOSS, LOGITS = "activations.loss", "temporaries.logits"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Sizes of what is before and after the blocks.
+
+    Attributes:
+        tokens: T.
+        vocabulary: V.
+        hidden: h.
+        chunk: Tokens whose logits exist at a time; 0 for all, with autograd.
+        tied: Whether head and embedding are one parameter.
+        widths: Bytes of a value.
+        device: Where it runs.
+    """
+
+    tokens: int
+    vocabulary: int
+    hidden: int
+    chunk: int
+    tied: bool
+    widths: Widths
+    device: Device
+
+    @property
+    def table(self) -> Parameter:
+        """The embedding's weight, and the head's."""
+        return Parameter("dense", (self.vocabulary, self.hidden))
+
+    @property
+    def gain(self) -> Parameter:
+        """The last norm's."""
+        return Parameter("dense", (self.hidden,))
+
+
+class EndsTape:
+    """Goes through them on a tape."""
+
+    def __init__(self, tape: Tape, ends: Ends) -> None:
+        self.tape, self.ends = tape, ends
+
+    def forward(self, x: Buffer) -> list[Buffer]:
+        """Last norm, head and loss; x stays the caller's.
+
+        Returns:
+            What is kept: the norm's inverse roots; then the gradients of hidden states and weight, if chunked, or
+            hidden states, the log-probabilities and maybe the cast weight.
+        """
+        tape, e = self.tape, self.ends
+        tape.at("last norm")
+        inverse = tape.new(NORMS, e.tokens * max(e.widths.residual, 2))
+        hidden = tape.new(NORMS, x.size)
+        kept = self._chunked(hidden) if e.chunk else self._whole(hidden)
+        return [inverse, *kept]
+
+    def _chunked(self, hidden: Buffer) -> list[Buffer]:
+        tape, e = self.tape, self.ends
+        w, V, h = e.widths.compute, e.vocabulary, e.hidden
+        tape.at("loss, a chunk of its tokens")
+        cast = tape.new(CASTS, V * h * w) if e.widths.casts else None
+        grad_x = tape.new(LOSS, hidden.size)
+        several = e.tokens > e.chunk
+        grad_weight = tape.new(LOSS, 4 * V * h) if several else None
+        before: list[Buffer] = []
+        for first in range(0, min(e.tokens, 3 * e.chunk), e.chunk):  # later ones take no more than the third
+            count = min(e.chunk, e.tokens - first)
+            part = tape.new(LOGITS, count * h * w) if e.widths.casts else None
+            logits = tape.new(LOGITS, count * V * w)
+            wide = tape.new(LOGITS, 4 * count * V) if w == 2 and not e.device.fused else None
+            log_p = tape.new(LOGITS, 4 * count * V)
+            tape.drop(wide)
+            grad_logits = tape.new(LOGITS, count * V * w) if w < 4 else tape.keep(log_p)
+            tape.drop(log_p, logits, *before)
+            tape.brief(LOGITS, count * h * w)
+            counted = tape.new(LOGITS, count * h * w)
+            tape.drop(part)
+            if several:
+                if w < 4:
+                    tape.brief(LOGITS, V * h * w)
+            else:
+                grad_weight = tape.new(LOSS, V * h * w)
+            before = [grad_logits, counted]
+        tape.drop(*before, cast, hidden)
+        assert grad_weight is not None  # there are tokens
+        return [grad_x, grad_weight]
+
+    def _whole(self, hidden: Buffer) -> list[Buffer]:
+        tape, e = self.tape, self.ends
+        w, V = e.widths.compute, e.vocabulary
+        tape.at("loss")
+        kept = []
+        if e.widths.casts:
+            cast = tape.new("activations.casts", e.tokens * e.hidden * w)
+            tape.drop(hidden)
+            hidden = cast
+            kept.append(tape.new(CAST_WEIGHTS, V * e.hidden * w))
+        logits = tape.new(LOGITS, e.tokens * V * w)
+        wide = tape.new(LOGITS, 4 * e.tokens * V) if w < 4 else tape.keep(logits)
+        log_p = tape.new(LOSS, 4 * e.tokens * V)
+        tape.drop(logits, wide)
+        return [hidden, log_p, *kept]
+
+    def backward(self, x: Buffer, kept: list[Buffer], sink: Sink) -> Buffer:
+        """From the loss to the gradient of x, the last block's output, of which an owner is taken.
+
+        With a tied head, its gradient waits for the embedding's.
+        """
+        tape, e = self.tape, self.ends
+        tape.at("backward of loss and head")
+        inverse, *kept = kept
+        grad = self._chunked_backward(kept, sink) if e.chunk else self._whole_backward(kept, sink)
+        tape.at("backward of last norm")
+        dx = tape.new(OUTPUT_GRADIENTS, x.size)
+        if not e.device.fused:
+            tape.brief(OUTPUT_GRADIENTS, x.size)
+        gain = tape.new("gradients", e.hidden * e.widths.gradient)
+        tape.drop(grad, x, inverse)
+        sink.arrive(tape, [(e.gain, gain)])
+        return dx
+
+    def _chunked_backward(self, kept: list[Buffer], sink: Sink) -> Buffer:
+        tape, e = self.tape, self.ends
+        grad_x, grad_weight = kept
+        size = e.vocabulary * e.hidden * e.widths.parameter
+        gradient = tape.keep(grad_weight) if grad_weight.size == size else tape.new("gradients", size)
+        tape.drop(grad_weight)
+        self._weight_arrived(gradient, sink)
+        return grad_x
+
+    def _whole_backward(self, kept: list[Buffer], sink: Sink) -> Buffer:
+        tape, e = self.tape, self.ends
+        w, V, h = e.widths.compute, e.vocabulary, e.hidden
+        hidden, log_p, *cast = kept
+        outer = tape.new(LOGITS, log_p.size)
+        grad = tape.new(LOGITS, log_p.size)
+        tape.drop(outer, log_p)
+        if w < 4:
+            narrow = tape.new(LOGITS, e.tokens * V * w)
+            tape.drop(grad)
+            grad = narrow
+        gradient = tape.new(CASTS if cast else "gradients", V * h * w)
+        dx = tape.new(OUTPUT_GRADIENTS, e.tokens * h * w)
+        tape.drop(grad, hidden)
+        if cast:
+            wide = tape.new("gradients", V * h * e.widths.gradient)
+            tape.drop(gradient, *cast)
+            gradient = wide
+            full = tape.new(OUTPUT_GRADIENTS, e.tokens * h * e.widths.residual)
+            tape.drop(dx)
+            dx = full
+        self._weight_arrived(gradient, sink)
+        return dx
+
+    def _weight_arrived(self, gradient: Buffer, sink: Sink) -> None:
+        if not self.ends.tied:
+            sink.arrive(self.tape, [(self.ends.table, gradient)])
+
+    def embedding(self) -> Buffer:
+        """The residual stream's beginning."""
+        self.tape.at("embedding")
+        return self.tape.new(RESIDUAL, self.ends.tokens * self.ends.hidden * self.ends.widths.residual)
+
+    def embedding_backward(self, grad: Buffer, sink: Sink) -> None:
+        """The gradient of the embedding's weight, a dense one."""
+        tape, e = self.tape, self.ends
+        tape.at("backward of embedding")
+        size = e.table.values * e.widths.gradient
+        gradient = tape.new("gradients", size)
+        tape.drop(grad)
+        if e.tied:  # both are summed before they arrive
+            total = tape.new("gradients", size)
+            tape.drop(gradient)
+            tape.add("gradients", -size)
+            gradient = total
+        sink.arrive(tape, [(e.table, gradient)])

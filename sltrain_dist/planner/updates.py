@@ -1,0 +1,84 @@
+"""What an optimizer's step takes for a moment (no torch): optim/low_bit.py, and torch's optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.optim.state_layout import BLOCKS, Place, has_masters, is_quantized, needs_low_bit, spans, whole
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that live within a step of one parameter, beside parameter, gradient and states.
+
+    Attributes:
+        optim: Optimizer settings.
+        width: Bytes of a parameter's value.
+        span: Values that are updated at a time.
+    """
+
+    optim: OptimConfig
+    width: int
+    span: int
+
+    def of(self, shape: tuple[int, ...]) -> int:
+        """Of a whole parameter."""
+        return self.of_place(whole("", shape))
+
+    def of_place(self, place: Place) -> int:
+        """Of a part of a parameter."""
+        if place.count == 0:
+            return 0
+        if self.optim.name == "adafactor":
+            return _adafactor(place.shape, self.width)
+        if not needs_low_bit(self.optim, self.width):
+            return 0  # torch's fused Adam, and its SGD, work in place
+        return _low_bit(place.shape, place.start, place.count, self)
+
+
+@lru_cache(maxsize=4096)
+def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory) -> int:
+    """The largest moment of `LowBitAdam._update`; letters as there."""
+    optim = memory.optim
+    place = Place("", shape, start, count)
+    block = BLOCKS.get(optim.state_bits, 1)
+    first = next(iter(spans(place, block, memory.span)))
+    values = first.stop - first.start
+    narrow = memory.width < 4
+    quantized = is_quantized(shape, optim.state_bits)
+    width = values // first.rows
+    padded = first.rows * -(-(first.left + width) // block) * block
+    even = first.left == 0 and width % block == 0
+    four = 4 * values
+    gradient = four if narrow else 0
+    codes = values if optim.state_bits == 4 else 0
+    spread = 0 if even else 4 * padded  # of scales over their blocks
+
+    # _moments: the gradient, the first moment, and the second while it is read, or what is added to it.
+    read = max(2 * four, four + spread + four) + codes if quantized else four
+    moments = gradient + four + max(read, 2 * four)
+    # _write: both moments, and what `largest` and `encode` take.
+    largest = four + (0 if even else 4 * padded)
+    encode = spread + four if spread else 0
+    encode = max(encode, 4 * four - 2 * values)  # 14 bytes a value: scaled, upper, codes, borders, above
+    write = 2 * four + max(largest, encode) if quantized else 0
+    # The change, in the first moment's place; the values, decayed in a copy; their difference.
+    masters = has_masters(optim, memory.width)
+    held = four if narrow and not masters else 0
+    if optim.weight_decay and optim.name == "adamw":
+        change = 2 * four + held + four
+        held = four
+    else:
+        change = 0
+    change = max(change, 2 * four + held + four)
+    if optim.stochastic_rounding and narrow:
+        change = 2 * four + held + four + 16 * values  # stochastic_round: 64-bit words, twice
+    return max(moments, write, change)
+
+
+def _adafactor(shape: tuple[int, ...], width: int) -> int:
+    """torch.optim.Adafactor, one parameter at a time: the squared gradient's means, and the update."""
+    return 2 * width * prod(shape)
