@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.drawing import Drawing, allocatable, draw, ticks
 from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, details
 from sltrain_dist.planner.page_style import STYLE
 from sltrain_dist.planner.report import row_cells, search_sentences, sentences, size, varying
 from sltrain_dist.planner.result import Group, Point
-from sltrain_dist.planner.timeline import Drawing, allocatable, draw, ticks
 
 _WIDTH, _HEIGHT = 1000, 300
 """Of the drawing, which is stretched to the page's width; text stands beside it, not in it."""

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.drawing import allocatable, draw
 from sltrain_dist.planner.labels import GROUPS, describe
 from sltrain_dist.planner.report import sentences, size
-from sltrain_dist.planner.timeline import allocatable, draw
 
 FORMATS = (".png", ".svg", ".pdf")
 """Kinds of files, by their suffix."""

@@ -55,7 +55,7 @@ TORCH_FREE = {
     "planner.answer",
     "planner.report",
     "planner.terminal",
-    "planner.timeline",
+    "planner.drawing",
     "planner.page",
     "planner.picture",
     "planner.command",

@@ -15,12 +15,12 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner import answer as answers
 from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.drawing import draw, ticks
 from sltrain_dist.planner.labels import GROUPS
 from sltrain_dist.planner.levers import default_levers, named_levers
 from sltrain_dist.planner.result import Estimate, Point
 from sltrain_dist.planner.search import Row, evaluate, pareto, search, single_changes
 from sltrain_dist.planner.speed import update_time
-from sltrain_dist.planner.timeline import draw, ticks
 from sltrain_dist.planner.units import GPUS, parse_device_memory
 
 
