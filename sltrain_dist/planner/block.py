@@ -101,7 +101,7 @@ class BlockTape:
     def _norm(self, x: Buffer, kept: Kept, *, saves: bool) -> Buffer:
         """Saved are the input and the inverse root, one value a token."""
         tape = self.tape
-        inverse = tape.new(NORMS, self.block.tokens * max(self.block.widths.residual, 2))
+        inverse = tape.new(NORMS, self.block.tokens * (4 if self.block.device.fused else self.block.widths.residual))
         normed = tape.new(NORMS, x.size)
         if saves:
             kept.norm_inputs.append([tape.keep(x), inverse])
@@ -172,6 +172,8 @@ class BlockTape:
         out = self.linear.backward(calls.pop(), [self._narrow(grad)], sink)
         inputs = kept.attention
         q, k, v = (tape.new(OUTPUT_GRADIENTS, buffer.size) for buffer in inputs[:3])
+        if self.block.device.fused:
+            tape.brief("temporaries.attention", self._attention_scratch())
         tape.drop(out, *inputs)
         turned = []
         for y in (k, q):
@@ -188,6 +190,18 @@ class BlockTape:
             turned.append(back)
         normed = self.linear.backward(calls.pop(), [turned[1], turned[0], v], sink)
         return self._norm_backward(grad, normed, kept, sink)
+
+    def _attention_scratch(self) -> int:
+        """What attention's backward kernel takes while it runs, in float32.
+
+        Flash attention adds up the queries' gradients and a sum for every row (mha_bwd in flash_api.cpp: lengths are
+        rounded up to 128, widths to 32); the memory-efficient kernel, which float32 takes, the sums alone.
+        """
+        block = self.block
+        rows = block.batch * block.heads
+        if block.widths.compute == 4:
+            return 4 * rows * block.length
+        return 4 * rows * _up(block.length, 128) * (_up(block.head_dim, 32) + 1)
 
     def _narrow(self, grad: Buffer) -> Buffer:
         """The gradient for a branch that is added to the residual stream: the same, or cast to the branch's type."""
@@ -212,3 +226,7 @@ class BlockTape:
         total = tape.new(OUTPUT_GRADIENTS, size)
         tape.drop(dx, grad)
         return total
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -15,7 +15,7 @@ class Device:
     Attributes:
         type: As in `torch.device`; it decides which path a layer takes.
         kernels: Whether Triton's kernels are used (sparse_lowrank/kernels.py).
-        fused: Whether RMSNorm, and softmax with a cast to float32, are one kernel each.
+        fused: Whether RMSNorm is one kernel forward and one backward, and attention's scratch memory torch's own.
         span: Values that the optimizers of :mod:`sltrain_dist.optim.low_bit` update at a time.
     """
 

@@ -48,11 +48,21 @@ class Keep:
 
 
 class Add:
-    """They are added to what is there: an earlier micro-batch's, or DDP's bucket."""
+    """They are added to what is there: an earlier micro-batch's, or DDP's bucket.
+
+    Args:
+        how: What is the same for all gradients.
+    """
+
+    def __init__(self, how: Arrivals) -> None:
+        self._how = how
 
     def arrive(self, tape: Tape, gradients: Arrived) -> None:
-        """They go."""
-        tape.drop(*(buffer for _, buffer in gradients))
+        """They go; where DDP's bucket takes them, so do those of earlier micro-batches."""
+        for parameter, buffer in gradients:
+            tape.drop(buffer)
+            if self._how.held:
+                tape.add("gradients", -parameter.values * self._how.width)
 
 
 class Step:
@@ -92,7 +102,7 @@ class Step:
 
     def _use(self, tape: Tape, parameter: Parameter, buffer: Buffer | None) -> None:
         assert self._how.step is not None  # where gradients are used up, something steps
-        tape.brief("temporaries.optimizer", self._how.step.of(parameter.shape))
+        tape.brief("temporaries.update", self._how.step.of(parameter.shape))
         if buffer is None:
             tape.add("gradients", -parameter.values * self._how.width)
         else:
@@ -109,7 +119,7 @@ class Arrivals:
         width: Bytes of a value.
         step: What an update takes, with step.
         in_flight: With step, most bytes that are being summed over the ranks meanwhile; None on one rank.
-        held: With step, whether there are gradients of earlier micro-batches.
+        held: Whether there are gradients of earlier micro-batches, which are free when these have come.
     """
 
     kind: Literal["keep", "add", "step"]
@@ -122,4 +132,4 @@ class Arrivals:
         """For a stretch of training, at whose beginning some gradients are on their way."""
         if self.kind == "step":
             return Step(self, waiting)
-        return Keep() if self.kind == "keep" else Add()
+        return Keep() if self.kind == "keep" else Add(self)

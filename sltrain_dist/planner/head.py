@@ -61,7 +61,7 @@ class EndsTape:
         """
         tape, e = self.tape, self.ends
         tape.at("last norm")
-        inverse = tape.new(NORMS, e.tokens * max(e.widths.residual, 2))
+        inverse = tape.new(NORMS, e.tokens * (4 if e.device.fused else e.widths.residual))
         hidden = tape.new(NORMS, x.size)
         kept = self._chunked(hidden) if e.chunk else self._whole(hidden)
         return [inverse, *kept]
@@ -79,7 +79,7 @@ class EndsTape:
             count = min(e.chunk, e.tokens - first)
             part = tape.new(LOGITS, count * h * w) if e.widths.casts else None
             logits = tape.new(LOGITS, count * V * w)
-            wide = tape.new(LOGITS, 4 * count * V) if w == 2 and not e.device.fused else None
+            wide = tape.new(LOGITS, 4 * count * V) if w < 4 else None  # log_softmax casts bf16 before, on CUDA too
             log_p = tape.new(LOGITS, 4 * count * V)
             tape.drop(wide)
             grad_logits = tape.new(LOGITS, count * V * w) if w < 4 else tape.keep(log_p)

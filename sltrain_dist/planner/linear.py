@@ -333,12 +333,11 @@ class LinearTape:
             q = tape.new(LOW_RANK, sum(part.size for part in parts))
             tape.drop(*parts)
         tape.drop(self._stacked(layers))
-        cast = CASTS if self.widths.casts else "gradients"
-        dA = tape.new(cast, sum(layer.rank for layer in layers) * n * w)
+        component = CASTS if self.widths.casts else "gradients"
+        dA = tape.new(component, sum(layer.rank for layer in layers) * n * w)
         h = self._inner(layers, LOW_RANK) if call is None else None
-        dB = [tape.new(cast, layer.m * layer.rank * w) for layer in layers]
+        dB = [tape.new(component, layer.m * layer.rank * w) for layer in layers]
         arrived: list[tuple[Parameter, Buffer]] = []
-        owners = 0
         wide = self.widths.parameter
         for layer, B, V in zip(layers, dB, values.gradients, strict=True):
             if self.widths.casts:
@@ -346,7 +345,6 @@ class LinearTape:
                 A_wide = tape.new("gradients", layer.rank * n * wide)
                 arrived += [(layer.parameters[0], B_wide), (layer.parameters[1], A_wide)]
             else:
-                owners += 1
                 arrived += [(layer.parameters[0], B), (layer.parameters[1], tape.keep(dA))]
             V_own = V if wide == 4 else tape.new("gradients", layer.nnz * wide)
             arrived.append((layer.parameters[2], V_own))

@@ -1,0 +1,189 @@
+"""A training step on fake tensors: what a run takes on one rank of any number, without allocating it.
+
+The model, engine, optimizer and step are those that train. Fake tensors have shapes and types and no memory
+(torch's FakeTensorMode); a fake process group stands for the other ranks, and its collectives do nothing. Two
+updates are made, and the second is reported, beside whose forward and backward pass the optimizer's states are there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeVar
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import distributed as data_parallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
+from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.models.count import count_parameters, model_flops_per_token
+from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.optim import low_bit
+from sltrain_dist.parallel import fsdp
+from sltrain_dist.parallel.communication import update_traffic
+from sltrain_dist.parallel.ddp import DDPEngine
+from sltrain_dist.parallel.engine import Engine
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.planner.follow import Follower
+from sltrain_dist.planner.result import Estimate
+from sltrain_dist.planner.stand_in import INSIDE, as_cuda
+from sltrain_dist.tracking.live_bytes import LiveBytes
+
+T = TypeVar("T")
+
+
+def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cuda", "cpu"] = "cuda") -> Estimate:
+    """What a run takes, by replaying it on fake tensors.
+
+    Compiled runs are replayed as eager ones, which take no less.
+
+    Args:
+        config: The run; not with `parallel.engine: zero`, whose code reads what tensors hold.
+        ranks: World size.
+        rank: Whose memory; 0 holds the most.
+        device: Whose operators. cuda: a GPU's, with or without one here.
+
+    Raises:
+        ConfigError: The run cannot be replayed, or not be made on so many ranks.
+    """
+    if config.parallel.engine == "zero":
+        raise ConfigError(
+            "parallel.engine=zero cannot be replayed on fake tensors; leave --replay out (estimates for it are closed "
+            "form, and checked against live bytes of real runs), or set parallel.engine=fsdp"
+        )
+    if config.parallel.cpu_offload:
+        raise ConfigError(
+            "parallel.cpu_offload=true cannot be replayed: fake tensors here have one device; leave --replay out"
+        )
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"rank = {rank} is outside 0 … ranks − 1 = {ranks - 1}")
+    if dist.is_initialized():
+        raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
+    micro_batches_per_update(config, ranks)
+    eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
+    with ExitStack() as stack:
+        env = Alone(rank, ranks, rank, torch.device("cpu"))
+        if ranks > 1 or config.parallel.engine != "ddp":
+            stack.enter_context(_fake_group(rank, ranks))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_fakeable())
+        if device == "cuda":
+            stack.enter_context(as_cuda(config))
+        tracker = FakeBytes(INSIDE if device == "cuda" else None)
+        follower = Follower(eager, env, tracker)
+        follower.build(lambda: fake_model(eager))
+        _without_messages(follower.engine)
+        first = len(tracker.stretches)
+        follower.update()
+        del tracker.stretches[first:]
+        follower.update()
+        follower.save()
+    return Estimate(
+        timeline=follower.timeline(),
+        reserved_bytes=0,
+        parameters=count_parameters(config.model, config.reparam).total,
+        flops_per_token=model_flops_per_token(config.model, config.data.seq_len),
+        comm_bytes_per_update=round(update_traffic(config, ranks).total) if ranks > 1 else 0,
+        relative_error=0.0,
+        method="replay",
+    )
+
+
+class FakeBytes(LiveBytes):
+    """Live bytes of fake tensors. A number that is read from one of them is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Alone(Environment):
+    """A rank whose peers say what it says."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [self.world_size * value for value in values]
+
+    def max(self, values: list[float]) -> list[float]:
+        return list(values)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        return action()
+
+
+def fake_model(config: Config) -> LlamaForCausalLM:
+    """The model with fake parameters and buffers, under FakeTensorMode."""
+    model = build_meta_model(config)
+    for module in model.modules():  # not to_empty, which cannot swap fake parameters
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.tie()
+    return model
+
+
+@contextmanager
+def _fake_group(rank: int, ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _fakeable() -> Iterator[None]:
+    """Without what looks at the values of tensors, which fake ones do not have."""
+    make_mesh = fsdp._mesh
+
+    def mesh(*args: Any) -> Any:
+        with _disable_current_modes():  # it looks for this rank in a tensor of all
+            return make_mesh(*args)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(fsdp, "_mesh", mesh))
+        stack.enter_context(mock.patch.object(data_parallel, "_verify_param_shape_across_processes"))
+        stack.enter_context(mock.patch.object(data_parallel, "_sync_module_states"))
+        yield
+
+
+def _without_messages(engine: Engine) -> None:
+    """DDP's buckets stay as they are: sending and rearranging them takes values, and no other amount of memory."""
+    ddp = engine._ddp if isinstance(engine, DDPEngine) else None
+    if ddp is None:
+        return
+
+    ddp.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
+    ddp.reducer = _Reducer(ddp.reducer)
+
+
+def _done(result: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(result)
+    return future
+
+
+class _Reducer:
+    """DDP's reducer, which never rearranges its buckets."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False

@@ -1,0 +1,210 @@
+"""An update of one device, or of whole replicas, gone through from beginning to end (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from sltrain_dist.config.rules import loss_chunk_tokens
+from sltrain_dist.config.schema import Config, OptimConfig
+from sltrain_dist.optim.state_layout import MASTER, Place, is_quantized, stored_states, whole
+from sltrain_dist.parallel.partition import value_bytes
+from sltrain_dist.planner.block import RESIDUAL
+from sltrain_dist.planner.device import Device
+from sltrain_dist.planner.gradients import Arrivals, Parameter
+from sltrain_dist.planner.result import Phase, Point
+from sltrain_dist.planner.sizes import Sizes, index_bytes, sizes
+from sltrain_dist.planner.stretches import (
+    block_backward,
+    block_evaluation,
+    block_forward,
+    embedding_backward,
+    ends_backward,
+    ends_forward,
+)
+from sltrain_dist.planner.tape import Stretch
+from sltrain_dist.planner.updates import StepMemory
+
+_IN_FLIGHT_BYTES = 1 << 25
+"""As parallel/in_backward.py."""
+
+
+class Timeline:
+    """Goes through an update of the engine `ddp`.
+
+    Args:
+        config: The run.
+        shapes: Its sizes.
+        ranks: World size.
+        passes: Micro-batches of an update.
+        device: What it runs on.
+    """
+
+    def __init__(self, config: Config, shapes: Sizes, ranks: int, passes: int, device: Device) -> None:
+        self.config, self.shapes, self.ranks, self.passes, self.device = config, shapes, ranks, passes, device
+        self.width = value_bytes(config)
+        self.step = StepMemory(config.optim, self.width, device.span)
+        self.base: dict[str, int] = {}
+        self.timeline: list[Point] = []
+
+    def points(self) -> list[Point]:
+        """The moments, in their order."""
+        self.hold()
+        self.point("init", "model and optimizer")
+        self.add("batch", 16 * self.shapes.ends.tokens)
+        self.forward()
+        self.backward()
+        self.update()
+        self.save()
+        self.evaluate()
+        return self.timeline
+
+    # What lives all the time
+
+    def place(self, parameter: Parameter, *, in_block: bool) -> Place:
+        """What this rank holds of a parameter of a block, or of embedding, last norm and head."""
+        return whole("", parameter.shape)
+
+    def held_values(self, parameter: Parameter, *, in_block: bool) -> int:
+        """The same in values, with padding."""
+        return parameter.values
+
+    def waiting_values(self, parameter: Parameter, *, in_block: bool) -> int:
+        """Values of its gradient that wait between two micro-batches."""
+        return self.held_values(parameter, in_block=in_block)
+
+    def on_device(self, parameter: Parameter, *, in_block: bool) -> bool:
+        """Whether it lives there between its uses, with gradient and states."""
+        return True
+
+    def hold(self) -> None:
+        """Parameters, states, index and the rotary table; gradients that wait, and DDP's buckets."""
+        config, shapes = self.config, self.shapes
+        buckets = config.parallel.engine == "ddp" and self.ranks > 1 and config.optim.update == "whole"
+        for in_block, count, parameters in (
+            (True, len(shapes.order), shapes.block_parameters),
+            (False, 1, shapes.end_parameters),
+        ):
+            for parameter in parameters:
+                if buckets:
+                    self.add("gradients", count * parameter.values * self.width)
+                if not self.on_device(parameter, in_block=in_block):
+                    continue
+                self.add(parameter.group, count * self.held_values(parameter, in_block=in_block) * self.width)
+                states, masters = _state_bytes(self.place(parameter, in_block=in_block), config.optim, self.width)
+                self.add("states", count * states)
+                self.add("master_weights", count * masters)
+                if self.passes > 1:
+                    self.add("gradients", count * self.waiting_values(parameter, in_block=in_block) * self.width)
+        self.add("index", index_bytes(config.model, config.reparam))
+        self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """What becomes of the last micro-batch's gradients of parameters that are whole on every rank."""
+        several = self.passes > 1
+        if self.config.optim.update == "per_layer":
+            in_flight = _IN_FLIGHT_BYTES if self.ranks > 1 else None
+            return Arrivals("step", self.width, self.step, in_flight, held=several)
+        buckets = self.ranks > 1 and self.config.parallel.engine == "ddp"
+        return Arrivals("add" if buckets or several else "keep", self.width, held=buckets and several)
+
+    # An update
+
+    def forward(self) -> None:
+        """Forward pass of the last micro-batch."""
+        self.begin_forward()
+        for layer, kind in enumerate(self.shapes.order):
+            self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
+        self.apply("forward", "", ends_forward(self.shapes.ends))
+
+    def begin_forward(self) -> None:
+        """Embedding, and the rotary table in the residual stream's type."""
+        config, ends = self.config, self.shapes.ends
+        self.add(RESIDUAL, ends.tokens * ends.hidden * ends.widths.residual)
+        if ends.widths.residual != 4:
+            self.add("activations.rotary", 2 * ends.widths.residual * config.data.seq_len * config.model.head_dim)
+
+    def backward(self) -> None:
+        """Its backward pass."""
+        arrivals = self.arrivals
+        stretch, waiting = ends_backward(self.shapes.ends, arrivals)
+        self.apply("backward", "", stretch)
+        for layer, kind in reversed(list(enumerate(self.shapes.order))):
+            stretch, waiting = block_backward(self.shapes.blocks[kind], arrivals, waiting)
+            self.apply("backward", f"block {layer}", stretch)
+        self.apply("backward", "", embedding_backward(self.shapes.ends, arrivals, waiting))
+
+    def update(self) -> None:
+        """The optimizer's step, where it has not been made."""
+        self.base["activations.rotary"] = 0
+        if self.config.optim.update == "per_layer":
+            self.point("update", "made in the backward pass")
+            return
+        self.point(
+            "update", "step of the optimizer", {"temporaries.update": max(map(self.step.of_place, self.places()))}
+        )
+
+    def places(self) -> list[Place]:
+        """The different parts of parameters that this rank has on the device."""
+        kinds = ((True, self.shapes.block_parameters), (False, self.shapes.end_parameters))
+        return list(
+            dict.fromkeys(
+                self.place(parameter, in_block=in_block)
+                for in_block, parameters in kinds
+                for parameter in parameters
+                if self.on_device(parameter, in_block=in_block)
+            )
+        )
+
+    def save(self) -> None:
+        """A checkpoint, which takes one tensor after the other to the host; quantized states as one code a byte."""
+        self.base["batch"] = 0
+        bits = self.config.optim.state_bits
+        codes = (place.count for place in self.places() if is_quantized(place.shape, bits))
+        self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
+
+    def evaluate(self) -> None:
+        """Forward pass of an evaluation, of which nothing is kept."""
+        evaluation = self.config.eval
+        if evaluation.source is None:
+            return
+        shapes = sizes(self.config, self.device, micro_batch=evaluation.micro_batch)
+        ends = shapes.ends
+        before = dict(self.base)
+        self.add("batch", 16 * ends.tokens)
+        self.begin_forward()
+        block = max((block_evaluation(block) for block in shapes.blocks), key=lambda stretch: stretch.peak_total)
+        self.point("forward", "evaluation, a block", block.peak)
+        tokens = min(ends.tokens, loss_chunk_tokens(self.config) or ends.tokens)
+        narrow = ends.widths.compute < 4
+        logits = tokens * ends.vocabulary * (ends.widths.compute + 4 + (4 if narrow else 0))
+        self.point("forward", "evaluation, loss", {"temporaries.logits": logits})
+        self.base = before
+
+    # Bookkeeping
+
+    def add(self, component: str, size: int) -> None:
+        """Counts bytes that stay, or, negative, go."""
+        self.base[component] = self.base.get(component, 0) + size
+
+    def apply(self, phase: Phase, where: str, stretch: Stretch) -> None:
+        """Goes through a stretch."""
+        self.point(phase, ", ".join(part for part in (where, stretch.where) if part), stretch.peak)
+        for component, size in stretch.end.items():
+            self.add(component, size)
+
+    def point(self, phase: Phase, where: str, more: Mapping[str, int] | None = None) -> None:
+        """Records a moment at which more lives than what stays."""
+        components = dict(self.base)
+        for component, size in (more or {}).items():
+            components[component] = components.get(component, 0) + size
+        self.timeline.append(Point(phase, where, {k: v for k, v in components.items() if v}))
+
+
+@lru_cache(maxsize=65536)
+def _state_bytes(place: Place, optim: OptimConfig, width: int) -> tuple[int, int]:
+    """(states, fp32 copies)."""
+    stored = stored_states(place, optim, width)
+    masters = sum(state.nbytes for state in stored if state.key == MASTER)
+    return sum(state.nbytes for state in stored) - masters, masters
