@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
 from sltrain_dist.sparse_lowrank.layout import nonzeros, values_shape
@@ -42,6 +43,7 @@ class ParameterCount:
         return self.remainder + self.factors + self.sparse + self.dense
 
 
+@lru_cache(maxsize=64)
 def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
     """The linear layers of one decoder block, in the order of the forward pass."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim

@@ -13,6 +13,7 @@ from sltrain_dist.parallel.partition import (
     dealt,
     optimizer_groups,
     value_bytes,
+    whole_values,
     zero3_values,
     zero12_partition,
 )
@@ -62,8 +63,8 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if accumulates_locally(parallel) else passes
-    sharded, whole = dealt(config)
-    sent = Traffic.of("all_reduce", width * sum(math.prod(shape) for _, shape in whole), world_size)
+    sharded, _ = dealt(config)
+    sent = Traffic.of("all_reduce", width * whole_values(config), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if passes_twice(config.optim):
@@ -85,14 +86,17 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
 def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     ranks = world_size // parallel.replicas
-    sent = Traffic()
+    of_blocks = of_root = 0  # values, with what pads their rows
     for name, shape in sharded:
         padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
-        # The root keeps its own parameters from the forward to the backward pass.
-        block = ".layers." in name
-        gathers = passes * (2 if block and parallel.reshard_after_forward else 1)
-        gathered_width = 2 if block and config.train.dtype == "mixed" else width
-        sent += Traffic.of("all_gather", gathers * gathered_width * padded, ranks)
-        sent += Traffic.of("reduce_scatter", reductions * width * padded, ranks)
-        sent += Traffic.of("all_reduce", reductions * width * padded / ranks, parallel.replicas)
-    return sent
+        if ".layers." in name:
+            of_blocks += padded
+        else:
+            of_root += padded
+    # The root keeps its own parameters from the forward to the backward pass.
+    gathers = passes * (2 if parallel.reshard_after_forward else 1)
+    gathered_width = 2 if config.train.dtype == "mixed" else width
+    gathered = gathers * gathered_width * of_blocks + passes * width * of_root
+    reduced = reductions * width * (of_blocks + of_root)
+    sent = Traffic.of("all_gather", gathered, ranks) + Traffic.of("reduce_scatter", reduced, ranks)
+    return sent + Traffic.of("all_reduce", reduced / ranks, parallel.replicas)

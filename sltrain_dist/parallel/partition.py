@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from sltrain_dist.config.rules import accumulates_locally
-from sltrain_dist.config.schema import Config, OptimConfig
+from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
+from sltrain_dist.optim.state_layout import BLOCKS, STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
 Named = Sequence[tuple[str, tuple[int, ...]]]
 """(name, shape) of parameters."""
@@ -35,11 +36,27 @@ def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
 
 def dealt(config: Config) -> tuple[Named, Named]:
     """(parameters that the engine shards, parameters that are whole on every rank)."""
-    shapes = parameter_shapes(config.model, config.reparam)
-    if config.parallel.engine == "ddp":
-        return [], shapes
-    sharded = [(name, shape) for name, shape in shapes if is_sharded(name, config.parallel.shard)]
-    return sharded, [(name, shape) for name, shape in shapes if not is_sharded(name, config.parallel.shard)]
+    sharded, remainder, _ = _dealt(config.model, config.reparam, _shard(config))
+    return sharded, remainder
+
+
+def whole_values(config: Config) -> int:
+    """Values of the parameters that are whole on every rank."""
+    return _dealt(config.model, config.reparam, _shard(config))[2]
+
+
+def _shard(config: Config) -> Literal["factors", "all"] | None:
+    return None if config.parallel.engine == "ddp" else config.parallel.shard
+
+
+@lru_cache(maxsize=256)  # the planner asks for the same few again and again
+def _dealt(
+    model: ModelConfig, reparam: ReparamConfig, shard: Literal["factors", "all"] | None
+) -> tuple[Named, Named, int]:
+    shapes = tuple(parameter_shapes(model, reparam))
+    sharded = tuple((name, shape) for name, shape in shapes if shard is not None and is_sharded(name, shard))
+    remainder = tuple((name, shape) for name, shape in shapes if shard is None or not is_sharded(name, shard))
+    return sharded, remainder, sum(math.prod(shape) for _, shape in remainder)
 
 
 def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[list[tuple[int, ...]]]:
@@ -72,10 +89,11 @@ def fsdp_place(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Plac
 
 def agreed_bytes(config: Config, world_size: int) -> int:
     """Bytes of the message in which the ranks agree on the scales of blocks that they share; two scales a block."""
-    if config.parallel.engine != "fsdp":
+    if config.parallel.engine != "fsdp" or config.optim.state_bits not in BLOCKS:
         return 0
     ranks = world_size // config.parallel.replicas
-    places = (fsdp_place(name, shape, 0, ranks) for name, shape in dealt(config)[0])
+    # Only vectors are cut inside of blocks.
+    places = (fsdp_place(name, shape, 0, ranks) for name, shape in dealt(config)[0] if len(shape) == 1)
     return 8 * sum(len(shared_blocks(place, config.optim.state_bits)) for place in places)
 
 
