@@ -73,6 +73,16 @@ class FsdpTimeline(Timeline):
         sharded = (p for p in parameters if self.is_sharded(p, in_block=in_block))
         return self.shards * sum(self.held_values(p, in_block=in_block) for p in sharded)
 
+    def init(self) -> None:
+        """The model is built whole on every rank, and lives until all of it has been dealt out."""
+        sharded = (
+            (parameter, count)
+            for parameter, count, in_block in self.parameters
+            if self.is_sharded(parameter, in_block=in_block)
+        )
+        built = self.width * sum(count * parameter.values for parameter, count in sharded)
+        self.point("init", "shards, and the whole model that they are cut from", {"buffers.unsharded_model": built})
+
     # An update
 
     def forward(self) -> None:

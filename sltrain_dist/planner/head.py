@@ -135,8 +135,9 @@ class EndsTape:
         tape, e = self.tape, self.ends
         grad_x, grad_weight = kept
         size = e.vocabulary * e.hidden * e.widths.parameter
-        gradient = tape.keep(grad_weight) if grad_weight.size == size else tape.new("gradients", size)
-        tape.drop(grad_weight)
+        gradient = tape.rename(grad_weight, "gradients") if grad_weight.size == size else tape.new("gradients", size)
+        if gradient is not grad_weight:
+            tape.drop(grad_weight)
         self._weight_arrived(gradient, sink)
         return grad_x
 

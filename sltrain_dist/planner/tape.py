@@ -78,6 +78,13 @@ class Tape:
                 self.live[buffer.component] = self.live.get(buffer.component, 0) - buffer.size
                 self.total -= buffer.size
 
+    def rename(self, buffer: Buffer, component: str) -> Buffer:
+        """Puts a storage to another component."""
+        self.live[buffer.component] = self.live.get(buffer.component, 0) - buffer.size
+        self.live[component] = self.live.get(component, 0) + buffer.size
+        buffer.component = component
+        return buffer
+
     def brief(self, component: str, size: int) -> None:
         """A storage that is gone again before anything else comes."""
         self.drop(self.new(component, size))

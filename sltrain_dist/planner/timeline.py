@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from sltrain_dist.config.rules import loss_chunk_tokens
 from sltrain_dist.config.schema import Config, OptimConfig
-from sltrain_dist.optim.state_layout import MASTER, Place, is_quantized, stored_states, whole
+from sltrain_dist.optim.state_layout import BLOCKS, MASTER, Place, is_quantized, stored_states, whole
 from sltrain_dist.parallel.partition import value_bytes
 from sltrain_dist.planner.block import RESIDUAL
 from sltrain_dist.planner.device import Device
@@ -27,6 +27,8 @@ from sltrain_dist.planner.updates import StepMemory
 
 _IN_FLIGHT_BYTES = 1 << 25
 """As parallel/in_backward.py."""
+_LEVELS_BYTES = 1 << 16
+"""Of a quantizer's table (numerics/blockwise.py), of which there are two; beside it are levels and borders."""
 
 
 class Timeline:
@@ -49,8 +51,9 @@ class Timeline:
 
     def points(self) -> list[Point]:
         """The moments, in their order."""
-        self.hold()
-        self.point("init", "model and optimizer")
+        self.hold_parameters()
+        self.init()
+        self.hold_more()
         self.add("batch", 16 * self.shapes.ends.tokens)
         self.forward()
         self.backward()
@@ -77,27 +80,47 @@ class Timeline:
         """Whether it lives there between its uses, with gradient and states."""
         return True
 
-    def hold(self) -> None:
-        """Parameters, states, index and the rotary table; gradients that wait, and DDP's buckets."""
-        config, shapes = self.config, self.shapes
-        buckets = config.parallel.engine == "ddp" and self.ranks > 1 and config.optim.update == "whole"
-        for in_block, count, parameters in (
-            (True, len(shapes.order), shapes.block_parameters),
-            (False, 1, shapes.end_parameters),
-        ):
-            for parameter in parameters:
-                if buckets:
-                    self.add("gradients", count * parameter.values * self.width)
-                if not self.on_device(parameter, in_block=in_block):
-                    continue
+    @property
+    def parameters(self) -> list[tuple[Parameter, int, bool]]:
+        """(parameter, how often there is one like it, whether in blocks)."""
+        shapes = self.shapes
+        return [
+            *((parameter, len(shapes.order), True) for parameter in shapes.block_parameters),
+            *((parameter, 1, False) for parameter in shapes.end_parameters),
+        ]
+
+    @property
+    def buckets(self) -> bool:
+        """Whether DDP's buckets hold the gradients, all the time."""
+        return self.config.parallel.engine == "ddp" and self.ranks > 1 and self.config.optim.update == "whole"
+
+    def hold_parameters(self) -> None:
+        """Parameters, index and the rotary table, and DDP's buckets."""
+        config = self.config
+        for parameter, count, in_block in self.parameters:
+            if self.buckets:
+                self.add("gradients", count * parameter.values * self.width)
+            if self.on_device(parameter, in_block=in_block):
                 self.add(parameter.group, count * self.held_values(parameter, in_block=in_block) * self.width)
-                states, masters = _state_bytes(self.place(parameter, in_block=in_block), config.optim, self.width)
+        self.add("index", index_bytes(config.model, config.reparam))
+        self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
+
+    def init(self) -> None:
+        """Building the model and its engine."""
+        self.point("init", "model and engine")
+
+    def hold_more(self) -> None:
+        """States, and gradients that wait for the last micro-batch."""
+        optim = self.config.optim
+        for parameter, count, in_block in self.parameters:
+            if self.on_device(parameter, in_block=in_block):
+                states, masters = _state_bytes(self.place(parameter, in_block=in_block), optim, self.width)
                 self.add("states", count * states)
                 self.add("master_weights", count * masters)
                 if self.passes > 1:
                     self.add("gradients", count * self.waiting_values(parameter, in_block=in_block) * self.width)
-        self.add("index", index_bytes(config.model, config.reparam))
-        self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
+        if optim.state_bits in BLOCKS:
+            self.add("buffers.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
 
     @property
     def arrivals(self) -> Arrivals:
@@ -106,8 +129,7 @@ class Timeline:
         if self.config.optim.update == "per_layer":
             in_flight = _IN_FLIGHT_BYTES if self.ranks > 1 else None
             return Arrivals("step", self.width, self.step, in_flight, held=several)
-        buckets = self.ranks > 1 and self.config.parallel.engine == "ddp"
-        return Arrivals("add" if buckets or several else "keep", self.width, held=buckets and several)
+        return Arrivals("add" if self.buckets or several else "keep", self.width, held=self.buckets and several)
 
     # An update
 
@@ -137,7 +159,7 @@ class Timeline:
 
     def update(self) -> None:
         """The optimizer's step, where it has not been made."""
-        self.base["activations.rotary"] = 0
+        self.base["activations.rotary"] = self.base["batch"] = 0
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
@@ -147,19 +169,18 @@ class Timeline:
 
     def places(self) -> list[Place]:
         """The different parts of parameters that this rank has on the device."""
-        kinds = ((True, self.shapes.block_parameters), (False, self.shapes.end_parameters))
         return list(
             dict.fromkeys(
                 self.place(parameter, in_block=in_block)
-                for in_block, parameters in kinds
-                for parameter in parameters
+                for parameter, _, in_block in self.parameters
                 if self.on_device(parameter, in_block=in_block)
             )
         )
 
     def save(self) -> None:
         """A checkpoint, which takes one tensor after the other to the host; quantized states as one code a byte."""
-        self.base["batch"] = 0
+        if not self.buckets:
+            self.base["gradients"] = 0
         bits = self.config.optim.state_bits
         codes = (place.count for place in self.places() if is_quantized(place.shape, bits))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
