@@ -15,7 +15,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.labels import binding
 from sltrain_dist.planner.levers import Lever, Setting
 from sltrain_dist.planner.result import Estimate, Group, Phase
-from sltrain_dist.planner.speed import update_time
+from sltrain_dist.planner.speed import layer_plans, update_time
 
 Estimator = Callable[..., Estimate]
 """As :func:`sltrain_dist.planner.estimate.estimate`."""
@@ -77,7 +77,7 @@ class Search:
         start: The configuration that it began with.
         rows: All that can be run, in no order.
         refused: How many cannot, by the key that was refused.
-        equal: How many differ from another one only in settings that have no effect there.
+        equal: How many differ from another one only in settings that have no effect there, or that choose the same.
     """
 
     start: Row
@@ -145,8 +145,7 @@ def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estima
         if refusal is not None:
             found.refused[refusal] += 1
             continue
-        idle = idle_keys(candidate)
-        identity = tuple(None if key in idle else _hashable(field_value(candidate, key)) for key in keys)
+        identity = _identity(candidate, keys)
         if identity in seen:
             found.equal += 1
             continue
@@ -227,5 +226,17 @@ def check_ranks(config: Config, ranks: int) -> None:
         check_replicas(config.parallel, ranks)
 
 
-def _hashable(value: Any) -> Any:
-    return repr(value) if isinstance(value, list | dict) else value
+def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
+    """What of the varied settings has an effect: equal for configurations that only look different."""
+    idle: set[str] = set(idle_keys(config))
+    values: list[Any] = []
+    if config.reparam.method == "sltrain" and "reparam.path" in keys:
+        plans = layer_plans(config)
+        values.append(plans)
+        idle.add("reparam.path")
+        if all(plan.path == "factored" for plan in plans):
+            idle.add("reparam.row_block_bytes")
+    for key in keys:
+        value = None if key in idle else field_value(config, key)
+        values.append(repr(value) if isinstance(value, list | dict) else value)
+    return tuple(values)

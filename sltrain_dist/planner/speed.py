@@ -20,7 +20,7 @@ from sltrain_dist.config.rules import (
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.parallel.partition import value_bytes
-from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, choose_plan, plan_costs
+from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
 MEMORY_BANDWIDTH = 2e12
@@ -108,11 +108,36 @@ def _pass_seconds(config: Config) -> float:
     return total
 
 
+def layer_plans(config: Config) -> tuple[Plan, ...]:
+    """How each linear layer of a block is applied, on a GPU, with method sltrain."""
+    tokens = config.train.micro_batch * config.data.seq_len
+    return _plans(config.model, config.reparam, tokens, 32 if config.train.dtype == "fp32" else 16)
+
+
+@lru_cache(maxsize=4096)
+def _plans(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> tuple[Plan, ...]:
+    return tuple(
+        choose_plan(
+            linear.m,
+            linear.n,
+            reparam.rank,
+            nonzeros(linear.m, linear.n, reparam.density, reparam.support),
+            reparam.support,
+            tokens,
+            bits=bits,
+            device="cuda",
+            path=reparam.path,
+        )
+        for linear in block_linears(model)
+    )
+
+
 @lru_cache(maxsize=4096)
 def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> float:
     """A block's linear layers, forward and backward, in multiply-adds of a large product."""
     cost = 0.0
-    for linear in block_linears(model):
+    plans = _plans(model, reparam, tokens, bits) if reparam.method == "sltrain" else ()
+    for index, linear in enumerate(block_linears(model)):
         m, n, r = linear.m, linear.n, reparam.rank
         if reparam.method == "full":
             cost += 3 * tokens * m * n
@@ -120,9 +145,8 @@ def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: 
             cost += 3 * tokens * r * (m + n)
         else:
             nnz = nonzeros(m, n, reparam.density, reparam.support)
-            plan = choose_plan(m, n, r, nnz, reparam.support, tokens, bits=bits, device="cuda", path=reparam.path)
             costs = plan_costs(m, n, r, nnz, reparam.support, tokens, bits=bits, device="cuda")
-            cost += costs[PLANS.index(plan)]
+            cost += costs[PLANS.index(plans[index])]
     return cost
 
 
