@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.planner.result import Estimate, Group, Phase, Point
@@ -43,12 +44,27 @@ def detail_of(component: str) -> str:
     return component.partition(".")[2].replace("_", " ") or "other"
 
 
-def details(group: Group, points: Sequence[Point]) -> list[str]:
-    """Components of a group that are there at any of some moments, if there are several."""
-    keys = sorted(
-        {key for point in points for key, size in point.components.items() if size and group_of(key) == group}
-    )
-    return keys if len(keys) > 1 else []
+@dataclass(frozen=True)
+class Unit:
+    """What a report counts bytes in: GB of 1e9 bytes, or MB of 1e6 for small runs."""
+
+    name: str
+    size: int
+
+    @staticmethod
+    def of(estimate: Estimate) -> Unit:
+        """The unit in which the peak is at least 1."""
+        return Unit("GB", 10**9) if estimate.peak_bytes >= 10**9 else Unit("MB", 10**6)
+
+    def cell(self, num_bytes: int) -> str:
+        """A table's cell, three decimals, which line up; empty for nothing."""
+        return f"{num_bytes / self.size:,.3f}" if num_bytes else ""
+
+    def details(self, group: Group, points: Sequence[Point]) -> list[str]:
+        """Components of a group that show at any of some moments, if there are several."""
+        sizes = ((key, size) for point in points for key, size in point.components.items())
+        keys = sorted({key for key, size in sizes if group_of(key) == group and size >= self.size / 2000})
+        return keys if len(keys) > 1 else []
 
 
 def describe(config: Config, ranks: int) -> str:

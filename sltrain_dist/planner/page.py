@@ -9,7 +9,7 @@ from pathlib import Path
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import Drawing, allocatable, draw, ticks
-from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, details
+from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
 from sltrain_dist.planner.page_style import STYLE
 from sltrain_dist.planner.report import row_cells, search_sentences, sentences, size, varying
 from sltrain_dist.planner.result import Group, Point
@@ -49,7 +49,7 @@ def page(known: Answer) -> str:
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<p class="quiet">Memory of one device, as <code>sltrain plan</code> predicts it. GB = 1e9 bytes.</p>
+<p class="quiet">Memory of one device, as <code>sltrain plan</code> predicts it. GB = 1e9 bytes, MB = 1e6.</p>
 {body}
 </main>
 </body>
@@ -107,13 +107,13 @@ def _parts(known: Answer) -> str:
             f'<dd class="track">{bar}</dd><dd class="number">{size(sum_)}</dd>'
             f'<dd class="number quiet">{sum_ / peak.total:.1%}</dd>'
         )
-        for key in details(group, [peak]):
+        for key in Unit.of(known.estimate).details(group, [peak]):
             rows.append(
                 f'<dt class="detail">{escape(detail_of(key))}</dt><dd class="track"></dd>'
                 f'<dd class="number detail">{size(peak.components[key])}</dd><dd></dd>'
             )
     return f"""<section>
-<h2>What takes it at the peak: {escape(PHASES[peak.phase])}, {escape(peak.where)}</h2>
+<h2>What takes it at the peak</h2>
 <dl class="parts">{"".join(rows)}</dl>
 </section>"""
 
@@ -121,9 +121,10 @@ def _parts(known: Answer) -> str:
 def _timeline(known: Answer) -> str:
     """The drawing, with text of the page around it."""
     estimate, drawing, ceiling = known.estimate, draw(known.estimate), allocatable(known)
-    top = round(1.04 * max(estimate.peak_bytes, ceiling or 0))
+    top, unit = round(1.04 * max(estimate.peak_bytes, ceiling or 0)), Unit.of(estimate)
     labels = [
-        f'<span class="tick" style="top:{100 * (1 - tick / top):.2f}%">{tick / 1e9:g} GB</span>' for tick in ticks(top)
+        f'<span class="tick" style="top:{100 * (1 - tick / top):.2f}%">{tick / unit.size:g} {unit.name}</span>'
+        for tick in ticks(top)
     ]
     side = "left" if drawing.peak_x <= 0.5 else "right"  # the label's own side, so that it stays within the page
     offset = 100 * (drawing.peak_x if side == "left" else 1 - drawing.peak_x)
@@ -178,7 +179,7 @@ def _svg(drawing: Drawing, top: int, ceiling: int | None) -> str:
 
 def _phases(known: Answer) -> str:
     """The table of groups by phase."""
-    largest = known.estimate.phases()
+    largest, unit = known.estimate.phases(), Unit.of(known.estimate)
     points = [largest[phase] for phase in PHASES if phase in largest]
     titles = [PHASES[point.phase] for point in points]
     rows = []
@@ -187,14 +188,14 @@ def _phases(known: Answer) -> str:
         if not any(sums):
             continue
         swatch = f'<span class="swatch" style="background:{colour}"></span>'
-        rows.append(_table_row("", f"{swatch}{name}", titles, map(_gb, sums)))
-        for key in details(group, points):
-            sizes = (_gb(point.components.get(key, 0)) for point in points)
+        rows.append(_table_row("", f"{swatch}{name}", titles, map(unit.cell, sums)))
+        for key in unit.details(group, points):
+            sizes = (unit.cell(point.components.get(key, 0)) for point in points)
             rows.append(_table_row("detail", escape(detail_of(key)), titles, sizes))
-    rows.append(_table_row("total", "allocated", titles, (_gb(point.total) for point in points)))
-    where = [f"{PHASES[point.phase]}: {escape(point.where)}" for point in points]
+    rows.append(_table_row("total", "allocated", titles, (unit.cell(point.total) for point in points)))
+    where = [f"{PHASES[point.phase]}: {escape(point.where)}" for point in points if point.where]
     return f"""<section>
-<h2>Largest moment of each phase, GB</h2>
+<h2>Largest moment of each phase, {unit.name}</h2>
 {_table(["", *titles], rows, stack=True)}
 <p class="quiet">{"; ".join(where)}.</p>
 </section>"""
@@ -221,9 +222,10 @@ def _search(known: Answer) -> str:
 
 
 def _moments(known: Answer) -> str:
-    titles = ["phase", "GB"]
+    unit = Unit.of(known.estimate)
+    titles = ["phase", unit.name]
     rows = [
-        _table_row("", escape(point.where), titles, (PHASES[point.phase], _gb(point.total)))
+        _table_row("", escape(point.where), titles, (PHASES[point.phase], unit.cell(point.total)))
         for point in known.estimate.timeline
     ]
     return f"""<section>
@@ -258,10 +260,6 @@ def _groups(point: Point) -> list[tuple[Group, str, int]]:
     """(group, name, bytes) of what is there, in the order of the reports."""
     sums = point.groups()
     return [(group, name, sums[group]) for group, (name, _) in GROUPS.items() if group in sums]
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.3f}" if num_bytes else ""
 
 
 def _percent(part: int, whole: int) -> str:

@@ -72,6 +72,7 @@ summary { cursor: pointer; }
 @media (max-width: 44rem) {
   .big { font-size: 1.8rem; }
   dl.parts { grid-template-columns: 1fr auto auto; }
+  .phases span:nth-child(even) { padding-top: 1.1rem; }
   dl.parts dd.track { display: none; }
   table.stack thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table.stack tr {

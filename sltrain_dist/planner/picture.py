@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import allocatable, draw
-from sltrain_dist.planner.labels import GROUPS, describe
+from sltrain_dist.planner.labels import GROUPS, Unit, describe
 from sltrain_dist.planner.report import sentences, size
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -32,7 +32,7 @@ def write_picture(known: Answer, path: Path) -> None:
 
 
 def _figure(known: Answer) -> Figure:
-    estimate, drawing = known.estimate, draw(known.estimate)
+    estimate, drawing, unit = known.estimate, draw(known.estimate), Unit.of(known.estimate)
     # A Figure of its own, not pyplot's, which would choose a backend for windows.
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -41,12 +41,12 @@ def _figure(known: Answer) -> Figure:
         name, colour = GROUPS[group]
         at_peak = estimate.peak.groups().get(group, 0)
         label = f"{name}  {size(at_peak)}" if at_peak else name
-        low, high = ([y / 1e9 for y in edge] for edge in (lower, upper))
+        low, high = ([y / unit.size for y in edge] for edge in (lower, upper))
         axes.fill_between(drawing.xs, low, high, color=colour, linewidth=0, label=label)
     axes.axvline(drawing.peak_x, color="black", linewidth=1)
     ceiling = allocatable(known)
     if ceiling is not None:
-        axes.axhline(ceiling / 1e9, color="#b3261e", linestyle="--", linewidth=1, label="left to tensors")
+        axes.axhline(ceiling / unit.size, color="#b3261e", linestyle="--", linewidth=1, label="left to tensors")
     for stretch in drawing.stretches[1:]:
         axes.axvline(stretch.start, color="#808890", linestyle=":", linewidth=0.8)
     axes.set_xticks([(each.start + each.end) / 2 for each in drawing.stretches])
@@ -54,7 +54,7 @@ def _figure(known: Answer) -> Figure:
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(0, 1)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("allocated, GB (1e9 bytes)")
+    axes.set_ylabel(f"allocated, {unit.name}")
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(

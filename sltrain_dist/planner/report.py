@@ -100,9 +100,10 @@ def sentences(known: Answer) -> Iterator[str]:
     sent = (
         f"{size(estimate.comm_bytes_per_update)} sent by each rank in an update" if known.ranks > 1 else "nothing sent"
     )
+    where = f" ({peak.where})" if peak.where else ""
     when = "at the start" if peak.phase == "init" else f"in the {PHASES[peak.phase]} phase"
     yield (
-        f"Peak {size(estimate.peak_bytes)} {when} ({peak.where}); most of all there: "
+        f"Peak {size(estimate.peak_bytes)} {when}{where}; most of all there: "
         f"{GROUPS[group][0]}, {size(most)} ({most / estimate.peak_bytes:.0%})."
     )
     yield (

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sltrain_dist.planner.accounting import PaperMemory
 from sltrain_dist.planner.answer import Answer
-from sltrain_dist.planner.labels import GROUPS, PHASES, describe, detail_of, details
+from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
 from sltrain_dist.planner.report import row_cells, search_sentences, sentences, varying
 from sltrain_dist.planner.result import Estimate
 
@@ -54,10 +54,10 @@ def _table() -> Table:
 
 def _components(estimate: Estimate) -> Table:
     """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
-    largest = estimate.phases()
+    largest, unit = estimate.phases(), Unit.of(estimate)
     phases = [phase for phase in PHASES if phase in largest]
     table = _table()
-    table.add_column("GB (1e9 bytes)", no_wrap=True)
+    table.add_column(f"{unit.name} ({unit.size:.0e} bytes)".replace("e+0", "e"), no_wrap=True)
     for phase in phases:
         is_peak = phase == estimate.peak.phase
         title = f"{PHASES[phase]} ◀" if is_peak else PHASES[phase]
@@ -67,19 +67,14 @@ def _components(estimate: Estimate) -> Table:
         sums = [point.groups().get(group, 0) for point in points]
         if not any(sums):
             continue
-        table.add_row(f"[{colour}]■[/] {name}", *map(_cell, sums))
-        for key in details(group, points):
-            sizes = (f"[dim]{_cell(point.components.get(key, 0))}[/]" for point in points)
+        table.add_row(f"[{colour}]■[/] {name}", *map(unit.cell, sums))
+        for key in unit.details(group, points):
+            sizes = (f"[dim]{unit.cell(point.components.get(key, 0))}[/]" for point in points)
             table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
-    table.add_row("allocated", *(_cell(point.total) for point in points))
+    table.add_row("allocated", *(unit.cell(point.total) for point in points))
     if estimate.reserved_bytes:
-        table.add_row("with context and slack", *(_cell(point.total + estimate.reserved_bytes) for point in points))
+        table.add_row("with context and slack", *(unit.cell(point.total + estimate.reserved_bytes) for point in points))
     return table
-
-
-def _cell(num_bytes: int) -> str:
-    """GB with three decimals, which line up; nothing for nothing."""
-    return f"{num_bytes / 1e9:,.3f}" if num_bytes else ""
 
 
 def _print_search(console: Console, known: Answer) -> None:
