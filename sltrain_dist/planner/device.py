@@ -29,25 +29,33 @@ CUDA = Device()
 """What plans are made for. Triton comes with torch's CUDA builds."""
 
 CONTEXT_BYTES = 500 * MIB
-"""CUDA context with torch's and NCCL's kernels loaded. CUDA's lazy loading (the default since 12.2) leaves 300 to 500 MiB
-on A100 and H100 after the first matrix products, which nvidia-smi shows beyond the allocator's own; the upper end."""
+"""CUDA context with the kernels that a run loads, which is outside of the allocator: 300 to 500 MiB on A100 and H100 with
+lazy loading (CUDA's default since 12.2); the upper end."""
+
+NCCL_BYTES = 256 * MIB
+"""With several ranks, what NCCL takes for its channels' buffers: NCCL_BUFFSIZE (4 MiB) for each of up to 32 channels, in
+both directions."""
 
 WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS: one workspace for each handle and stream. torch allocates it through its allocator: 32 MiB on Hopper, 8.125 MiB
-before (aten/src/ATen/cuda/CUDABlas / CublasHandlePool: `getChosenWorkspaceSize`)."""
+"""cuBLAS' workspace, one for each handle and stream: 32 MiB on Hopper, 8.125 MiB before (torch's defaults for
+CUBLAS_WORKSPACE_CONFIG, CublasHandlePool.cpp: parseChosenWorkspaceSize)."""
 
-ROUNDING_BYTES = 512
-"""The caching allocator's smallest unit (c10/cuda/CUDACachingAllocator: kMinBlockSize)."""
+BLOCK_BYTES = 512
+"""The caching allocator rounds every size up to a multiple of this (CUDACachingAllocator: kMinBlockSize)."""
 
 SEGMENT_BYTES = 20 * MIB
-"""What it asks the driver for at a time where a tensor has 1 to 10 MiB (kLargeBuffer); larger ones get their own
-segments, rounded up to 2 MiB (kRoundLarge)."""
+"""It asks the driver for this much at a time where a tensor has 1 to 10 MiB (kLargeBuffer), and for 2 MiB where it has
+less (kSmallBuffer): at most one of each is nearly empty."""
 
 SLACK = 0.03
-"""Share of the allocated bytes that lies idle in such segments at the peak: fragmentation. Not a property of the model; a
-margin, which `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` makes smaller."""
+"""Share of the allocated bytes that lies idle at the peak, in segments of other sizes than are asked for. A margin, not
+a property of the model; PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True makes it smaller."""
 
 
-def reserved_bytes(peak_bytes: int, tensors: int) -> int:
-    """What a device takes beside the bytes of `tensors` live tensors at the peak."""
-    return CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES + ROUNDING_BYTES * tensors // 2 + int(SLACK * peak_bytes)
+def reserved_bytes(peak_bytes: int, tensors: int, ranks: int) -> int:
+    """What a device takes beside the bytes of `tensors` live tensors at the peak.
+
+    No GPU has confirmed these constants.
+    """
+    fixed = CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES + 2 * MIB + (NCCL_BYTES if ranks > 1 else 0)
+    return fixed + tensors * BLOCK_BYTES // 2 + int(SLACK * peak_bytes)

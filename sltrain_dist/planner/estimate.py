@@ -36,10 +36,10 @@ def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estima
     follow = FsdpTimeline if config.parallel.engine == "fsdp" else Timeline
     points = follow(config, shapes, ranks, passes, device).points()
     peak = max(point.total for point in points)
-    tensors = 3 * sum(1 for _ in shapes.block_parameters) * len(shapes.order)
+    tensors = 3 * len(shapes.block_parameters) * len(shapes.order)  # with gradient, or states, and activations
     return Estimate(
         timeline=tuple(points),
-        reserved_bytes=reserved_bytes(peak, tensors),
+        reserved_bytes=reserved_bytes(peak, tensors, ranks),
         parameters=count_parameters(config.model, config.reparam).total,
         flops_per_token=flops_per_token(config, shapes),
         comm_bytes_per_update=round(update_traffic(config, ranks).total),

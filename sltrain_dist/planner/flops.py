@@ -10,7 +10,7 @@ from sltrain_dist.planner.sizes import Sizes
 
 
 def flops_per_token(config: Config, sizes: Sizes) -> int:
-    """Two for a multiply-add, forward and backward, of matrix products and attention; passes over memory not counted."""
+    """Two for a multiply-add of matrix products and attention, forward and backward; elementwise work is left out."""
     tokens = sizes.blocks[0].tokens
     total = 0
     for kind in sizes.order:

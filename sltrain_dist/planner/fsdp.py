@@ -1,8 +1,8 @@
-"""An update under FSDP2 (no torch): torch.distributed.fsdp's _fsdp_param_group.py and _fsdp_collectives.py, line by line.
+"""An update under FSDP2 (no torch), as torch.distributed.fsdp's _fsdp_param_group.py and _fsdp_collectives.py make it.
 
-A block's shards are gathered into one buffer and copied out to its parameters; on one rank they are only copied. In the
-forward pass the buffer lives until the next block's is copied out. After a block's backward pass its gradients are copied
-into one buffer for the reduce-scatter, which lives until the next block's.
+A block's shards are gathered into one buffer and copied out to its parameters; on one rank they are only copied. In
+the forward pass the buffer lives until the next block's is copied out. After a block's backward pass its gradients are
+copied into one buffer for the reduce-scatter, which lives until the next block's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sltrain_dist.planner.stretches import (
     embedding_backward,
     ends_backward,
     ends_forward,
+    received,
 )
 from sltrain_dist.planner.timeline import Timeline
 
@@ -127,11 +128,13 @@ class FsdpTimeline(Timeline):
             self.add(GATHERED, -block)
             self._reduce(f"block {layer}", in_block=True)
             self.add(GATHERED, -prefetched)
-        self.apply("backward", "", embedding_backward(shapes.ends, ends, waiting))
+        stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
+        self.apply("backward", "", stretch)
         if not self.remainder_is_whole:
             self.add(GATHERED, -self._values(in_block=False) * self.width)
             self._reduce("root", in_block=False)
         self.base.pop(REDUCED, None)
+        self.apply("backward", "last updates", received(ends, waiting))
         if self.remainder_is_whole and self.ranks > 1 and self.config.optim.update == "whole":
             message = self.width * self._remainder_values()
             self.point("backward", "all-reduce of the dense remainder", {"buffers.messages": message})
@@ -156,7 +159,7 @@ class FsdpTimeline(Timeline):
         return Arrivals("add" if waits and width == self.width else "keep", width)
 
     def _reduce(self, where: str, *, in_block: bool) -> None:
-        """Reduce-scatter of the gradients of a block, or of the root; with per-layer updates, the update of its shards."""
+        """Reduce-scatter of the gradients of a block, or the root; with per-layer updates, the update of its shards."""
         config, shapes = self.config, self.shapes
         values = self._values(in_block=in_block)
         gradient_width = shapes.blocks[0].widths.parameter if in_block else self.width

@@ -306,11 +306,13 @@ class LinearTape:
         tape, t, w = self.tape, self.tokens, self.widths.compute
         call.hidden.append(self._inner(layers, "activations.low_rank"))
         sparse = self._sparse(layers, transposed=False)
+        sliced = self._slice(layers[0]) < t
+        outputs = [tape.new(out, t * layer.m * w) for layer in layers] if sliced else []
         arranged = tape.new(SPARSE, self._arranged_inputs(layers[0]))
-        outputs = []
         for layer in layers:
             product = tape.new(SPARSE, self._arranged_outputs(layer))
-            outputs.append(tape.new(out, t * layer.m * w))
+            if not sliced:
+                outputs.append(tape.new(out, t * layer.m * w))
             tape.drop(product)
         tape.drop(arranged, *sparse)
         if self.widths.casts:
@@ -366,7 +368,7 @@ class LinearTape:
         temporary: list[Buffer]
 
     def _sparse_backward(self, layers: Sequence[Linear]) -> _Values:
-        """`_sparse_backward`, of all tokens at a time: the values' gradients in float32, and what still lives."""
+        """`_sparse_backward`, of one slice of tokens: the values' gradients in float32, and what still lives."""
         tape = self.tape
         sparse = self._sparse(layers, transposed=True)
         if layers[0].support != "blocks" or not self.device.kernels:
@@ -390,22 +392,28 @@ class LinearTape:
     def _arranged_inputs(self, layer: Linear) -> int:
         if layer.support == "blocks" and not self.device.kernels:
             return self._windows(layer)
-        return layer.n * self._padded() * self.widths.compute
+        return layer.n * self._padded(layer) * self.widths.compute
 
     def _arranged_outputs(self, layer: Linear) -> int:
         rows = layer.m
         if layer.support == "blocks" and not self.device.kernels:
             windows = num_windows(layer.n, layer.k)
             rows = windows * -(-layer.m // windows)
-        return rows * self._padded() * self.widths.compute
+        return rows * self._padded(layer) * self.widths.compute
 
     def _windows(self, layer: Linear) -> int:
         """Bytes of the inputs' gradients before inputs that two windows have are summed."""
         features = num_windows(layer.n, layer.k) * layer.k if layer.support == "blocks" else layer.n
-        return features * self._padded() * self.widths.compute
+        return features * self._padded(layer) * self.widths.compute
 
-    def _padded(self) -> int:
-        return -(-self.tokens // _ALIGN) * _ALIGN if self.device.kernels else self.tokens
+    def _slice(self, layer: Linear) -> int:
+        """Tokens at a time: all for `blocks`, `Support.step` for scattered positions."""
+        return self.tokens if layer.support == "blocks" else 1024 // self.widths.compute
+
+    def _padded(self, layer: Linear) -> int:
+        if layer.support == "blocks" and self.device.kernels:
+            return -(-self.tokens // _ALIGN) * _ALIGN
+        return min(self.tokens, self._slice(layer))
 
     def _sparse(self, layers: Sequence[Linear], *, transposed: bool) -> list[Buffer]:
         """`weights`, or `transposed_weights`, of all layers: positions, and values in the compute type."""

@@ -7,7 +7,6 @@ updates are made, and the second is reported, beside whose forward and backward 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar
@@ -27,7 +26,6 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters, model_flops_per_token
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.optim import low_bit
 from sltrain_dist.parallel import fsdp
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.ddp import DDPEngine

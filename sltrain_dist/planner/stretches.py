@@ -69,10 +69,17 @@ def ends_backward(ends: Ends, arrivals: Arrivals) -> tuple[Stretch, Waiting]:
 
 
 @lru_cache(_MANY)
-def embedding_backward(ends: Ends, arrivals: Arrivals, waiting: Waiting = ()) -> Stretch:
-    """From the first block's input to the embedding's gradient; then nothing is on its way."""
+def embedding_backward(ends: Ends, arrivals: Arrivals, waiting: Waiting = ()) -> tuple[Stretch, Waiting]:
+    """From the first block's input to the embedding's gradient."""
     tape, sink = Tape(), arrivals.sink(waiting)
     EndsTape(tape, ends).embedding_backward(Buffer(OUTPUT_GRADIENTS, _residual(ends).size), sink)
+    return tape.stretch(), sink.waiting if isinstance(sink, Step) else ()
+
+
+@lru_cache(_MANY)
+def received(arrivals: Arrivals, waiting: Waiting) -> Stretch:
+    """After the backward pass, what was on its way comes back and is used."""
+    tape, sink = Tape(), arrivals.sink(waiting)
     if isinstance(sink, Step):
         sink.receive(tape, 0)
     return tape.stretch()

@@ -21,6 +21,7 @@ from sltrain_dist.planner.stretches import (
     embedding_backward,
     ends_backward,
     ends_forward,
+    received,
 )
 from sltrain_dist.planner.tape import Stretch
 from sltrain_dist.planner.updates import StepMemory
@@ -120,7 +121,7 @@ class Timeline:
                 if self.passes > 1:
                     self.add("gradients", count * self.waiting_values(parameter, in_block=in_block) * self.width)
         if optim.state_bits in BLOCKS:
-            self.add("buffers.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
+            self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
 
     @property
     def arrivals(self) -> Arrivals:
@@ -155,7 +156,9 @@ class Timeline:
         for layer, kind in reversed(list(enumerate(self.shapes.order))):
             stretch, waiting = block_backward(self.shapes.blocks[kind], arrivals, waiting)
             self.apply("backward", f"block {layer}", stretch)
-        self.apply("backward", "", embedding_backward(self.shapes.ends, arrivals, waiting))
+        stretch, waiting = embedding_backward(self.shapes.ends, arrivals, waiting)
+        self.apply("backward", "", stretch)
+        self.apply("backward", "last updates", received(arrivals, waiting))
 
     def update(self) -> None:
         """The optimizer's step, where it has not been made."""

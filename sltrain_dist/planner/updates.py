@@ -80,5 +80,5 @@ def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory)
 
 
 def _adafactor(shape: tuple[int, ...], width: int) -> int:
-    """torch.optim.Adafactor, one parameter at a time: the squared gradient's means, and the update."""
-    return 2 * width * prod(shape)
+    """torch.optim.Adafactor, one parameter at a time: the update; of a vector also its square."""
+    return (1 if len(shape) > 1 else 2) * width * prod(shape)
