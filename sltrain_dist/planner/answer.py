@@ -63,12 +63,12 @@ def answer(config: Config, ranks: int, device_memory: int | None, *, by_replay: 
     check_trainable(config)
     from sltrain_dist.planner.estimate import estimate
 
+    result = estimate(config, ranks=ranks)
     if by_replay:
         from sltrain_dist.planner.replay import replay
 
-        result = replay(config, ranks=ranks)
-    else:
-        result = estimate(config, ranks=ranks)
+        # Fake tensors have no context and no allocator: what these take is as estimated.
+        result = replace(replay(config, ranks=ranks), reserved_bytes=result.reserved_bytes)
     changes = None
     if device_memory is not None and result.device_bytes > device_memory:
         changes = single_changes(config, ranks, default_levers(config, ranks), estimate, device_memory)

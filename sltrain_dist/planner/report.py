@@ -101,6 +101,7 @@ def sentences(known: Answer) -> Iterator[str]:
         f"{size(estimate.comm_bytes_per_update)} sent by each rank in an update" if known.ranks > 1 else "nothing sent"
     )
     where = f" ({peak.where})" if peak.where else ""
+    within = f"; the peak is within {estimate.relative_error:.0%}" if estimate.relative_error else ""
     when = "at the start" if peak.phase == "init" else f"in the {PHASES[peak.phase]} phase"
     yield (
         f"Peak {size(estimate.peak_bytes)} {when}{where}; most of all there: "
@@ -108,7 +109,7 @@ def sentences(known: Answer) -> Iterator[str]:
     )
     yield (
         f"{format_count(estimate.parameters)} parameters, {format_count(estimate.flops_per_token)} FLOPs a token, "
-        f"{sent}. By {estimate.method}; the peak is within {estimate.relative_error:.0%}."
+        f"{sent}. By {estimate.method}{within}."
     )
     if (fits := verdict(known)) is not None:
         yield fits
