@@ -17,6 +17,9 @@ from sltrain_dist.optim.state_layout import BLOCKS, STATE_NAMES, Place, decays, 
 Named = Sequence[tuple[str, tuple[int, ...]]]
 """(name, shape) of parameters."""
 
+ZERO_BUCKET = 50_000_000
+"""Most values in a message of DeepSpeed's, where `parallel.deepspeed` does not say otherwise."""
+
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
 

@@ -21,9 +21,7 @@ from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_whole
-from sltrain_dist.parallel.partition import is_sharded
-
-_BUCKET = 50_000_000
+from sltrain_dist.parallel.partition import ZERO_BUCKET, is_sharded
 
 
 def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
@@ -36,7 +34,7 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
         sharded_numel: Values in the parameters that DeepSpeed is given.
     """
     train, parallel = config.train, config.parallel
-    bucket = min(_BUCKET, sharded_numel)
+    bucket = min(ZERO_BUCKET, sharded_numel)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": False,

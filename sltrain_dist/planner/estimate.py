@@ -16,8 +16,10 @@ from sltrain_dist.planner.fsdp import FsdpTimeline
 from sltrain_dist.planner.result import Estimate
 from sltrain_dist.planner.sizes import sizes
 from sltrain_dist.planner.timeline import Timeline
+from sltrain_dist.planner.zero import ZeroTimeline
 
-_RELATIVE_ERROR = 0.05
+_RELATIVE_ERROR = {"ddp": 0.05, "fsdp": 0.05, "zero": 0.1}
+"""Largest error to be expected: against replays, and with zero, which cannot be replayed, against live bytes."""
 
 
 def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estimate:
@@ -33,7 +35,7 @@ def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estima
     """
     passes = micro_batches_per_update(config, ranks)
     shapes = sizes(config, device)
-    follow = FsdpTimeline if config.parallel.engine == "fsdp" else Timeline
+    follow = {"ddp": Timeline, "fsdp": FsdpTimeline, "zero": ZeroTimeline}[config.parallel.engine]
     points = follow(config, shapes, ranks, passes, device).points()
     peak = max(point.total for point in points)
     tensors = 3 * len(shapes.block_parameters) * len(shapes.order)  # with gradient, or states, and activations
@@ -43,5 +45,5 @@ def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estima
         parameters=count_parameters(config.model, config.reparam).total,
         flops_per_token=flops_per_token(config, shapes),
         comm_bytes_per_update=round(update_traffic(config, ranks).total),
-        relative_error=_RELATIVE_ERROR,
+        relative_error=_RELATIVE_ERROR[config.parallel.engine],
     )

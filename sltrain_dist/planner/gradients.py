@@ -65,6 +65,8 @@ class Add:
             tape.drop(buffer)
             if self._how.held:
                 tape.add("gradients", -parameter.values * self._how.width)
+        if self._how.message:
+            tape.brief("buffers.messages", self._how.message)
 
 
 class Step:
@@ -123,6 +125,7 @@ class Arrivals:
         step: What an update takes, with step.
         in_flight: With step, most bytes that are being summed over the ranks meanwhile; None on one rank.
         held: Whether there are gradients of earlier micro-batches, which are free when these have come.
+        message: With add, bytes of a copy in which a full bucket is sent.
     """
 
     kind: Literal["keep", "add", "step"]
@@ -130,6 +133,7 @@ class Arrivals:
     step: StepMemory | None = None
     in_flight: int | None = None
     held: bool = False
+    message: int = 0
 
     def sink(self, waiting: Sequence[Parameter] = ()) -> Keep | Add | Step:
         """For a stretch of training, at whose beginning some gradients are on their way."""

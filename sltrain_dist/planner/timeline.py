@@ -232,3 +232,8 @@ def _state_bytes(place: Place, optim: OptimConfig, width: int) -> tuple[int, int
     stored = stored_states(place, optim, width)
     masters = sum(state.nbytes for state in stored if state.key == MASTER)
     return sum(state.nbytes for state in stored) - masters, masters
+
+
+def state_bytes_of(shape: tuple[int, ...], optim: OptimConfig, width: int) -> int:
+    """Bytes of the states of a whole parameter."""
+    return sum(_state_bytes(whole("", shape), optim, width))

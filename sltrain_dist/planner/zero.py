@@ -1,0 +1,273 @@
+"""An update under DeepSpeed ZeRO (no torch), as deepspeed 0.19's stage_1_and_2.py, stage3.py and
+partition_parameters.py make it. Fake tensors cannot follow it: it is compared with live bytes of real runs.
+
+Gradients go into a bucket, and a full bucket is copied once more to be sent. In stages 1 and 2 the bucket lives from the
+first gradient of a backward pass to its end; in stage 3 always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from math import prod
+
+from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.parallel.partition import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
+from sltrain_dist.planner.gradients import Arrivals
+from sltrain_dist.planner.stretches import (
+    block_backward,
+    block_forward,
+    embedding_backward,
+    ends_backward,
+    ends_forward,
+)
+from sltrain_dist.planner.timeline import Timeline, state_bytes_of
+
+FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
+_SUB_GROUP = 1_000_000_000
+"""Values that stage 3 updates at a time (its default)."""
+
+
+class ZeroTimeline(Timeline):
+    """Goes through an update of the engine `zero`, on the rank that keeps most gradients."""
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return self.config.parallel.zero_stage
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer is in the host's memory."""
+        return self.config.parallel.cpu_offload
+
+    @cached_property
+    def sharded(self) -> Named:
+        """(name, shape) of what DeepSpeed is given."""
+        return dealt(self.config)[0]
+
+    @cached_property
+    def sharded_values(self) -> int:
+        """Values in these."""
+        return sum(prod(shape) for _, shape in self.sharded)
+
+    @cached_property
+    def groups(self) -> list[list[tuple[int, ...]]]:
+        """Shapes by the optimizer's group."""
+        return optimizer_groups(self.sharded, self.config.optim)
+
+    @cached_property
+    def part(self) -> int:
+        """Values in a rank's partition, of all groups."""
+        if self.stage == 3:
+            return zero3_values(self.sharded, self.ranks, offload=False)[2]
+        return sum(zero12_partition(group, self.ranks)[1] for group in self.groups)
+
+    @cached_property
+    def kept_gradients(self) -> int:
+        """Values of the gradients that a rank keeps when they have been reduced."""
+        if self.stage == 3 or self.offload:
+            return self.part
+        by_rank = [_kept_values(tuple(group), self.ranks) for group in self.groups]
+        return max(map(sum, zip(*by_rank, strict=True)))
+
+    @property
+    def bucket(self) -> int:
+        """Values in the bucket."""
+        settings = self.config.parallel.deepspeed.get("zero_optimization", {})
+        return int(settings.get("reduce_bucket_size", min(ZERO_BUCKET, self.sharded_values)))
+
+    @property
+    def message(self) -> int:
+        """Bytes of the copy in which the fullest bucket is sent; a larger gradient goes by itself. Gloo makes another."""
+        largest = max(prod(shape) for _, shape in self.sharded)
+        copies = 2 if self.stage == 3 and self.device.type == "cpu" else 1
+        return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
+
+    def is_sharded(self, group: str, *, in_block: bool, dimensions: int) -> bool:
+        """Whether DeepSpeed is given a parameter."""
+        if self.config.parallel.shard == "all":
+            return True
+        return group != "dense" or (in_block and dimensions > 1)
+
+    # What lives all the time
+
+    def hold_parameters(self) -> None:
+        super().hold_parameters()
+        if self.stage == 3:
+            for group in ("factors", "sparse_values", "dense"):
+                given = sum(
+                    count * parameter.values
+                    for parameter, count, in_block in self.parameters
+                    if parameter.group == group
+                    and self.is_sharded(group, in_block=in_block, dimensions=len(parameter.shape))
+                )
+                # Padding is shared out to the groups by their sizes.
+                self.add(group, self.width * (given * self.part // max(1, self.sharded_values) - given))
+        else:
+            padding = sum(self.ranks * zero12_partition(g, self.ranks)[1] for g in self.groups) - self.sharded_values
+            self.add(FLAT, padding * self.width)
+
+    def init(self) -> None:
+        whole_model = self.width * self.sharded_values
+        self.point("init", "flat copy of the model", {"buffers.unsharded_model": whole_model})
+
+    def hold_more(self) -> None:
+        optim, width = self.config.optim, self.width
+        for parameter, count, in_block in self.parameters:
+            if not self.is_sharded(parameter.group, in_block=in_block, dimensions=len(parameter.shape)):
+                self.add("states", count * state_bytes_of(parameter.shape, optim, width))
+                if self.passes > 1:
+                    self.add("gradients", count * parameter.values * width)
+        if self.offload:
+            largest = max(prod(shape) for _, shape in self.sharded)
+            self.add(FLAT, largest * width if self.stage < 3 else 0)
+        else:
+            self.add(FLAT, self.part * width)  # what the optimizer steps
+            self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
+        if self.stage == 3:
+            self.add(BUCKET, self.bucket * width)
+            self.add("gradients", 0 if self.offload else self.part * width)
+        elif self.passes > 1:
+            waits = self.sharded_values if self.stage == 1 else 0 if self.offload else self.kept_gradients
+            self.add("gradients", waits * width)
+
+    # An update
+
+    @property
+    def block_values(self) -> int:
+        """Values that are gathered for a block in stage 3, with padding."""
+        parameters = (p.shape for p in self.shapes.block_parameters if self._in_block(p.group, len(p.shape)))
+        return sum(self.ranks * -(-prod(shape) // self.ranks) for shape in parameters)
+
+    def _in_block(self, group: str, dimensions: int) -> bool:
+        return self.is_sharded(group, in_block=True, dimensions=dimensions)
+
+    def forward(self) -> None:
+        if self.stage < 3:
+            super().forward()
+            return
+        ahead, layers = self.config.parallel.prefetch_blocks, len(self.shapes.order)
+        block = self.block_values * self.width
+        table = self._table()
+        self.add(GATHERED, table)
+        self.begin_forward()
+        for layer, kind in enumerate(self.shapes.order):
+            coming = block * min(ahead, layers - 1 - layer)
+            self.point("forward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+            self.add(GATHERED, block + coming)
+            self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
+            self.add(GATHERED, -block - coming)
+            if layer == 0:
+                self.add(GATHERED, -table)
+        # The last block is used again at once, and the one before it is gathered meanwhile.
+        self.add(GATHERED, block + block * min(ahead, layers - 1) + table)
+        self.apply("forward", "", ends_forward(self.shapes.ends))
+
+    def _table(self) -> int:
+        """Bytes of the embedding's, or the head's, weight where it is gathered."""
+        return self.shapes.ends.table.values * self.width if self.config.parallel.shard == "all" else 0
+
+    def backward(self) -> None:
+        ends, shapes = self.of_ends(), self.shapes
+        stretch, waiting = ends_backward(shapes.ends, ends)
+        self.apply("backward", "", stretch)
+        if self.stage < 3:
+            self.add(BUCKET, self.bucket * self.width)
+        ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
+        block = self.block_values * self.width if self.stage == 3 else 0
+        self.add(GATHERED, -self.base.get(GATHERED, 0))
+        full = self.sharded_values > self.bucket
+        if full and self.stage == 2:
+            self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
+        for layer, kind in reversed(list(enumerate(shapes.order))):
+            coming = block * min(ahead, layer)
+            if layer < layers - 1 and block:
+                self.point("backward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+            self.add(GATHERED, block + coming)
+            stretch, waiting = block_backward(shapes.blocks[kind], self.of_block(full=full), waiting)
+            self.apply("backward", f"block {layer}", stretch)
+            if self.stage == 3:
+                if full:
+                    self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
+                self.add("gradients", -self._whole_block())
+            self.add(GATHERED, -block - coming)
+        stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
+        self.apply("backward", "", stretch)
+        self._reduce(full=full)
+        message = self.width * self._remainder_values()
+        if message and self.ranks > 1:
+            self.point("backward", "all-reduce of the dense remainder", {MESSAGES: message})
+
+    def _whole_block(self) -> int:
+        parameters = (p for p in self.shapes.block_parameters if self._in_block(p.group, len(p.shape)))
+        return self.width * sum(p.values for p in parameters)
+
+    def of_ends(self) -> Arrivals:
+        """What becomes of gradients of embedding, last norm and head."""
+        if self.config.parallel.shard == "all":
+            return Arrivals("keep" if self.stage == 1 and self.passes == 1 else "add", self.width)
+        return Arrivals("add" if self.passes > 1 else "keep", self.width)
+
+    def of_block(self, *, full: bool) -> Arrivals:
+        """What becomes of a block's gradients: kept whole (stage 1), copied into the bucket as they come (2), or when
+        the block is through (3).
+
+        Args:
+            full: Whether the bucket fills up before the end.
+        """
+        if self.stage == 1:
+            return Arrivals("add" if self.passes > 1 else "keep", self.width)
+        if self.stage == 2:
+            return Arrivals("add", self.width, message=self.message if full else 0)
+        return Arrivals("keep", self.width)
+
+    def _reduce(self, *, full: bool) -> None:
+        """The end of a backward pass: what is still in the bucket is sent, and this rank's part kept."""
+        kept = self.kept_gradients * self.width
+        if self.stage == 1:
+            # Gradients move into the bucket one by one; when it is sent, those in it are freed.
+            self.add("gradients", -self.width * min(self.sharded_values, self.bucket))
+        later = self.stage < 3 and not self.offload and not (full and self.stage == 2)
+        self.point("backward", "gradients sent", {MESSAGES: self.message})
+        if later:
+            self.add("gradients", kept)
+            self.point("backward", "gradients kept")
+        if self.stage == 1 and self.sharded_values > self.bucket:
+            self.add("gradients", -self.width * (self.sharded_values - self.bucket))
+        if self.stage < 3:
+            self.base[BUCKET] = 0
+            if self.passes > 1 and self.stage == 2 and not self.offload:
+                self.add("gradients", -kept)  # added to those of earlier micro-batches
+
+    def _remainder_values(self) -> int:
+        return sum(prod(shape) for _, shape in dealt(self.config)[1])
+
+    def update(self) -> None:
+        self.base["activations.rotary"] = self.base["batch"] = 0
+        copied = 0 if self.offload else self.width * max(self._partitions())
+        self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
+        self.base["gradients"] = self.part * self.width if self.stage == 3 and not self.offload else 0
+
+    def _partitions(self) -> list[int]:
+        if self.stage == 3:
+            return [min(self.part, _SUB_GROUP)]
+        return [zero12_partition(group, self.ranks)[1] for group in self.groups]
+
+    def save(self) -> None:
+        self.point("save", "checkpoint")
+
+
+@lru_cache(maxsize=256)
+def _kept_values(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
+    """Values of the gradients that each rank keeps in stages 1 and 2: whole ones, also of parameters that it shares;
+    as parallel/partition.py: rank_bytes."""
+    total, part = zero12_partition(shapes, ranks)
+    kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
+    start = 0
+    for shape in shapes:
+        size = prod(shape)
+        for rank in range(start // part, -(-(start + size) // part)):
+            kept[rank] += size
+        start += size
+    return tuple(kept)
