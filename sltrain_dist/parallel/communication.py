@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
@@ -83,16 +84,23 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     return sent
 
 
-def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
-    parallel, width = config.parallel, value_bytes(config)
-    ranks = world_size // parallel.replicas
-    of_blocks = of_root = 0  # values, with what pads their rows
+@lru_cache(maxsize=256)  # the planner asks for the same few again and again
+def _padded_values(sharded: Named, ranks: int) -> tuple[int, int]:
+    """Values of decoder blocks and of the root, with what FSDP2 pads their rows to."""
+    of_blocks = of_root = 0
     for name, shape in sharded:
         padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
         if ".layers." in name:
             of_blocks += padded
         else:
             of_root += padded
+    return of_blocks, of_root
+
+
+def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
+    parallel, width = config.parallel, value_bytes(config)
+    ranks = world_size // parallel.replicas
+    of_blocks, of_root = _padded_values(sharded, ranks)
     # The root keeps its own parameters from the forward to the backward pass.
     gathers = passes * (2 if parallel.reshard_after_forward else 1)
     gathered_width = 2 if config.train.dtype == "mixed" else width

@@ -13,14 +13,14 @@ def flops_per_token(config: Config, sizes: Sizes) -> int:
     """Two for a multiply-add of matrix products and attention, forward and backward; elementwise work is left out."""
     tokens = sizes.blocks[0].tokens
     total = 0
-    for kind in sizes.order:
-        block = sizes.blocks[kind]
+    for kind, block in enumerate(sizes.blocks):
+        count = sizes.order.count(kind)
         forward = sum(_linear_forward(linear, tokens) for linear in block.linears)
         attention = _attention_forward(block)
         backward = sum(_linear_backward(linear, tokens) for linear in block.linears)
-        total += forward + backward + attention + 5 * attention // 2
+        total += count * (forward + backward + attention + 5 * attention // 2)
         if block.recompute != "nothing":
-            total += forward + (attention if block.recompute == "all" else 0)
+            total += count * (forward + (attention if block.recompute == "all" else 0))
     total += 3 * tokens * sizes.ends.vocabulary * sizes.ends.hidden
     passes = 2 if passes_twice(config.optim) else 1
     return 2 * passes * total // tokens

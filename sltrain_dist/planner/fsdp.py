@@ -7,6 +7,7 @@ copied into one buffer for the reduce-scatter, which lives until the next block'
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import prod
 
 from sltrain_dist.config.rules import accumulates_locally
@@ -31,12 +32,12 @@ class FsdpTimeline(Timeline):
 
     # Who holds what
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """Ranks that a parameter is dealt to."""
         return self.ranks // self.config.parallel.replicas
 
-    @property
+    @cached_property
     def remainder_is_whole(self) -> bool:
         """Whether embedding, head and norms are whole on every rank."""
         return self.config.parallel.shard == "factors"
@@ -70,9 +71,25 @@ class FsdpTimeline(Timeline):
 
     def _values(self, *, in_block: bool) -> int:
         """Padded values of what a block's, or the root's, all-gather brings together."""
+        return (self._of_block if in_block else self._of_root)[0]
+
+    @cached_property
+    def _of_block(self) -> tuple[int, int, int]:
+        return self._measure(in_block=True)
+
+    @cached_property
+    def _of_root(self) -> tuple[int, int, int]:
+        return self._measure(in_block=False)
+
+    def _measure(self, *, in_block: bool) -> tuple[int, int, int]:
+        """Of a block's, or the root's, sharded parameters: (padded values, values, largest step of a shard)."""
         parameters = self.shapes.block_parameters if in_block else self.shapes.end_parameters
-        sharded = (p for p in parameters if self.is_sharded(p, in_block=in_block))
-        return self.shards * sum(self.held_values(p, in_block=in_block) for p in sharded)
+        sharded = [p for p in parameters if self.is_sharded(p, in_block=in_block)]
+        return (
+            self.shards * sum(self.held_values(p, in_block=in_block) for p in sharded),
+            sum(p.values for p in sharded),
+            max((self.step.of_place(self.place(p, in_block=in_block)) for p in sharded), default=0),
+        )
 
     def init(self) -> None:
         """The model is built whole on every rank, and lives until all of it has been dealt out."""
@@ -161,11 +178,8 @@ class FsdpTimeline(Timeline):
     def _reduce(self, where: str, *, in_block: bool) -> None:
         """Reduce-scatter of the gradients of a block, or the root; with per-layer updates, the update of its shards."""
         config, shapes = self.config, self.shapes
-        values = self._values(in_block=in_block)
+        values, whole_values, step = self._of_block if in_block else self._of_root
         gradient_width = shapes.blocks[0].widths.parameter if in_block else self.width
-        parameters = shapes.block_parameters if in_block else shapes.end_parameters
-        sharded = [p for p in parameters if self.is_sharded(p, in_block=in_block)]
-        whole_values = sum(p.values for p in sharded)
         local = self.passes > 1 and accumulates_locally(config.parallel)
         self.base[REDUCED] = 0  # the one before
         self.point("backward", f"{where}, gradients copied for their reduce-scatter", {REDUCED: values * self.width})
@@ -179,7 +193,6 @@ class FsdpTimeline(Timeline):
             self.point("backward", f"{where}, gradients copied", {REDUCED: part, "gradients": part})
         waits_sharded = self.passes > 1 and not local
         if config.optim.update == "per_layer":
-            step = max(self.step.of_place(self.place(p, in_block=in_block)) for p in sharded)
             self.point("backward", f"{where}, update of its shards", {"gradients": part, "temporaries.update": step})
             if waits_sharded:
                 self.add("gradients", -part)

@@ -71,13 +71,13 @@ class ZeroTimeline(Timeline):
         by_rank = [_kept_values(tuple(group), self.ranks) for group in self.groups]
         return max(map(sum, zip(*by_rank, strict=True)))
 
-    @property
+    @cached_property
     def bucket(self) -> int:
         """Values in the bucket."""
         settings = self.config.parallel.deepspeed.get("zero_optimization", {})
         return int(settings.get("reduce_bucket_size", min(ZERO_BUCKET, self.sharded_values)))
 
-    @property
+    @cached_property
     def message(self) -> int:
         """Bytes of the copy in which the fullest bucket is sent; a larger gradient goes by itself. Gloo makes another."""
         largest = max(prod(shape) for _, shape in self.sharded)
@@ -134,7 +134,7 @@ class ZeroTimeline(Timeline):
 
     # An update
 
-    @property
+    @cached_property
     def block_values(self) -> int:
         """Values that are gathered for a block in stage 3, with padding."""
         parameters = (p.shape for p in self.shapes.block_parameters if self._in_block(p.group, len(p.shape)))
@@ -177,7 +177,7 @@ class ZeroTimeline(Timeline):
         ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
         block = self.block_values * self.width if self.stage == 3 else 0
         self.add(GATHERED, -self.base.get(GATHERED, 0))
-        full = self.sharded_values > self.bucket
+        full, whole_block = self.sharded_values > self.bucket, self._whole_block()
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
         for layer, kind in reversed(list(enumerate(shapes.order))):
@@ -190,7 +190,7 @@ class ZeroTimeline(Timeline):
             if self.stage == 3:
                 if full:
                     self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
-                self.add("gradients", -self._whole_block())
+                self.add("gradients", -whole_block)
             self.add(GATHERED, -block - coming)
         stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
         self.apply("backward", "", stretch)
