@@ -7,39 +7,35 @@
 The model, its engine (one process) and optimizer are those that train; two updates are made, and the second is
 measured, beside whose forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
 peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
-kernels, the allocator's rounding and the device's context are not in it. Fake tensors take the CPU's kernels, of
-which a few (such as RMSNorm in bf16) keep more for the backward pass than a GPU's.
+kernels, the allocator's rounding and the device's context are not in it. Fake tensors stand for a GPU's: the model
+takes the paths that it takes on CUDA (planner/stand_in.py), so that on the CPU other bytes are measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from benchmarking import table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
-from sltrain_dist.models.build import build_meta_model, build_model
-from sltrain_dist.optim import low_bit
-from sltrain_dist.parallel.ddp import DDPEngine
+from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.planner.follow import Follower
+from sltrain_dist.planner.replay import replay
+from sltrain_dist.planner.result import Point
+from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
 from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.dry_run import made_up_rows
+from sltrain_dist.train.step import forward_backward
 
 
-@dataclass
+@dataclass(frozen=True)
 class Peak:
     """The most bytes that were live at a time, and what they were."""
 
@@ -53,116 +49,40 @@ class Peak:
         """Supports, activations and temporaries."""
         return self.total - self.parameters - self.gradients - self.states
 
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensor storages that come through the dispatcher, until they are freed.
-
-    Args:
-        look_at: Number of the operator after which `look` is called; counted from 1 in each `with`.
-        look: What to call there.
-    """
-
-    def __init__(self, look_at: int = 0, look: Any = None) -> None:
-        super().__init__()
-        self.live = self.peak = self.peak_at = self.operators = 0
-        self._look_at, self._look = look_at, look
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Counts storages that exist already."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage not in self._known:
-                size = storage.nbytes()
-                self._known[storage] = size
-                self.live += size
-                weakref.finalize(storage, self._free, size)
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.operators
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operators += 1
-        self.add([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
-        if self.operators == self._look_at:
-            self._look()
-        return out
-
-
-def one_update(engine: DDPEngine, config: Config, ids: Tensor) -> None:
-    """Forward, backward and update on one full batch."""
-    engine.begin_update(config.optim.lr, 1.0)
-    engine.micro_step(ids, ids, 1.0 / ids.numel(), last=True)
-    engine.update()
-
-
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    @staticmethod
+    def of(point: Point) -> Peak:
+        """From a moment of a timeline."""
+        groups = point.groups()
+        kinds = (("factors", "sparse_values", "dense"), ("gradients",), ("states", "master_weights"))
+        return Peak(point.total, *(sum(groups.get(group, 0) for group in kind) for kind in kinds))
 
 
 def live_peak(config: Config, *, fake: bool) -> Peak:
-    """Peak of live bytes in the second update. Trained twice over: once to find the peak, once to look at it."""
-    at = 0
-    found: list[Peak] = []
-    for _ in range(2):
-        with ExitStack() as stack:
-            if fake:
-                stack.enter_context(FakeTensorMode())
-                # As much at a time as on a GPU, which is what fake tensors stand for here.
-                stack.enter_context(mock.patch.object(low_bit, "_SPAN_CPU", low_bit._SPAN))
-            engine, ids = build(config, "cpu", fake=fake)
-            one_update(engine, config, ids)
-
-            def look(engine: DDPEngine = engine) -> None:
-                held = engine.tensors()
-                parts = (bytes_of(held[kind]) for kind in ("parameters", "gradients", "states"))
-                found.append(Peak(0, *parts))
-
-            tracker = LiveBytes(at, look)
-            tracker.add([tensor for kind in engine.tensors().values() for tensor in kind])
-            tracker.add(list(engine.module.buffers()))
-            tracker.add([ids])
-            with tracker:
-                one_update(engine, config, ids)
-            at = tracker.peak_at
-    (peak,) = found
-    peak.total = tracker.peak
-    return peak
-
-
-def build(config: Config, device: str, *, fake: bool) -> tuple[DDPEngine, Tensor]:
-    """The engine, and a batch of token ids."""
+    """Peak of live bytes in the second update."""
     if fake:
-        model = build_meta_model(config)
-        for module in model.modules():  # not to_empty, which cannot swap fake parameters
-            for name, parameter in module.named_parameters(recurse=False):
-                module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device=device)))
-            for name, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
-        model.tie()
+        points = replay(config).timeline
     else:
-        model = build_model(config, device)
-    env = Environment(0, 1, 0, torch.device(device))
-    engine = build_engine(model, config, env)
-    assert isinstance(engine, DDPEngine)
-    shape = (config.train.micro_batch, config.data.seq_len)
-    return engine, torch.zeros(shape, dtype=torch.int64, device=device)
+        follower = Follower(config, Environment(0, 1, 0, torch.device("cpu")), LiveBytes())
+        follower.build(lambda: build_model(config, "cpu"))
+        follower.prepare()
+        follower.update()
+        points = follower.timeline()
+    return Peak.of(max((point for point in points if point.phase not in ("init", "save")), key=lambda p: p.total))
 
 
 def cuda_peak(config: Config) -> Peak:
     """Peak of the CUDA allocator in the second update; categories as they are before it."""
-    engine, ids = build(config, "cuda", fake=False)
-    one_update(engine, config, ids)
-    torch.cuda.reset_peak_memory_stats()
-    one_update(engine, config, ids)
-    held = engine.tensors()
-    peak = torch.cuda.max_memory_allocated()
-    return Peak(peak, *(bytes_of(held[kind]) for kind in ("parameters", "gradients", "states")))
+    engine = build_engine(build_model(config, "cuda"), config, Environment(0, 1, 0, torch.device("cuda")))
+    rows = made_up_rows(config, 0, config.train.global_batch)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        engine.begin_update(config.optim.lr, 1.0)
+        forward_backward(engine, rows, config.train.micro_batch, Environment(0, 1, 0, torch.device("cuda")))
+        held = engine.tensors()
+        engine.clip_gradients()
+        engine.update()
+    sizes = (storage_bytes(held[kind]) for kind in ("parameters", "gradients", "states"))
+    return Peak(torch.cuda.max_memory_allocated(), *sizes)
 
 
 def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:

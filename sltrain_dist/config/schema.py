@@ -7,9 +7,20 @@ it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+
+
+class _Memory:
+    """Marks fields that decide on the memory that a run takes."""
+
+
+MEMORY = _Memory()
+Memory = Annotated[T, MEMORY]
+"""A field that the device memory of a run depends on, alone or with others; the planner looks at no other one."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -28,23 +39,23 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A LLaMA decoder."""
 
-    vocab_size: PositiveInt = 32_000
+    vocab_size: Memory[PositiveInt] = 32_000
     """Rows of the embedding and of the head. At least the tokenizer's size."""
-    hidden_size: PositiveInt = 512
+    hidden_size: Memory[PositiveInt] = 512
     """Width of the residual stream."""
-    intermediate_size: PositiveInt = 1376
+    intermediate_size: Memory[PositiveInt] = 1376
     """Width of the SwiGLU MLP."""
-    num_layers: PositiveInt = 8
+    num_layers: Memory[PositiveInt] = 8
     """Decoder blocks."""
-    num_heads: PositiveInt = 8
+    num_heads: Memory[PositiveInt] = 8
     """Query heads; hidden_size / num_heads is the head dimension, and must be even for rotary embeddings."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Memory[PositiveInt | None] = None
     """Key and value heads (grouped-query attention). Null: as many as num_heads."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary embedding's frequencies."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square in RMSNorm."""
-    tie_head: bool = False
+    tie_head: Memory[bool] = False
     """Whether lm_head shares the embedding's weight."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the embedding, the head and, with reparam.method=full, of every linear layer."""
@@ -63,26 +74,26 @@ class ModelConfig(Section):
 class ReparamConfig(Section):
     """How the linear layers of attention and MLP are parametrised."""
 
-    method: Literal["sltrain", "full", "lowrank", "relora", "galore"] = "sltrain"
+    method: Memory[Literal["sltrain", "full", "lowrank", "relora", "galore"]] = "sltrain"
     """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
     relora (a frozen dense weight and factors, which are merged into it now and then) and galore (a dense weight whose
     gradient is projected to rank before the optimizer sees it)."""
-    rank: PositiveInt = 128
+    rank: Memory[PositiveInt] = 128
     """r, the inner size of B (m, r) and A (r, n)."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.03
+    density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03
     """δ, the share of W's entries that S holds (`sp_ratio` in the reference code)."""
     alpha: PositiveFloat = 32.0
     """Numerator of the low-rank factor's scale alpha/rank."""
-    support: SupportKind = "random"
+    support: Memory[SupportKind] = "random"
     """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
     blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
     n ≥ 256; the fastest."""
-    path: Literal["auto", "materialize", "factored"] = "auto"
+    path: Memory[Literal["auto", "materialize", "factored"]] = "auto"
     """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward.
     factored: W is never built; the low-rank and the sparse product are taken one by one and added. auto:
     the faster by a cost model, per layer shape and number of tokens (docs/operator.md)."""
-    row_block_bytes: PositiveInt | None = None
+    row_block_bytes: Memory[PositiveInt | None] = None
     """Most bytes of one layer's W, or of its dense gradient, that materialize forms at a time: bounds the
     transient memory for a little time. Null: all of it at once."""
 
@@ -107,7 +118,7 @@ class DataConfig(Section):
     """Key of the document's text in each JSON line, or column of a Parquet file."""
     tokenizer: str = "embedded"
     """A SentencePiece model file. "embedded": trained on the embedded corpus, with model.vocab_size pieces."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Memory[Annotated[int, Field(ge=2)]] = 256
     """Tokens in a row."""
     batching: Literal["pad", "pack"] = "pad"
     """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
@@ -137,7 +148,7 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    name: Memory[Literal["adamw", "adam", "sgd", "adafactor"]] = "adamw"
     """adamw: AdamW. adam: Adam, whose weight decay is a part of the gradient. adafactor: torch's Adafactor, which
     keeps a row and a column of a matrix's second moment, and takes lr as the most of its relative step; ddp only.
     sgd: plain stochastic gradient descent, for tests and comparisons."""
@@ -149,15 +160,15 @@ class OptimConfig(Section):
     """Decay of Adam's second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of Adam's second moment."""
-    state_bits: Literal[32, 16, 8, 4] = 16
+    state_bits: Memory[Literal[32, 16, 8, 4]] = 16
     """Bits of each of Adam's two states (docs/memory.md). 16: the parameter's type, as in the paper's baseline.
     32: float32. 8 and 4: quantized in blocks of 256 and 128 values, but float32 for parameters of under 4096."""
-    stochastic_rounding: bool = False
+    stochastic_rounding: Memory[bool] = False
     """Whether Adam rounds bf16 parameters up or down at random, right in the mean, instead of to the nearest:
     updates of less than half a unit in the last place are not lost, at no cost in memory."""
-    master_weights: bool = False
+    master_weights: Memory[bool] = False
     """Whether Adam keeps fp32 copies of bf16 parameters, and updates those: 4 bytes a parameter."""
-    weight_decay: FloatOrZero = 0.0
+    weight_decay: Memory[FloatOrZero] = 0.0
     """Weight decay: decoupled with adamw and adafactor, a part of the gradient with the others. Never applied to norms
     and embeddings."""
     clip: FloatOrZero = 0.0
@@ -168,7 +179,7 @@ class OptimConfig(Section):
     """Updates over which the learning rate rises linearly to its peak."""
     min_lr_ratio: Fraction = 0.1
     """Final learning rate, as a share of the peak (cosine and linear)."""
-    update: Literal["whole", "per_layer"] = "whole"
+    update: Memory[Literal["whole", "per_layer"]] = "whole"
     """whole: one step after the backward pass. per_layer: every parameter is updated as soon as its gradient
     is complete, during the backward pass, and its gradient freed: gradients take the memory of a few parameters
     instead of all. Not for zero."""
@@ -187,30 +198,30 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """The distributed engine."""
 
-    engine: Literal["ddp", "fsdp", "zero"] = "ddp"
+    engine: Memory[Literal["ddp", "fsdp", "zero"]] = "ddp"
     """ddp: whole replicas (one rank needs no process group). fsdp: PyTorch's FSDP2, every decoder block
     gathered on its own. zero: DeepSpeed ZeRO."""
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Memory[Literal[1, 2, 3]] = 2
     """ZeRO stage. 1: optimizer states are sharded. 2: gradients too. 3: parameters too."""
-    shard: Literal["factors", "all"] = "factors"
+    shard: Memory[Literal["factors", "all"]] = "factors"
     """factors: only the replaced linear layers' parameters are sharded; embeddings, head and norms stay
     whole on every rank, and their gradients are all-reduced once per update. all: those are sharded too."""
-    accumulate: Literal["auto", "local", "sharded"] = "auto"
+    accumulate: Memory[Literal["auto", "local", "sharded"]] = "auto"
     """Where gradients wait between micro-batches. local: whole, with one reduction per update. sharded:
     reduce-scattered at every micro-batch, which takes less memory and more traffic. auto: local for ddp and
     zero stage 1, sharded for fsdp and zero stages 2 and 3. Only fsdp has both."""
-    replicas: PositiveInt = 1
+    replicas: Memory[PositiveInt] = 1
     """fsdp: groups of ranks that each hold all shards (hybrid sharding): shards are gathered inside a group
     of world size / replicas ranks, such as the GPUs of one host, and gradients all-reduced between groups."""
-    reshard_after_forward: bool = True
+    reshard_after_forward: Memory[bool] = True
     """fsdp: whether a block's gathered weights are freed after its forward pass and gathered again for its
     backward pass. false: kept, for a third less traffic and the memory of all gathered blocks."""
-    prefetch_blocks: PositiveInt = 1
+    prefetch_blocks: Memory[PositiveInt] = 1
     """fsdp: blocks whose weights are gathered ahead of the one that computes."""
-    cpu_offload: bool = False
+    cpu_offload: Memory[bool] = False
     """The optimizer states live in the host's memory, and the optimizer steps there; with fsdp the sharded
     parameters and gradients too. Not for ddp."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: Memory[dict[str, Any]] = {}
     """zero: more keys of DeepSpeed's configuration, nested as there. A key that is made from another setting
     of this configuration is refused."""
     timeout_s: PositiveInt = 1800
@@ -224,24 +235,24 @@ class TrainConfig(Section):
     """Updates to make. Exactly one of steps and tokens must be set."""
     tokens: PositiveInt | None = None
     """Non-padding tokens to train on; the run ends with the first update that reaches them."""
-    micro_batch: PositiveInt = 8
+    micro_batch: Memory[PositiveInt] = 8
     """Sequences per rank and forward pass."""
-    global_batch: PositiveInt = 512
+    global_batch: Memory[PositiveInt] = 512
     """Sequences per update, over all ranks and micro-batches."""
-    dtype: Literal["bf16", "fp32", "mixed"] = "bf16"
+    dtype: Memory[Literal["bf16", "fp32", "mixed"]] = "bf16"
     """Types, under every engine. bf16 and fp32: of parameters, gradients, activations and optimizer states;
     bf16, with no fp32 copies, is the paper's. mixed: parameters, gradients and states in fp32, matrix products
     in bf16 (autocast; fsdp gathers the weights in bf16, too, and reduces gradients in fp32)."""
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_checkpointing: Memory[Literal["none", "full", "selective"]] = "none"
     """Activations that are not kept but computed again in the backward pass. full: all inside every decoder
     block. selective: as checkpoint_policy says."""
-    checkpoint_policy: Literal["blocks", "attention"] = "blocks"
+    checkpoint_policy: Memory[Literal["blocks", "attention"]] = "blocks"
     """With activation_checkpointing=selective. blocks: every checkpoint_every-th block as a whole.
     attention: in every block all but the output of attention itself, whose cost grows with the square of
     seq_len."""
-    checkpoint_every: Annotated[int, Field(ge=2)] = 2
+    checkpoint_every: Memory[Annotated[int, Field(ge=2)]] = 2
     """With checkpoint_policy=blocks: one in so many blocks is computed again."""
-    loss_chunk_tokens: CountOrZero | None = None
+    loss_chunk_tokens: Memory[CountOrZero | None] = None
     """Tokens whose logits exist at a time: head and loss are computed in chunks of so many, each with its
     gradients. Null: as many as 64 MiB of float32 logits hold (524 at a vocabulary of 32,000). 0: all at once,
     as plain modules do, which keeps a few times tokens x vocabulary."""
@@ -257,7 +268,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Evaluation during training: mean loss over a fixed set of tokens."""
 
-    source: str | list[str] | None = None
+    source: Memory[str | list[str] | None] = None
     """Evaluation documents, in the notation of data.source. Null: no evaluation."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
@@ -267,7 +278,7 @@ class EvalConfig(Section):
     """Updates between evaluations. 0: only before the first and after the last update."""
     tokens: PositiveInt = 10_000_000
     """Non-padding tokens to evaluate on, in the order of the files; fewer if the source ends before."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Memory[PositiveInt | None] = None
     """Sequences per rank and forward pass. Null: train.micro_batch."""
 
 

@@ -1,1 +1,1 @@
-"""The memory planner."""
+"""What a run takes: predicted, replayed, searched."""

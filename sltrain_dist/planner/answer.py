@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def with_search(
 
     config, ranks = known.config, known.ranks
     levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks)
-    found = search(config, ranks, levers, estimate)
+    found = search(config, ranks, levers, estimate, workers=len(os.sched_getaffinity(0)))
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")

@@ -29,12 +29,12 @@ CUDA = Device()
 """What plans are made for. Triton comes with torch's CUDA builds."""
 
 CONTEXT_BYTES = 500 * MIB
-"""CUDA context with the kernels that a run loads, which is outside of the allocator: 300 to 500 MiB on A100 and H100 with
-lazy loading (CUDA's default since 12.2); the upper end."""
+"""CUDA context with the kernels that a run loads, which is outside of the allocator: 300 to 500 MiB on A100 and H100
+with lazy loading (CUDA's default since 12.2); the upper end."""
 
 NCCL_BYTES = 256 * MIB
-"""With several ranks, what NCCL takes for its channels' buffers: NCCL_BUFFSIZE (4 MiB) for each of up to 32 channels, in
-both directions."""
+"""With several ranks, what NCCL takes for its channels' buffers: NCCL_BUFFSIZE (4 MiB) for each of up to 32 channels,
+in both directions."""
 
 WORKSPACE_BYTES = 32 * MIB
 """cuBLAS' workspace, one for each handle and stream: 32 MiB on Hopper, 8.125 MiB before (torch's defaults for

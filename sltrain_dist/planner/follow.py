@@ -7,6 +7,7 @@ another one when its role shows: what autograd saves becomes an activation, what
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import MASTER
-from sltrain_dist.parallel import held
+from sltrain_dist.parallel import fsdp, held
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import is_factor
@@ -62,7 +66,8 @@ class Follower:
     def __init__(self, config: Config, env: Environment, tracker: LiveBytes) -> None:
         self.config, self.env, self.tracker = config, env, tracker
         self._backward = False
-        self._kind, self._passes, self._pass = OTHER, 1, 0
+        self._kind, self._passes, self._pass, self._built = OTHER, 1, 0, 0
+        self._levels: dict[Any, Any] = {}
         passes = min(2, micro_batches_per_update(config, env.world_size))
         # The first micro-batch finds no gradients, the last one all; what is between is like the last one at most.
         self._rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
@@ -77,15 +82,34 @@ class Follower:
             self._assign_model(model)
             self._watch(model)
             tracker.begin(("init", "engine"))
+            engine = self.config.parallel.engine
             # DDP's buckets are where the gradients will be.
-            ddp = self.config.parallel.engine == "ddp"
-            with tracker.within("gradients" if ddp else "buffers.engine"):
+            with _without_mesh(), tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
-            self._assign_model(self.engine.module)
+            if engine == "zero":  # all that it shards lies in the same flat tensors
+                tracker.assign(self.engine.tensors()["parameters"], "factors")
+                self._assign_model(self.engine.module, only="dense")
+            else:
+                self._assign_model(self.engine.module)
+        self._built = len(tracker.stretches)
+
+    def prepare(self) -> None:
+        """Makes a first update, so that there are optimizer states; our own optimizer skips its arithmetic."""
+
+        def no_update(optimizer: low_bit.LowBitAdam, parameter: Tensor, state: low_bit.State, *unused: Any) -> None:
+            for key in state:
+                name, _, form = key.partition(".")
+                if form == "codes":
+                    optimizer._quantizer(parameter, name)
+
+        with mock.patch.object(low_bit.LowBitAdam, "_update", no_update):
+            self.update()
+        del self.tracker.stretches[self._built :]
 
     def update(self) -> None:
         """Makes an update of the first and the last micro-batch."""
         engine, tracker, optim = self.engine, self.tracker, self.config.optim
+        gc.collect()  # what the update before has left in cycles
         self._passes, self._pass, self._backward = self._pass, 0, False
         with tracker, self._scopes():
             tracker.begin(("forward", "begin"))
@@ -119,9 +143,11 @@ class Follower:
             points.append(Point(cast(Phase, phase), where, parts))
         return tuple(points)
 
-    def _assign_model(self, model: nn.Module) -> None:
+    def _assign_model(self, model: nn.Module, only: str = "") -> None:
         for name, parameter in model.named_parameters():
-            self.tracker.assign([_local(parameter)], component_of(name))
+            component = component_of(name)
+            if component.startswith(only):
+                self.tracker.assign([_local(parameter)], component)
         for name, buffer in model.named_buffers():
             self.tracker.assign([buffer], "index" if ".support." in name else "dense")
 
@@ -154,6 +180,7 @@ class Follower:
         if where == "embed_tokens":
             self._backward = False
             self._pass += 1
+            self._assign_held()
         self._kind = kind
         if self._backward:
             self._begin("backward", f"{where}, computed again")
@@ -200,14 +227,35 @@ class Follower:
         with ExitStack() as stack:
             stack.enter_context(scoped(training_step, "to_batch", "batch"))
             stack.enter_context(scoped(held, "_step", "temporaries.update"))
-            stack.enter_context(scoped(held.Replicated, "all_reduce", "buffers.messages"))
+            stack.enter_context(scoped(DistributedDataParallel, "_pre_forward", "gradients"))
             stack.enter_context(scoped(FSDPParamGroup, "unshard", "buffers.gathered"))
             stack.enter_context(scoped(FSDPParamGroup, "wait_for_unshard", "buffers.gathered"))
+            stack.enter_context(self._messages())
             stack.enter_context(self._reductions())
             stack.enter_context(self._new_states())
             stack.enter_context(self._recomputation())
             stack.enter_context(saved_tensors_hooks(self._saved, lambda tensor: tensor))
+            # Tables of levels are kept for good, and would be there from an earlier run in this process, or not.
+            stack.enter_context(mock.patch.object(low_bit, "quantizer", self._quantizer))
+            stack.enter_context(mock.patch.object(blockwise, "_made", {}))
             yield
+
+    def _quantizer(self, *key: Any, signed: bool) -> blockwise.Quantizer:
+        if (*key, signed) not in self._levels:
+            with self.tracker.within("temporaries.levels"):
+                self._levels[*key, signed] = blockwise.quantizer(*key, signed=signed)
+        return self._levels[*key, signed]
+
+    def _messages(self) -> Any:
+        """The all-reduce of what is whole on every rank."""
+        all_reduce = held.Replicated.all_reduce
+
+        def wrapped(replicas: held.Replicated, *args: Any) -> None:
+            self.tracker.begin(("backward", "all-reduce"))
+            with self.tracker.within("buffers.messages"):
+                all_reduce(replicas, *args)
+
+        return mock.patch.object(held.Replicated, "all_reduce", wrapped)
 
     def _reductions(self) -> Any:
         """FSDP2's reduce-scatter: gradients go in, gradients come out, and buffers are between."""
@@ -256,6 +304,17 @@ def component_of(name: str) -> str:
     if not is_factor(name) or last not in ("B", "A", "V"):
         return "dense"
     return "sparse_values" if last == "V" else "factors"
+
+
+def _without_mesh() -> Any:
+    """A mesh of ranks is a few numbers on the host. And it is looked into, which fake tensors do not bear."""
+    make_mesh = fsdp._mesh
+
+    def mesh(*args: Any) -> Any:
+        with _disable_current_modes():
+            return make_mesh(*args)
+
+    return mock.patch.object(fsdp, "_mesh", mesh)
 
 
 def _groups(module: nn.Module) -> list[FSDPParamGroup]:

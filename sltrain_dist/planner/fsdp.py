@@ -122,6 +122,7 @@ class FsdpTimeline(Timeline):
             self.add(GATHERED, -during - (block if parallel.reshard_after_forward else 0))
         self.add(GATHERED, gather)
         self.apply("forward", "", ends_forward(shapes.ends))
+        self.leave_autocast()
         self.add(GATHERED, -gather)
 
     def backward(self) -> None:

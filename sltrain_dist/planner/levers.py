@@ -15,7 +15,6 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_ROW_BLOCK_BYTES = 16 << 20
 
 FIXED = ("train.global_batch", "train.steps", "train.tokens", "seed", "run_dir", "preset")
 """Never varied: a search compares ways to make the same updates."""
@@ -62,13 +61,6 @@ def default_levers(config: Config, ranks: int) -> list[Lever]:
         levers += [
             _lever("support", "reparam.support", ["random", "stratified", "blocks"]),
             _lever("path", "reparam.path", ["auto", "materialize", "factored"]),
-            Lever(
-                "row block",
-                (
-                    Setting("whole", {"reparam.row_block_bytes": None}),
-                    Setting("16 MiB", {"reparam.row_block_bytes": _ROW_BLOCK_BYTES}),
-                ),
-            ),
         ]
     if ranks > 1:
         levers.append(Lever("engine", tuple(_engines())))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import distributed as data_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
@@ -26,7 +25,8 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters, model_flops_per_token
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel import fsdp
+from sltrain_dist.optim import low_bit
+from sltrain_dist.optim.state_layout import Span
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
@@ -76,14 +76,13 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         stack.enter_context(_fakeable())
         if device == "cuda":
             stack.enter_context(as_cuda(config))
-        tracker = FakeBytes(INSIDE if device == "cuda" else None)
+        tracker = FakeBytes(device)
         follower = Follower(eager, env, tracker)
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
-        first = len(tracker.stretches)
-        follower.update()
-        del tracker.stretches[first:]
-        follower.update()
+        with _few_spans():
+            follower.prepare()
+            follower.update()
         follower.save()
     return Estimate(
         timeline=follower.timeline(),
@@ -97,12 +96,25 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
 
 
 class FakeBytes(LiveBytes):
-    """Live bytes of fake tensors. A number that is read from one of them is 1."""
+    """Live bytes of fake tensors. A number that is read from one of them is 1.
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    Args:
+        device: Whose operators they stand for.
+    """
+
+    def __init__(self, device: Literal["cuda", "cpu"]) -> None:
+        super().__init__(INSIDE if device == "cuda" else None)
+        self._cpu = device == "cpu"
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._cpu and func is torch.ops.aten._embedding_bag_forward_only.default:
+            # Fake tensors keep the bag of every index, as CUDA does; the CPU's kernel does not.
+            return (out[0], out[1].new_empty(0), *out[2:])
+        return out
 
 
 class Alone(Environment):
@@ -111,14 +123,13 @@ class Alone(Environment):
     def gather(self, value: Any) -> list[Any]:
         return [value] * self.world_size
 
-    def sum(self, values: list[float]) -> list[float]:
-        return [self.world_size * value for value in values]
-
-    def max(self, values: list[float]) -> list[float]:
-        return list(values)
-
     def on_main(self, action: Callable[[], T]) -> T:
         return action()
+
+    def _reduce(self, values: list[float], op: Any) -> list[float]:
+        if self.world_size > 1:
+            torch.tensor(values, dtype=torch.float64, device=self.device)  # the message
+        return [self.world_size * value for value in values] if op == dist.ReduceOp.SUM else list(values)
 
 
 def fake_model(config: Config) -> LlamaForCausalLM:
@@ -145,16 +156,23 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
 @contextmanager
 def _fakeable() -> Iterator[None]:
     """Without what looks at the values of tensors, which fake ones do not have."""
-    make_mesh = fsdp._mesh
+    with (
+        mock.patch.object(data_parallel, "_verify_param_shape_across_processes"),
+        mock.patch.object(data_parallel, "_sync_module_states"),
+    ):
+        yield
 
-    def mesh(*args: Any) -> Any:
-        with _disable_current_modes():  # it looks for this rank in a tensor of all
-            return make_mesh(*args)
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fsdp, "_mesh", mesh))
-        stack.enter_context(mock.patch.object(data_parallel, "_verify_param_shape_across_processes"))
-        stack.enter_context(mock.patch.object(data_parallel, "_sync_module_states"))
+@contextmanager
+def _few_spans() -> Iterator[None]:
+    """Low-bit states in three spans of every parameter, the first two and the last: the others are like the second."""
+    spans = low_bit.spans
+
+    def few(*args: Any) -> Iterator[Span]:
+        every = list(spans(*args))
+        yield from every[:2] + every[2:][-1:]
+
+    with mock.patch.object(low_bit, "spans", few):
         yield
 
 

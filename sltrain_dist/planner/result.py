@@ -97,3 +97,7 @@ class Estimate:
             if point.phase not in largest or point.total > largest[point.phase].total:
                 largest[point.phase] = point
         return largest
+
+    def peak_of(self, phase: Phase) -> Point:
+        """The largest moment of a phase."""
+        return self.phases()[phase]

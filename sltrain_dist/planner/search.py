@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from sltrain_dist.config.rules import check_fields, check_replicas, field_value, idle_keys, micro_batches_per_update
@@ -22,6 +22,9 @@ Estimator = Callable[..., Estimate]
 
 _NEAR = 0.01
 """A row that is worse in one figure must be better in the other by more than this share to be worth a line."""
+
+_WORTH_A_PROCESS = 1000
+"""Configurations from which on processes are started for a search: these take half a second to start."""
 
 _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
 """Settings that make another model: rows are compared with those of the same values only."""
@@ -124,7 +127,7 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
     return front
 
 
-def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator) -> Search:
+def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator, *, workers: int = 1) -> Search:
     """Estimates every combination of the levers' settings.
 
     The global batch is that of `config`; combinations that the configuration's own rules refuse are counted, not
@@ -135,10 +138,12 @@ def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estima
         ranks: Number of ranks.
         levers: What is varied.
         estimate: Called once for each distinct configuration that can be run.
+        workers: Processes that share the work where there is much of it; `estimate` must be picklable then.
     """
     found = Search(start=evaluate(config, ranks, {}, estimate))
     keys = sorted({key for lever in levers for setting in lever.settings for key in setting.values})
     seen: set[tuple[Any, ...]] = set()
+    candidates: list[tuple[Config, dict[str, str]]] = []
     for combination in itertools.product(*(lever.settings for lever in levers)):
         candidate = apply(config, combination)
         refusal = refused(candidate, ranks)
@@ -151,9 +156,26 @@ def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estima
             continue
         seen.add(identity)
         settings = {lever.name: setting.label for lever, setting in zip(levers, combination, strict=True)}
-        row = evaluate(candidate, ranks, settings, estimate)
-        found.rows.append(replace(row, relative_speed=found.start.seconds / row.seconds))
+        candidates.append((candidate, settings))
+    rows = _evaluate_all(candidates, ranks, estimate, workers)
+    found.rows += [replace(row, relative_speed=found.start.seconds / row.seconds) for row in rows]
     return found
+
+
+def _evaluate_all(
+    candidates: Sequence[tuple[Config, Mapping[str, str]]], ranks: int, estimate: Estimator, workers: int
+) -> list[Row]:
+    if workers == 1 or len(candidates) < _WORTH_A_PROCESS:
+        return [evaluate(candidate, ranks, settings, estimate) for candidate, settings in candidates]
+    from concurrent.futures import ProcessPoolExecutor  # imported here, for the many plans without a search
+    from multiprocessing import get_context
+
+    # Stretches of neighbours, which share most of what an estimator remembers. Not forked: the caller may have threads.
+    size = -(-len(candidates) // (4 * workers))
+    chunks = [candidates[first : first + size] for first in range(0, len(candidates), size)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        work = partial(_evaluate_all, ranks=ranks, estimate=estimate, workers=1)
+        return [row for rows in pool.map(work, chunks) for row in rows]
 
 
 def single_changes(
@@ -176,7 +198,7 @@ def single_changes(
 
 def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: Estimator) -> Row:
     """Estimates one configuration."""
-    estimated = estimate(config, ranks=ranks)
+    estimated = estimate(config, ranks=ranks, peaks_only=True)
     peak = estimated.peak
     return Row(
         config=config,

@@ -6,7 +6,6 @@ another one on CUDA, its place is taken by one that makes and keeps the same ten
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,8 +43,6 @@ def as_cuda(config: Config) -> Iterator[None]:
             (llama, "rms_norm", _RMSNorm.apply),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        # One for all parameters, as for real tensors; fake ones are not kept beyond their mode.
-        stack.enter_context(mock.patch.object(low_bit, "quantizer", functools.cache(low_bit.quantizer)))
         model = config.model
         if config.train.dtype == "fp32" and model.kv_heads != model.num_heads:
             # Flash attention takes no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils).
@@ -76,12 +73,8 @@ def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **kwargs: Any) -> i
     return 4 * batch * heads * length * (width + 1)
 
 
-def _values_partial(grads: Tensor, inputs: Tensor, window_inputs: Tensor, *rest: Any) -> int:
-    """Sums of chunks of tokens before they are added up (kernels.blocks_values)."""
-    return 0
-
-
 INSIDE: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
 }
-"""What operators take on CUDA while they run, beside what they return."""
+"""What operators take on CUDA while they run, beside what they return. Not counted: partial sums of
+`kernels.blocks_values`, at most 512 tiles of 64×64 in float32 (8.4 MB), and workspaces of the matrix libraries."""

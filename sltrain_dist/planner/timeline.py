@@ -12,6 +12,7 @@ from sltrain_dist.parallel.partition import value_bytes
 from sltrain_dist.planner.block import RESIDUAL
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Arrivals, Parameter
+from sltrain_dist.planner.linear import CAST_WEIGHTS
 from sltrain_dist.planner.result import Phase, Point
 from sltrain_dist.planner.sizes import Sizes, index_bytes, sizes
 from sltrain_dist.planner.stretches import (
@@ -49,6 +50,9 @@ class Timeline:
         self.step = StepMemory(config.optim, self.width, device.span)
         self.base: dict[str, int] = {}
         self.timeline: list[Point] = []
+        self.peaks_only = False
+        """Whether only moments are recorded that exceed all earlier ones of their phase, which is faster."""
+        self.largest: dict[Phase, int] = {}
 
     def points(self) -> list[Point]:
         """The moments, in their order."""
@@ -140,6 +144,14 @@ class Timeline:
         for layer, kind in enumerate(self.shapes.order):
             self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
         self.apply("forward", "", ends_forward(self.shapes.ends))
+        self.leave_autocast()
+
+    def leave_autocast(self) -> None:
+        """Its cache of cast weights is cleared; those of blocks that are computed again were kept by nothing else."""
+        for kind in self.shapes.order:
+            block = self.shapes.blocks[kind]
+            if block.recompute != "nothing":
+                self.add(CAST_WEIGHTS, -block_forward(block).end.get(CAST_WEIGHTS, 0))
 
     def begin_forward(self) -> None:
         """Embedding, and the rotary table in the residual stream's type."""
@@ -220,6 +232,11 @@ class Timeline:
 
     def point(self, phase: Phase, where: str, more: Mapping[str, int] | None = None) -> None:
         """Records a moment at which more lives than what stays."""
+        if self.peaks_only:
+            total = sum(self.base.values()) + (sum(more.values()) if more else 0)
+            if total <= self.largest.get(phase, -1):
+                return
+            self.largest[phase] = total
         components = dict(self.base)
         for component, size in (more or {}).items():
             components[component] = components.get(component, 0) + size

@@ -1,8 +1,8 @@
 """An update under DeepSpeed ZeRO (no torch), as deepspeed 0.19's stage_1_and_2.py, stage3.py and
 partition_parameters.py make it. Fake tensors cannot follow it: it is compared with live bytes of real runs.
 
-Gradients go into a bucket, and a full bucket is copied once more to be sent. In stages 1 and 2 the bucket lives from the
-first gradient of a backward pass to its end; in stage 3 always.
+Gradients go into a bucket, and a full bucket is copied once more to be sent. In stages 1 and 2 the bucket lives from
+the first gradient of a backward pass to its end (in stage 1: of an update's); in stage 3 always.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ZeroTimeline(Timeline):
 
     @cached_property
     def message(self) -> int:
-        """Bytes of the copy in which the fullest bucket is sent; a larger gradient goes by itself. Gloo makes another."""
+        """Bytes of the copy in which a full bucket is sent; a larger gradient goes by itself. Gloo makes another."""
         largest = max(prod(shape) for _, shape in self.sharded)
         copies = 2 if self.stage == 3 and self.device.type == "cpu" else 1
         return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
@@ -125,6 +125,8 @@ class ZeroTimeline(Timeline):
         else:
             self.add(FLAT, self.part * width)  # what the optimizer steps
             self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
+        if self.stage == 1 and self.passes > 1:
+            self.add(BUCKET, self.bucket * width)  # until the update's last micro-batch is through
         if self.stage == 3:
             self.add(BUCKET, self.bucket * width)
             self.add("gradients", 0 if self.offload else self.part * width)
@@ -163,6 +165,7 @@ class ZeroTimeline(Timeline):
         # The last block is used again at once, and the one before it is gathered meanwhile.
         self.add(GATHERED, block + block * min(ahead, layers - 1) + table)
         self.apply("forward", "", ends_forward(self.shapes.ends))
+        self.leave_autocast()
 
     def _table(self) -> int:
         """Bytes of the embedding's, or the head's, weight where it is gathered."""
@@ -173,7 +176,7 @@ class ZeroTimeline(Timeline):
         stretch, waiting = ends_backward(shapes.ends, ends)
         self.apply("backward", "", stretch)
         if self.stage < 3:
-            self.add(BUCKET, self.bucket * self.width)
+            self.base[BUCKET] = self.bucket * self.width
         ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
         block = self.block_values * self.width if self.stage == 3 else 0
         self.add(GATHERED, -self.base.get(GATHERED, 0))
@@ -206,7 +209,8 @@ class ZeroTimeline(Timeline):
     def of_ends(self) -> Arrivals:
         """What becomes of gradients of embedding, last norm and head."""
         if self.config.parallel.shard == "all":
-            return Arrivals("keep" if self.stage == 1 and self.passes == 1 else "add", self.width)
+            copied = self.stage == 2 or (self.stage == 1 and self.passes > 1)
+            return Arrivals("add" if copied else "keep", self.width)
         return Arrivals("add" if self.passes > 1 else "keep", self.width)
 
     def of_block(self, *, full: bool) -> Arrivals:
@@ -228,11 +232,13 @@ class ZeroTimeline(Timeline):
         if self.stage == 1:
             # Gradients move into the bucket one by one; when it is sent, those in it are freed.
             self.add("gradients", -self.width * min(self.sharded_values, self.bucket))
-        later = self.stage < 3 and not self.offload and not (full and self.stage == 2)
+        if self.stage == 1 and not self.offload:
+            self.add("gradients", kept)  # some have been sent before
         self.point("backward", "gradients sent", {MESSAGES: self.message})
-        if later:
+        if self.stage == 2 and not self.offload and not full:
             self.add("gradients", kept)
-            self.point("backward", "gradients kept")
+        if self.stage == 3 and self.config.parallel.shard == "all":
+            self.add("gradients", -self.width * sum(p.values for p in self.shapes.end_parameters))
         if self.stage == 1 and self.sharded_values > self.bucket:
             self.add("gradients", -self.width * (self.sharded_values - self.bucket))
         if self.stage < 3:

@@ -147,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it calls operators on its local tensor, which come here
-        out = func(*args, **(kwargs or {}))
+        out = self.call(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._see(out, self.scope)
         else:
@@ -159,6 +159,10 @@ class LiveBytes(TorchDispatchMode):
             self._passing(inside(*args, **(kwargs or {})))
         self._note()
         return out
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator."""
+        return func(*args, **kwargs)
 
     def _see(self, tensor: Tensor, component: str) -> None:
         if tensor.device.type == "meta":

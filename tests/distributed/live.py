@@ -1,0 +1,101 @@
+"""Follows the live bytes of real training on several processes, for comparison with replays and estimates.
+
+    torchrun --nproc-per-node=2 tests/distributed/live.py OUT.json [CONFIGURATIONS.json]
+
+trains every configuration (a mapping from names to what `build_config` takes; without one, :data:`CASES`) for two
+updates, and writes {name: [timeline of each rank]}, a timeline being a list of [phase, where, {component: bytes}].
+The processes compute on the CPU and talk through gloo.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sltrain_dist.config.load import build_config
+from sltrain_dist.config.schema import Config
+from sltrain_dist.models.build import build_model
+from sltrain_dist.parallel import environment
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.planner.follow import Follower
+from sltrain_dist.tracking.live_bytes import LiveBytes
+
+Timeline = list[tuple[str, str, dict[str, int]]]
+"""What JSON makes of it: phase, where, bytes by component."""
+
+
+def _case(**sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": {
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_layers": 3,
+            "num_heads": 2,
+        },
+        "reparam": {"rank": 8, "density": 0.1},
+        "data": {"seq_len": 16},
+        "parallel": {},
+        "train": {"steps": 1, "micro_batch": 2, "global_batch": 8, "dtype": "bf16"},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return values
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "ddp": _case(parallel={"engine": "ddp"}),
+    "ddp, per layer": _case(
+        parallel={"engine": "ddp"}, optim={"update": "per_layer", "clip": 1.0}, train={"global_batch": 4}
+    ),
+    "fsdp": _case(parallel={"engine": "fsdp"}, optim={"clip": 1.0}),
+    "fsdp, all, local": _case(
+        parallel={"engine": "fsdp", "shard": "all", "accumulate": "local", "reshard_after_forward": False},
+        train={"dtype": "mixed"},
+    ),
+    "fsdp, per layer, recomputed": _case(
+        reparam={"support": "blocks"},
+        parallel={"engine": "fsdp", "prefetch_blocks": 2},
+        optim={"update": "per_layer", "state_bits": 8},
+        train={"activation_checkpointing": "full"},
+    ),
+    **{
+        f"zero {stage}, {shard}": _case(parallel={"engine": "zero", "zero_stage": stage, "shard": shard})
+        for stage in (1, 2, 3)
+        for shard in ("factors", "all")
+    },
+}
+"""What the tests compare on two ranks."""
+
+
+def timeline(config: Config, env: Environment) -> Timeline:
+    """What this rank takes in the second update."""
+    gc.collect()  # engines of earlier runs are in cycles
+    follower = Follower(config, env, LiveBytes())
+    follower.build(lambda: build_model(config, env.device))
+    follower.prepare()
+    follower.update()
+    follower.save()
+    return [(point.phase, point.where, dict(point.components)) for point in follower.timeline()]
+
+
+def main(out: str, configurations: str | None = None) -> None:
+    torch.set_num_threads(1)
+    env = environment.start(120, need_group=True)
+    values = CASES if configurations is None else json.loads(Path(configurations).read_text())
+    found = {name: env.gather(timeline(build_config(value), env)) for name, value in values.items()}
+    if env.is_main:
+        Path(out).write_text(json.dumps(found))
+    env.gather(None)  # no rank is gone before all are done
+    sys.stderr.flush()
+    os._exit(0)  # see cases.py
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
