@@ -14,7 +14,6 @@ from sltrain_dist.parallel.partition import (
     dealt,
     optimizer_groups,
     value_bytes,
-    whole_values,
     zero3_values,
     zero12_partition,
 )
@@ -64,8 +63,8 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if accumulates_locally(parallel) else passes
-    sharded, _ = dealt(config)
-    sent = Traffic.of("all_reduce", width * whole_values(config), world_size)
+    sharded, whole = dealt(config)
+    sent = Traffic.of("all_reduce", width * sum(_padded_values(whole, 1)), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if passes_twice(config.optim):
@@ -84,27 +83,27 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     return sent
 
 
-@lru_cache(maxsize=256)  # the planner asks for the same few again and again
-def _padded_values(sharded: Named, ranks: int) -> tuple[int, int]:
-    """Values of decoder blocks and of the root, with what FSDP2 pads their rows to."""
-    of_blocks = of_root = 0
-    for name, shape in sharded:
-        padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
-        if ".layers." in name:
-            of_blocks += padded
-        else:
-            of_root += padded
-    return of_blocks, of_root
-
-
 def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
     parallel, width = config.parallel, value_bytes(config)
     ranks = world_size // parallel.replicas
-    of_blocks, of_root = _padded_values(sharded, ranks)
-    # The root keeps its own parameters from the forward to the backward pass.
+    blocks, root = _padded_values(sharded, ranks)
     gathers = passes * (2 if parallel.reshard_after_forward else 1)
     gathered_width = 2 if config.train.dtype == "mixed" else width
-    gathered = gathers * gathered_width * of_blocks + passes * width * of_root
-    reduced = reductions * width * (of_blocks + of_root)
+    # The root keeps its own parameters from the forward to the backward pass.
+    gathered = gathers * gathered_width * blocks + passes * width * root
+    reduced = reductions * width * (blocks + root)
     sent = Traffic.of("all_gather", gathered, ranks) + Traffic.of("reduce_scatter", reduced, ranks)
     return sent + Traffic.of("all_reduce", reduced / ranks, parallel.replicas)
+
+
+@lru_cache(maxsize=256)
+def _padded_values(sharded: Named, ranks: int) -> tuple[int, int]:
+    """Values in the decoder blocks, and outside of them, with the padding of rows."""
+    blocks = root = 0
+    for name, shape in sharded:
+        padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
+        if ".layers." in name:
+            blocks += padded
+        else:
+            root += padded
+    return blocks, root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,10 +13,12 @@ from typing import Literal
 from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.optim.state_layout import BLOCKS, STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
+from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
-Named = Sequence[tuple[str, tuple[int, ...]]]
-"""(name, shape) of parameters."""
+Named = tuple[tuple[str, tuple[int, ...]], ...]
+"""(name, shape) of parameters. A tuple, so that what follows from it can be looked up: the planner asks often."""
+_MANY = 256
+"""Models that are remembered."""
 
 ZERO_BUCKET = 50_000_000
 """Most values in a message of DeepSpeed's, where `parallel.deepspeed` does not say otherwise."""
@@ -39,32 +42,24 @@ def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
 
 def dealt(config: Config) -> tuple[Named, Named]:
     """(parameters that the engine shards, parameters that are whole on every rank)."""
-    sharded, remainder, _ = _dealt(config.model, config.reparam, _shard(config))
-    return sharded, remainder
+    return _dealt(config.model, config.reparam, config.parallel.engine != "ddp", config.parallel.shard)
 
 
-def whole_values(config: Config) -> int:
-    """Values of the parameters that are whole on every rank."""
-    return _dealt(config.model, config.reparam, _shard(config))[2]
-
-
-def _shard(config: Config) -> Literal["factors", "all"] | None:
-    return None if config.parallel.engine == "ddp" else config.parallel.shard
-
-
-@lru_cache(maxsize=256)  # the planner asks for the same few again and again
+@lru_cache(maxsize=_MANY)
 def _dealt(
-    model: ModelConfig, reparam: ReparamConfig, shard: Literal["factors", "all"] | None
-) -> tuple[Named, Named, int]:
-    shapes = tuple(parameter_shapes(model, reparam))
-    sharded = tuple((name, shape) for name, shape in shapes if shard is not None and is_sharded(name, shard))
-    remainder = tuple((name, shape) for name, shape in shapes if shard is None or not is_sharded(name, shard))
-    return sharded, remainder, sum(math.prod(shape) for _, shape in remainder)
+    model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Literal["factors", "all"]
+) -> tuple[Named, Named]:
+    shapes = parameter_shapes(model, reparam)
+    sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
+    known = {name for name, _ in sharded}
+    return sharded, tuple((name, shape) for name, shape in shapes if name not in known)
 
 
-def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[list[tuple[int, ...]]]:
+def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[int, ...], ...]]:
     """Shapes by the optimizer's group, each of which ZeRO 1 and 2 flatten on its own; none is empty."""
-    groups = [[shape for name, shape in parameters if decays(name, optim) is kind] for kind in (True, False)]
+    if optim.weight_decay == 0:
+        return [tuple(shape for _, shape in parameters)] if parameters else []
+    groups = [tuple(shape for name, shape in parameters if decays(name, optim) is kind) for kind in (True, False)]
     return [group for group in groups if group]
 
 
@@ -92,12 +87,12 @@ def fsdp_place(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Plac
 
 def agreed_bytes(config: Config, world_size: int) -> int:
     """Bytes of the message in which the ranks agree on the scales of blocks that they share; two scales a block."""
-    if config.parallel.engine != "fsdp" or config.optim.state_bits not in BLOCKS:
+    if config.parallel.engine != "fsdp":
         return 0
     ranks = world_size // config.parallel.replicas
-    # Only vectors are cut inside of blocks.
-    places = (fsdp_place(name, shape, 0, ranks) for name, shape in dealt(config)[0] if len(shape) == 1)
-    return 8 * sum(len(shared_blocks(place, config.optim.state_bits)) for place in places)
+    vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices share no blocks
+    shared = {shape: shared_blocks(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
+    return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 
 @dataclass(frozen=True)
@@ -161,6 +156,7 @@ def value_bytes(config: Config) -> int:
     return 2 if config.train.dtype == "bf16" else 4
 
 
+@lru_cache(maxsize=_MANY)
 def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
     """(parameters, gradients, states) that a rank holds under ZeRO 3, in values."""
     part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)

@@ -31,6 +31,7 @@ class Answer:
         changes: Single changes that make it fit, cheapest first; None where it fits or no device is named.
         found: A search from it.
         rows: The rows of the search that are listed.
+        rows_left_out: How many more were worth listing.
         saved: Files of their configurations, if they were saved.
     """
 
@@ -41,6 +42,7 @@ class Answer:
     changes: Sequence[Change] | None = None
     found: Search | None = None
     rows: Sequence[Row] = ()
+    rows_left_out: int = 0
     saved: Sequence[str] = ()
 
     @property
@@ -106,11 +108,12 @@ def with_search(
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")
-    rows = found.front(known.device_memory)[:most_rows]
+    front = found.front(known.device_memory)
+    rows = front[:most_rows]
     if by_replay:
         rows = [_replayed(row, ranks) if index < _FINALISTS else row for index, row in enumerate(rows)]
     saved = [] if directory is None else save(rows, directory)
-    return replace(known, found=found, rows=rows, saved=saved)
+    return replace(known, found=found, rows=rows, rows_left_out=len(front) - len(rows), saved=saved)
 
 
 def save(rows: Sequence[Row], directory: Path) -> list[str]:

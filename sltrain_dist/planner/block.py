@@ -9,7 +9,6 @@ from typing import Literal
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter, Sink
 from sltrain_dist.planner.linear import OUTPUT_GRADIENTS, Call, Linear, LinearTape, Widths
-from sltrain_dist.planner.memo import hashed_once
 from sltrain_dist.planner.tape import Buffer, Tape
 
 Recompute = Literal["nothing", "all", "all but attention"]
@@ -17,8 +16,7 @@ RESIDUAL = "activations.residual"
 ATTENTION, MLP, NORMS = "activations.attention", "activations.mlp", "activations.norms"
 
 
-@hashed_once
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once (sizes.py)
 class Block:
     """Sizes of a decoder block and of what goes through it.
 

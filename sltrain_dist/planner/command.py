@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,9 @@ from sltrain_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from sltrain_dist.config.schema import Config
+
+
+_USUAL_ROWS = 12
 
 
 class Accounting(StrEnum):
@@ -48,7 +52,7 @@ def plan(
             "lever, such as engine; may be repeated."
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="With --search: most rows to list.")] = 12,
+    rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
     save: Annotated[
         Path | None, typer.Option(help="With --search: directory for the listed rows' configurations.")
     ] = None,
@@ -70,6 +74,7 @@ def plan(
     does not change the exit code: 0 is an answer, 2 a question that makes no sense.
     """
     from sltrain_dist.config.load import load_config
+    from sltrain_dist.config.rules import without_effect
     from sltrain_dist.planner import report
     from sltrain_dist.planner.answer import answer, reference_answer, with_search
     from sltrain_dist.planner.search import check_ranks
@@ -82,20 +87,22 @@ def plan(
         search=search,
         replay=replay,
         estimating={"--device-memory": device_memory, "--html": html, "--plot": plot},
-        searching={"--vary": vary, "--save": save, "--rows": rows != 12},
+        searching={"--vary": vary, "--save": save, "--rows": rows},
     )
     loaded = load_config(config, overrides or [])
     if accounting:
         _account(loaded, as_json)
         return
     check_ranks(loaded, ranks)
+    for warning in without_effect(loaded):
+        print(f"note: {warning}", file=sys.stderr)
     device = None if device_memory is None else parse_device_memory(device_memory)
     if implementation is Implementation.reference:
         known = reference_answer(loaded, device)
     else:
         known = answer(loaded, ranks, device, by_replay=replay and not search)
     if search:
-        known = with_search(known, vary=vary or [], most_rows=rows, directory=save, by_replay=replay)
+        known = with_search(known, vary=vary or [], most_rows=rows or _USUAL_ROWS, directory=save, by_replay=replay)
     if html is not None:
         from sltrain_dist.planner.page import write_page
 

@@ -22,14 +22,13 @@ _RELATIVE_ERROR = {"ddp": 0.05, "fsdp": 0.05, "zero": 0.1}
 """Largest error to be expected: against replays, and with zero, which cannot be replayed, against live bytes."""
 
 
-def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA, peaks_only: bool = False) -> Estimate:
+def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estimate:
     """Estimates a run in closed form.
 
     Args:
         config: The run.
         ranks: World size.
         device: What it runs on.
-        peaks_only: Leave out moments that do not exceed all earlier ones of their phase: the same peaks, faster.
 
     Raises:
         ConfigError: The configuration cannot be run on so many ranks.
@@ -37,9 +36,7 @@ def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA, peaks_onl
     passes = micro_batches_per_update(config, ranks)
     shapes = sizes(config, device)
     follow = {"ddp": Timeline, "fsdp": FsdpTimeline, "zero": ZeroTimeline}[config.parallel.engine]
-    following = follow(config, shapes, ranks, passes, device)
-    following.peaks_only = peaks_only
-    points = following.points()
+    points = follow(config, shapes, ranks, passes, device).points()
     peak = max(point.total for point in points)
     tensors = 3 * len(shapes.block_parameters) * len(shapes.order)  # with gradient, or states, and activations
     return Estimate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import Config
 from sltrain_dist.planner.block import Block
@@ -11,19 +13,23 @@ from sltrain_dist.planner.sizes import Sizes
 
 def flops_per_token(config: Config, sizes: Sizes) -> int:
     """Two for a multiply-add of matrix products and attention, forward and backward; elementwise work is left out."""
-    tokens = sizes.blocks[0].tokens
-    total = 0
-    for kind, block in enumerate(sizes.blocks):
-        count = sizes.order.count(kind)
+    return 2 * _multiply_adds(sizes) * (2 if passes_twice(config.optim) else 1) // sizes.ends.tokens
+
+
+@lru_cache(4096)
+def _multiply_adds(sizes: Sizes) -> int:
+    """Of one micro-batch, forward and backward."""
+    tokens = sizes.ends.tokens
+    total = 3 * tokens * sizes.ends.vocabulary * sizes.ends.hidden
+    for kind in sizes.order:
+        block = sizes.blocks[kind]
         forward = sum(_linear_forward(linear, tokens) for linear in block.linears)
         attention = _attention_forward(block)
         backward = sum(_linear_backward(linear, tokens) for linear in block.linears)
-        total += count * (forward + backward + attention + 5 * attention // 2)
+        total += forward + backward + attention + 5 * attention // 2
         if block.recompute != "nothing":
-            total += count * (forward + (attention if block.recompute == "all" else 0))
-    total += 3 * tokens * sizes.ends.vocabulary * sizes.ends.hidden
-    passes = 2 if passes_twice(config.optim) else 1
-    return 2 * passes * total // tokens
+            total += forward + (attention if block.recompute == "all" else 0)
+    return total
 
 
 def _attention_forward(block: Block) -> int:

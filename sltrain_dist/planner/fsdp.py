@@ -8,12 +8,10 @@ copied into one buffer for the reduce-scatter, which lives until the next block'
 from __future__ import annotations
 
 from functools import cached_property
-from math import prod
 
 from sltrain_dist.config.rules import accumulates_locally
-from sltrain_dist.optim.state_layout import Place, whole
-from sltrain_dist.parallel.partition import fsdp_place
-from sltrain_dist.planner.gradients import Arrivals, Parameter
+from sltrain_dist.planner.gradients import Arrivals
+from sltrain_dist.planner.holdings import Holdings, holdings
 from sltrain_dist.planner.stretches import (
     block_backward,
     block_forward,
@@ -32,73 +30,31 @@ class FsdpTimeline(Timeline):
 
     # Who holds what
 
-    @cached_property
+    @property
     def shards(self) -> int:
         """Ranks that a parameter is dealt to."""
         return self.ranks // self.config.parallel.replicas
 
-    @cached_property
+    @property
     def remainder_is_whole(self) -> bool:
         """Whether embedding, head and norms are whole on every rank."""
         return self.config.parallel.shard == "factors"
 
-    def is_sharded(self, parameter: Parameter, *, in_block: bool) -> bool:
-        """Whether a parameter is dealt out."""
-        return not self.remainder_is_whole or (in_block and len(parameter.shape) > 1) or parameter.group != "dense"
-
-    def place(self, parameter: Parameter, *, in_block: bool) -> Place:
-        """What rank 0 holds of it."""
-        if self.is_sharded(parameter, in_block=in_block):
-            return fsdp_place("", parameter.shape, 0, self.shards)
-        return whole("", parameter.shape)
-
-    def held_values(self, parameter: Parameter, *, in_block: bool) -> int:
-        """The same in values, with the rows' padding."""
-        if self.is_sharded(parameter, in_block=in_block):
-            return -(-parameter.shape[0] // self.shards) * prod(parameter.shape[1:])
-        return parameter.values
-
-    def on_device(self, parameter: Parameter, *, in_block: bool) -> bool:
-        """With offloading what is sharded lives in the host's memory."""
-        return not (self.config.parallel.cpu_offload and self.is_sharded(parameter, in_block=in_block))
-
-    def waiting_values(self, parameter: Parameter, *, in_block: bool) -> int:
-        """Values of a gradient that waits between micro-batches."""
-        if accumulates_locally(self.config.parallel):
-            held = self.held_values(parameter, in_block=in_block)
-            return parameter.values if self.is_sharded(parameter, in_block=in_block) else held
-        return super().waiting_values(parameter, in_block=in_block)
-
-    def _values(self, *, in_block: bool) -> int:
-        """Padded values of what a block's, or the root's, all-gather brings together."""
-        return (self._of_block if in_block else self._of_root)[0]
-
     @cached_property
-    def _of_block(self) -> tuple[int, int, int]:
-        return self._measure(in_block=True)
+    def held(self) -> Holdings:
+        return holdings(self.shapes, self.config.parallel.shard, self.shards)
 
-    @cached_property
-    def _of_root(self) -> tuple[int, int, int]:
-        return self._measure(in_block=False)
+    @property
+    def dealt_on_device(self) -> bool:
+        return not self.config.parallel.cpu_offload
 
-    def _measure(self, *, in_block: bool) -> tuple[int, int, int]:
-        """Of a block's, or the root's, sharded parameters: (padded values, values, largest step of a shard)."""
-        parameters = self.shapes.block_parameters if in_block else self.shapes.end_parameters
-        sharded = [p for p in parameters if self.is_sharded(p, in_block=in_block)]
-        return (
-            self.shards * sum(self.held_values(p, in_block=in_block) for p in sharded),
-            sum(p.values for p in sharded),
-            max((self.step.of_place(self.place(p, in_block=in_block)) for p in sharded), default=0),
-        )
+    @property
+    def waits_whole(self) -> bool:
+        return accumulates_locally(self.config.parallel)
 
     def init(self) -> None:
         """The model is built whole on every rank, and lives until all of it has been dealt out."""
-        sharded = (
-            (parameter, count)
-            for parameter, count, in_block in self.parameters
-            if self.is_sharded(parameter, in_block=in_block)
-        )
-        built = self.width * sum(count * parameter.values for parameter, count in sharded)
+        built = self.held.dealt_values * self.width
         self.point("init", "shards, and the whole model that they are cut from", {"buffers.unsharded_model": built})
 
     # An update
@@ -106,9 +62,9 @@ class FsdpTimeline(Timeline):
     def forward(self) -> None:
         parallel, shapes = self.config.parallel, self.shapes
         layers, ahead = len(shapes.order), parallel.prefetch_blocks
-        block = self._values(in_block=True) * shapes.blocks[0].widths.parameter
+        block = self.held.gathered_in(block=True) * shapes.blocks[0].widths.parameter
         gather = block if self.shards > 1 else 0
-        root = self._values(in_block=False) * self.width
+        root = self.held.gathered_in(block=False) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
         self.begin_forward()
         for layer, kind in enumerate(shapes.order):
@@ -128,7 +84,7 @@ class FsdpTimeline(Timeline):
     def backward(self) -> None:
         parallel, shapes = self.config.parallel, self.shapes
         layers, ahead = len(shapes.order), parallel.prefetch_blocks
-        block = self._values(in_block=True) * shapes.blocks[0].widths.parameter
+        block = self.held.gathered_in(block=True) * shapes.blocks[0].widths.parameter
         gather = block if self.shards > 1 else 0
         ends, arrivals = self.of_ends(), self.of_block()
         stretch, waiting = ends_backward(shapes.ends, ends)
@@ -149,17 +105,13 @@ class FsdpTimeline(Timeline):
         stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
         self.apply("backward", "", stretch)
         if not self.remainder_is_whole:
-            self.add(GATHERED, -self._values(in_block=False) * self.width)
+            self.add(GATHERED, -self.held.gathered_in(block=False) * self.width)
             self._reduce("root", in_block=False)
-        self.base.pop(REDUCED, None)
+        self.clear(REDUCED)
         self.apply("backward", "last updates", received(ends, waiting))
         if self.remainder_is_whole and self.ranks > 1 and self.config.optim.update == "whole":
-            message = self.width * self._remainder_values()
+            message = self.width * self.held.whole_values
             self.point("backward", "all-reduce of the dense remainder", {"buffers.messages": message})
-
-    def _remainder_values(self) -> int:
-        gains = 2 * len(self.shapes.order) * self.shapes.ends.hidden
-        return gains + sum(parameter.values for parameter in self.shapes.end_parameters)
 
     def of_ends(self) -> Arrivals:
         """What becomes of gradients of embedding, last norm and head."""
@@ -173,16 +125,24 @@ class FsdpTimeline(Timeline):
 
     def unsharded(self, width: int) -> Arrivals:
         """Added to those of earlier micro-batches, where these wait whole and in the same type."""
-        waits = self.passes > 1 and accumulates_locally(self.config.parallel)
+        waits = self.passes > 1 and self.waits_whole
         return Arrivals("add" if waits and width == self.width else "keep", width)
+
+    @cached_property
+    def shard_steps(self) -> dict[bool, int]:
+        """Bytes that an update takes of a shard of a block's parameters (true), or of the root's."""
+        steps = {False: 0, True: 0}
+        for item in self.held.dealt:
+            steps[item.in_block] = max(steps[item.in_block], self.step.of_place(item.place))
+        return steps
 
     def _reduce(self, where: str, *, in_block: bool) -> None:
         """Reduce-scatter of the gradients of a block, or the root; with per-layer updates, the update of its shards."""
-        config, shapes = self.config, self.shapes
-        values, whole_values, step = self._of_block if in_block else self._of_root
-        gradient_width = shapes.blocks[0].widths.parameter if in_block else self.width
-        local = self.passes > 1 and accumulates_locally(config.parallel)
-        self.base[REDUCED] = 0  # the one before
+        values = self.held.gathered_in(block=in_block)
+        gradient_width = self.shapes.blocks[0].widths.parameter if in_block else self.width
+        whole_values = self.held.dealt_in(block=in_block)
+        local = self.passes > 1 and self.waits_whole
+        self.clear(REDUCED)  # the one before
         self.point("backward", f"{where}, gradients copied for their reduce-scatter", {REDUCED: values * self.width})
         if self.unsharded(gradient_width).kind == "keep":
             self.add("gradients", -whole_values * gradient_width)
@@ -193,11 +153,12 @@ class FsdpTimeline(Timeline):
         if self.shards == 1:
             self.point("backward", f"{where}, gradients copied", {REDUCED: part, "gradients": part})
         waits_sharded = self.passes > 1 and not local
-        if config.optim.update == "per_layer":
+        if self.config.optim.update == "per_layer":
+            step = self.shard_steps[in_block]
             self.point("backward", f"{where}, update of its shards", {"gradients": part, "temporaries.update": step})
             if waits_sharded:
                 self.add("gradients", -part)
-        elif waits_sharded or config.parallel.cpu_offload:
+        elif waits_sharded or self.config.parallel.cpu_offload:
             self.point("backward", f"{where}, gradients added", {"gradients": part})
         else:
             self.add("gradients", part)

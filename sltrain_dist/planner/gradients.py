@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol
 
-from sltrain_dist.planner.memo import hashed_once
 from sltrain_dist.planner.tape import Buffer, Tape
 from sltrain_dist.planner.updates import StepMemory
 
 
-@hashed_once
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of the model, the same in every block.
@@ -113,7 +111,6 @@ class Step:
             tape.drop(buffer)
 
 
-@hashed_once
 @dataclass(frozen=True)
 class Arrivals:
     """How gradients are taken.

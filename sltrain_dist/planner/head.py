@@ -8,14 +8,12 @@ from sltrain_dist.planner.block import NORMS, RESIDUAL
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter, Sink
 from sltrain_dist.planner.linear import CAST_WEIGHTS, CASTS, OUTPUT_GRADIENTS, Widths
-from sltrain_dist.planner.memo import hashed_once
 from sltrain_dist.planner.tape import Buffer, Tape
 
 LOSS, LOGITS = "activations.loss", "temporaries.logits"
 
 
-@hashed_once
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as Block
 class Ends:
     """Sizes of what is before and after the blocks.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter, Sink
-from sltrain_dist.planner.memo import hashed_once
 from sltrain_dist.planner.tape import Buffer, Tape
 from sltrain_dist.sparse_lowrank.cost import Plan
 from sltrain_dist.sparse_lowrank.layout import num_windows
@@ -44,7 +43,6 @@ class Widths:
         return self.parameter != self.compute
 
 
-@hashed_once
 @dataclass(frozen=True)
 class Linear:
     """One linear layer.

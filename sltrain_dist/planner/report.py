@@ -64,6 +64,7 @@ def _search_json(found: Search, known: Answer) -> dict[str, Any]:
         "refused": dict(found.refused.most_common()),
         "fitting": sum(row.fits(known.device_memory) for row in found.rows),
         "smallest": _row_json(found.smallest),
+        "rows_left_out": known.rows_left_out,
         "rows": rows,
     }
 
@@ -141,6 +142,8 @@ def search_sentences(known: Answer) -> Iterator[str]:
         f"{found.examined:,} combinations: {len(found.rows):,} estimated, {found.equal:,} equal to another, "
         f"{found.refused.total():,} that cannot be run" + (f" ({refused})." if refused else ".")
     )
+    if known.rows_left_out:
+        yield f"{len(known.rows)} rows are listed, the fastest; {known.rows_left_out} more with --rows."
     if known.device_memory is None:
         return
     fitting = sum(row.fits(known.device_memory) for row in found.rows)

@@ -198,7 +198,7 @@ def single_changes(
 
 def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: Estimator) -> Row:
     """Estimates one configuration."""
-    estimated = estimate(config, ranks=ranks, peaks_only=True)
+    estimated = estimate(config, ranks=ranks)
     peak = estimated.peak
     return Row(
         config=config,

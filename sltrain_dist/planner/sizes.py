@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from sltrain_dist.config.rules import is_recomputed, keeps_attention, loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
@@ -16,8 +16,11 @@ from sltrain_dist.planner.linear import Linear, Widths
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import nonzeros, stored_index_bytes, values_per_row, values_shape
 
+_MANY = 4096
+"""Results that are remembered, for searches over thousands of configurations."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # as Block
 class Sizes:
     """A model and a micro-batch.
 
@@ -31,13 +34,13 @@ class Sizes:
     order: tuple[int, ...]
     ends: Ends
 
-    @property
+    @cached_property
     def block_parameters(self) -> tuple[Parameter, ...]:
         """Of one block, in the order of `named_parameters()`."""
         block = self.blocks[0]
         return (*(p for linear in block.linears for p in linear.parameters), block.norm, block.norm)
 
-    @property
+    @cached_property
     def end_parameters(self) -> tuple[Parameter, ...]:
         """Of embedding, last norm, and head if it has its own."""
         ends = self.ends
@@ -76,7 +79,7 @@ def _gathered_width(config: Config) -> int:
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(_MANY)
 def _sizes(
     model: ModelConfig,
     reparam: ReparamConfig,
@@ -89,18 +92,41 @@ def _sizes(
     order: tuple[int, ...],
     device: Device,
 ) -> Sizes:
-    whole, compute = (2, 2) if dtype == "bf16" else (4, 4 if dtype == "fp32" else 2)
+    blocks = tuple(_block(model, reparam, dtype, gathered, micro_batch, length, kind, device) for kind in kinds)
+    tokens = micro_batch * length
+    return Sizes(
+        blocks, order, _ends(model.vocab_size, model.hidden_size, model.tie_head, dtype, tokens, chunk, device)
+    )
+
+
+@lru_cache(_MANY)
+def _block(
+    model: ModelConfig,
+    reparam: ReparamConfig,
+    dtype: str,
+    gathered: int,
+    micro_batch: int,
+    length: int,
+    kind: Recompute,
+    device: Device,
+) -> Block:
+    whole, compute = _widths(dtype)
     widths = Widths(gathered, gathered, compute, whole)
     tokens = micro_batch * length
     linears = tuple(_linear(m.m, m.n, reparam, tokens, compute, device) for m in block_linears(model))
     gain = Parameter("dense", (model.hidden_size,))
-    blocks = tuple(
-        Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind)
-        for kind in kinds
-    )
-    of_ends = Widths(whole, whole, compute, whole)
-    ends = Ends(tokens, model.vocab_size, model.hidden_size, chunk, model.tie_head, of_ends, device)
-    return Sizes(blocks, order, ends)
+    return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind)
+
+
+@lru_cache(_MANY)
+def _ends(vocabulary: int, hidden: int, tied: bool, dtype: str, tokens: int, chunk: int, device: Device) -> Ends:
+    whole, compute = _widths(dtype)
+    return Ends(tokens, vocabulary, hidden, chunk, tied, Widths(whole, whole, compute, whole), device)
+
+
+def _widths(dtype: str) -> tuple[int, int]:
+    """Bytes of a parameter's value, and of one in matrix products."""
+    return (2, 2) if dtype == "bf16" else (4, 4 if dtype == "fp32" else 2)
 
 
 def _linear(m: int, n: int, reparam: ReparamConfig, tokens: int, compute: int, device: Device) -> Linear:
@@ -121,7 +147,7 @@ def _linear(m: int, n: int, reparam: ReparamConfig, tokens: int, compute: int, d
     return Linear(m, n, r, nnz, support, k, plan, rows, (*factors, values))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(_MANY)
 def index_bytes(model: ModelConfig, reparam: ReparamConfig) -> int:
     """Of all supports."""
     if reparam.method != "sltrain":

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models import llama
 from sltrain_dist.optim import low_bit
-from sltrain_dist.sparse_lowrank import blocks, functional, kernels
+from sltrain_dist.sparse_lowrank import blocks, cost, functional, kernels
 
 
 @contextmanager
@@ -28,10 +28,8 @@ def as_cuda(config: Config) -> Iterator[None]:
     Args:
         config: The run.
     """
-    choose_plan = functional.choose_plan
-
     def plan(*args: Any, **kwargs: Any) -> Any:
-        return choose_plan(*args, **{**kwargs, "device": "cuda"})
+        return cost.choose_plan(*args, **{**kwargs, "device": "cuda"})
 
     with ExitStack() as stack:
         for owner, name, value in (

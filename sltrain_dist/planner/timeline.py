@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property
 
 from sltrain_dist.config.rules import loss_chunk_tokens
-from sltrain_dist.config.schema import Config, OptimConfig
-from sltrain_dist.optim.state_layout import BLOCKS, MASTER, Place, is_quantized, stored_states, whole
+from sltrain_dist.config.schema import Config
+from sltrain_dist.optim.state_layout import BLOCKS, Place, is_quantized
 from sltrain_dist.parallel.partition import value_bytes
 from sltrain_dist.planner.block import RESIDUAL
 from sltrain_dist.planner.device import Device
-from sltrain_dist.planner.gradients import Arrivals, Parameter
+from sltrain_dist.planner.gradients import Arrivals
+from sltrain_dist.planner.holdings import Holdings, holdings
 from sltrain_dist.planner.linear import CAST_WEIGHTS
 from sltrain_dist.planner.result import Phase, Point
 from sltrain_dist.planner.sizes import Sizes, index_bytes, sizes
@@ -47,12 +48,9 @@ class Timeline:
     def __init__(self, config: Config, shapes: Sizes, ranks: int, passes: int, device: Device) -> None:
         self.config, self.shapes, self.ranks, self.passes, self.device = config, shapes, ranks, passes, device
         self.width = value_bytes(config)
-        self.step = StepMemory(config.optim, self.width, device.span)
+        self.step = StepMemory.of_run(config.optim, self.width, device.span)
         self.base: dict[str, int] = {}
         self.timeline: list[Point] = []
-        self.peaks_only = False
-        """Whether only moments are recorded that exceed all earlier ones of their phase, which is faster."""
-        self.largest: dict[Phase, int] = {}
 
     def points(self) -> list[Point]:
         """The moments, in their order."""
@@ -69,30 +67,20 @@ class Timeline:
 
     # What lives all the time
 
-    def place(self, parameter: Parameter, *, in_block: bool) -> Place:
-        """What this rank holds of a parameter of a block, or of embedding, last norm and head."""
-        return whole("", parameter.shape)
+    @cached_property
+    def held(self) -> Holdings:
+        """What this rank holds."""
+        return holdings(self.shapes, "nothing", 1)
 
-    def held_values(self, parameter: Parameter, *, in_block: bool) -> int:
-        """The same in values, with padding."""
-        return parameter.values
-
-    def waiting_values(self, parameter: Parameter, *, in_block: bool) -> int:
-        """Values of its gradient that wait between two micro-batches."""
-        return self.held_values(parameter, in_block=in_block)
-
-    def on_device(self, parameter: Parameter, *, in_block: bool) -> bool:
-        """Whether it lives there between its uses, with gradient and states."""
+    @property
+    def dealt_on_device(self) -> bool:
+        """Whether what is dealt out lives there between its uses, with gradients and states."""
         return True
 
     @property
-    def parameters(self) -> list[tuple[Parameter, int, bool]]:
-        """(parameter, how often there is one like it, whether in blocks)."""
-        shapes = self.shapes
-        return [
-            *((parameter, len(shapes.order), True) for parameter in shapes.block_parameters),
-            *((parameter, 1, False) for parameter in shapes.end_parameters),
-        ]
+    def waits_whole(self) -> bool:
+        """Whether gradients of what is dealt out wait whole between micro-batches."""
+        return False
 
     @property
     def buckets(self) -> bool:
@@ -102,11 +90,10 @@ class Timeline:
     def hold_parameters(self) -> None:
         """Parameters, index and the rotary table, and DDP's buckets."""
         config = self.config
-        for parameter, count, in_block in self.parameters:
-            if self.buckets:
-                self.add("gradients", count * parameter.values * self.width)
-            if self.on_device(parameter, in_block=in_block):
-                self.add(parameter.group, count * self.held_values(parameter, in_block=in_block) * self.width)
+        for group, values in self.held.by_group(with_dealt=self.dealt_on_device).items():
+            self.add(group, values * self.width)
+        if self.buckets:
+            self.add("gradients", self.held.total_values * self.width)
         self.add("index", index_bytes(config.model, config.reparam))
         self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
 
@@ -116,14 +103,13 @@ class Timeline:
 
     def hold_more(self) -> None:
         """States, and gradients that wait for the last micro-batch."""
-        optim = self.config.optim
-        for parameter, count, in_block in self.parameters:
-            if self.on_device(parameter, in_block=in_block):
-                states, masters = _state_bytes(self.place(parameter, in_block=in_block), optim, self.width)
-                self.add("states", count * states)
-                self.add("master_weights", count * masters)
-                if self.passes > 1:
-                    self.add("gradients", count * self.waiting_values(parameter, in_block=in_block) * self.width)
+        optim, on_device = self.config.optim, self.dealt_on_device
+        states, masters = self.held.states(optim, self.width, with_dealt=on_device)
+        self.add("states", states)
+        self.add("master_weights", masters)
+        if self.passes > 1:
+            waiting = self.held.waiting_values(whole=self.waits_whole, with_dealt=on_device)
+            self.add("gradients", waiting * self.width)
         if optim.state_bits in BLOCKS:
             self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
 
@@ -174,30 +160,27 @@ class Timeline:
 
     def update(self) -> None:
         """The optimizer's step, where it has not been made."""
-        self.base["activations.rotary"] = self.base["batch"] = 0
+        self.clear("activations.rotary", "batch")
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
         self.point(
-            "update", "step of the optimizer", {"temporaries.update": max(map(self.step.of_place, self.places()))}
+            "update",
+            "step of the optimizer",
+            {"temporaries.update": max(map(self.step.of_place, self.places), default=0)},
         )
 
+    @cached_property
     def places(self) -> list[Place]:
-        """The different parts of parameters that this rank has on the device."""
-        return list(
-            dict.fromkeys(
-                self.place(parameter, in_block=in_block)
-                for parameter, _, in_block in self.parameters
-                if self.on_device(parameter, in_block=in_block)
-            )
-        )
+        """The different parts of parameters that this rank updates on the device."""
+        return self.held.places(with_dealt=self.dealt_on_device)
 
     def save(self) -> None:
         """A checkpoint, which takes one tensor after the other to the host; quantized states as one code a byte."""
         if not self.buckets:
-            self.base["gradients"] = 0
+            self.clear("gradients")
         bits = self.config.optim.state_bits
-        codes = (place.count for place in self.places() if is_quantized(place.shape, bits))
+        codes = (place.count for place in self.places if is_quantized(place.shape, bits))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
     def evaluate(self) -> None:
@@ -222,7 +205,14 @@ class Timeline:
 
     def add(self, component: str, size: int) -> None:
         """Counts bytes that stay, or, negative, go."""
-        self.base[component] = self.base.get(component, 0) + size
+        size += self.base.pop(component, 0)
+        if size:
+            self.base[component] = size
+
+    def clear(self, *components: str) -> None:
+        """Uncounts all bytes of some components."""
+        for component in components:
+            self.base.pop(component, None)
 
     def apply(self, phase: Phase, where: str, stretch: Stretch) -> None:
         """Goes through a stretch."""
@@ -232,25 +222,8 @@ class Timeline:
 
     def point(self, phase: Phase, where: str, more: Mapping[str, int] | None = None) -> None:
         """Records a moment at which more lives than what stays."""
-        if self.peaks_only:
-            total = sum(self.base.values()) + (sum(more.values()) if more else 0)
-            if total <= self.largest.get(phase, -1):
-                return
-            self.largest[phase] = total
-        components = dict(self.base)
-        for component, size in (more or {}).items():
-            components[component] = components.get(component, 0) + size
-        self.timeline.append(Point(phase, where, {k: v for k, v in components.items() if v}))
-
-
-@lru_cache(maxsize=65536)
-def _state_bytes(place: Place, optim: OptimConfig, width: int) -> tuple[int, int]:
-    """(states, fp32 copies)."""
-    stored = stored_states(place, optim, width)
-    masters = sum(state.nbytes for state in stored if state.key == MASTER)
-    return sum(state.nbytes for state in stored) - masters, masters
-
-
-def state_bytes_of(shape: tuple[int, ...], optim: OptimConfig, width: int) -> int:
-    """Bytes of the states of a whole parameter."""
-    return sum(_state_bytes(whole("", shape), optim, width))
+        components = self.base.copy()
+        if more:
+            for component, size in more.items():
+                components[component] = components.get(component, 0) + size
+        self.timeline.append(Point(phase, where, components))

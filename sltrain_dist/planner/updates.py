@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.optim.state_layout import BLOCKS, Place, has_masters, is_quantized, needs_low_bit, spans, whole
@@ -15,14 +16,36 @@ class StepMemory:
     """Bytes that live within a step of one parameter, beside parameter, gradient and states.
 
     Attributes:
-        optim: Optimizer settings.
-        width: Bytes of a parameter's value.
+        kind: low_bit: optim/low_bit.py makes the step. adafactor: torch's. in place: torch's others, without memory.
+        state_bits: Of each state.
+        narrow: Whether parameters have two bytes a value.
+        masters: Whether there are fp32 copies.
+        decays: Whether decay is taken from the values.
+        rounds: Whether they are rounded stochastically.
         span: Values that are updated at a time.
     """
 
-    optim: OptimConfig
-    width: int
+    kind: Literal["low_bit", "adafactor", "in place"]
+    state_bits: int
+    narrow: bool
+    masters: bool
+    decays: bool
+    rounds: bool
     span: int
+
+    @staticmethod
+    def of_run(optim: OptimConfig, width: int, span: int) -> StepMemory:
+        """Of a run whose parameters have `width` bytes a value."""
+        kind: Literal["low_bit", "adafactor", "in place"] = "adafactor" if optim.name == "adafactor" else "in place"
+        return StepMemory(
+            "low_bit" if needs_low_bit(optim, width) else kind,
+            optim.state_bits,
+            width < 4,
+            has_masters(optim, width),
+            optim.weight_decay > 0 and optim.name == "adamw",
+            optim.stochastic_rounding and width < 4,
+            span,
+        )
 
     def of(self, shape: tuple[int, ...]) -> int:
         """Of a whole parameter."""
@@ -30,31 +53,27 @@ class StepMemory:
 
     def of_place(self, place: Place) -> int:
         """Of a part of a parameter."""
-        if place.count == 0:
+        if place.count == 0 or self.kind == "in place":
             return 0
-        if self.optim.name == "adafactor":
-            return _adafactor(place.shape, self.width)
-        if not needs_low_bit(self.optim, self.width):
-            return 0  # torch's fused Adam, and its SGD, work in place
+        if self.kind == "adafactor":
+            return _adafactor(place.shape, 2 if self.narrow else 4)
         return _low_bit(place.shape, place.start, place.count, self)
 
 
 @lru_cache(maxsize=4096)
 def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory) -> int:
     """The largest moment of `LowBitAdam._update`; letters as there."""
-    optim = memory.optim
     place = Place("", shape, start, count)
-    block = BLOCKS.get(optim.state_bits, 1)
+    block = BLOCKS.get(memory.state_bits, 1)
     first = next(iter(spans(place, block, memory.span)))
     values = first.stop - first.start
-    narrow = memory.width < 4
-    quantized = is_quantized(shape, optim.state_bits)
+    quantized = is_quantized(shape, memory.state_bits)
     width = values // first.rows
     padded = first.rows * -(-(first.left + width) // block) * block
     even = first.left == 0 and width % block == 0
     four = 4 * values
-    gradient = four if narrow else 0
-    codes = values if optim.state_bits == 4 else 0
+    gradient = four if memory.narrow else 0
+    codes = values if memory.state_bits == 4 else 0
     spread = 0 if even else 4 * padded  # of scales over their blocks
 
     # _moments: the gradient, the first moment, and the second while it is read, or what is added to it.
@@ -66,15 +85,14 @@ def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory)
     encode = max(encode, 4 * four - 2 * values)  # 14 bytes a value: scaled, upper, codes, borders, above
     write = 2 * four + max(largest, encode) if quantized else 0
     # The change, in the first moment's place; the values, decayed in a copy; their difference.
-    masters = has_masters(optim, memory.width)
-    held = four if narrow and not masters else 0
-    if optim.weight_decay and optim.name == "adamw":
+    held = four if memory.narrow and not memory.masters else 0
+    if memory.decays:
         change = 2 * four + held + four
         held = four
     else:
         change = 0
     change = max(change, 2 * four + held + four)
-    if optim.stochastic_rounding and narrow:
+    if memory.rounds:
         change = 2 * four + held + four + 16 * values  # stochastic_round: 64-bit words, twice
     return max(moments, write, change)
 

@@ -14,6 +14,7 @@ from math import prod
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.partition import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
 from sltrain_dist.planner.gradients import Arrivals
+from sltrain_dist.planner.holdings import Holdings, holdings
 from sltrain_dist.planner.stretches import (
     block_backward,
     block_forward,
@@ -21,7 +22,7 @@ from sltrain_dist.planner.stretches import (
     ends_backward,
     ends_forward,
 )
-from sltrain_dist.planner.timeline import Timeline, state_bytes_of
+from sltrain_dist.planner.timeline import Timeline
 
 FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
 _SUB_GROUP = 1_000_000_000
@@ -42,17 +43,21 @@ class ZeroTimeline(Timeline):
         return self.config.parallel.cpu_offload
 
     @cached_property
+    def held(self) -> Holdings:
+        return holdings(self.shapes, self.config.parallel.shard, 1)
+
+    @cached_property
     def sharded(self) -> Named:
         """(name, shape) of what DeepSpeed is given."""
         return dealt(self.config)[0]
 
-    @cached_property
+    @property
     def sharded_values(self) -> int:
         """Values in these."""
-        return sum(prod(shape) for _, shape in self.sharded)
+        return self.held.dealt_values
 
     @cached_property
-    def groups(self) -> list[list[tuple[int, ...]]]:
+    def groups(self) -> list[tuple[tuple[int, ...], ...]]:
         """Shapes by the optimizer's group."""
         return optimizer_groups(self.sharded, self.config.optim)
 
@@ -68,42 +73,30 @@ class ZeroTimeline(Timeline):
         """Values of the gradients that a rank keeps when they have been reduced."""
         if self.stage == 3 or self.offload:
             return self.part
-        by_rank = [_kept_values(tuple(group), self.ranks) for group in self.groups]
+        by_rank = [_kept_values(group, self.ranks) for group in self.groups]
         return max(map(sum, zip(*by_rank, strict=True)))
 
-    @cached_property
+    @property
     def bucket(self) -> int:
         """Values in the bucket."""
         settings = self.config.parallel.deepspeed.get("zero_optimization", {})
         return int(settings.get("reduce_bucket_size", min(ZERO_BUCKET, self.sharded_values)))
 
-    @cached_property
+    @property
     def message(self) -> int:
         """Bytes of the copy in which a full bucket is sent; a larger gradient goes by itself. Gloo makes another."""
-        largest = max(prod(shape) for _, shape in self.sharded)
+        largest = self.held.largest_dealt
         copies = 2 if self.stage == 3 and self.device.type == "cpu" else 1
         return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
-
-    def is_sharded(self, group: str, *, in_block: bool, dimensions: int) -> bool:
-        """Whether DeepSpeed is given a parameter."""
-        if self.config.parallel.shard == "all":
-            return True
-        return group != "dense" or (in_block and dimensions > 1)
 
     # What lives all the time
 
     def hold_parameters(self) -> None:
         super().hold_parameters()
         if self.stage == 3:
-            for group in ("factors", "sparse_values", "dense"):
-                given = sum(
-                    count * parameter.values
-                    for parameter, count, in_block in self.parameters
-                    if parameter.group == group
-                    and self.is_sharded(group, in_block=in_block, dimensions=len(parameter.shape))
-                )
-                # Padding is shared out to the groups by their sizes.
-                self.add(group, self.width * (given * self.part // max(1, self.sharded_values) - given))
+            for item in self.held.dealt:
+                part = -(-item.parameter.values // self.ranks)
+                self.add(item.parameter.group, item.count * (part - item.parameter.values) * self.width)
         else:
             padding = sum(self.ranks * zero12_partition(g, self.ranks)[1] for g in self.groups) - self.sharded_values
             self.add(FLAT, padding * self.width)
@@ -114,14 +107,11 @@ class ZeroTimeline(Timeline):
 
     def hold_more(self) -> None:
         optim, width = self.config.optim, self.width
-        for parameter, count, in_block in self.parameters:
-            if not self.is_sharded(parameter.group, in_block=in_block, dimensions=len(parameter.shape)):
-                self.add("states", count * state_bytes_of(parameter.shape, optim, width))
-                if self.passes > 1:
-                    self.add("gradients", count * parameter.values * width)
+        self.add("states", self.held.states(optim, width, with_dealt=False)[0])
+        if self.passes > 1:
+            self.add("gradients", self.held.whole_values * width)
         if self.offload:
-            largest = max(prod(shape) for _, shape in self.sharded)
-            self.add(FLAT, largest * width if self.stage < 3 else 0)
+            self.add(FLAT, self.held.largest_dealt * width if self.stage < 3 else 0)
         else:
             self.add(FLAT, self.part * width)  # what the optimizer steps
             self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
@@ -136,14 +126,11 @@ class ZeroTimeline(Timeline):
 
     # An update
 
-    @cached_property
+    @property
     def block_values(self) -> int:
         """Values that are gathered for a block in stage 3, with padding."""
-        parameters = (p.shape for p in self.shapes.block_parameters if self._in_block(p.group, len(p.shape)))
-        return sum(self.ranks * -(-prod(shape) // self.ranks) for shape in parameters)
-
-    def _in_block(self, group: str, dimensions: int) -> bool:
-        return self.is_sharded(group, in_block=True, dimensions=dimensions)
+        items = (item.parameter.values for item in self.held.dealt if item.in_block)
+        return self.ranks * sum(-(-values // self.ranks) for values in items)
 
     def forward(self) -> None:
         if self.stage < 3:
@@ -176,11 +163,12 @@ class ZeroTimeline(Timeline):
         stretch, waiting = ends_backward(shapes.ends, ends)
         self.apply("backward", "", stretch)
         if self.stage < 3:
-            self.base[BUCKET] = self.bucket * self.width
+            self.clear(BUCKET)
+            self.add(BUCKET, self.bucket * self.width)
         ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
         block = self.block_values * self.width if self.stage == 3 else 0
-        self.add(GATHERED, -self.base.get(GATHERED, 0))
-        full, whole_block = self.sharded_values > self.bucket, self._whole_block()
+        self.clear(GATHERED)
+        full = self.sharded_values > self.bucket
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
         for layer, kind in reversed(list(enumerate(shapes.order))):
@@ -193,18 +181,14 @@ class ZeroTimeline(Timeline):
             if self.stage == 3:
                 if full:
                     self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
-                self.add("gradients", -whole_block)
+                self.add("gradients", -self.width * self.held.dealt_in(block=True))
             self.add(GATHERED, -block - coming)
         stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
         self.apply("backward", "", stretch)
         self._reduce(full=full)
-        message = self.width * self._remainder_values()
+        message = self.width * self.held.whole_values
         if message and self.ranks > 1:
             self.point("backward", "all-reduce of the dense remainder", {MESSAGES: message})
-
-    def _whole_block(self) -> int:
-        parameters = (p for p in self.shapes.block_parameters if self._in_block(p.group, len(p.shape)))
-        return self.width * sum(p.values for p in parameters)
 
     def of_ends(self) -> Arrivals:
         """What becomes of gradients of embedding, last norm and head."""
@@ -242,18 +226,16 @@ class ZeroTimeline(Timeline):
         if self.stage == 1 and self.sharded_values > self.bucket:
             self.add("gradients", -self.width * (self.sharded_values - self.bucket))
         if self.stage < 3:
-            self.base[BUCKET] = 0
+            self.clear(BUCKET)
             if self.passes > 1 and self.stage == 2 and not self.offload:
                 self.add("gradients", -kept)  # added to those of earlier micro-batches
 
-    def _remainder_values(self) -> int:
-        return sum(prod(shape) for _, shape in dealt(self.config)[1])
-
     def update(self) -> None:
-        self.base["activations.rotary"] = self.base["batch"] = 0
+        self.clear("activations.rotary", "batch")
         copied = 0 if self.offload else self.width * max(self._partitions())
         self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
-        self.base["gradients"] = self.part * self.width if self.stage == 3 and not self.offload else 0
+        self.clear("gradients")
+        self.add("gradients", self.part * self.width if self.stage == 3 and not self.offload else 0)
 
     def _partitions(self) -> list[int]:
         if self.stage == 3:

@@ -136,7 +136,7 @@ class LiveBytes(TorchDispatchMode):
             tracker._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 

@@ -83,9 +83,10 @@ def test_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    varied = ["--vary", "state bits", "--vary", "train.micro_batch=8,16", "--save", str(tmp_path / "rows")]
-    search = ["--config", SMALL, *ONE_RANK, "--search", *varied, "--device-memory", "80GB"]
-    found = planned(monkeypatch, capsys, *search)["search"]
+    varied = ["--vary", "state bits", "--vary", "train.micro_batch=8,16"]
+    search = ["--config", SMALL, *ONE_RANK, "--search", *varied]
+    arguments = [*search, "--device-memory", "80GB", "--save", str(tmp_path / "rows")]
+    found = planned(monkeypatch, capsys, *arguments)["search"]
     assert (found["examined"], found["estimated"], found["refused"], found["fitting"]) == (6, 6, {}, 6)
     assert found["rows"][0]["relative_speed"] == max(row["relative_speed"] for row in found["rows"])
     for row in found["rows"]:
@@ -94,9 +95,15 @@ def test_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         assert config.train.global_batch == 512
         again = planned(monkeypatch, capsys, "--config", row["file"])
         assert (again["peak_bytes"], again["parameters"]) == (row["peak_bytes"], row["parameters"])
-    assert plan(monkeypatch, *search[:-2], "--device-memory", "1MB", "--save", str(tmp_path / "none")) == 0
+    assert plan(monkeypatch, *search, "--device-memory", "1MB") == 0
     out = capsys.readouterr().out
     assert "0 fit into 1.00 MB." in out and "The smallest takes" in out
+    assert planned(monkeypatch, capsys, *search, "--rows", "1")["search"]["rows_left_out"] == len(found["rows"]) - 1
+
+
+def test_settings_without_effect_are_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "parallel.zero_stage=3") == 0
+    assert "note: parallel.zero_stage has no effect with parallel.engine=ddp" in capsys.readouterr().err
 
 
 def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +113,28 @@ def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert found["search"]["examined"] == 3 * 2 * 4 * 1 * 3 * 3 * 9
     assert {"optim.update", "optim.state_bits"} <= found["search"]["refused"].keys()
     assert 0 < len(found["search"]["rows"]) <= 12
+
+
+def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a very small model, alone and for the rows of a search; it has no context of its own, but the device has."""
+    shape = ["model.hidden_size=64", "model.intermediate_size=96", "model.num_layers=2", "model.num_heads=2"]
+    batch = [
+        "train.global_batch=2",
+        "train.micro_batch=2",
+        "data.seq_len=32",
+        "reparam.rank=16",
+        "model.vocab_size=256",
+    ]
+    tiny = ["--config", SMALL, "parallel.engine=ddp", *shape, *batch]
+    closed = planned(monkeypatch, capsys, *tiny)
+    replayed = planned(monkeypatch, capsys, *tiny, "--replay")
+    assert replayed["method"] == "replay" and closed["method"] == "closed form"
+    assert replayed["peak_bytes"] == pytest.approx(closed["peak_bytes"], rel=0.05)
+    reserved = closed["device_bytes"] - closed["peak_bytes"]
+    assert replayed["device_bytes"] - replayed["peak_bytes"] == reserved > 10**8
+    searched = planned(monkeypatch, capsys, *tiny, "--search", "--vary", "optim.state_bits=16", "--replay")
+    assert searched["method"] == "closed form"
+    assert searched["search"]["rows"][0]["replayed_bytes"] == replayed["peak_bytes"]
 
 
 def test_accounting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +199,8 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, *arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and expected in captured.err
+    (line, *_) = (line for line in captured.err.splitlines() if not line.startswith("note: "))
+    assert line.startswith("error: ") and expected in captured.err
     assert captured.out == "" and list(tmp_path.iterdir()) == []
 
 

@@ -30,7 +30,7 @@ def known() -> Answer:
     settings: dict[str, Any] = {"preset": "llama_60m", "optim": {"state_bits": 8}}
     config = build_config(settings)
 
-    def estimate(config: Any, *, ranks: int, peaks_only: bool) -> Any:
+    def estimate(config: Any, *, ranks: int) -> Any:
         return reference_estimate(config)
 
     names = {"state bits": "8", "recompute": "all but attention", "engine": "zero 3, factors <&>"}

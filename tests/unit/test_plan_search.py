@@ -24,7 +24,7 @@ from sltrain_dist.planner.speed import update_time
 from sltrain_dist.planner.units import GPUS, parse_device_memory
 
 
-def estimate(config: Config, *, ranks: int = 1, peaks_only: bool = False) -> Estimate:
+def estimate(config: Config, *, ranks: int = 1) -> Estimate:
     """1000 bytes a bit of state, over the ranks that shard, 100 a sequence, which recomputation saves."""
     states = 1000 * config.optim.state_bits // (1 if config.parallel.engine == "ddp" else ranks)
     activations = 100 * config.train.micro_batch if config.train.activation_checkpointing == "none" else 0
