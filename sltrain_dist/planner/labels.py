@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.planner.result import Estimate, Group, Phase, Point
 
@@ -70,7 +71,9 @@ class Unit:
 def describe(config: Config, ranks: int) -> str:
     """One line on what is planned."""
     model, reparam, optim, parallel, train = config.model, config.reparam, config.optim, config.parallel, config.train
-    name = config.preset or f"{model.num_layers} × {model.hidden_size}"
+    name = f"{model.num_layers} blocks of width {model.hidden_size}"
+    if config.preset and all(getattr(model, key) == value for key, value in PRESETS[config.preset]["model"].items()):
+        name = config.preset
     method: str = reparam.method
     if method not in ("full", "galore"):
         method += f" r={reparam.rank}"

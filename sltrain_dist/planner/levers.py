@@ -16,7 +16,7 @@ from sltrain_dist.errors import ConfigError
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
-FIXED = ("train.global_batch", "train.steps", "train.tokens", "seed", "run_dir", "preset")
+_FIXED = ("train.global_batch", "train.steps", "train.tokens", "data.seq_len", "seed", "run_dir", "preset")
 """Never varied: a search compares ways to make the same updates."""
 
 
@@ -88,7 +88,7 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
         if not equals:
             names = ", ".join(f"{name!r}" for name in known)
             raise ConfigError(f"--vary {spec!r} is neither section.key=value,value,… nor one of {names}")
-        if key in FIXED or "." not in key:
+        if key in _FIXED or "." not in key:
             raise ConfigError(f"--vary {key}: a search leaves {key} as it is; take another key")
         _, parsed = parse_override(f"{key}=[{values}]")
         if not parsed:

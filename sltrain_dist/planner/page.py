@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import Drawing, allocatable, draw, ticks
 from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
 from sltrain_dist.planner.page_style import STYLE
-from sltrain_dist.planner.report import row_cells, search_sentences, sentences, size, varying
+from sltrain_dist.planner.report import facts, remedies, row_cells, search_sentences, size, varying, verdict
 from sltrain_dist.planner.result import Group, Point
 
 _WIDTH, _HEIGHT = 1000, 300
@@ -70,14 +70,14 @@ def _summary(known: Answer) -> str:
         )
     if known.margin_bytes is not None and known.margin_bytes < 0:
         bars.append(f'<b style="left:{_percent(device or 0, room)}"></b>')
-    lines = []
-    for line in sentences(known):
-        if line.startswith("  "):
-            continue
-        kind = "bad" if line.startswith("Does NOT") else ("warn" if "error:" in line else "good")
-        is_verdict = line.startswith(("Fits", "Does NOT"))
-        lines.append(f'<p class="{kind}">{escape(line)}</p>' if is_verdict else f"<p>{escape(line)}</p>")
-    lines += ['<ul class="changes">', *_changes(known), "</ul>"] if known.changes else []
+    advice, changes = remedies(known)
+    lines = [f"<p>{escape(line)}</p>" for line in facts(known)]
+    if (fits := verdict(known)) is not None:
+        lines.append(f'<p class="{_tone(known)}">{escape(fits)}</p>')
+    lines += [f"<p>{escape(advice)}</p>"] if advice else []
+    lines += ['<ul class="changes">'] if changes else []
+    lines += [f"<li><code>{escape(settings)}</code> ({escape(outcome)})</li>" for settings, outcome in changes]
+    lines += ["</ul>"] if changes else []
     of = "" if device is None else f' <span class="quiet">of {size(device)}</span>'
     reserved = f", and {size(estimate.reserved_bytes)} for context, workspaces and allocator slack"
     return f"""<section>
@@ -88,11 +88,12 @@ def _summary(known: Answer) -> str:
 </section>"""
 
 
-def _changes(known: Answer) -> Iterator[str]:
-    for line in sentences(known):
-        if line.startswith("  "):
-            settings, _, rest = line.strip().partition("  ")
-            yield f"<li><code>{escape(settings)}</code> {escape(rest)}</li>"
+def _tone(known: Answer) -> str:
+    """The verdict's colour: red, amber where the margin is less than the estimate's error, green."""
+    margin, estimate = known.margin_bytes or 0, known.estimate
+    if margin < 0:
+        return "bad"
+    return "warn" if margin < estimate.relative_error * estimate.peak_bytes else "good"
 
 
 def _parts(known: Answer) -> str:

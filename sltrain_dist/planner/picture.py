@@ -10,7 +10,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import allocatable, draw
 from sltrain_dist.planner.labels import GROUPS, Unit, describe
-from sltrain_dist.planner.report import sentences, size
+from sltrain_dist.planner.report import facts, size
 
 FORMATS = (".png", ".svg", ".pdf")
 """Kinds of files, by their suffix."""
@@ -61,5 +61,5 @@ def _figure(known: Answer) -> Figure:
         handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1), frameon=False, title="at the peak"
     )
     axes.set_title(describe(known.config, known.ranks), fontsize=9, loc="left")
-    figure.supxlabel(next(sentences(known)), fontsize=8)
+    figure.supxlabel(next(facts(known)), fontsize=8)
     return figure

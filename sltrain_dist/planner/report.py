@@ -94,8 +94,8 @@ def verdict(known: Answer) -> str | None:
     return f"Fits into {size(known.device_memory)}, with {size(margin)} to spare."
 
 
-def sentences(known: Answer) -> Iterator[str]:
-    """Where the peak is, what binds, what the run computes and sends, whether it fits, and what would help."""
+def facts(known: Answer) -> Iterator[str]:
+    """Where the peak is and what binds; what the run computes and sends; how this was found."""
     estimate, peak = known.estimate, known.estimate.peak
     group, most = binding(estimate)
     sent = (
@@ -112,20 +112,22 @@ def sentences(known: Answer) -> Iterator[str]:
         f"{format_count(estimate.parameters)} parameters, {format_count(estimate.flops_per_token)} FLOPs a token, "
         f"{sent}. By {estimate.method}{within}."
     )
-    if (fits := verdict(known)) is not None:
-        yield fits
-    if known.changes is not None:
-        yield from _change_lines(known)
 
 
-def _change_lines(known: Answer) -> Iterator[str]:
+def remedies(known: Answer) -> tuple[str, list[tuple[str, str]]]:
+    """What would help where it does not fit: a sentence, and (settings, what comes of them) of single changes."""
+    if known.changes is None:
+        return "", []
     if not known.changes:
-        yield "No single change makes it fit; --search looks for combinations."
-        return
-    yield "Single changes that make it fit, the least slowdown first:"
-    for change in known.changes[:_FEW]:
-        settings = " ".join(f"{key}={_yaml(value)}" for key, value in change.values.items())
-        yield f"  {settings}  ({size(change.row.device_bytes)}, {change.row.relative_speed:.2f} times as fast)"
+        return "No single change makes it fit; --search looks for combinations.", []
+    changes = [
+        (
+            " ".join(f"{key}={_yaml(value)}" for key, value in change.values.items()),
+            f"{size(change.row.device_bytes)}, {change.row.relative_speed:.2f} times as fast",
+        )
+        for change in known.changes[:_FEW]
+    ]
+    return "Single changes that make it fit, the least slowdown first:", changes
 
 
 def _yaml(value: Any) -> str:

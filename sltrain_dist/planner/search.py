@@ -27,7 +27,7 @@ _WORTH_A_PROCESS = 1000
 """Configurations from which on processes are started for a search: these take half a second to start."""
 
 _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
-"""Settings that make another model: rows are compared with those of the same values only."""
+"""Settings, beside the section model, that make another model: rows are compared with those of the same model only."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Search:
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             if row.fits(device_memory):
-                key = tuple(field_value(row.config, key) for key in _SIZE_KEYS)
+                key = (row.config.model, *(field_value(row.config, key) for key in _SIZE_KEYS))
                 groups.setdefault(key, []).append(row)
         chosen = [row for rows in groups.values() for row in pareto(rows)]
         return sorted(chosen, key=lambda row: (row.seconds, row.device_bytes))

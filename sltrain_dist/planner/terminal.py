@@ -11,7 +11,7 @@ from rich.table import Table
 from sltrain_dist.planner.accounting import PaperMemory
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
-from sltrain_dist.planner.report import row_cells, search_sentences, sentences, varying
+from sltrain_dist.planner.report import facts, remedies, row_cells, search_sentences, varying, verdict
 from sltrain_dist.planner.result import Estimate
 
 
@@ -20,8 +20,11 @@ def print_answer(known: Answer) -> None:
     console = _console()
     console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
     console.print(_components(known.estimate))
-    for line in sentences(known):
+    fits, (advice, changes) = verdict(known), remedies(known)
+    for line in filter(None, (*facts(known), fits, advice)):
         console.print(escape(line))
+    for settings, outcome in changes:
+        console.print(escape(f"  {settings}  ({outcome})"))
     if known.found is not None:
         console.print()
         _print_search(console, known)

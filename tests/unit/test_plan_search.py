@@ -16,6 +16,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner import answer as answers
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import draw, ticks
+from sltrain_dist.planner.estimate import estimate as closed_form
 from sltrain_dist.planner.labels import GROUPS
 from sltrain_dist.planner.levers import default_levers, named_levers
 from sltrain_dist.planner.result import Estimate, Point
@@ -51,6 +52,13 @@ def test_every_combination_is_run_refused_or_equal(config: Config) -> None:
     }
     assert all(row.config.train.global_batch == 64 for row in found.rows)
     assert found.smallest.settings["parallel.engine"] in ("ddp", "zero") and found.smallest.peak_bytes == 8400
+
+
+def test_several_processes_find_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sltrain_dist.planner.search._WORTH_A_PROCESS", 1)
+    levers = named_levers(config, 2, ["state bits", "recompute", "update"])
+    alone, shared = (search(config, 2, levers, closed_form, workers=workers).rows for workers in (1, 2))
+    assert shared == alone and len(alone) == 24
 
 
 def test_values_per_row_are_those_of_the_estimate(config: Config) -> None:
@@ -109,6 +117,7 @@ def test_pareto(figures: list[tuple[int, float]]) -> None:
         (["optim.state_bit=8"], "did you mean optim.state_bits?"),
         (["nothing"], "--vary 'nothing' is neither section.key=value,value,… nor one of 'state bits'"),
         (["train.global_batch=64,128"], "a search leaves train.global_batch as it is"),
+        (["nowhere.rank=64"], "nowhere"),
         (["optim.state_bits="], "has no values"),
         (["state bits", "optim.state_bits=8"], "optim.state_bits is varied twice"),
         (["optim.state_bits=8", "optim.state_bits=4"], "optim.state_bits is varied twice"),
