@@ -52,6 +52,13 @@ class Block:
         return self.linears[0].n
 
     @property
+    def fused_attention(self) -> bool:
+        """Whether a kernel computes attention without the scores of all pairs of tokens. On CUDA flash attention takes
+        no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils)."""
+        grouped = self.linears[1].m != self.linears[0].m
+        return not (self.device.type == "cuda" and self.widths.compute == 4 and grouped)
+
+    @property
     def residual_bytes(self) -> int:
         """Bytes of the residual stream."""
         return self.tokens * self.hidden * self.widths.residual
@@ -118,6 +125,8 @@ class BlockTape:
         inputs = [*turned, v]
         if wide != block.widths.compute:
             inputs = [tape.new(ATTENTION, y.size // wide * block.widths.compute) for y in turned] + [v]
+        if not block.fused_attention:
+            return self._unfused_attention(turned, v, kept, call, saves=saves)
         out = known[0] if known else tape.new(ATTENTION, q.size)
         # The logarithm of the sum of every row's exponentials, in float32.
         sums = known[1] if known else tape.new(ATTENTION, 4 * block.tokens * block.heads)
@@ -138,6 +147,30 @@ class BlockTape:
             tape.drop(out)
         return y
 
+    def _unfused_attention(self, turned: list[Buffer], v: Buffer, kept: Kept, call: Call, *, saves: bool) -> Buffer:
+        """torch's composed attention: scaled queries and keys, values for every head, and all scores."""
+        tape, block = self.tape, self.block
+        whole = turned[0].size
+        inputs = [tape.new(ATTENTION, whole) for _ in range(3)]
+        scores = tape.new(ATTENTION, self._scores_bytes())
+        tape.brief(ATTENTION, scores.size)  # before the mask, or the softmax
+        mixed = tape.new(ATTENTION, whole)
+        out = tape.new(ATTENTION, whole)  # heads side by side
+        tape.drop(mixed)
+        if saves:
+            kept.attention = [*map(tape.keep, (*inputs, out)), tape.keep(scores)]
+            kept.calls.append(call)
+        tape.drop(*inputs, scores)
+        (y,), call = self.linear.forward(block.linears[3:4], out, ATTENTION, saves=saves)
+        if saves:
+            kept.calls.append(call)
+        tape.drop(*turned, v, out)
+        return y
+
+    def _scores_bytes(self) -> int:
+        block = self.block
+        return block.widths.compute * block.tokens * block.length * block.heads
+
     def _mlp(self, normed: Buffer, kept: Kept, *, saves: bool) -> Buffer:
         tape, block = self.tape, self.block
         (gate, up), call = self.linear.forward(block.linears[4:6], normed, MLP, saves=saves)
@@ -153,8 +186,15 @@ class BlockTape:
         tape.drop(gate, up, product)
         return y
 
-    def backward(self, grad: Buffer, kept: Kept, sink: Sink) -> Buffer:
-        """Maps the gradient of the block's output to that of its input, and frees what was kept."""
+    def backward(self, grad: Buffer, kept: Kept, sink: Sink, gains: Sink) -> Buffer:
+        """Maps the gradient of the block's output to that of its input, and frees what was kept.
+
+        Args:
+            grad: Of the output; it is used up.
+            kept: By the forward pass.
+            sink: Takes the gradients of the linear layers' parameters.
+            gains: Takes those of the norms'.
+        """
         tape, w = self.tape, self.block.widths
         calls = list(kept.calls)
         tape.at("backward of mlp")
@@ -167,14 +207,10 @@ class BlockTape:
         d_gate = tape.new(OUTPUT_GRADIENTS, d_up.size)
         tape.drop(d_activated, gate)
         normed = self.linear.backward(calls.pop(), [d_gate, d_up], sink)
-        grad = self._norm_backward(grad, normed, kept, sink)
+        grad = self._norm_backward(grad, normed, kept, gains)
         tape.at("backward of attention")
         out = self.linear.backward(calls.pop(), [self._narrow(grad)], sink)
-        inputs = kept.attention
-        q, k, v = (tape.new(OUTPUT_GRADIENTS, buffer.size) for buffer in inputs[:3])
-        if self.block.device.fused:
-            tape.brief("temporaries.attention", self._attention_scratch())
-        tape.drop(out, *inputs)
+        q, k, v = self._attention_backward(out, kept)
         turned = []
         for y in (k, q):
             if w.residual != w.compute:
@@ -189,7 +225,24 @@ class BlockTape:
                 back = narrow
             turned.append(back)
         normed = self.linear.backward(calls.pop(), [turned[1], turned[0], v], sink)
-        return self._norm_backward(grad, normed, kept, sink)
+        return self._norm_backward(grad, normed, kept, gains)
+
+    def _attention_backward(self, out: Buffer, kept: Kept) -> list[Buffer]:
+        tape, block = self.tape, self.block
+        if block.fused_attention:
+            gradients = [tape.new(OUTPUT_GRADIENTS, buffer.size) for buffer in kept.attention[:3]]
+            if block.device.fused:
+                tape.brief("temporaries.attention", self._attention_scratch())
+            tape.drop(out, *kept.attention)
+            return gradients
+        of_scores = tape.new("temporaries.attention", self._scores_bytes())
+        tape.brief("temporaries.attention", of_scores.size)  # before the softmax
+        whole = [tape.new(OUTPUT_GRADIENTS, buffer.size) for buffer in kept.attention[:3]]
+        tape.drop(of_scores, out, *kept.attention)
+        groups = block.linears[0].m // block.linears[1].m
+        gradients = [whole[0], *(tape.new(OUTPUT_GRADIENTS, buffer.size // groups) for buffer in whole[1:])]
+        tape.drop(*whole[1:])
+        return gradients
 
     def _attention_scratch(self) -> int:
         """What attention's backward kernel takes while it runs, in float32.

@@ -87,6 +87,7 @@ class FsdpTimeline(Timeline):
         block = self.held.gathered_in(block=True) * shapes.blocks[0].widths.parameter
         gather = block if self.shards > 1 else 0
         ends, arrivals = self.of_ends(), self.of_block()
+        of_gains = ends if self.remainder_is_whole else None
         stretch, waiting = ends_backward(shapes.ends, ends)
         self.apply("backward", "", stretch)
         for layer, kind in reversed(list(enumerate(shapes.order))):
@@ -97,7 +98,7 @@ class FsdpTimeline(Timeline):
                 self.add(GATHERED, block)
                 prefetched = gather * min(ahead, layer)
             self.add(GATHERED, prefetched)
-            stretch, _ = block_backward(shapes.blocks[kind], arrivals)
+            stretch, waiting = block_backward(shapes.blocks[kind], arrivals, waiting, of_gains)
             self.apply("backward", f"block {layer}", stretch)
             self.add(GATHERED, -block)
             self._reduce(f"block {layer}", in_block=True)

@@ -62,7 +62,7 @@ class EndsTape:
         tape, e = self.tape, self.ends
         tape.at("last norm")
         inverse = tape.new(NORMS, e.tokens * (4 if e.device.fused else e.widths.residual))
-        hidden = tape.new(NORMS, x.size)
+        hidden = tape.new(LOGITS if e.chunk else NORMS, x.size)
         kept = self._chunked(hidden) if e.chunk else self._whole(hidden)
         return [inverse, *kept]
 

@@ -28,6 +28,7 @@ def as_cuda(config: Config) -> Iterator[None]:
     Args:
         config: The run.
     """
+
     def plan(*args: Any, **kwargs: Any) -> Any:
         return cost.choose_plan(*args, **{**kwargs, "device": "cuda"})
 

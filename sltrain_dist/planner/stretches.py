@@ -34,20 +34,34 @@ def block_evaluation(block: Block) -> Stretch:
 
 
 @lru_cache(_MANY)
-def block_backward(block: Block, arrivals: Arrivals, waiting: Waiting = ()) -> tuple[Stretch, Waiting]:
-    """A block's backward pass, with its recomputation before; and what is on its way at the end."""
+def block_backward(
+    block: Block, arrivals: Arrivals, waiting: Waiting = (), of_gains: Arrivals | None = None
+) -> tuple[Stretch, Waiting]:
+    """A block's backward pass, with its recomputation before.
+
+    Args:
+        block: The block.
+        arrivals: How gradients are taken.
+        waiting: What is on its way at the beginning.
+        of_gains: How those of norms are taken, where that is otherwise. Then only these are on their way.
+
+    Returns:
+        The stretch, and what is on its way at the end.
+    """
     x = Buffer(RESIDUAL, block.residual_bytes)
     before = BlockTape(Tape(), block).forward(x, saves=block.recompute == "nothing")[1]
-    tape, sink = Tape(), arrivals.sink(waiting)
+    tape = Tape()
+    sink = arrivals.sink(() if of_gains else waiting)
+    gains = of_gains.sink(waiting) if of_gains else sink
     on_tape = BlockTape(tape, block)
     kept = before
     if block.recompute != "nothing":
         tape.at("recomputation")
         kept = on_tape.forward(x, saves=True, known=before.attention, again=True)[1]
         tape.drop(*before.attention)
-    on_tape.backward(Buffer(OUTPUT_GRADIENTS, block.residual_bytes), kept, sink)
+    on_tape.backward(Buffer(OUTPUT_GRADIENTS, block.residual_bytes), kept, sink, gains)
     tape.drop(x)
-    return tape.stretch(), sink.waiting if isinstance(sink, Step) else ()
+    return tape.stretch(), gains.waiting if isinstance(gains, Step) else ()
 
 
 @lru_cache(_MANY)

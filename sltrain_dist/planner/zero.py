@@ -169,6 +169,7 @@ class ZeroTimeline(Timeline):
         block = self.block_values * self.width if self.stage == 3 else 0
         self.clear(GATHERED)
         full = self.sharded_values > self.bucket
+        of_gains = None if self.config.parallel.shard == "all" else ends
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
         for layer, kind in reversed(list(enumerate(shapes.order))):
@@ -176,7 +177,7 @@ class ZeroTimeline(Timeline):
             if layer < layers - 1 and block:
                 self.point("backward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
-            stretch, waiting = block_backward(shapes.blocks[kind], self.of_block(full=full), waiting)
+            stretch, waiting = block_backward(shapes.blocks[kind], self.of_block(full=full), waiting, of_gains)
             self.apply("backward", f"block {layer}", stretch)
             if self.stage == 3:
                 if full:
