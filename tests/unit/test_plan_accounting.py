@@ -103,6 +103,15 @@ def test_emulated_components() -> None:
     assert sltrain.phases()["forward"].total < sltrain.peak_bytes
 
 
+def test_emulated_projection() -> None:
+    """GaLore at down_proj (4096, 11008): projectors in bf16; two copies of the gradient, U and V in float32."""
+    peak = reference_estimate(seven_b(*BARS["8-bit GaLore, per layer"][0])).peak
+    assert peak.where == "block 31, mlp.down_proj"
+    assert peak.components["states.projectors"] == 2 * 32 * 7 * 1024 * 4096
+    assert peak.components["temporaries.svd"] == 4 * (2 * 4096 * 11_008 + 4096 * (4096 + 11_008))
+    assert peak.components["gradients"] == 2 * 4096 * 11_008
+
+
 def test_accumulation_holds_gradients_of_whole_updates_only() -> None:
     def forward(update: str, global_batch: int) -> int:
         estimate = reference_estimate(seven_b("full", 8, update, global_batch=global_batch))
