@@ -84,7 +84,7 @@ class Follower:
             tracker.begin(("init", "engine"))
             engine = self.config.parallel.engine
             # DDP's buckets are where the gradients will be.
-            with _without_mesh(), tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
+            with without_mesh(), tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
             if engine == "zero":  # all that it shards lies in the same flat tensors
                 tracker.assign(self.engine.tensors()["parameters"], "factors")
@@ -263,8 +263,9 @@ class Follower:
         assign = self.tracker.assign
 
         def wrapped(group: FSDPParamGroup, *unused: Any) -> None:
-            unsharded = [p._unsharded_param.grad for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
-            assign([grad for grad in unsharded if grad is not None], "gradients")
+            for parameter in group.fsdp_params:
+                if hasattr(parameter, "_unsharded_param"):
+                    self._has_gradient(parameter._unsharded_param)
             with self.tracker.within("buffers.reduced"):
                 post_backward(group, *unused)
             waiting = [p.unsharded_accumulated_grad for p in group.fsdp_params]
@@ -306,7 +307,7 @@ def component_of(name: str) -> str:
     return "sparse_values" if last == "V" else "factors"
 
 
-def _without_mesh() -> Any:
+def without_mesh() -> Any:
     """A mesh of ranks is a few numbers on the host. And it is looked into, which fake tensors do not bear."""
     make_mesh = fsdp._mesh
 

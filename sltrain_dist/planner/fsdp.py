@@ -68,10 +68,14 @@ class FsdpTimeline(Timeline):
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
         self.begin_forward()
         for layer, kind in enumerate(shapes.order):
+            # The buffer before, the root's at first, lives until this block's has been copied out.
+            if layer == 0:
+                coming, before = gather, 0
+            else:
+                coming, before = gather * min(ahead, layers - layer), gather
+            self.point("forward", f"block {layer}, gathered", {GATHERED: before + coming + block})
             if layer == 0 and self.shards > 1:
-                self.add(GATHERED, -root)  # the root's buffer
-            before = gather * (1 if layer == 0 else min(ahead, layers - layer))
-            self.point("forward", f"block {layer}, gathered", {GATHERED: before + block})
+                self.add(GATHERED, -root)
             during = gather * (1 + min(ahead, layers - 1 - layer))
             self.add(GATHERED, during + block)
             self.apply("forward", f"block {layer}", block_forward(shapes.blocks[kind]))

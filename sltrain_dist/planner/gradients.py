@@ -19,10 +19,12 @@ class Parameter:
     Attributes:
         group: "factors", "sparse_values" or "dense".
         shape: Its shape.
+        decays: Whether weight decay applies to it, where there is any (optim/state_layout.py: decays).
     """
 
     group: str
     shape: tuple[int, ...]
+    decays: bool = True
 
     @property
     def values(self) -> int:

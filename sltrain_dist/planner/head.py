@@ -37,13 +37,13 @@ class Ends:
 
     @property
     def table(self) -> Parameter:
-        """The embedding's weight, and the head's."""
-        return Parameter("dense", (self.vocabulary, self.hidden))
+        """The embedding's weight; the head's is like it."""
+        return Parameter("dense", (self.vocabulary, self.hidden), decays=False)
 
     @property
     def gain(self) -> Parameter:
         """The last norm's."""
-        return Parameter("dense", (self.hidden,))
+        return Parameter("dense", (self.hidden,), decays=False)
 
 
 class EndsTape:

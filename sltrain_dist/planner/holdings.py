@@ -124,6 +124,11 @@ class Holdings:
         """The different parts of parameters that the rank holds."""
         return list(dict.fromkeys(item.place for item in self.items if with_dealt or not item.dealt))
 
+    def decaying_values(self, *, with_dealt: bool) -> int:
+        """Values that the rank holds of what weight decay applies to."""
+        items = (item for item in self.items if item.parameter.decays and (with_dealt or not item.dealt))
+        return sum(item.count * item.place.count for item in items)
+
     def states(self, optim: OptimConfig, width: int, *, with_dealt: bool) -> tuple[int, int]:
         """Bytes of (optimizer states, fp32 copies) that the rank holds; `width`: of a parameter's value."""
         key = (optim, width, with_dealt)

@@ -252,13 +252,14 @@ class LinearTape:
         dx = tape.new(OUTPUT_GRADIENTS, t * layer.n * w)
         dB, dA = tape.new("gradients", B.values * wide), tape.new("gradients", A.values * w)
         dV = tape.new("gradients", V.values * wide)
-        rows = min(layer.rows, layer.m)
         G: Buffer | None = None
-        for _ in range(1 if rows == layer.m else 2):  # the gradient of rows outlives the next rows' W
+        for rows in (layer.rows, min(layer.rows, layer.m - layer.rows)):  # later ones take no more
+            if rows == 0:
+                break
             W = self._build(layer, rows)
             tape.drop(W)
             made = tape.new(WEIGHT_GRADIENT, rows * layer.n * w)
-            tape.drop(G)
+            tape.drop(G)  # that of the rows before
             G = made
             self._from_dense_gradient(layer, rows)
         tape.drop(G)

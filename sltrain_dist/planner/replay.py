@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 from unittest import mock
 
@@ -24,14 +25,13 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.count import count_parameters, model_flops_per_token
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import Span, spans
-from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.planner.follow import Follower
 from sltrain_dist.planner.result import Estimate
 from sltrain_dist.planner.stand_in import INSIDE, as_cuda
@@ -43,7 +43,7 @@ T = TypeVar("T")
 def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cuda", "cpu"] = "cuda") -> Estimate:
     """What a run takes, by replaying it on fake tensors.
 
-    Compiled runs are replayed as eager ones, which take no less.
+    Compiled runs are replayed as eager ones, which take no less. Everything but the timeline is the closed form's.
 
     Args:
         config: The run; not with `parallel.engine: zero`, whose code reads what tensors hold.
@@ -69,15 +69,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    with ExitStack() as stack:
-        env = Alone(rank, ranks, rank, torch.device("cpu"))
-        if ranks > 1 or config.parallel.engine != "ddp":
-            stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(_fakeable())
-        if device == "cuda":
-            stack.enter_context(as_cuda(config))
-        tracker = FakeBytes(device)
+    with fake_rank(config, rank, ranks, device) as (env, tracker):
         follower = Follower(eager, env, tracker)
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
@@ -85,15 +77,22 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
             follower.prepare()
             follower.update()
         follower.save()
-    return Estimate(
-        timeline=follower.timeline(),
-        reserved_bytes=0,
-        parameters=count_parameters(config.model, config.reparam).total,
-        flops_per_token=model_flops_per_token(config.model, config.data.seq_len),
-        comm_bytes_per_update=round(update_traffic(config, ranks).total) if ranks > 1 else 0,
-        relative_error=0.0,
-        method="replay",
-    )
+    return replace(estimate(config, ranks=ranks), timeline=follower.timeline(), method="replay")
+
+
+@contextmanager
+def fake_rank(
+    config: Config, rank: int, ranks: int, device: Literal["cuda", "cpu"]
+) -> Iterator[tuple[Environment, LiveBytes]]:
+    """One of several ranks, on fake tensors, and what counts their bytes. Arguments as of :func:`replay`."""
+    with ExitStack() as stack:
+        if ranks > 1 or config.parallel.engine != "ddp":
+            stack.enter_context(_fake_group(rank, ranks))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(_fakeable())
+        if device == "cuda":
+            stack.enter_context(as_cuda(config))
+        yield Alone(rank, ranks, rank, torch.device("cpu")), FakeBytes(device)
 
 
 class FakeBytes(LiveBytes):

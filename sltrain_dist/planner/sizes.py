@@ -44,7 +44,8 @@ class Sizes:
     def end_parameters(self) -> tuple[Parameter, ...]:
         """Of embedding, last norm, and head if it has its own."""
         ends = self.ends
-        return (ends.table, ends.gain) if ends.tied else (ends.table, ends.gain, ends.table)
+        head = Parameter("dense", ends.table.shape)
+        return (ends.table, ends.gain) if ends.tied else (ends.table, ends.gain, head)
 
 
 def sizes(config: Config, device: Device, *, micro_batch: int | None = None) -> Sizes:
@@ -114,7 +115,7 @@ def _block(
     widths = Widths(gathered, gathered, compute, whole)
     tokens = micro_batch * length
     linears = tuple(_linear(m.m, m.n, reparam, tokens, compute, device) for m in block_linears(model))
-    gain = Parameter("dense", (model.hidden_size,))
+    gain = Parameter("dense", (model.hidden_size,), decays=False)
     return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind)
 
 

@@ -164,11 +164,11 @@ class Timeline:
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
-        self.point(
-            "update",
-            "step of the optimizer",
-            {"temporaries.update": max(map(self.step.of_place, self.places), default=0)},
-        )
+        taken = max(map(self.step.of_place, self.places), default=0)
+        if self.config.optim.name == "sgd" and self.config.optim.weight_decay > 0:
+            # torch's multi-tensor SGD, its default on a GPU, adds decay to copies of the gradients.
+            taken = self.width * self.held.decaying_values(with_dealt=self.dealt_on_device)
+        self.point("update", "step of the optimizer", {"temporaries.update": taken})
 
     @cached_property
     def places(self) -> list[Place]:

@@ -22,6 +22,7 @@ class _Known(NamedTuple):
     alive: weakref.ref[torch.UntypedStorage]
     size: int
     component: str
+    born: int
 
 
 @dataclass
@@ -31,12 +32,14 @@ class Stretch:
     Attributes:
         name: What was going on.
         peak: Most bytes at a time.
-        components: The bytes then, by component.
+        components: The bytes then, by component: what storages are known to be at the end of the stretch.
+        at: Operators that had run then.
     """
 
     name: Any
     peak: int
     components: dict[str, int]
+    at: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,6 +65,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.components: dict[str, int] = {}
         self.stretches = [Stretch(None, 0, {})]
+        self._operators = 0
         self._inside = inside or {}
         self._known: dict[int, _Known] = {}
         self._scopes = [OTHER]
@@ -93,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
 
     def begin(self, name: Any) -> None:
         """Begins a stretch; the last one ends."""
-        self.stretches.append(Stretch(name, self.live, dict(self.components)))
+        self.stretches.append(Stretch(name, self.live, dict(self.components), self._operators))
 
     def add(self, tensors: Iterable[Tensor], component: str | None = None) -> None:
         """Counts storages that exist already; those that are known stay what they are."""
@@ -115,17 +119,14 @@ class LiveBytes(TorchDispatchMode):
             if known is None:
                 self._see(tensor, component)
             elif known.component != component and known.component.startswith(only):
-                self._count(known.component, -known.size)
-                self._count(component, known.size)
-                self._known[storage._cdata] = known._replace(component=component)
+                self._move(storage._cdata, known, component)
         self._note()
 
     def rename(self, component: str, to: str) -> None:
         """Moves all that lives of a component to another one."""
         for key, known in self._known.items():
             if known.component == component:
-                self._known[key] = known._replace(component=to)
-        self._count(to, self.components.pop(component, 0))
+                self._move(key, known, to)
         self._note()
 
     def __enter__(self) -> LiveBytes:
@@ -147,6 +148,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it calls operators on its local tensor, which come here
+        self._operators += 1
         out = self.call(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._see(out, self.scope)
@@ -172,9 +174,26 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known[key] = _Known(weakref.ref(storage, lambda _: self._freed(key)), size, component)
+        self._known[key] = _Known(weakref.ref(storage, lambda _: self._freed(key)), size, component, self._operators)
         self.live += size
         self._count(component, size)
+
+    def _move(self, key: int, known: _Known, component: str) -> None:
+        """Makes a storage a component's, also at the stretch's peak, if it was there.
+
+        If it has not belonged to any yet, then at the peaks of earlier stretches as well.
+        """
+        sums = [self.components]
+        for stretch in reversed(self.stretches):
+            if known.born > stretch.at:
+                break
+            sums.append(stretch.components)
+            if known.component != OTHER:
+                break
+        for components in sums:
+            components[known.component] -= known.size
+            components[component] = components.get(component, 0) + known.size
+        self._known[key] = known._replace(component=component)
 
     def _count(self, component: str, size: int) -> None:
         self.components[component] = self.components.get(component, 0) + size
@@ -197,7 +216,7 @@ class LiveBytes(TorchDispatchMode):
     def _note(self) -> None:
         stretch = self.stretches[-1]
         if self.live > stretch.peak:
-            stretch.peak, stretch.components = self.live, dict(self.components)
+            stretch.peak, stretch.components, stretch.at = self.live, dict(self.components), self._operators
 
     def _passing(self, size: int) -> None:
         """Takes bytes that are gone again."""

@@ -26,8 +26,11 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
+from sltrain_dist.planner.estimate import estimate
+from sltrain_dist.planner.result import Estimate
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
+from sltrain_dist.train.memory import MemoryWatch
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
@@ -61,6 +64,7 @@ class Run:
     tracker: RunTracker
     stop: StopRequest
     supports: str
+    memory: MemoryWatch
     perplexities: list[tuple[int, float]] = field(default_factory=list)
     """(step, perplexity) of the evaluations that this process made."""
     traffic: Traffic | None = None
@@ -118,7 +122,10 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         resumed_step=state.step,
     )
     env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
-    tracker.summary(summarise(config, env, run_dir, len(corpus.train_shards), state.step))
+    memory = MemoryWatch(config, env, predict)
+    tracker.summary(
+        {**summarise(config, env, run_dir, len(corpus.train_shards), state.step), "Memory": memory.summary()}
+    )
     for warning in without_effect(config):
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:
@@ -131,8 +138,25 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     for path in abandoned:
         tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
     return Run(
-        config, env, run_dir, engine, state, loader, corpus.eval_rows, corpus.tokenizer, store, tracker, stop, supports
+        config,
+        env,
+        run_dir,
+        engine,
+        state,
+        loader,
+        corpus.eval_rows,
+        corpus.tokenizer,
+        store,
+        tracker,
+        stop,
+        supports,
+        memory,
     )
+
+
+def predict(config: Config, ranks: int) -> Estimate:
+    """What the planner says of a run on a number of ranks."""
+    return estimate(config, ranks=ranks)
 
 
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:

@@ -12,8 +12,9 @@ from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
-from sltrain_dist.train.build import build_engine, prepare_corpus
+from sltrain_dist.train.build import build_engine, predict, prepare_corpus
 from sltrain_dist.train.exit import Outcome
+from sltrain_dist.train.memory import MemoryWatch
 from sltrain_dist.train.step import Rows, forward_backward
 
 
@@ -30,6 +31,8 @@ def dry_run(config: Config, env: Environment) -> Outcome:
     passes = micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say, with_evaluation=False)
     say(f"data: {len(corpus.train_shards)} shards, tokenizer {corpus.tokenizer}")
+    for what, value in MemoryWatch(config, env, predict).summary():
+        say(f"{what}: {value}")
     engine = build_engine(build_model(config, env.device), config, env)
     rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
     engine.begin_update(config.optim.lr, None)

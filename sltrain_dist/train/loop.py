@@ -22,13 +22,11 @@ from sltrain_dist.train.build import Run
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
 from sltrain_dist.train.guard import check_finite
+from sltrain_dist.train.memory import MEASURED_UPDATE
 from sltrain_dist.train.sanity import check_update
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
 from sltrain_dist.train.summary import describe_traffic
-
-_MEASURED_UPDATE = 3
-"""In the first two DDP arranges its buckets and ZeRO 3 traces the model."""
 
 
 @dataclass
@@ -92,12 +90,15 @@ def _update(run: Run, clock: Clock) -> None:
     progress = state.progress(config.train, config.optim.warmup_steps)
     lr = learning_rate(config.optim, progress)
     clock.updates += 1
-    with _measured(run, clock):
+    last = config.train.steps is not None and state.step + 1 >= config.train.steps
+    with _measured(run, clock), run.memory.watching(engine, clock.updates, last=last):
         engine.begin_update(lr, state.grad_norm)
         loss, tokens = forward_backward(engine, rows, config.train.micro_batch, run.env)
+        run.memory.look(engine, clock.updates, last=last)
         grad_norm = engine.clip_gradients()
         check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
         engine.update()
+    run.memory.report(run.tracker)
     state.grad_norm = grad_norm
     watchdog.warmed_up()
     state.advance(tokens, config.optim.warmup_steps)
@@ -112,7 +113,7 @@ def _update(run: Run, clock: Clock) -> None:
 @contextmanager
 def _measured(run: Run, clock: Clock) -> Iterator[None]:
     """Counts what one update sends. Every update sends the same, but counting costs time: one is counted."""
-    if run.env.world_size == 1 or clock.updates != _MEASURED_UPDATE:
+    if run.env.world_size == 1 or clock.updates != MEASURED_UPDATE:
         yield
         return
     with TrafficMeter() as meter:
@@ -139,6 +140,7 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
             "tokens_per_s": window.tokens_per_s,
             "data_wait_s": data_wait_s,
             "peak_memory_bytes": int(peak_bytes),
+            **run.memory.record(),
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
             **_sent(run.traffic),

@@ -40,7 +40,7 @@ def _case(**sections: Any) -> dict[str, Any]:
             "vocab_size": 96,
             "hidden_size": 64,
             "intermediate_size": 160,
-            "num_layers": 3,
+            "num_layers": 2,
             "num_heads": 2,
         },
         "reparam": {"rank": 8, "density": 0.1},
@@ -69,11 +69,9 @@ CASES: dict[str, dict[str, Any]] = {
         optim={"update": "per_layer", "state_bits": 8},
         train={"activation_checkpointing": "full"},
     ),
-    **{
-        f"zero {stage}, {shard}": _case(parallel={"engine": "zero", "zero_stage": stage, "shard": shard})
-        for stage in (1, 2, 3)
-        for shard in ("factors", "all")
-    },
+    "zero 1": _case(parallel={"engine": "zero", "zero_stage": 1}),
+    "zero 2, all": _case(parallel={"engine": "zero", "zero_stage": 2, "shard": "all"}),
+    "zero 3": _case(parallel={"engine": "zero", "zero_stage": 3}),
 }
 """What the tests compare on two ranks."""
 

@@ -70,6 +70,8 @@ LEAVES = {
     "parallel.communication",
     "data.order",
     "checkpoint.manifest",
+    "planner.estimate",
+    "planner.result",
 }
 """May be imported by everything above config, each other included."""
 
@@ -83,6 +85,10 @@ ONLY_IN = {
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items() if name != "__init__"}
+
+PLANNER_WITH_TORCH = {"planner.follow", "planner.replay", "planner.stand_in"}
+"""The rest of the planner runs on login nodes."""
+TORCH_FREE |= {name for name in MODULES if name.startswith("planner.")} - PLANNER_WITH_TORCH
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +15,14 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.partition import RankBytes, rank_bytes
-from sltrain_dist.planner.follow import Follower
-from sltrain_dist.planner.replay import replay
+from sltrain_dist.planner.follow import Follower, without_mesh
+from sltrain_dist.planner.replay import fake_model, fake_rank, replay
 from sltrain_dist.planner.result import Point
 from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
 from sltrain_dist.tracking.live_bytes import LiveBytes
+from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.dry_run import made_up_rows
+from sltrain_dist.train.step import forward_backward
 from tests.unit.ranks import SINGLE
 
 
@@ -85,6 +89,34 @@ def test_fake_tensors_take_what_real_ones_take(case: str) -> None:
     # But for the stretch in which initial values are computed, which fake tensors have none of.
     assert fake[1:] == real[1:]
     assert {point.phase for point in fake} == {"init", "forward", "backward", "update", "save"}
+
+
+PLAIN: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {"train": {"global_batch": 4, "activation_checkpointing": "full"}, "optim": {"clip": 1.0}}),
+    "per layer": (1, {"optim": {"update": "per_layer", "state_bits": 32}, "reparam": {"support": "blocks"}}),
+    "fsdp": (2, {"parallel": {"engine": "fsdp"}, "train": {"global_batch": 8}}),
+    "fsdp, per layer": (2, {"parallel": {"engine": "fsdp", "shard": "all"}, "optim": {"update": "per_layer"}}),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_following_does_not_change_what_is_followed(case: str) -> None:
+    """The same training without hooks, scopes and patches: none of them holds a tensor, or lets go of one."""
+    ranks, sections = PLAIN[case]
+    config = config_of(**{**sections, "train": {"global_batch": 2 * ranks, **sections.get("train", {})}})
+    peak = max(p.total for p in replay(config, ranks, device="cpu").timeline if p.phase not in ("init", "save"))
+    with fake_rank(config, 0, ranks, "cpu") as (env, tracker):
+        with tracker, without_mesh():
+            engine = build_engine(fake_model(config), config, env)
+        for _ in range(2):
+            gc.collect()
+            tracker.begin("update")
+            with tracker:
+                engine.begin_update(config.optim.lr, 1.0)
+                forward_backward(engine, made_up_rows(config, 0, config.train.global_batch // ranks), 2, env)
+                engine.clip_gradients()
+                engine.update()
+    assert tracker.stretches[-1].peak == peak
 
 
 def test_a_whole_preset_takes_what_it_takes() -> None:
