@@ -165,5 +165,5 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
     return (
         f"the device is out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch, with "
         "train.global_batch as it is, or spread the states over more ranks with parallel.engine=zero; "
-        "train.dry_run=true tries settings out"
+        "`sltrain plan --search` looks for settings that fit, train.dry_run=true tries them out"
     )
