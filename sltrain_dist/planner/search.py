@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from sltrain_dist.config.rules import check_fields, check_replicas, field_value, idle_keys, micro_batches_per_update
+from sltrain_dist.config.rules import (
+    check_fields,
+    check_replicas,
+    check_trainable,
+    field_value,
+    idle_keys,
+    micro_batches_per_update,
+)
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.labels import binding
@@ -231,6 +238,7 @@ def refused(config: Config, ranks: int) -> str | None:
     for key, _ in check_fields(config):
         return key
     try:
+        check_trainable(config)
         check_ranks(config, ranks)
     except ConfigError as error:
         return str(error).split()[0].partition("=")[0]

@@ -61,6 +61,20 @@ def test_several_processes_find_the_same(config: Config, monkeypatch: pytest.Mon
     assert shared == alone and len(alone) == 24
 
 
+def test_other_methods(config: Config) -> None:
+    found = search(
+        config, 1, named_levers(config, 1, ["reparam.method=sltrain,lowrank,full,galore,relora"]), closed_form
+    )
+    assert found.refused == {"reparam.method": 2}
+    assert {row.settings["reparam.method"]: row.parameters // 1000 for row in found.front()} == {
+        "sltrain": 43_529,
+        "lowrank": 42_770,
+        "full": 58_073,
+    }
+    with pytest.raises(ConfigError, match=r"reparam\.method = 'galore' is known to `sltrain plan` only"):
+        closed_form(changed(config, reparam={"method": "galore"}))
+
+
 def test_values_per_row_are_those_of_the_estimate(config: Config) -> None:
     (row,) = search(config, 4, named_levers(config, 4, ["train.micro_batch=8"]), estimate).rows
     expected = estimate(row.config, ranks=4)
