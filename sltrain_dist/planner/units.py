@@ -50,8 +50,11 @@ def parse_device_memory(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        close = difflib.get_close_matches(_plain(text), gpus, n=1)
-        meant = next((f"; did you mean {name!r}?" for name in GPUS if close == [_plain(name)]), "")
+        # Sizes of what was named, such as A100; else what is spelled like it.
+        begins = [plain for plain in gpus if _plain(text) and plain.startswith(_plain(text))]
+        close = begins or difflib.get_close_matches(_plain(text), gpus, n=1)
+        names = " or ".join(repr(name) for name in GPUS if _plain(name) in close)
+        meant = f"; did you mean {names}?" if names else "."
         raise ConfigError(
             f"--device-memory {text!r} is no size and no known GPU{meant} Sizes are 24GiB, 80GB or bytes; "
             f"GPUs are {', '.join(GPUS)}"

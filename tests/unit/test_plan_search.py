@@ -262,6 +262,13 @@ def test_wrong_device_memory(text: str) -> None:
         parse_device_memory(text)
 
 
+def test_gpus_that_come_in_several_sizes() -> None:
+    with pytest.raises(ConfigError, match=r"no known GPU; did you mean 'A100-40G' or 'A100-80G'\? Sizes are"):
+        parse_device_memory("nvidia a100")
+    with pytest.raises(ConfigError, match=r"'abacus' is no size and no known GPU\. Sizes are"):
+        parse_device_memory("abacus")
+
+
 def test_no_row_without_an_answer(config: Config) -> None:
     known = Answer(config, 1, 20_000, estimate(config))
     assert known.fits and known.margin_bytes == 20_000 - 16_410
