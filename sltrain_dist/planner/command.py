@@ -35,7 +35,7 @@ class Implementation(StrEnum):
 def plan(
     config: Annotated[Path, typer.Option("--config", help="YAML file, as for training.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Win over it.")
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of ranks, one a device.")] = 1,
     device_memory: Annotated[
