@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, SltrainError
+from sltrain_dist.planner.command import plan
 
 app = typer.Typer(
     name="sltrain",
@@ -55,6 +56,9 @@ TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON line
 @app.callback()
 def _sltrain() -> None:
     """Tools around sparse plus low-rank pretraining."""
+
+
+app.command("plan")(plan)
 
 
 @app.command("prepare-data")

@@ -90,7 +90,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values = {} if path is None else _read_yaml(path)
     origin = dict.fromkeys(leaf_keys(values), str(path)) | {"": "configuration" if path is None else str(path)}
     for override in overrides:
-        key, value = _parse_override(override)
+        key, value = parse_override(override)
         _set(values, key, value)
         origin |= dict.fromkeys(leaf_keys(value, key), _COMMAND_LINE)
     return build_config(values, origin)
@@ -168,7 +168,12 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _parse_override(override: str) -> tuple[_Key, Any]:
+def parse_override(override: str) -> tuple[_Key, Any]:
+    """(key, value) of `section.key=value`.
+
+    Raises:
+        ConfigError: It is not of that form, or the value is not YAML.
+    """
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.split("."))
     if not equals or not all(key):

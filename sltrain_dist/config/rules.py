@@ -187,6 +187,34 @@ def _check_accumulation(config: Config, passes: int, largest: int) -> None:
         )
 
 
+def check_replicas(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuses `parallel.replicas` that do not make equal groups of at least two ranks.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    replicas = parallel.replicas
+    if world_size % replicas or world_size == replicas > 1:
+        raise ConfigError(
+            f"parallel.replicas = {replicas} does not divide {world_size} ranks into groups of at least two; "
+            "set a smaller divisor, or parallel.engine=ddp for whole replicas"
+        )
+
+
+def check_trainable(config: Config) -> None:
+    """Refuses methods that only the planner knows.
+
+    Raises:
+        ConfigError: The method is one of these.
+    """
+    method = config.reparam.method
+    if method in ("relora", "galore"):
+        raise ConfigError(
+            f"reparam.method = {method!r} is known to `sltrain plan` only (--accounting paper, --implementation "
+            "reference); set reparam.method=sltrain, lowrank or full to train, or to plan a run of this code"
+        )
+
+
 _LOSS_CHUNK_BYTES = 64 << 20
 """Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
 
@@ -230,14 +258,32 @@ def _keeps_whole_gradients(parallel: ParallelConfig) -> bool:
 def without_effect(config: Config) -> Iterator[str]:
     """Yields a warning for every setting that says something and does nothing."""
     usual = Config.model_validate(PRESETS[config.preset] if config.preset else {})
+    for cause, key in _idle(config):
+        if field_value(config, key) != field_value(usual, key):
+            yield f"{key} has no effect with {cause}"
+
+
+def idle_keys(config: Config) -> frozenset[str]:
+    """Dotted keys of all fields that have no effect in this configuration, whatever their value."""
+    return frozenset(key for _, key in _idle(config))
+
+
+def _idle(config: Config) -> Iterator[tuple[str, str]]:
+    """Yields (cause, dotted key) for every field that has no effect."""
     optim, parallel, train, tracking = config.optim, config.parallel, config.train, config.tracking
+    applied = ("reparam.path", "reparam.row_block_bytes")
     cases = (
         (
             "reparam.method=full",
             config.reparam.method == "full",
-            ("reparam.rank", "reparam.density", "reparam.alpha", "reparam.support"),
+            ("reparam.rank", "reparam.density", "reparam.alpha", "reparam.support", *applied),
         ),
-        ("reparam.method=lowrank", config.reparam.method == "lowrank", ("reparam.density", "reparam.support")),
+        (
+            f"reparam.method={config.reparam.method}",
+            config.reparam.method in ("lowrank", "relora", "galore"),
+            ("reparam.density", "reparam.support", *applied),
+        ),
+        ("reparam.path=factored", config.reparam.path == "factored", ("reparam.row_block_bytes",)),
         ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.shard",)),
         (
             f"parallel.engine={parallel.engine}",
@@ -283,10 +329,10 @@ def without_effect(config: Config) -> Iterator[str]:
     )
     for cause, holds, keys in cases:
         for key in keys if holds else ():
-            if _value(config, key) != _value(usual, key):
-                yield f"{key} has no effect with {cause}"
+            yield cause, key
 
 
-def _value(config: Config, key: str) -> Any:
+def field_value(config: Config, key: str) -> Any:
+    """The value of a field, by its dotted key."""
     section, _, field = key.partition(".")
     return getattr(getattr(config, section), field)

@@ -74,8 +74,10 @@ class ModelConfig(Section):
 class ReparamConfig(Section):
     """How the linear layers of attention and MLP are parametrised."""
 
-    method: Memory[Literal["sltrain", "full", "lowrank"]] = "sltrain"
-    """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight."""
+    method: Memory[Literal["sltrain", "full", "lowrank", "relora", "galore"]] = "sltrain"
+    """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
+    relora (a frozen dense weight and factors, which are merged into it now and then) and galore (a dense weight whose
+    gradient is projected to rank before the optimizer sees it)."""
     rank: Memory[PositiveInt] = 128
     """r, the inner size of B (m, r) and A (r, n)."""
     density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from sltrain_dist.config.rules import loss_chunk_tokens
+from sltrain_dist.config.rules import check_trainable, loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ReparamConfig
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
@@ -33,7 +33,12 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForC
 
 
 def build_meta_model(config: Config) -> LlamaForCausalLM:
-    """Lays the model out on the meta device, with parameters of the type that `train.dtype` asks for."""
+    """Lays the model out on the meta device, with parameters of the type that `train.dtype` asks for.
+
+    Raises:
+        ConfigError: Only the planner knows `reparam.method`.
+    """
+    check_trainable(config)
     with torch.device("meta"):
         factory = linear_factory(config.reparam, config.seed, config.model.init_std)
         autocast = torch.bfloat16 if config.train.dtype == "mixed" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
 from sltrain_dist.sparse_lowrank.layout import nonzeros, values_shape
@@ -29,7 +30,7 @@ class ParameterCount:
     sparse: int
     """V of all replaced layers."""
     dense: int
-    """Weights of the linear layers where they are not replaced (method full)."""
+    """Dense weights of the linear layers: methods full, galore and relora."""
 
     @property
     def remainder(self) -> int:
@@ -42,6 +43,7 @@ class ParameterCount:
         return self.remainder + self.factors + self.sparse + self.dense
 
 
+@lru_cache(maxsize=64)
 def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
     """The linear layers of one decoder block, in the order of the forward pass."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim
@@ -57,18 +59,21 @@ def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
 
 
 def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCount:
-    """Counts the parameters of a model (the paper's `base + LR + SP`, or `F` with method full)."""
+    """Counts the parameters of a model (the paper's `base + LR + SP`, or `F` with method full).
+
+    relora has both the dense weights, which are frozen, and the factors; galore's model is the full one.
+    """
     h, layers, linears = model.hidden_size, model.num_layers, block_linears(model)
-    replaced = reparam.method != "full"
+    factored, dense = reparam.method not in ("full", "galore"), reparam.method not in ("sltrain", "lowrank")
     return ParameterCount(
         embedding=model.vocab_size * h,
         head=0 if model.tie_head else model.vocab_size * h,
         norms=(2 * layers + 1) * h,
-        factors=layers * sum(reparam.rank * (s.m + s.n) for s in linears) if replaced else 0,
+        factors=layers * sum(reparam.rank * (s.m + s.n) for s in linears) if factored else 0,
         sparse=layers * sum(nonzeros(s.m, s.n, reparam.density, reparam.support) for s in linears)
         if reparam.method == "sltrain"
         else 0,
-        dense=0 if replaced else layers * sum(s.m * s.n for s in linears),
+        dense=layers * sum(s.m * s.n for s in linears) if dense else 0,
     )
 
 
@@ -80,8 +85,9 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[s
         prefix = f"model.layers.{layer}"
         for linear in block_linears(model):
             name, m, n = f"{prefix}.{linear.name}", linear.m, linear.n
-            if reparam.method == "full":
+            if reparam.method not in ("sltrain", "lowrank"):
                 shapes.append((f"{name}.weight", (m, n)))
+            if reparam.method in ("full", "galore"):
                 continue
             shapes += [(f"{name}.B", (m, reparam.rank)), (f"{name}.A", (reparam.rank, n))]
             if reparam.method == "sltrain":

@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from sltrain_dist.config.rules import accumulates_locally
+from sltrain_dist.config.rules import accumulates_locally, check_replicas
 from sltrain_dist.config.schema import Config
-from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.environment import Environment
@@ -46,6 +45,7 @@ class FSDPEngine:
         named = list(model.named_parameters())
         remainder = [(n, p) for n, p in named if not is_sharded(n, parallel.shard)]
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        check_replicas(parallel, env.world_size)
         mesh = _mesh(parallel.replicas, env)
         self._shard(mesh, config, {parameter for _, parameter in remainder})
         self._sync_each = not accumulates_locally(parallel)
@@ -203,11 +203,6 @@ class FSDPEngine:
 
 
 def _mesh(replicas: int, env: Environment) -> DeviceMesh:
-    if env.world_size % replicas or env.world_size == replicas > 1:
-        raise ConfigError(
-            f"parallel.replicas = {replicas} does not divide {env.world_size} ranks into groups of at least two; "
-            "set a smaller divisor, or parallel.engine=ddp for whole replicas"
-        )
     if replicas == 1:
         return init_device_mesh(env.device.type, (env.world_size,))
     return init_device_mesh(

@@ -6,7 +6,7 @@ where an update has several micro-batches, the last one. Formulas and sources: d
 
 from __future__ import annotations
 
-from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.rules import check_trainable, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.parallel.communication import update_traffic
@@ -31,8 +31,9 @@ def estimate(config: Config, *, ranks: int = 1, device: Device = CUDA) -> Estima
         device: What it runs on.
 
     Raises:
-        ConfigError: The configuration cannot be run on so many ranks.
+        ConfigError: The configuration cannot be run, or not on so many ranks.
     """
+    check_trainable(config)
     passes = micro_batches_per_update(config, ranks)
     shapes = sizes(config, device)
     follow = {"ddp": Timeline, "fsdp": FsdpTimeline, "zero": ZeroTimeline}[config.parallel.engine]

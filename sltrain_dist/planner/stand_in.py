@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,8 @@ def as_cuda(config: Config) -> Iterator[None]:
             (blocks, "by_features", lambda x: False),
             (low_bit, "_SPAN_CPU", low_bit._SPAN),
             (llama, "rms_norm", _RMSNorm.apply),
+            # On a GPU torch's SGD takes all parameters together.
+            (import_module("torch.optim.sgd"), "_default_to_fused_or_foreach", lambda *_, **__: (False, True)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         model = config.model

@@ -15,6 +15,7 @@ import torch
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.config.load import load_config, run_dir_of
+from sltrain_dist.config.rules import check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode, SltrainError
 from sltrain_dist.parallel import environment, watchdog
@@ -85,6 +86,7 @@ def _leave(outcome: Outcome) -> NoReturn:
 
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
+    check_trainable(config)
     watchdog.start(*environment.rank_variables(), config.parallel.timeout_s)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     # Before anything that the ranks could do differently.
@@ -163,5 +165,5 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
     return (
         f"the device is out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch, with "
         "train.global_batch as it is, or spread the states over more ranks with parallel.engine=zero; "
-        "train.dry_run=true tries settings out"
+        "`sltrain plan --search` looks for settings that fit, train.dry_run=true tries them out"
     )

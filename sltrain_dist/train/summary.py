@@ -182,7 +182,7 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
         f"train on from here:  the same command with {budget}   (the learning rate follows the longer schedule)"
     )
     lines.append(f"use the model:       sltrain export {run_dir} --output DIR")
-    settings = "train.dry_run=true data.source=embedded data.tokenizer=embedded"
-    dry_run = f"deepspeed launch/pretrain.py --config configs/llama_7b.yaml {settings}"
-    lines.append(f"plan a 7B run:       {dry_run}   (where it is to train; reports the peak memory)")
+    lines.append(
+        "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"
+    )
     return lines

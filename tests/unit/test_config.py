@@ -161,7 +161,10 @@ class TestMessages:
             ("train.micro_batch=0", "train.micro_batch = 0: should be greater than 0"),
             ("reparam.density=1.5", "reparam.density = 1.5: should be less than or equal to 1"),
             ("optim.lr=.nan", "optim.lr = nan: should be a finite number"),
-            ("reparam.method=sltran", "'sltran': should be 'sltrain', 'full' or 'lowrank'; did you mean 'sltrain'?"),
+            (
+                "reparam.method=sltran",
+                "'sltran': should be 'sltrain', 'full', 'lowrank', 'relora' or 'galore'; did you mean 'sltrain'?",
+            ),
             # sections and values
             ("train=5", "train = 5: this is a section; give it keys with values"),
             ("train=", "train = null: this is a section; give it keys with values"),

@@ -227,6 +227,10 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "optim.state_bits": ({"model": {"vocab_size": 512}}, 32),
     "optim.stochastic_rounding": ({"model": {"vocab_size": 2048}, "optim": {"update": "per_layer"}}, True),
     "optim.master_weights": ({}, True),
+    "optim.weight_decay": (
+        {"optim": {"name": "sgd"}, "data": {"seq_len": 2}, "train": {"micro_batch": 1, "global_batch": 1}},
+        0.1,
+    ),
     "optim.update": ({}, "per_layer"),
     "parallel.engine": ({"train": {"global_batch": 8}}, "fsdp"),
     "parallel.shard": (_FSDP, "all"),
@@ -248,17 +252,13 @@ MOVES: dict[str, tuple[Values, Any]] = {
 """By field: what else is set, and a value other than the default, which moves the peak."""
 
 NOT_REPLAYED: dict[str, tuple[Values, Any]] = {
-    "optim.weight_decay": (
-        {"optim": {"name": "sgd"}, "data": {"seq_len": 4}, "train": {"loss_chunk_tokens": 2}},
-        0.1,
-    ),
     "parallel.zero_stage": (_ZERO, 3),
     "parallel.cpu_offload": (_ZERO, True),
     "parallel.deepspeed": (_ZERO, {"zero_optimization": {"reduce_bucket_size": 5000}}),
     "eval.source": ({"eval": {"micro_batch": 512}}, "embedded"),
     "eval.micro_batch": ({"eval": {"source": "embedded"}}, 512),
 }
-"""What replays do not know: ZeRO, the host's memory, evaluations, and torch's SGD as it is on a GPU."""
+"""What replays do not know: ZeRO, the host's memory, and evaluations."""
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:

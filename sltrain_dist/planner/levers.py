@@ -1,0 +1,141 @@
+"""What a search varies (no torch): settings by name, with those that are tried unless the user says others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sltrain_dist.config.load import build_config, merged, parse_override
+from sltrain_dist.config.rules import field_value
+from sltrain_dist.config.schema import Config
+from sltrain_dist.errors import ConfigError
+
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+_FIXED = ("train.global_batch", "train.steps", "train.tokens", "data.seq_len", "seed", "run_dir", "preset")
+"""Never varied: a search compares ways to make the same updates."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice.
+
+    Attributes:
+        label: What a table calls it.
+        values: Values by dotted key.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A name, and the settings of it that are tried."""
+
+    name: str
+    settings: tuple[Setting, ...]
+
+
+def default_levers(config: Config, ranks: int) -> list[Lever]:
+    """What is tried unless the user says otherwise: all that leaves the model's size and the batch as they are."""
+    levers = [
+        _lever("state bits", "optim.state_bits", [16, 8, 4]),
+        _lever("update", "optim.update", ["whole", "per_layer"]),
+        Lever(
+            "recompute",
+            (
+                Setting("none", {"train.activation_checkpointing": "none"}),
+                Setting("every 2nd block", _selective("blocks")),
+                Setting("all but attention", _selective("attention")),
+                Setting("full", {"train.activation_checkpointing": "full"}),
+            ),
+        ),
+        _lever("micro-batch", "train.micro_batch", _micro_batches(config, ranks)),
+    ]
+    if config.reparam.method == "sltrain":
+        levers += [
+            _lever("support", "reparam.support", ["random", "stratified", "blocks"]),
+            _lever("path", "reparam.path", ["auto", "materialize", "factored"]),
+        ]
+    if ranks > 1:
+        levers.append(Lever("engine", tuple(_engines())))
+    return levers
+
+
+def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Lever]:
+    """The levers that a user names.
+
+    Args:
+        config: What is searched from.
+        ranks: Number of ranks.
+        varied: Each `section.key=value,value,…`, or the name of a default lever, such as "engine".
+
+    Raises:
+        ConfigError: There is no such key or lever, a value is wrong, or the key is one that a search leaves alone.
+    """
+    known = {lever.name: lever for lever in default_levers(config, ranks)}
+    levers = []
+    for spec in varied:
+        if spec in known:
+            levers.append(known[spec])
+            continue
+        key, equals, values = spec.partition("=")
+        if not equals:
+            names = ", ".join(f"{name!r}" for name in known)
+            raise ConfigError(f"--vary {spec!r} is neither section.key=value,value,… nor one of {names}")
+        if key in _FIXED or "." not in key:
+            raise ConfigError(f"--vary {key}: a search leaves {key} as it is; take another key")
+        _, parsed = parse_override(f"{key}=[{values}]")
+        if not parsed:
+            raise ConfigError(f"--vary {key}= has no values; write {key}=value,value,…")
+        for value in parsed:
+            _check_value(config, key, value)
+        levers.append(_lever(key, key, parsed))
+    keys = [key for lever in levers for key in sorted({key for setting in lever.settings for key in setting.values})]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--vary: {twice} is varied twice; put its values into one --vary")
+    return levers
+
+
+def _check_value(config: Config, key: str, value: Any) -> None:
+    """Refuses a value that the key cannot have; combinations of values are another matter."""
+    section, _, name = key.partition(".")
+    values = config.model_dump()
+    try:
+        type(getattr(config, section)).model_validate({**values[section], name: value})
+    except (ValidationError, AttributeError):
+        build_config(merged(values, {section: {name: value}}), {f"{section}.{name}": "--vary"})
+        raise
+
+
+def _lever(name: str, key: str, values: Sequence[Any]) -> Lever:
+    labels = [json.dumps(value).strip('"') for value in values]  # null, true, 8, blocks
+    return Lever(name, tuple(Setting(label, {key: value}) for label, value in zip(labels, values, strict=True)))
+
+
+def _selective(policy: str) -> dict[str, Any]:
+    values = {"train.activation_checkpointing": "selective", "train.checkpoint_policy": policy}
+    return {**values, "train.checkpoint_every": 2} if policy == "blocks" else values
+
+
+def _micro_batches(config: Config, ranks: int) -> list[int]:
+    """Powers of two, and what is configured, that make whole micro-batches on every rank."""
+    each = config.train.global_batch // ranks
+    sizes = {*_MICRO_BATCHES, field_value(config, "train.micro_batch")}
+    return sorted(size for size in sizes if each % size == 0 and size <= each)
+
+
+def _engines() -> list[Setting]:
+    settings = [Setting("ddp", {"parallel.engine": "ddp"})]
+    for shard in ("factors", "all"):
+        settings.append(Setting(f"fsdp, {shard}", {"parallel.engine": "fsdp", "parallel.shard": shard}))
+        for stage in (1, 2, 3):
+            values = {"parallel.engine": "zero", "parallel.zero_stage": stage, "parallel.shard": shard}
+            settings.append(Setting(f"zero {stage}, {shard}", values))
+    return settings

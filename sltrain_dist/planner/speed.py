@@ -1,0 +1,172 @@
+"""How long an update takes, predicted (no torch): to rank configurations, not to schedule them.
+
+The clock is that of the cost model which picks paths (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large matrix
+products at one rate, everything else at the memory's. Its constants are data-sheet figures of one kind of GPU, so that
+ratios between configurations mean something and seconds mean little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sltrain_dist.config.rules import (
+    accumulates_locally,
+    is_recomputed,
+    keeps_attention,
+    micro_batches_per_update,
+    passes_twice,
+)
+from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
+from sltrain_dist.models.count import block_linears, count_parameters
+from sltrain_dist.parallel.partition import value_bytes
+from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
+from sltrain_dist.sparse_lowrank.layout import nonzeros
+
+MEMORY_BANDWIDTH = 2e12
+"""Bytes a second that the device's memory reads and writes (A100-80G: 2.0e12)."""
+
+LINK_BANDWIDTH = 50e9
+"""Bytes a second that a rank sends (one 400 Gb/s port a rank; NVLink inside a host has several times that)."""
+
+HOST_BANDWIDTH = 20e9
+"""Bytes a second between device and host (PCIe 4.0 ×16: 32e9 on paper)."""
+
+LAUNCH_S = 5e-6
+"""Seconds that the host takes to launch a kernel; a block's time is at least that of its launches."""
+
+KERNELS_PER_BLOCK = 150
+"""Launches of a block's forward and backward pass."""
+
+BLOCK_COPIES = (10, 4)
+"""Elements (of hidden and of intermediate size, per token) that a block's norms, rotation, activation and sums read and
+write in the forward pass; twice as many in the backward pass."""
+
+LOW_BIT_VALUE_BYTES = 160
+"""Memory traffic of a value's update where states are quantized or of another type than the parameter: some twenty
+float32 operations, one by one (optim/low_bit.py); else each tensor is read and written once."""
+
+
+@dataclass(frozen=True)
+class UpdateTime:
+    """Seconds of one update on each rank.
+
+    Attributes:
+        compute: All micro-batches, forward and backward.
+        optimizer: The step.
+        communication: What does not overlap with compute.
+    """
+
+    compute: float
+    optimizer: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """All together."""
+        return self.compute + self.optimizer + self.communication
+
+
+def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
+    """Predicts an update's time.
+
+    Args:
+        config: The run.
+        ranks: Its ranks.
+        comm_bytes: Sent by each rank in an update.
+    """
+    passes = micro_batches_per_update(config, ranks)
+    compute = passes * _pass_seconds(config)
+    if passes_twice(config.optim):
+        compute *= 2
+    sent = comm_bytes / LINK_BANDWIDTH
+    # Whole gradients go out during the last micro-batch's backward pass, sharded ones during every pass.
+    overlap = compute / passes * 2 / 3 if accumulates_locally(config.parallel) else compute
+    return UpdateTime(compute, _step_seconds(config, ranks), max(0.0, sent - overlap))
+
+
+def _pass_seconds(config: Config) -> float:
+    """Forward and backward pass of a micro-batch."""
+    model, train = config.model, config.train
+    tokens, seq_len = train.micro_batch * config.data.seq_len, config.data.seq_len
+    bits = 32 if train.dtype == "fp32" else 16
+    unit = _multiply_add_seconds(bits)
+    linears = _linear_cost(model, config.reparam, tokens, bits)
+    # Scores and weighted values over half of all pairs: one product forward, two and a half backward with a fused
+    # kernel, which computes the scores again (FlashAttention-2, arXiv 2307.08691).
+    attention = tokens * seq_len * model.hidden_size
+    per_hidden, per_intermediate = BLOCK_COPIES
+    elements = tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
+    copies = RATES["cuda", bits].copy * elements
+    total = 3 * tokens * model.vocab_size * model.hidden_size * unit
+    for index in range(model.num_layers):
+        block, launches = linears + 3.5 * attention + 3 * copies, 1.0
+        if is_recomputed(index, train):  # the forward pass again: a third
+            block += linears / 3 + copies + (0 if keeps_attention(train) else attention)
+            launches += 1 / 3
+        total += max(block * unit, launches * KERNELS_PER_BLOCK * LAUNCH_S)
+    return total
+
+
+def layer_plans(config: Config) -> tuple[Plan, ...]:
+    """How each linear layer of a block is applied, on a GPU, with method sltrain."""
+    tokens = config.train.micro_batch * config.data.seq_len
+    return _plans(config.model, config.reparam, tokens, 32 if config.train.dtype == "fp32" else 16)
+
+
+@lru_cache(maxsize=4096)
+def _plans(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> tuple[Plan, ...]:
+    return tuple(
+        choose_plan(
+            linear.m,
+            linear.n,
+            reparam.rank,
+            nonzeros(linear.m, linear.n, reparam.density, reparam.support),
+            reparam.support,
+            tokens,
+            bits=bits,
+            device="cuda",
+            path=reparam.path,
+        )
+        for linear in block_linears(model)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> float:
+    """A block's linear layers, forward and backward, in multiply-adds of a large product."""
+    cost = 0.0
+    plans = _plans(model, reparam, tokens, bits) if reparam.method == "sltrain" else ()
+    for index, linear in enumerate(block_linears(model)):
+        m, n, r = linear.m, linear.n, reparam.rank
+        if reparam.method == "full":
+            cost += 3 * tokens * m * n
+        elif reparam.method == "lowrank":
+            cost += 3 * tokens * r * (m + n)
+        else:
+            nnz = nonzeros(m, n, reparam.density, reparam.support)
+            costs = plan_costs(m, n, r, nnz, reparam.support, tokens, bits=bits, device="cuda")
+            cost += costs[PLANS.index(plans[index])]
+    return cost
+
+
+def _step_seconds(config: Config, ranks: int) -> float:
+    """The optimizer's step, on this rank's share of the parameters."""
+    optim, parallel, width = config.optim, config.parallel, value_bytes(config)
+    counted = count_parameters(config.model, config.reparam)
+    whole = counted.remainder if parallel.shard == "factors" else 0
+    shards = 1 if parallel.engine == "ddp" else ranks // parallel.replicas
+    values = whole + (counted.total - whole) / shards
+    if optim.state_bits in (8, 4) or optim.master_weights or (optim.state_bits == 32 and width == 2):
+        per_value = LOW_BIT_VALUE_BYTES
+    else:
+        per_value = 7 * width  # the gradient read, the parameter and two states read and written
+    seconds = values * per_value / MEMORY_BANDWIDTH
+    if parallel.cpu_offload:  # gradients to the host, parameters back; the host steps at its memory's pace
+        seconds += values * 2 * width / HOST_BANDWIDTH + values * per_value / HOST_BANDWIDTH
+    return seconds
+
+
+def _multiply_add_seconds(bits: int) -> float:
+    """The cost model's unit: `copy` units read and write one element."""
+    return 2 * bits / 8 / RATES["cuda", bits].copy / MEMORY_BANDWIDTH
