@@ -133,9 +133,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     )
     env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
     memory = MemoryWatch(config, env, predict)
-    tracker.summary(
-        {**summarise(config, env, run_dir, corpus.num_shards, state.step), "Memory": memory.summary()}
-    )
+    tracker.summary({**summarise(config, env, run_dir, corpus.num_shards, state.step), "Memory": memory.summary()})
     for warning in without_effect(config):
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:
