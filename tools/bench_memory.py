@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +57,16 @@ class Peak:
 class LiveBytes(TorchDispatchMode):
     """Follows the bytes of all tensor storages that come through the dispatcher, until they are freed.
 
-    Args:
-        look_at: Number of the operator after which `look` is called; counted from 1 in each `with`.
-        look: What to call there.
+    Attributes:
+        live: Bytes now.
+        peak: The most so far.
+        look: What to call at every new peak.
     """
 
-    def __init__(self, look_at: int = 0, look: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.peak_at = self.operators = 0
-        self._look_at, self._look = look_at, look
+        self.live = self.peak = 0
+        self.look: Callable[[], None] | None = None
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -78,17 +79,16 @@ class LiveBytes(TorchDispatchMode):
                 self.live += size
                 weakref.finalize(storage, self._free, size)
         if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.operators
+            self.peak = self.live
+            if self.look is not None:
+                self.look()
 
     def _free(self, size: int) -> None:
         self.live -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.operators += 1
         self.add([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
-        if self.operators == self._look_at:
-            self._look()
         return out
 
 
@@ -106,31 +106,28 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def live_peak(config: Config, *, fake: bool) -> Peak:
-    """Peak of live bytes in the second update. Trained twice over: once to find the peak, once to look at it."""
-    at = 0
-    found: list[Peak] = []
-    for _ in range(2):
-        with ExitStack() as stack:
-            if fake:
-                stack.enter_context(FakeTensorMode())
-                # As much at a time as on a GPU, which is what fake tensors stand for here.
-                stack.enter_context(mock.patch.object(low_bit, "_SPAN_CPU", low_bit._SPAN))
-            engine, ids = build(config, "cpu", fake=fake)
+    """Peak of live bytes in the second update."""
+    with ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode())
+            # As much at a time as on a GPU, which is what fake tensors stand for here.
+            stack.enter_context(mock.patch.object(low_bit, "_SPAN_CPU", low_bit._SPAN))
+        engine, ids = build(config, "cpu", fake=fake)
+        one_update(engine, config, ids)
+        held = engine.tensors()
+        peak = Peak(0, bytes_of(held["parameters"]), 0, bytes_of(held["states"]))
+
+        def look() -> None:
+            peak.gradients = bytes_of([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+        tracker = LiveBytes()
+        tracker.add([tensor for kind in held.values() for tensor in kind])
+        tracker.add(list(engine.module.buffers()))
+        tracker.add([ids])
+        del held  # a gradient that it named would stay alive
+        tracker.look = look
+        with tracker:
             one_update(engine, config, ids)
-
-            def look(engine: DDPEngine = engine) -> None:
-                held = engine.tensors()
-                parts = (bytes_of(held[kind]) for kind in ("parameters", "gradients", "states"))
-                found.append(Peak(0, *parts))
-
-            tracker = LiveBytes(at, look)
-            tracker.add([tensor for kind in engine.tensors().values() for tensor in kind])
-            tracker.add(list(engine.module.buffers()))
-            tracker.add([ids])
-            with tracker:
-                one_update(engine, config, ids)
-            at = tracker.peak_at
-    (peak,) = found
     peak.total = tracker.peak
     return peak
 
