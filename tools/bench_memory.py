@@ -186,6 +186,8 @@ def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
         for bits in (8, 4):
             name = f"{support}, {bits}-bit, per_layer, checkpointing"
             yield row(name, reparam, bits, "per_layer", activation_checkpointing="full")
+        name = f"{support}, 4-bit, per_layer, checkpointing, int8 weights"
+        yield row(name, {**reparam, "weight_bits": 8}, 4, "per_layer", activation_checkpointing="full")
 
 
 def main() -> None:

@@ -83,6 +83,11 @@ class ReparamConfig(Section):
     row_block_bytes: PositiveInt | None = None
     """Most bytes of one layer's W, or of its dense gradient, that materialize forms at a time: bounds the
     transient memory for a little time. Null: all of it at once."""
+    weight_bits: Literal[16, 8] = 16
+    """Bits of a value of B, A, V and the head. 16: their type is train.dtype. 8, which is experimental: int8 codes
+    with a float32 scale a row (random's V: every 256 values), rounded stochastically by the update and dequantized
+    layer by layer in forward and backward; with Adam and parallel.engine=ddp (docs/memory.md). Embedding and norms
+    keep train.dtype."""
 
 
 class DataConfig(Section):
