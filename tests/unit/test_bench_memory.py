@@ -11,6 +11,7 @@ import torch
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
+from sltrain_dist.models.count import parameter_bytes, parameter_shapes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -30,7 +31,7 @@ def test_live_bytes_come_and_go() -> None:
     assert tracker.peak == 4000 + 4000
 
 
-def config_of(**optim: Any) -> Config:
+def config_of(reparam: dict[str, Any], **optim: Any) -> Config:
     return build_config(
         {
             "model": {
@@ -40,7 +41,7 @@ def config_of(**optim: Any) -> Config:
                 "num_layers": 2,
                 "num_heads": 2,
             },
-            "reparam": {"rank": 8, "density": 0.1},
+            "reparam": {"rank": 8, "density": 0.1, **reparam},
             "data": {"seq_len": 16},
             "optim": optim,
             "parallel": {"engine": "ddp"},
@@ -49,8 +50,16 @@ def config_of(**optim: Any) -> Config:
     )
 
 
-@pytest.mark.parametrize("optim", [{"state_bits": 16}, {"state_bits": 8, "update": "per_layer"}], ids=str)
-def test_fake_tensors_take_what_real_ones_take(optim: dict[str, Any]) -> None:
-    real, fake = (live_peak(config_of(**optim), fake=fake) for fake in (False, True))
+PER_LAYER = {"state_bits": 8, "update": "per_layer"}
+
+
+@pytest.mark.parametrize(
+    ("reparam", "optim"), [({}, {"state_bits": 16}), ({}, PER_LAYER), ({"weight_bits": 8}, PER_LAYER)], ids=str
+)
+def test_fake_tensors_take_what_real_ones_take(reparam: dict[str, Any], optim: dict[str, Any]) -> None:
+    config = config_of(reparam, **optim)
+    real, fake = (live_peak(config, fake=fake) for fake in (False, True))
     assert real == fake
     assert real.other > 0
+    shapes = parameter_shapes(config.model, config.reparam)
+    assert real.parameters == sum(parameter_bytes(name, shape, config.reparam, 2) for name, shape in shapes)
