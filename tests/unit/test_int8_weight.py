@@ -91,7 +91,7 @@ class TestCodes:
     def test_arithmetic_on_it_is_refused(self) -> None:
         weight = int8(torch.ones(2, 3))
         for wrong in (lambda: weight + 1, lambda: torch.ones(3) @ weight.t(), lambda: torch.ones(2, 3).copy_(weight)):
-            with pytest.raises((NotImplementedError, TypeError), match="plain|no implementation"):
+            with pytest.raises((NotImplementedError, TypeError), match=r"by plain\(\)"):
                 wrong()
 
 
