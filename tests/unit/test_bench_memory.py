@@ -12,6 +12,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import parameter_bytes, parameter_shapes
+from sltrain_dist.optim import low_bit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -56,7 +57,11 @@ PER_LAYER = {"state_bits": 8, "update": "per_layer"}
 @pytest.mark.parametrize(
     ("reparam", "optim"), [({}, {"state_bits": 16}), ({}, PER_LAYER), ({"weight_bits": 8}, PER_LAYER)], ids=str
 )
-def test_fake_tensors_take_what_real_ones_take(reparam: dict[str, Any], optim: dict[str, Any]) -> None:
+def test_fake_tensors_take_what_real_ones_take(
+    reparam: dict[str, Any], optim: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for span in ("_SPAN", "_SPAN_CPU"):
+        monkeypatch.setattr(low_bit, span, 1024)  # so that a parameter takes several
     config = config_of(reparam, **optim)
     real, fake = (live_peak(config, fake=fake) for fake in (False, True))
     assert real == fake
