@@ -72,7 +72,7 @@ class ReparamConfig(Section):
     alpha: PositiveFloat = 32.0
     """Numerator of the low-rank factor's scale alpha/rank."""
     support: SupportKind = "random"
-    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
+    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (2 bytes of
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
     blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
     n ≥ 256; the fastest."""
