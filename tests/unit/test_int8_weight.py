@@ -57,6 +57,7 @@ class TestCodes:
         for want, row, scale in zip(by_scale(values), by_scale(got), weight.scales, strict=True):
             assert float((row - want).abs().max()) <= 0.501 * float(scale)
             assert float(scale) == pytest.approx(float(want.abs().max()) / 112)
+        assert torch.equal(plain(weight, torch.bfloat16), got.bfloat16())  # rounded once
 
     def test_rows_of_zeros_stay_so(self) -> None:
         weight = int8(torch.zeros(3, 5))
