@@ -4,8 +4,8 @@
     python tools/bench_memory.py --preset 7b --fake           # on fake tensors: nothing is allocated, any size
     python tools/bench_memory.py --preset 60m --device cuda   # from CUDA's allocator
 
-The model, its engine (one process) and optimizer are those that train; two updates are made, and the second is
-measured, beside whose forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
+The model, its engine (one process) and optimizer are those that train; what is measured is an update beside whose
+forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
 peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
 kernels, the allocator's rounding and the device's context are not in it. Fake tensors take the CPU's operators.
 """
@@ -114,6 +114,13 @@ def one_update(engine: DDPEngine, config: Config, ids: Tensor) -> None:
     engine.update()
 
 
+def make_states(engine: DDPEngine, config: Config) -> None:
+    """What a first update leaves, without its forward and backward pass: gradients are zeros."""
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    engine._replicas.update(config.optim.lr)
+
+
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of the storages behind some tensors, each counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -138,7 +145,7 @@ def _one_of_each(tracker: LiveBytes) -> AbstractContextManager[Any]:
 
 
 def live_peak(config: Config, *, fake: bool) -> Peak:
-    """Peak of live bytes in the second update."""
+    """Peak of live bytes in an update beside states that are there."""
     with ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
@@ -148,7 +155,7 @@ def live_peak(config: Config, *, fake: bool) -> Peak:
             stack.enter_context(mock.patch.object(low_bit, "_SPAN_CPU", low_bit._SPAN))
         engine, ids = build(config, "cpu", fake=fake)
         with _one_of_each(LiveBytes()) if fake else nullcontext():
-            one_update(engine, config, ids)
+            make_states(engine, config)
         held = engine.tensors()
         peak = Peak(0, bytes_of(held["parameters"]), 0, bytes_of(held["states"]))
 
