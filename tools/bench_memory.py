@@ -4,8 +4,8 @@
     python tools/bench_memory.py --preset 7b --fake           # on fake tensors: nothing is allocated, any size
     python tools/bench_memory.py --preset 60m --device cuda   # from CUDA's allocator
 
-The model, its engine (one process) and optimizer are those that train; two updates are made, and the second is
-measured, beside whose forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
+The model, its engine (one process) and optimizer are those that train; what is measured is an update beside whose
+forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
 peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
 kernels, the allocator's rounding and the device's context are not in it. Fake tensors stand for a GPU's: the model
 takes the paths that it takes on CUDA (planner/stand_in.py), so that on the CPU other bytes are measured.
@@ -109,6 +109,8 @@ def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
         for bits in (8, 4):
             name = f"{support}, {bits}-bit, per_layer, checkpointing"
             yield row(name, reparam, bits, "per_layer", activation_checkpointing="full")
+        name = f"{support}, 4-bit, per_layer, checkpointing, int8 weights"
+        yield row(name, {**reparam, "weight_bits": 8}, 4, "per_layer", activation_checkpointing="full")
 
 
 def main() -> None:

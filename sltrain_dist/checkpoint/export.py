@@ -19,7 +19,8 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
-from sltrain_dist.parallel.held import load_whole
+from sltrain_dist.numerics.int8_weight import plain
+from sltrain_dist.parallel.held import load_values
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
@@ -119,7 +120,7 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
         module.to_empty(device="cpu").float()
         for key, parameter in module.named_parameters():
-            load_whole(reader.read, f"{name}.{key}", parameter)
+            load_values(reader.read, f"{name}.{key}", parameter)
         if isinstance(module, SLLinear):
             module.support.reset()
             supports.append((module.name, module.support.fingerprint()))
@@ -132,7 +133,9 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         )
     for name, parameter in model.named_parameters():
         if name not in replaced:
-            yield name, reader.read(f"model.{name}", 0, parameter.numel()).view(parameter.shape).float()
+            whole = torch.empty_like(parameter, device="cpu")
+            load_values(reader.read, name, whole)
+            yield name, plain(whole.detach(), torch.float32).float()
 
 
 def _special_ids(tokenizer: Path) -> dict[str, int | None]:

@@ -36,6 +36,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
+    yield from _check_int8(config)
 
 
 def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
@@ -54,6 +55,24 @@ def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
             "gradients of parallel.cpu_offload reach the host after the backward pass; set parallel.cpu_offload=false, "
             "or optim.update=whole",
         )
+
+
+def _check_int8(config: Config) -> Iterator[tuple[str, str]]:
+    """What `reparam.weight_bits=8` does not go with."""
+    if config.reparam.weight_bits == 16:
+        return
+    optim, train = config.optim, config.train
+    cases = (
+        (config.reparam.method != "sltrain", "are B, A and V of reparam.method=sltrain; set that"),
+        (config.parallel.engine != "ddp", "are whole on every rank; set parallel.engine=ddp"),
+        (optim.name not in ("adamw", "adam"), "are rounded by Adam's update; set optim.name=adamw or adam"),
+        (optim.master_weights, "have no fp32 copies; set optim.master_weights=false"),
+        (train.dtype == "mixed", "take the place of fp32 parameters; set train.dtype=bf16 or fp32"),
+        (train.compile, "cannot be traced; set train.compile=false"),
+    )
+    for holds, remedy in cases:
+        if holds:
+            yield "reparam.weight_bits", f"int8 weights {remedy}, or 16"
 
 
 def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:

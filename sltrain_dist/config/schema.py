@@ -85,7 +85,7 @@ class ReparamConfig(Section):
     alpha: PositiveFloat = 32.0
     """Numerator of the low-rank factor's scale alpha/rank."""
     support: Memory[SupportKind] = "random"
-    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (4 bytes of
+    """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (2 bytes of
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
     blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
     n ≥ 256; the fastest."""
@@ -96,6 +96,11 @@ class ReparamConfig(Section):
     row_block_bytes: Memory[PositiveInt | None] = None
     """Most bytes of one layer's W, or of its dense gradient, that materialize forms at a time: bounds the
     transient memory for a little time. Null: all of it at once."""
+    weight_bits: Memory[Literal[16, 8]] = 16
+    """Bits of a value of B, A, V and the head. 16: their type is train.dtype. 8, which is experimental: int8 codes
+    with a float32 scale a row (random's V: every 256 values), rounded stochastically by the update and dequantized
+    layer by layer in forward and backward; with Adam and parallel.engine=ddp (docs/memory.md). Embedding and norms
+    keep train.dtype."""
 
 
 class DataConfig(Section):
@@ -122,7 +127,7 @@ class DataConfig(Section):
     """Tokens in a row."""
     batching: Literal["pad", "pack"] = "pad"
     """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
-    reset_attention: bool = False
+    reset_attention: Memory[bool] = False
     """With pack: whether attention and positions start anew at every document's first token, which then is not
     predicted, so that the documents of a row know nothing of each other. false: they attend to what comes before."""
     streams: PositiveInt = 16

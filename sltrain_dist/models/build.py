@@ -10,7 +10,9 @@ from torch import nn
 
 from sltrain_dist.config.rules import check_trainable, loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ReparamConfig
+from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
+from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mixed": torch.float32}
@@ -47,7 +49,17 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
     dtype = DTYPES[config.train.dtype]
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
         parameter.data = parameter.data.to(dtype)
+    _quantize(model, config.reparam)
     return model
+
+
+def _quantize(model: LlamaForCausalLM, reparam: ReparamConfig) -> None:
+    """Puts int8 weights, still on the meta device, in the places of the parameters that are to be such."""
+    for name, parameter in list(model.named_parameters()):
+        if is_int8(name, reparam):
+            module, _, key = name.rpartition(".")
+            weight = Int8Weight.empty(tuple(parameter.shape), parameter.dtype, parameter.device)
+            model.get_submodule(module).register_parameter(key, nn.Parameter(weight))
 
 
 def initialise(model: nn.Module) -> None:

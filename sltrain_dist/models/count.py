@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
+from sltrain_dist.numerics.int8_layout import int8_bytes
 from sltrain_dist.sparse_lowrank.layout import nonzeros, values_shape
 
 
@@ -97,6 +99,17 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[s
     if not model.tie_head:
         shapes.append(("lm_head.weight", (model.vocab_size, h)))
     return shapes
+
+
+def is_int8(name: str, reparam: ReparamConfig) -> bool:
+    """Whether `reparam.weight_bits` makes a named parameter an int8 weight: B, A, V and the head; not the embedding
+    (nor a head that is one), of which an update changes few rows, nor the norms."""
+    return reparam.weight_bits == 8 and (name == "lm_head.weight" or name.rpartition(".")[2] in ("B", "A", "V"))
+
+
+def parameter_bytes(name: str, shape: tuple[int, ...], reparam: ReparamConfig, value_bytes: int) -> int:
+    """Bytes of a named parameter, where others than int8 weights take `value_bytes` a value."""
+    return int8_bytes(shape) if is_int8(name, reparam) else value_bytes * math.prod(shape)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:

@@ -51,6 +51,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last dimension (arXiv 1910.07467).
 
+    Kept for the backward pass are x and a float32 scalar a row, also of narrower types, whose arithmetic is in float32.
+
     Args:
         x: (..., n).
         gain: (n,), of x's type.
@@ -59,8 +61,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         (..., n), a new tensor.
     """
-    fused = x.device.type != "cpu" or torch.compiler.is_compiling()
-    if fused or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, gain.shape, gain, eps)
     return _RMSNorm.apply(x, gain, eps)
 
@@ -68,10 +69,11 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, inverse)
-        return (x * inverse).mul_(gain)
+        return (x * inverse).mul_(gain).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -80,7 +82,8 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * inverse
         product = grad * normed
         rows = product.reshape(-1, x.shape[-1])
-        d_gain = rows.sum(0)
-        along = torch.mv(rows, gain).div_(x.shape[-1]).view(inverse.shape)
-        dx = torch.mul(grad, gain, out=product).addcmul_(normed, along, value=-1).mul_(inverse)
-        return dx, d_gain, None
+        d_gain = rows.sum(0).to(gain.dtype)
+        wide = gain.to(inverse.dtype)
+        along = torch.mv(rows, wide).div_(x.shape[-1]).view(inverse.shape)
+        dx = torch.mul(grad, wide, out=product).addcmul_(normed, along, value=-1).mul_(inverse)
+        return dx.to(x.dtype), d_gain, None

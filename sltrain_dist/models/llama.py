@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from sltrain_dist.config.schema import ModelConfig
 from sltrain_dist.models.elementwise import rms_norm, rotate
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
+from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.keyed import fill_
 from sltrain_dist.sparse_lowrank.linear import apply_shared
 
@@ -84,11 +85,11 @@ class Head(DenseLinear):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (..., vocabulary) of hidden states (..., hidden); with labels (...) the summed loss."""
-        if labels is None:
-            return super().forward(x)
-        if self.chunk_tokens:
+        if labels is not None and self.chunk_tokens:
             return chunked_cross_entropy_sum(x, self.weight, labels, self.chunk_tokens)
-        return cross_entropy_sum(super().forward(x), labels)
+        weight = self.weight.dequantize() if isinstance(self.weight, Int8Weight) else self.weight
+        logits = F.linear(x, weight)
+        return logits if labels is None else cross_entropy_sum(logits, labels)
 
 
 class RotaryEmbedding(nn.Module):

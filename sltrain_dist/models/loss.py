@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sltrain_dist.numerics.int8_weight import Int8Weight
+
 IGNORE = -100
 """Label of positions that do not count (padding)."""
 
@@ -43,7 +45,7 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
 
     Args:
         hidden: (..., n).
-        weight: (vocabulary, n), of the same type.
+        weight: (vocabulary, n), of the same type. The values of an int8 weight are there some rows at a time.
         labels: (...), int64; :data:`IGNORE` where nothing is predicted.
         chunk_tokens: At least 1.
 
@@ -65,9 +67,9 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _ChunkedCrossEntropy.apply(x, weight, y, chunk_tokens, dtype)
         total = x.new_zeros((), dtype=_loss_dtype(dtype))
-        cast = weight.to(dtype)
+        cast = _cast(weight, dtype)
         for rows in _chunks(len(x), chunk_tokens):
-            total += cross_entropy_sum(x[rows].to(dtype) @ cast.T, y[rows])
+            total += cross_entropy_sum(_logits(x[rows].to(dtype), cast), y[rows])
         return total
 
 
@@ -75,19 +77,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, dtype: torch.dtype) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        cast = weight.to(dtype)
+        cast = _cast(weight, dtype)
         total = x.new_zeros((), dtype=_loss_dtype(dtype))
         grad_x = torch.empty_like(x) if wants_x else None
         grad_weight = None
         several = len(x) > chunk_tokens
         if wants_weight and (several or not len(x)):
-            grad_weight = torch.zeros_like(weight, dtype=_loss_dtype(dtype))
+            grad_weight = torch.zeros(weight.shape, dtype=_loss_dtype(dtype), device=x.device)
         for rows in _chunks(len(x), chunk_tokens):
             part = x[rows].to(dtype)
-            loss, grad_logits, counts = _loss_and_gradient(part @ cast.T, labels[rows])
+            loss, grad_logits, counts = _loss_and_gradient(_logits(part, cast), labels[rows])
             total += loss
             if grad_x is not None:
-                grad_x[rows] = (grad_logits @ cast).mul_(counts)
+                grad_x[rows] = _through(grad_logits, cast).mul_(counts)
             if not wants_weight:
                 continue
             part = part * counts  # of n values a token, where the logits' gradient has one for every word
@@ -111,6 +113,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x = None if grad_x is None else grad_x.mul_(grad_output)
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Int8Weight) else weight.to(dtype)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, (tokens, vocabulary)."""
+    if not isinstance(weight, Int8Weight):
+        return x @ weight.T
+    logits = x.new_empty(len(x), weight.shape[0])
+    for words, block in weight.row_blocks(x.dtype):
+        logits[:, words] = x @ block.T
+    return logits
+
+
+def _through(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """The gradient by x, (tokens, n); over blocks of words summed in float32."""
+    if not isinstance(weight, Int8Weight):
+        return grad_logits @ weight
+    total = grad_logits.new_zeros(len(grad_logits), weight.shape[1], dtype=_loss_dtype(grad_logits.dtype))
+    for words, block in weight.row_blocks(grad_logits.dtype):
+        total += grad_logits[:, words] @ block
+    return total.to(grad_logits.dtype)
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

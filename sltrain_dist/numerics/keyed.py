@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.splitmix import key64
 
 
@@ -13,8 +14,14 @@ def fill_(
     """Fills `tensor` from U(−uniform, uniform) or N(0, normal²), keyed by (seed, name).
 
     Drawn in float32 on the CPU, whatever the tensor's type and device, so that a model starts from the same
-    weights everywhere, and in blocks, so that the transient memory stays at 64 MiB.
+    weights everywhere, and in blocks, so that the transient memory stays at 64 MiB; an int8 weight's are drawn at once.
     """
+    if isinstance(tensor, Int8Weight):
+        drawn = torch.empty(tensor.shape)
+        fill_(drawn, seed, name, uniform=uniform, normal=normal)
+        with torch.no_grad():
+            tensor.copy_(drawn)
+        return
     if (uniform is None) == (normal is None):
         raise ValueError("give exactly one of uniform and normal")
     generator = torch.Generator().manual_seed(key64(seed, name) >> 1)

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, with random bits that depend on a key and on each value's position alone."""
+"""Stochastic rounding to bfloat16 and to integers; random bits depend on a key and on each value's position alone."""
 
 from __future__ import annotations
 
@@ -49,3 +49,20 @@ def stochastic_round(values: Tensor, key: int, start: int) -> Tensor:
     noise = random_bits(key, start, values.numel(), values.device).bitwise_and_(0xFFFF).to(torch.int32)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def stochastic_integers(values: Tensor, key: int, start: int) -> Tensor:
+    """float32 values rounded up or down to integers, with probabilities that make the mean exact to 2^-24.
+
+    Args:
+        values: Flat float32 tensor; it is overwritten.
+        key: Of :func:`rounding_key`.
+        start: Position of the first value in the whole parameter.
+
+    Returns:
+        float32.
+    """
+    lower = values.floor()
+    fraction = values.sub_(lower).mul_(float(1 << 24))  # exact, both
+    word = random_bits(key, start, values.numel(), values.device).bitwise_right_shift_(8)
+    return lower.add_(word < fraction)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.optim.low_bit import Agree, LowBitAdam
 from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, needs_low_bit, stored_states, whole
 
@@ -44,7 +45,7 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
-    if needs_low_bit(optim, named[0][1].element_size()):
+    if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
         known = places or {}
         by_parameter = {p: known.get(name) or whole(name, tuple(p.shape)) for name, p in named}
         return LowBitAdam(groups, optim, by_parameter, agree)

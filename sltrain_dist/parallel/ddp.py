@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
@@ -43,7 +44,9 @@ class DDPEngine:
             self._ddp = DistributedDataParallel(
                 model,
                 device_ids=[env.device] if env.device.type == "cuda" else None,
-                broadcast_buffers=False,  # supports and rotary tables are computed, equal everywhere
+                # Everything is computed, equal everywhere; and DDP does not know how to send int8 weights.
+                init_sync=False,
+                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
@@ -100,7 +103,7 @@ class DDPEngine:
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """All of them whole."""
         return {
-            "parameters": list(self._module.parameters()),
+            "parameters": [part for p in self._module.parameters() for part in parts_of(p).values()],
             "gradients": self._replicas.gradients(),
             "states": self._replicas.states(),
         }
@@ -111,4 +114,5 @@ class DDPEngine:
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter."""
-        yield from ((piece.name, piece.parameter.detach()) for piece in self._replicas.pieces)
+        for piece in self._replicas.pieces:
+            yield from ((f"{piece.name}{ending}", part) for ending, part in parts_of(piece.parameter).items())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.optim.factory import (
     adopt_state,
     learning_rates,
@@ -120,7 +121,9 @@ class Held:
         for piece in self.pieces:
             if not piece.saved:
                 continue
-            yield Chunk(f"model.{piece.name}", piece.shape, piece.start, piece.parameter.detach().reshape(-1))
+            for ending, part in parts_of(piece.parameter).items():
+                shape = tuple(part.shape) if ending else piece.shape  # int8 weights are whole
+                yield Chunk(f"model.{piece.name}{ending}", shape, piece.start, part.reshape(-1))
             optimizer = self._optimizer_of[piece.name]
             for stored, state in saved_states(optimizer, piece.parameter, piece.place, self._optim):
                 if state.numel():
@@ -131,8 +134,7 @@ class Held:
         """Takes every piece and its states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
             parameter = piece.parameter
-            with torch.no_grad():
-                parameter.copy_(read(f"model.{piece.name}", piece.start, parameter.numel()).view_as(parameter))
+            load_values(read, piece.name, parameter, piece.start)
             kept = stored_states(piece.place, self._optim, parameter.element_size()) if step else []
             states = {s.key: read(f"optim.{piece.name}.{s.key}", s.start, s.count) for s in kept}
             adopt_state(self._optimizer_of[piece.name], parameter, states, step)
@@ -182,7 +184,7 @@ def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def load_whole(read: ReadChunk, name: str, parameter: Tensor) -> None:
-    """Overwrites a whole parameter with its values in a checkpoint."""
-    with torch.no_grad():
-        parameter.copy_(read(f"model.{name}", 0, parameter.numel()).view_as(parameter))
+def load_values(read: ReadChunk, name: str, parameter: Tensor, start: int = 0) -> None:
+    """Overwrites a piece of a named parameter, from `start` of the flattened whole, with its values in a checkpoint."""
+    for ending, part in parts_of(parameter).items():
+        part.copy_(read(f"model.{name}{ending}", start, part.numel()).view_as(part))

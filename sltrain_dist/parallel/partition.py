@@ -12,7 +12,7 @@ from typing import Literal
 
 from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
-from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.models.count import parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
 Named = tuple[tuple[str, tuple[int, ...]], ...]
@@ -139,8 +139,9 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
             parts = tuple(sum(values) for values in zip(*per_group, strict=True))
         states += width * len(STATE_NAMES[optim.name]) * parts[2]
     kept = sum(math.prod(shape) for _, shape in remainder)
+    kept_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
     gradients = 0 if optim.update == "per_layer" else width * (parts[1] + kept)
-    return RankBytes(width * (parts[0] + kept), gradients, states)
+    return RankBytes(width * parts[0] + kept_bytes, gradients, states)
 
 
 def waiting_bytes(config: Config, world_size: int) -> int:

@@ -20,7 +20,7 @@ from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimiz
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_whole
+from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_values
 from sltrain_dist.parallel.partition import ZERO_BUCKET, is_sharded
 
 
@@ -199,7 +199,7 @@ class ZeroEngine:
         """Takes weights, and this rank's parts of masters and states, from a checkpoint."""
         if self._stage < 3:  # every rank has all weights, not only those that it updates
             for name, parameter in self._sharded:
-                load_whole(read, name, parameter)
+                load_values(read, name, parameter)
         flats = self._flats()
         states = [{key: torch.zeros_like(flat.detach()) for key in self._state_names} for flat in flats]
         by_flat = {id(flat): state for flat, state in zip(flats, states, strict=True)}

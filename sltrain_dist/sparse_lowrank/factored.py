@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -30,7 +31,7 @@ class Factored(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, supports: Sequence[Support], scales: Sequence[float], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        layers = _by_layer(parameters)
+        layers = _by_layer(parameters, x.dtype)
         h = _inner(x, layers, scales)
         ctx.save_for_backward(x, h, *parameters)
         ctx.supports, ctx.scales = supports, scales
@@ -45,13 +46,15 @@ class Factored(torch.autograd.Function):
         x, h, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = (wanted[0], *(any(wanted[3 + i :: 3]) for i in range(3)))
-        dx, gradients = factored_backward(x, h, grads, _by_layer(parameters), ctx.supports, ctx.scales, needs)
+        dx, gradients = factored_backward(x, h, grads, _by_layer(parameters, x.dtype), ctx.supports, ctx.scales, needs)
         flat = [gradient for layer in gradients for gradient in layer]
         return dx, None, None, *(d if want else None for d, want in zip(flat, wanted[3:], strict=True))
 
 
-def _by_layer(parameters: Sequence[Tensor]) -> list[Factors]:
-    return [(parameters[i], parameters[i + 1], parameters[i + 2]) for i in range(0, len(parameters), 3)]
+def _by_layer(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Factors]:
+    """int8 weights by their values; other parameters as they are."""
+    values = [plain(parameter, dtype) for parameter in parameters]
+    return [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3)]
 
 
 def factored_backward(

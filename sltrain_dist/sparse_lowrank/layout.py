@@ -50,18 +50,24 @@ def effective_density(m: int, n: int, density: float, support: SupportKind) -> f
     return nonzeros(m, n, density, support) / (m * n)
 
 
-def index_bytes_per_value(m: int, n: int) -> int:
-    """Bytes of one stored flat position: int32 while every position i·n + c fits, int64 beyond."""
+def position_bytes(m: int, n: int) -> int:
+    """Bytes of one flat position i·n + c: int32 while all fit, int64 beyond."""
     return 4 if m * n < 2**31 else 8
+
+
+def column_bytes(n: int) -> int:
+    """Bytes of one stored column: int16 while all fit, int32 beyond."""
+    return 2 if n <= 2**15 else 4
 
 
 def stored_index_bytes(m: int, n: int, density: float, support: SupportKind) -> int:
     """Bytes that a layer keeps in memory to know its positions.
 
-    random: all of them. stratified: none. blocks: the permutations and their inverses, int32.
+    random: every column, and the values of each row, int32. stratified: none. blocks: the permutations and their
+    inverses, int32.
     """
     if support == "random":
-        return index_bytes_per_value(m, n) * nonzeros(m, n, density)
+        return column_bytes(n) * nonzeros(m, n, density) + 4 * m
     if support == "stratified":
         return 0
     k = values_per_row(n, density, support)

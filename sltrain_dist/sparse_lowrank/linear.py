@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.numerics.keyed import fill_
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.convert import fit
@@ -121,7 +122,8 @@ class SLLinear(nn.Module):
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W as a new (m, n) tensor of the parameters' type."""
-        return build_rows(self.B, self.A, self.V, self.support, self.scale, self.B.dtype, 0, self.out_features)
+        B, A, V = (plain(parameter, parameter.dtype) for parameter in (self.B, self.A, self.V))
+        return build_rows(B, A, V, self.support, self.scale, B.dtype, 0, self.out_features)
 
     def merge_to_linear(self) -> nn.Linear:
         """A dense layer that computes the same, of the parameters' type and on their device."""

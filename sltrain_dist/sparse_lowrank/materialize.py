@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.factored import factored_backward, scaled_mm
 from sltrain_dist.sparse_lowrank.support import Support
 
@@ -37,6 +38,7 @@ class Materialize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, B, A, V)
         ctx.support, ctx.scale, ctx.block_rows, ctx.dense_backward = support, scale, block_rows, dense_backward
+        B, A, V = (plain(parameter, x.dtype) for parameter in (B, A, V))
         if block_rows >= support.m:
             return torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, 0, support.m).t())
         y = x.new_empty(x.shape[0], support.m)
@@ -47,7 +49,8 @@ class Materialize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, B, A, V = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
+        B, A, V = (plain(parameter, x.dtype) for parameter in parameters)
         needs = ctx.needs_input_grad[:4]
         if ctx.dense_backward:
             gradients = _dense_backward(x, B, A, V, grads[0], ctx.support, ctx.scale, ctx.block_rows, needs)

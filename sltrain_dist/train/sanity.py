@@ -48,7 +48,7 @@ def check_update(engine: Engine, env: Environment, *, step: int, lr: float, supp
 
 def _checksum(tensor: Tensor) -> Tensor:
     """A sum over the bits of all values: equal for equal tensors, and changed by any one bit."""
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return tensor.detach().contiguous().view(width).sum(dtype=torch.int64)
 
 

@@ -11,7 +11,7 @@ from sltrain_dist.config.rules import accumulates_locally, is_recomputed, keeps_
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
-from sltrain_dist.models.count import block_linears, count_parameters, parameter_shapes
+from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import state_bytes, whole
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.environment import Environment
@@ -50,7 +50,9 @@ def _model(config: Config) -> list[tuple[str, str]]:
     ]
     lines = [(kind, format_count(number)) for kind, number in kinds if number]
     lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
-    lines.append(("weights", format_bytes(width * counted.total)))
+    weights = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in shapes)
+    int8 = "  int8 (experimental), but for embedding and norms" if config.reparam.weight_bits == 8 else ""
+    lines.append(("weights", f"{format_bytes(weights)}{int8}"))
     lines.append(("gradients", f"{format_bytes(width * counted.total)}  before sharding"))
     lines.append(("optimizer states", f"{format_bytes(states)}  before sharding"))
     return lines

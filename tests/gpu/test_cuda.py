@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from sltrain_dist.models.build import build_model
+from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.train.build import build_engine
 
 from ..unit.test_model import small, tokens, warmed
 from ..unit.test_reset_attention import SHAPES as HEADS
@@ -69,3 +71,42 @@ def test_training_lowers_the_loss_as_on_the_cpu(dtype: str) -> None:
             losses[device].append(float(loss) / ids.numel())
     assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if dtype == "fp32" else 5e-2)
+
+
+@pytest.mark.parametrize("shape", [(67, 129), (10_007,)], ids=str)
+def test_int8_weights_are_rounded_as_on_the_cpu(shape: tuple[int, ...]) -> None:
+    first, then = made(shape, torch.float32, 1), made(shape, torch.float32, 2)
+    weights = {}
+    for device in ("cpu", "cuda"):
+        weight = weights[device] = Int8Weight.empty(shape, torch.bfloat16, device)
+        weight.copy_(first)
+        weight.write_stochastic(0, then.to(device, copy=True).flatten(), key=3)
+    for name, part in parts_of(weights["cpu"]).items():
+        assert torch.equal(parts_of(weights["cuda"])[name].cpu(), part), name
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(plain(weights["cuda"], dtype).cpu(), plain(weights["cpu"], dtype))
+
+
+@pytest.mark.parametrize("support", ["random", "stratified", "blocks"])
+def test_int8_weights_train_as_on_the_cpu(support: str) -> None:
+    """Per-layer updates, on a GPU by the Triton kernels where there are any."""
+    config = small(
+        reparam={"weight_bits": 8, "support": support},
+        train={"dtype": "bf16", "activation_checkpointing": "full"},
+        optim={"lr": 0.01, "state_bits": 8, "update": "per_layer"},
+    )
+    ids = tokens(config, 4)
+    losses: dict[str, list[float]] = {"cpu": [], "cuda": []}
+    for device, found in losses.items():
+        env = Environment(0, 1, 0, torch.device(device))
+        engine = build_engine(build_model(config, device), config, env)
+        assert {t.dtype for t in engine.tensors()["parameters"]} == {torch.int8, torch.float32, torch.bfloat16}
+        norm = None
+        for _ in range(20):
+            engine.begin_update(0.01, norm)
+            loss = engine.micro_step(ids.to(device), ids.to(device), 1 / ids.numel(), last=True)
+            norm = engine.clip_gradients()
+            engine.update()
+            found.append(float(loss) / ids.numel())
+    assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=5e-2)

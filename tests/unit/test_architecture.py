@@ -32,6 +32,7 @@ TORCH_FREE = {
     "config.load",
     "config.rules",
     "numerics.splitmix",
+    "numerics.int8_layout",
     "sparse_lowrank.layout",
     "sparse_lowrank.cost",
     "models.count",

@@ -48,11 +48,27 @@ def test_rotate_gradcheck() -> None:
 def test_rms_norm_is_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, gain = random(*shape, dtype=dtype).requires_grad_(), random(6, dtype=dtype).requires_grad_()
     ours, theirs = rms_norm(x, gain, 1e-3), F.rms_norm(x, (6,), gain, 1e-3)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     grad = random(*shape, dtype=dtype).flip(0)
     for a, b in zip(*(torch.autograd.grad(y, (x, gain), grad) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_rms_norm_of_bf16_is_rounded_once_and_keeps_no_copy() -> None:
+    x, gain = random(33, 64, dtype=torch.bfloat16).requires_grad_(), random(64, dtype=torch.bfloat16).requires_grad_()
+    grad = random(33, 64, dtype=torch.bfloat16).flip(0)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = rms_norm(x, gain, 1e-3)
+    assert {t.data_ptr() for t in kept} >= {x.data_ptr(), gain.data_ptr()}
+    assert sum(t.nbytes for t in kept) == x.nbytes + gain.nbytes + 33 * 4
+    exact_x, exact_gain = (t.detach().double().requires_grad_() for t in (x, gain))
+    exact = F.rms_norm(exact_x, (64,), exact_gain, 1e-3)
+    got = (y, *torch.autograd.grad(y, (x, gain), grad))
+    want = (exact, *torch.autograd.grad(exact, (exact_x, exact_gain), grad.double()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2**-8, atol=1e-5)
 
 
 def test_rms_norm_gradcheck() -> None:

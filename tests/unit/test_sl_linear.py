@@ -207,10 +207,10 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 
     one, same, other_name, other_seed = layer("a", 3), layer("a", 3), layer("b", 3), layer("a", 4)
     assert torch.equal(one.A, same.A)
-    assert torch.equal(one.support.positions, same.support.positions)
+    assert torch.equal(one.support.indices(), same.support.indices())
     for other in (other_name, other_seed):
         assert not torch.equal(one.A, other.A)
-        assert not torch.equal(one.support.positions, other.support.positions)
+        assert not torch.equal(one.support.indices(), other.support.indices())
 
 
 def test_low_rank_layer_has_the_variance_of_a_dense_one() -> None:
@@ -227,7 +227,8 @@ class TestRandomSupport:
     def test_exact_count_sorted_and_distinct(self, m: int, n: int, density: float) -> None:
         support = RandomSupport(m, n, density, seed=5, name="x")
         positions = support.indices()
-        assert support.positions.dtype == torch.int32
+        assert support.columns.dtype == torch.int16
+        assert support.row_positions(0, m).dtype == torch.int32
         assert len(positions) == support.nnz == int(density * m * n)
         assert torch.all(positions[1:] > positions[:-1])
         assert positions[0] >= 0
@@ -236,7 +237,7 @@ class TestRandomSupport:
     def test_known_answer(self) -> None:
         """The positions are part of the checkpoint format: they must never change."""
         support = RandomSupport(6, 7, 0.2, seed=0, name="model.layers.0.self_attn.q_proj")
-        assert support.positions.tolist() == KNOWN_POSITIONS
+        assert support.indices().tolist() == KNOWN_POSITIONS
         assert support.fingerprint() == KNOWN_FINGERPRINT
 
     def test_every_position_is_equally_likely(self) -> None:
@@ -252,8 +253,15 @@ class TestRandomSupport:
     def test_fingerprint_sees_a_changed_position(self) -> None:
         support = RandomSupport(30, 30, 0.1, seed=1, name="x")
         before = support.fingerprint()
-        support.positions[3] += 1
+        support.columns[3] += 1
         assert support.fingerprint() != before
+
+    @pytest.mark.parametrize("n", [2**15, 2**15 + 1])
+    def test_wide_layers_have_all_columns(self, n: int) -> None:
+        support = RandomSupport(3, n, 1.0, name="x")
+        assert support.columns.dtype == (torch.int16 if n == 2**15 else torch.int32)
+        assert torch.equal(support.indices(), torch.arange(3 * n))
+        assert torch.equal(support.row_positions(1, 3), torch.arange(2 * n, dtype=torch.int32))
 
     def test_is_not_in_the_state_dict(self) -> None:
         assert set(SLLinear(8, 9, 2, 0.2, 1.0).state_dict()) == {"B", "A", "V"}
