@@ -85,6 +85,8 @@ def cases(seed: int, count: int, *, max_layers: int | None, on_one: bool) -> Ite
             values.setdefault(section, {})[field] = rng.choice(choices)
         values["reparam"]["rank"] = PRESETS[preset]["reparam"]["rank"] // rng.choice(RANK_DIVISORS)
         ranks = 1 if on_one else rng.choice(RANKS)
+        if on_one:  # fsdp on one rank would need a process group, and shards nothing
+            values["parallel"]["engine"] = "ddp"
         passes = rng.choice(ACCUMULATION)
         values["train"]["global_batch"] = ranks * passes * values["train"]["micro_batch"]
         if max_layers is not None:

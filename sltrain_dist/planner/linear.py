@@ -313,6 +313,8 @@ class LinearTape:
             if not sliced:
                 outputs.append(tape.new(out, t * layer.m * w))
             tape.drop(product)
+        if sliced:
+            tape.brief(SPARSE, arranged.size)  # the next slice's, before this one's is gone
         tape.drop(arranged, *sparse)
         if self.widths.casts:
             tape.brief(CASTS, max(layer.m * layer.rank for layer in layers) * w)
@@ -325,6 +327,8 @@ class LinearTape:
         tape, t, w, n = self.tape, self.tokens, self.widths.compute, layers[0].n
         values = self._sparse_backward(layers)
         dx = tape.new(OUTPUT_GRADIENTS, t * n * w)
+        if self._slice(layers[0]) < t:
+            tape.brief(SPARSE, self._arranged_inputs(layers[0]))
         tape.drop(*values.temporary)
         parts = []
         for layer in layers:

@@ -1,4 +1,4 @@
-"""tools/bench_planner.py: a sample of the grid, and what is made of its rows."""
+"""tools/bench_planner.py and tools/bench_memory.py: a sample of the grid, and what is made of rows and peaks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from sltrain_dist.config.load import build_config
+from sltrain_dist.parallel.partition import rank_bytes
+from tests.unit.test_replay import config_of, followed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import bench_planner
+from bench_memory import Peak, live_peak
 from bench_planner import LEVERS, cases, compare, run, summary
 
 SAMPLE = list(cases(11, 4, max_layers=2, on_one=False))
@@ -36,6 +39,19 @@ def test_the_closed_form_is_close_to_replays(case: dict[str, object]) -> None:
     row = compare(case)
     assert abs(row["error"]) <= 0.05, row
     assert sum(row["components"].values()) == pytest.approx(row["error"])
+
+
+def test_peaks_by_category_of_real_and_of_fake_tensors() -> None:
+    """What tools/bench_memory.py reports."""
+    config = config_of(optim={"state_bits": 32, "master_weights": True})
+    real, fake = (live_peak(config, fake=fake) for fake in (False, True))
+    held = rank_bytes(config, 1, 0)
+    rotary = 4 * 2 * config.data.seq_len * config.model.head_dim
+    for peak in (real, fake):
+        assert (peak.parameters, peak.states) == (held.parameters + rotary, held.states)
+        assert peak.total == peak.parameters + peak.states + peak.gradients + peak.other
+    assert real.other > fake.other > 0  # a GPU's RMSNorm keeps less in bf16
+    assert real == Peak.of(max((p for p in followed(config) if p.phase not in ("init", "save")), key=lambda p: p.total))
 
 
 def test_summary_of_rows() -> None:
