@@ -117,7 +117,7 @@ def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a very small model, alone and for the rows of a search; it has no context of its own, but the device has."""
-    shape = ["model.hidden_size=64", "model.intermediate_size=96", "model.num_layers=2", "model.num_heads=2"]
+    shape = ["model.hidden_size=64", "model.intermediate_size=96", "model.num_layers=1", "model.num_heads=2"]
     batch = [
         "train.global_batch=2",
         "train.micro_batch=2",
