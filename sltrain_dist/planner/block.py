@@ -8,7 +8,8 @@ from typing import Literal
 
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter, Sink
-from sltrain_dist.planner.linear import OUTPUT_GRADIENTS, Call, Linear, LinearTape, Widths
+from sltrain_dist.planner.linear import LinearTape
+from sltrain_dist.planner.operands import OUTPUT_GRADIENTS, Call, Linear, Widths
 from sltrain_dist.planner.tape import Buffer, Tape
 
 Recompute = Literal["nothing", "all", "all but attention"]

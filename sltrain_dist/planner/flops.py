@@ -7,7 +7,7 @@ from functools import lru_cache
 from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import Config
 from sltrain_dist.planner.block import Block
-from sltrain_dist.planner.linear import Linear
+from sltrain_dist.planner.operands import Linear
 from sltrain_dist.planner.sizes import Sizes
 
 

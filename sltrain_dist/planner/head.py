@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sltrain_dist.planner.block import NORMS, RESIDUAL
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter, Sink
-from sltrain_dist.planner.linear import CAST_WEIGHTS, CASTS, OUTPUT_GRADIENTS, Widths
+from sltrain_dist.planner.operands import CAST_WEIGHTS, CASTS, OUTPUT_GRADIENTS, Widths
 from sltrain_dist.planner.tape import Buffer, Tape
 
 LOSS, LOGITS = "activations.loss", "temporaries.logits"

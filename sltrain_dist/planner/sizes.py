@@ -12,7 +12,7 @@ from sltrain_dist.planner.block import Block, Recompute
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter
 from sltrain_dist.planner.head import Ends
-from sltrain_dist.planner.linear import Linear, Widths
+from sltrain_dist.planner.operands import Linear, Widths
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import nonzeros, stored_index_bytes, values_per_row, values_shape
 

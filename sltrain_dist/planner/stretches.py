@@ -7,7 +7,7 @@ from functools import lru_cache
 from sltrain_dist.planner.block import RESIDUAL, Block, BlockTape
 from sltrain_dist.planner.gradients import Arrivals, Parameter, Step
 from sltrain_dist.planner.head import Ends, EndsTape
-from sltrain_dist.planner.linear import OUTPUT_GRADIENTS
+from sltrain_dist.planner.operands import OUTPUT_GRADIENTS
 from sltrain_dist.planner.tape import Buffer, Stretch, Tape
 
 Waiting = tuple[Parameter, ...]

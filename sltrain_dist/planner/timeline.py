@@ -13,7 +13,7 @@ from sltrain_dist.planner.block import RESIDUAL
 from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Arrivals
 from sltrain_dist.planner.holdings import Holdings, holdings
-from sltrain_dist.planner.linear import CAST_WEIGHTS
+from sltrain_dist.planner.operands import CAST_WEIGHTS
 from sltrain_dist.planner.result import Phase, Point
 from sltrain_dist.planner.sizes import Sizes, index_bytes, sizes
 from sltrain_dist.planner.stretches import (

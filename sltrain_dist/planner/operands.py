@@ -1,0 +1,94 @@
+"""What the modules that go through the replaced linear layers share: sizes, and what a call keeps (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.planner.device import Device
+from sltrain_dist.planner.gradients import Parameter
+from sltrain_dist.planner.tape import Buffer, Tape
+from sltrain_dist.sparse_lowrank.cost import Plan
+
+WEIGHT, WEIGHT_GRADIENT = "temporaries.weight", "temporaries.weight_gradient"
+LOW_RANK, SPARSE, CASTS = "temporaries.low_rank", "temporaries.sparse", "temporaries.casts"
+OUTPUT_GRADIENTS = "temporaries.activation_gradients"
+CAST_WEIGHTS = "activations.cast_weights"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a value.
+
+    Attributes:
+        parameter: Of parameters, as they are at hand in a forward pass (under fsdp: gathered).
+        gradient: Of their gradients.
+        compute: Of matrix products.
+        residual: Of the residual stream.
+    """
+
+    parameter: int
+    gradient: int
+    compute: int
+    residual: int
+
+    @property
+    def casts(self) -> bool:
+        """Whether parameters are cast for matrix products (autocast)."""
+        return self.parameter != self.compute
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer.
+
+    Attributes:
+        m, n: out_features, in_features.
+        rank: r; 0 for a dense weight.
+        nnz: Sparse values; 0 without S.
+        support: Their arrangement.
+        k: Values of a row, where all have as many.
+        plan: How it is applied.
+        rows: Rows of W that are built at a time.
+        parameters: B, A and V, or B and A, or the weight, in this order.
+    """
+
+    m: int
+    n: int
+    rank: int
+    nnz: int
+    support: SupportKind
+    k: int
+    plan: Plan
+    rows: int
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def together(self) -> bool:
+        """Whether it is applied by `Factored`, with others that share its input."""
+        return self.nnz > 0 and self.plan.path == "factored"
+
+
+@dataclass
+class Call:
+    """What a call of several layers on one input keeps for the backward pass."""
+
+    layers: Sequence[Linear]
+    inputs: list[Buffer]
+    hidden: list[Buffer]
+    casts: list[Buffer]
+
+
+class OperatorTape:
+    """What goes through layers on a tape.
+
+    Args:
+        tape: Takes what is allocated and freed.
+        tokens: T.
+        widths: Bytes of a value.
+        device: Where it runs.
+    """
+
+    def __init__(self, tape: Tape, tokens: int, widths: Widths, device: Device) -> None:
+        self.tape, self.tokens, self.widths, self.device = tape, tokens, widths, device
