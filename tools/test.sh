@@ -8,4 +8,11 @@ bash tools/setup.sh dev
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+# Unit tests two at a time, by file; the others make several processes themselves.
+status=0
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests/unit || status=$?
+python -m pytest tests/distributed tests/run tests/gpu || status=$?
+exit "$status"
