@@ -92,8 +92,12 @@ class FsdpTimeline(Timeline):
         gather = block if self.shards > 1 else 0
         ends, arrivals = self.of_ends(), self.of_block()
         of_gains = ends if self.remainder_is_whole else None
+        # The root, where it has parameters, prefetches the last block.
+        early = gather if parallel.reshard_after_forward and not self.remainder_is_whole else 0
+        self.add(GATHERED, early)
         stretch, waiting = ends_backward(shapes.ends, ends)
         self.apply("backward", "", stretch)
+        self.add(GATHERED, -early)
         for layer, kind in reversed(list(enumerate(shapes.order))):
             prefetched = 0
             if parallel.reshard_after_forward:

@@ -154,10 +154,10 @@ class EndsTape:
             grad = narrow
         gradient = tape.new(CASTS if cast else "gradients", V * h * w)
         dx = tape.new(OUTPUT_GRADIENTS, e.tokens * h * w)
-        tape.drop(grad, hidden)
+        tape.drop(grad, hidden, *cast)
         if cast:
             wide = tape.new("gradients", V * h * e.widths.gradient)
-            tape.drop(gradient, *cast)
+            tape.drop(gradient)
             gradient = wide
             full = tape.new(OUTPUT_GRADIENTS, e.tokens * h * e.widths.residual)
             tape.drop(dx)

@@ -115,6 +115,7 @@ class LinearTape(MaterializeTape, FactoredTape):
         """Autocast's casts are undone in the backward pass; the cast weight is then of no more use."""
         if self.widths.casts:
             cast = gradient
+            self.tape.drop(call.casts.pop())
             gradient = self.tape.new("gradients", parameter.values * self.widths.gradient)
-            self.tape.drop(cast, call.casts.pop())
+            self.tape.drop(cast)
         sink.arrive(self.tape, [(parameter, gradient)])

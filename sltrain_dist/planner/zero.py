@@ -139,7 +139,7 @@ class ZeroTimeline(Timeline):
         ahead, layers = self.config.parallel.prefetch_blocks, len(self.shapes.order)
         block = self.block_values * self.width
         table = self._table()
-        self.add(GATHERED, table)
+        self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is fetched early
         self.begin_forward()
         for layer, kind in enumerate(self.shapes.order):
             coming = block * min(ahead, layers - 1 - layer)
@@ -147,10 +147,8 @@ class ZeroTimeline(Timeline):
             self.add(GATHERED, block + coming)
             self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
             self.add(GATHERED, -block - coming)
-            if layer == 0:
-                self.add(GATHERED, -table)
         # The last block is used again at once, and the one before it is gathered meanwhile.
-        self.add(GATHERED, block + block * min(ahead, layers - 1) + table)
+        self.add(GATHERED, block + block * min(ahead, layers - 1) - table)
         self.apply("forward", "", ends_forward(self.shapes.ends))
         self.leave_autocast()
 
@@ -184,7 +182,8 @@ class ZeroTimeline(Timeline):
                     self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
                 self.add("gradients", -self.width * self.held.dealt_in(block=True))
             self.add(GATHERED, -block - coming)
-        stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
+        of_table = Arrivals("keep", self.width) if self.stage == 3 and self._table() else ends
+        stretch, waiting = embedding_backward(shapes.ends, of_table, waiting)
         self.apply("backward", "", stretch)
         self._reduce(full=full)
         message = self.width * self.held.whole_values
@@ -194,7 +193,7 @@ class ZeroTimeline(Timeline):
     def of_ends(self) -> Arrivals:
         """What becomes of gradients of embedding, last norm and head."""
         if self.config.parallel.shard == "all":
-            copied = self.stage == 2 or (self.stage == 1 and self.passes > 1)
+            copied = self.stage > 1 or self.passes > 1
             return Arrivals("add" if copied else "keep", self.width)
         return Arrivals("add" if self.passes > 1 else "keep", self.width)
 
@@ -217,13 +216,11 @@ class ZeroTimeline(Timeline):
         if self.stage == 1:
             # Gradients move into the bucket one by one; when it is sent, those in it are freed.
             self.add("gradients", -self.width * min(self.sharded_values, self.bucket))
-        if self.stage == 1 and not self.offload:
-            self.add("gradients", kept)  # some have been sent before
         self.point("backward", "gradients sent", {MESSAGES: self.message})
-        if self.stage == 2 and not self.offload and not full:
+        if not self.offload and (self.stage == 1 or (self.stage == 2 and not full)):
             self.add("gradients", kept)
-        if self.stage == 3 and self.config.parallel.shard == "all":
-            self.add("gradients", -self.width * sum(p.values for p in self.shapes.end_parameters))
+        if self.stage == 3:
+            self.add("gradients", -self._table())  # the embedding's waits for the end
         if self.stage == 1 and self.sharded_values > self.bucket:
             self.add("gradients", -self.width * (self.sharded_values - self.bucket))
         if self.stage < 3:
