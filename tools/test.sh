@@ -11,8 +11,13 @@ mypy
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Unit tests two at a time, by file; the others make several processes themselves.
+# Whole runs wait a lot, and so run beside the unit tests, which run two at a time, by file.
 status=0
+runs="$(mktemp)"
+trap 'rm -f "$runs"' EXIT
+python -m pytest tests/run >"$runs" 2>&1 &
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests/unit || status=$?
-python -m pytest tests/distributed tests/run tests/gpu || status=$?
+wait $! || status=$?
+cat "$runs"
+python -m pytest tests/distributed tests/gpu || status=$?
 exit "$status"

@@ -177,10 +177,10 @@ def test_gathered_blocks_and_what_is_saved() -> None:
 
 
 def test_a_gpu_takes_other_paths() -> None:
-    """RMSNorm keeps a number a row there, and the kernels arrange tokens of their own."""
+    """The kernels there arrange tokens in their own way; what is held stays the same."""
     config = config_of(reparam={"support": "blocks", "path": "factored"})
-    cpu, cuda = (replay(config, device=device).peak_of("forward").groups() for device in ("cpu", "cuda"))
-    assert cuda["activations"] < cpu["activations"]
+    cpu, cuda = (replay(config, device=device).peak_of("backward").groups() for device in ("cpu", "cuda"))
+    assert cuda["temporaries"] != cpu["temporaries"]
     assert {k: v for k, v in cuda.items() if k in ("factors", "dense", "index")} == {
         k: v for k, v in cpu.items() if k in ("factors", "dense", "index")
     }
