@@ -127,6 +127,19 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"model": {"num_kv_heads": 1}, "train": {"dtype": "fp32"}, "data": {"seq_len": 64}},
     ),
+    "positions of random supports": (1, {"reparam": {"path": "materialize", "density": 0.3}, "data": {"seq_len": 2}}),
+    "positions in row blocks, float32": (
+        1,
+        {
+            "reparam": {"path": "materialize", "density": 0.3, "row_block_bytes": 16384},
+            "data": {"seq_len": 2},
+            "train": {"dtype": "fp32"},
+        },
+    ),
+    "positions by row and by column": (
+        1,
+        {"reparam": {"path": "factored", "density": 0.3}, "data": {"seq_len": 2}, "train": {"dtype": "mixed"}},
+    ),
 }
 """(ranks, values)."""
 
