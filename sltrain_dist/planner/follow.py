@@ -114,7 +114,13 @@ class Follower:
         with tracker, self._scopes():
             tracker.begin(("forward", "begin"))
             engine.begin_update(optim.lr, 1.0 + optim.clip)
-            training_step.forward_backward(engine, self._rows, self.config.train.micro_batch, self.env)
+            training_step.forward_backward(
+                engine,
+                self._rows,
+                self.config.train.micro_batch,
+                self.env,
+                reset_attention=self.config.data.reset_attention,
+            )
             self._assign_held()
             tracker.begin(("update", "clipping"))
             engine.clip_gradients()

@@ -63,6 +63,7 @@ def sizes(config: Config, device: Device, *, micro_batch: int | None = None) -> 
         loss_chunk_tokens(config),
         kinds,
         tuple(kinds.index(kind) for kind in recompute),
+        config.data.reset_attention,
         device,
     )
 
@@ -91,9 +92,10 @@ def _sizes(
     chunk: int,
     kinds: tuple[Recompute, ...],
     order: tuple[int, ...],
+    masked: bool,
     device: Device,
 ) -> Sizes:
-    blocks = tuple(_block(model, reparam, dtype, gathered, micro_batch, length, kind, device) for kind in kinds)
+    blocks = tuple(_block(model, reparam, dtype, gathered, micro_batch, length, kind, masked, device) for kind in kinds)
     tokens = micro_batch * length
     return Sizes(
         blocks, order, _ends(model.vocab_size, model.hidden_size, model.tie_head, dtype, tokens, chunk, device)
@@ -109,6 +111,7 @@ def _block(
     micro_batch: int,
     length: int,
     kind: Recompute,
+    masked: bool,
     device: Device,
 ) -> Block:
     whole, compute = _widths(dtype)
@@ -116,7 +119,7 @@ def _block(
     tokens = micro_batch * length
     linears = tuple(_linear(m.m, m.n, reparam, tokens, compute, device) for m in block_linears(model))
     gain = Parameter("dense", (model.hidden_size,), decays=False)
-    return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind)
+    return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind, masked)
 
 
 @lru_cache(_MANY)

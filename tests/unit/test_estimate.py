@@ -127,6 +127,14 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"model": {"num_kv_heads": 1}, "train": {"dtype": "fp32"}, "data": {"seq_len": 64}},
     ),
+    "documents told apart, grouped heads": (
+        1,
+        {
+            "model": {"num_kv_heads": 1},
+            "data": {"seq_len": 64, "batching": "pack", "reset_attention": True},
+            "train": {"dtype": "mixed"},
+        },
+    ),
     "positions of random supports": (1, {"reparam": {"path": "materialize", "density": 0.3}, "data": {"seq_len": 2}}),
     "positions in row blocks, float32": (
         1,
@@ -236,6 +244,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
     "reparam.row_block_bytes": (_WIDE, 16384),
     "data.seq_len": ({}, 64),
+    "data.reset_attention": ({"data": {"batching": "pack", "seq_len": 64}}, True),
     "optim.name": ({}, "sgd"),
     "optim.state_bits": ({"model": {"vocab_size": 512}}, 32),
     "optim.stochastic_rounding": ({"model": {"vocab_size": 2048}, "optim": {"update": "per_layer"}}, True),
