@@ -39,6 +39,7 @@ from sltrain_dist.planner.result import Estimate, Group, Point
 LEVERS: dict[str, tuple[Any, ...]] = {
     "reparam.method": ("sltrain", "sltrain", "sltrain", "full", "lowrank"),
     "reparam.support": ("random", "stratified", "blocks"),
+    "reparam.weight_bits": (16, 16, 8),
     "reparam.density": (0.01, 0.03, 0.05, 0.1),
     "reparam.path": ("auto", "materialize", "factored"),
     "reparam.row_block_bytes": (None, None, 1 << 20, 1 << 24),

@@ -43,6 +43,7 @@ class FactoredTape(OperatorTape):
 
     def factored_forward(self, layers: Sequence[Linear], flat: Buffer, out: str, call: Call) -> list[Buffer]:
         tape, t, w = self.tape, self.tokens, self.widths.compute
+        plain = self.dequantized(layers)
         call.hidden.append(self._inner(layers, "activations.low_rank"))
         sparse = self._weights(layers)
         sliced = self._slice(layers[0]) < t
@@ -59,6 +60,7 @@ class FactoredTape(OperatorTape):
         tape.drop(arranged, *sparse)
         if self.widths.casts:
             tape.brief(CASTS, max(layer.m * layer.rank for layer in layers) * w)
+        tape.drop(*plain)
         return outputs
 
     def factored_backward(
@@ -66,6 +68,7 @@ class FactoredTape(OperatorTape):
     ) -> Buffer:
         """`factored_backward`; without a call, of a layer whose forward pass has built W."""
         tape, t, w, n = self.tape, self.tokens, self.widths.compute, layers[0].n
+        plain = self.dequantized(layers)
         values = self._sparse_backward(layers)
         dx = tape.new(OUTPUT_GRADIENTS, t * n * w)
         if self._slice(layers[0]) < t:
@@ -100,7 +103,7 @@ class FactoredTape(OperatorTape):
             tape.drop(*values.gradients)
         if self.widths.casts:
             tape.drop(*dB)
-        tape.drop(q, h, dA, *grads)
+        tape.drop(q, h, dA, *grads, *plain)
         if call is not None:
             tape.drop(*call.hidden, *call.inputs)
         sink.arrive(tape, arrived)

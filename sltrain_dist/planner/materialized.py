@@ -34,21 +34,23 @@ class MaterializeTape(OperatorTape):
 
     def materialize_forward(self, layer: Linear, out: str) -> Buffer:
         tape, t, w = self.tape, self.tokens, self.widths.compute
+        plain = self.dequantized([layer])
         if layer.rows >= layer.m:
             W = self._build(layer, layer.m)
             y = tape.new(out, t * layer.m * w)
-            tape.drop(W)
+            tape.drop(W, *plain)
             return y
         y = tape.new(out, t * layer.m * w)
         W = self._build(layer, layer.rows)
         part = tape.new(OUTPUT_GRADIENTS, t * layer.rows * w)
-        tape.drop(W, part)
+        tape.drop(W, part, *plain)
         return y
 
     def dense_backward(self, layer: Linear, grad: Buffer, sink: Sink) -> Buffer:
         tape, t, w = self.tape, self.tokens, self.widths.compute
         B, A, V = layer.parameters
         wide = self.widths.parameter
+        plain = self.dequantized([layer])
         dx = tape.new(OUTPUT_GRADIENTS, t * layer.n * w)
         dB, dA = tape.new("gradients", B.values * wide), tape.new("gradients", A.values * w)
         dV = tape.new("gradients", V.values * wide)
@@ -67,7 +69,7 @@ class MaterializeTape(OperatorTape):
             whole = tape.new("gradients", A.values * wide)
             tape.drop(dA)
             dA = whole
-        tape.drop(grad)
+        tape.drop(grad, *plain)
         sink.arrive(tape, [(B, dB), (A, dA), (V, dV)])
         return dx
 

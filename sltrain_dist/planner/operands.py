@@ -98,6 +98,11 @@ class OperatorTape:
     def __init__(self, tape: Tape, tokens: int, widths: Widths, device: Device) -> None:
         self.tape, self.tokens, self.widths, self.device = tape, tokens, widths, device
 
+    def dequantized(self, layers: Sequence[Linear]) -> list[Buffer]:
+        """The values of int8 weights, which a call of an autograd function computes with."""
+        w = self.widths.compute
+        return [self.tape.new(CASTS, w * p.values) for layer in layers for p in layer.parameters if p.int8]
+
     def positions(self, layer: Linear, rows: int) -> Buffer:
         """`Support.row_positions` of some rows: made anew at every use."""
         tape, share = self.tape, layer.share(rows)

@@ -92,6 +92,8 @@ class Timeline:
         config = self.config
         for group, values in self.held.by_group(with_dealt=self.dealt_on_device).items():
             self.add(group, values * self.width)
+        for group, saved in self.held.int8_saving(self.width).items():
+            self.add(group, -saved)
         if self.buckets:
             self.add("gradients", self.held.total_values * self.width)
         self.add("index", index_bytes(config.model, config.reparam))
@@ -172,6 +174,8 @@ class Timeline:
             self.point("update", "made in the backward pass")
             return
         taken = max(map(self.step.of_place, self.places), default=0)
+        int8 = (item.parameter.shape for item in self.held.items if item.parameter.int8)
+        taken = max(taken, max((self.step.of(shape, int8=True) for shape in int8), default=0))
         if self.config.optim.name == "sgd" and self.config.optim.weight_decay > 0:
             # torch's multi-tensor SGD, its default on a GPU, adds decay to copies of the gradients.
             taken = self.width * self.held.decaying_values(with_dealt=self.dealt_on_device)

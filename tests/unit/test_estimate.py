@@ -127,6 +127,14 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"model": {"num_kv_heads": 1}, "train": {"dtype": "fp32"}, "data": {"seq_len": 64}},
     ),
+    "int8 weights": (
+        1,
+        {"reparam": {"weight_bits": 8, "path": "materialize"}, "optim": {"update": "per_layer", "state_bits": 8}},
+    ),
+    "int8 weights, factored, whole loss": (
+        1,
+        {"reparam": {"weight_bits": 8, "path": "factored"}, "train": {"dtype": "fp32", "loss_chunk_tokens": 0}},
+    ),
     "documents told apart, grouped heads": (
         1,
         {
@@ -243,6 +251,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.support": ({}, "blocks"),
     "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
     "reparam.row_block_bytes": (_WIDE, 16384),
+    "reparam.weight_bits": ({}, 8),
     "data.seq_len": ({}, 64),
     "data.reset_attention": ({"data": {"batching": "pack", "seq_len": 64}}, True),
     "optim.name": ({}, "sgd"),
