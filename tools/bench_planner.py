@@ -39,9 +39,12 @@ from sltrain_dist.planner.result import Estimate, Group, Point
 LEVERS: dict[str, tuple[Any, ...]] = {
     "reparam.method": ("sltrain", "sltrain", "sltrain", "full", "lowrank"),
     "reparam.support": ("random", "stratified", "blocks"),
+    "reparam.weight_bits": (16, 16, 8),
     "reparam.density": (0.01, 0.03, 0.05, 0.1),
     "reparam.path": ("auto", "materialize", "factored"),
     "reparam.row_block_bytes": (None, None, 1 << 20, 1 << 24),
+    "data.batching": ("pack",),
+    "data.reset_attention": (False, False, True),
     "data.seq_len": (128, 256, 512, 1024, 2048),
     "optim.name": ("adamw", "adamw", "adamw", "adam", "sgd", "adafactor"),
     "optim.state_bits": (32, 16, 8, 4),

@@ -30,6 +30,7 @@ class Block:
         widths: Bytes of a value.
         device: Where it runs.
         recompute: What is computed again in the backward pass.
+        masked: Whether attention is given a mask, one for all blocks.
     """
 
     batch: int
@@ -41,6 +42,7 @@ class Block:
     widths: Widths
     device: Device
     recompute: Recompute
+    masked: bool = False
 
     @property
     def tokens(self) -> int:
@@ -56,8 +58,12 @@ class Block:
     def fused_attention(self) -> bool:
         """Whether a kernel computes attention without the scores of all pairs of tokens. On CUDA flash attention takes
         no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils)."""
-        grouped = self.linears[1].m != self.linears[0].m
-        return not (self.device.type == "cuda" and self.widths.compute == 4 and grouped)
+        return self.masked or not (self.device.type == "cuda" and self.widths.compute == 4 and self.groups > 1)
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a key head."""
+        return self.linears[0].m // self.linears[1].m
 
     @property
     def residual_bytes(self) -> int:
@@ -126,6 +132,13 @@ class BlockTape:
         inputs = [*turned, v]
         if wide != block.widths.compute:
             inputs = [tape.new(ATTENTION, y.size // wide * block.widths.compute) for y in turned] + [v]
+        if block.masked and block.groups > 1:  # keys and values for every query head
+            repeated = [tape.new(ATTENTION, q.size) for _ in range(2)]
+            if inputs[1] is not turned[1]:
+                tape.drop(inputs[1])
+            tape.drop(turned.pop(), v)
+            v = repeated[1]
+            inputs = [inputs[0], *repeated]
         if not block.fused_attention:
             return self._unfused_attention(turned, v, kept, call, saves=saves)
         out = known[0] if known else tape.new(ATTENTION, q.size)
@@ -140,6 +153,8 @@ class BlockTape:
             tape.drop(sums)
         if inputs[0] is not turned[0]:
             tape.drop(*inputs[:2])
+        elif len(turned) == 1:
+            tape.drop(inputs[1])
         (y,), call = self.linear.forward(block.linears[3:4], out, ATTENTION, saves=saves)
         if saves:
             kept.calls.append(call)
@@ -235,13 +250,16 @@ class BlockTape:
             if block.device.fused:
                 tape.brief("temporaries.attention", self._attention_scratch())
             tape.drop(out, *kept.attention)
+            if block.masked and block.groups > 1:
+                summed = [tape.new(OUTPUT_GRADIENTS, whole.size // block.groups) for whole in gradients[1:]]
+                tape.drop(*gradients[1:])
+                gradients = [gradients[0], *summed]
             return gradients
         of_scores = tape.new("temporaries.attention", self._scores_bytes())
         tape.brief("temporaries.attention", of_scores.size)  # before the softmax
         whole = [tape.new(OUTPUT_GRADIENTS, buffer.size) for buffer in kept.attention[:3]]
         tape.drop(of_scores, out, *kept.attention)
-        groups = block.linears[0].m // block.linears[1].m
-        gradients = [whole[0], *(tape.new(OUTPUT_GRADIENTS, buffer.size // groups) for buffer in whole[1:])]
+        gradients = [whole[0], *(tape.new(OUTPUT_GRADIENTS, buffer.size // block.groups) for buffer in whole[1:])]
         tape.drop(*whole[1:])
         return gradients
 
@@ -253,7 +271,7 @@ class BlockTape:
         """
         block = self.block
         rows = block.batch * block.heads
-        if block.widths.compute == 4:
+        if block.widths.compute == 4 or block.masked:
             return 4 * rows * block.length
         return 4 * rows * _up(block.length, 128) * (_up(block.head_dim, 32) + 1)
 

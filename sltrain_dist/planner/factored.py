@@ -43,13 +43,15 @@ class FactoredTape(OperatorTape):
 
     def factored_forward(self, layers: Sequence[Linear], flat: Buffer, out: str, call: Call) -> list[Buffer]:
         tape, t, w = self.tape, self.tokens, self.widths.compute
+        plain = self.dequantized(layers)
         call.hidden.append(self._inner(layers, "activations.low_rank"))
-        sparse = self._sparse(layers, transposed=False)
+        sparse = self._weights(layers)
         sliced = self._slice(layers[0]) < t
         outputs = [tape.new(out, t * layer.m * w) for layer in layers] if sliced else []
         arranged = tape.new(SPARSE, self._arranged_inputs(layers[0]))
         for layer in layers:
             product = tape.new(SPARSE, self._arranged_outputs(layer))
+            self._sum_rows(layer, layer.m)
             if not sliced:
                 outputs.append(tape.new(out, t * layer.m * w))
             tape.drop(product)
@@ -58,6 +60,7 @@ class FactoredTape(OperatorTape):
         tape.drop(arranged, *sparse)
         if self.widths.casts:
             tape.brief(CASTS, max(layer.m * layer.rank for layer in layers) * w)
+        tape.drop(*plain)
         return outputs
 
     def factored_backward(
@@ -65,6 +68,7 @@ class FactoredTape(OperatorTape):
     ) -> Buffer:
         """`factored_backward`; without a call, of a layer whose forward pass has built W."""
         tape, t, w, n = self.tape, self.tokens, self.widths.compute, layers[0].n
+        plain = self.dequantized(layers)
         values = self._sparse_backward(layers)
         dx = tape.new(OUTPUT_GRADIENTS, t * n * w)
         if self._slice(layers[0]) < t:
@@ -99,7 +103,7 @@ class FactoredTape(OperatorTape):
             tape.drop(*values.gradients)
         if self.widths.casts:
             tape.drop(*dB)
-        tape.drop(q, h, dA, *grads)
+        tape.drop(q, h, dA, *grads, *plain)
         if call is not None:
             tape.drop(*call.hidden, *call.inputs)
         sink.arrive(tape, arrived)
@@ -108,9 +112,9 @@ class FactoredTape(OperatorTape):
     def _sparse_backward(self, layers: Sequence[Linear]) -> _Values:
         """`_sparse_backward`, of one slice of tokens: the values' gradients in float32, and what still lives."""
         tape = self.tape
-        sparse = self._sparse(layers, transposed=True)
+        sparse = self._weights(layers, transposed=True)
         if layers[0].support != "blocks" or not self.device.kernels:
-            sparse += self._sparse(layers, transposed=False)  # `places`
+            sparse += self._places(layers)
         inputs = tape.new(SPARSE, self._arranged_inputs(layers[0]))
         total: Buffer | None = None
         outputs: Buffer | None = None
@@ -123,6 +127,7 @@ class FactoredTape(OperatorTape):
             if layer.support != "blocks" and self.widths.compute == 2:
                 tape.brief(SPARSE, 2 * layer.nnz)
             made = tape.new(SPARSE, self._windows(layer))
+            self._sum_rows(layer, layer.n)
             tape.drop(total)
             total = made
         return _Values(gradients, [b for b in (inputs, outputs, total, *sparse) if b is not None])
@@ -153,26 +158,67 @@ class FactoredTape(OperatorTape):
             return -(-self.tokens // _ALIGN) * _ALIGN
         return min(self.tokens, self._slice(layer))
 
-    def _sparse(self, layers: Sequence[Linear], *, transposed: bool) -> list[Buffer]:
+    def _weights(self, layers: Sequence[Linear], *, transposed: bool = False) -> list[Buffer]:
         """`weights`, or `transposed_weights`, of all layers: positions, and values in the compute type."""
         tape, w, made = self.tape, self.widths.compute, []
         for layer in layers:
-            if layer.support == "blocks":
-                if self.widths.casts:
-                    made.append(tape.new(CASTS, layer.nnz * w))
-                if not self.device.kernels:
-                    windows = num_windows(layer.n, layer.k)
-                    made.append(tape.new(SPARSE, windows * -(-layer.m // windows) * layer.k * w))
+            values = tape.new(CASTS, layer.nnz * w) if self.widths.casts else None
+            if layer.support != "blocks":
+                made += self._transposed(layer, values) if transposed else self._by_row(layer, values)
                 continue
-            # Rows and columns, int32; transposed also sorted columns (int32), their order (int64), and the values.
-            here = 8 * layer.nnz
-            rows_and_columns = tape.new(SPARSE, here + 4 * layer.nnz)
-            if transposed:
-                tape.brief(SPARSE, 12 * layer.nnz)
-            tape.drop(rows_and_columns)
-            made.append(
-                tape.new(SPARSE, (4 + (w if transposed else 0)) * layer.nnz + 4 * (layer.n if transposed else layer.m))
-            )
-            if self.widths.casts:
-                made.append(tape.new(CASTS, layer.nnz * w))
+            if values is not None:
+                made.append(values)
+            if not self.device.kernels:
+                windows = num_windows(layer.n, layer.k)
+                made.append(tape.new(SPARSE, windows * -(-layer.m // windows) * layer.k * w))
         return made
+
+    def _places(self, layers: Sequence[Linear]) -> list[Buffer]:
+        """`places` of all layers, that are not `blocks`: rows, columns, and where rows begin."""
+        made = []
+        for layer in layers:
+            made += [*self._rows_and_columns(layer), self._first_of_each(layer.m)]
+        return made
+
+    def _by_row(self, layer: Linear, values: Buffer | None) -> list[Buffer]:
+        rows, columns = self._rows_and_columns(layer)
+        offsets = self._first_of_each(layer.m)
+        self.tape.drop(rows)
+        return [buffer for buffer in (columns, offsets, values) if buffer is not None]
+
+    def _transposed(self, layer: Linear, values: Buffer | None) -> list[Buffer]:
+        tape = self.tape
+        rows, columns = self._rows_and_columns(layer)
+        in_order, order = tape.new(SPARSE, 4 * layer.nnz), tape.new(SPARSE, 8 * layer.nnz)
+        tape.drop(columns)
+        made = [tape.new(SPARSE, 4 * layer.nnz), self._first_of_each(layer.n)]
+        made.append(tape.new(SPARSE, self.widths.compute * layer.nnz))
+        tape.drop(rows, in_order, order, values)
+        return made
+
+    def _rows_and_columns(self, layer: Linear) -> tuple[Buffer, Buffer]:
+        """`_rows_and_columns`: int32, a value each."""
+        tape, size = self.tape, 4 * layer.nnz
+        if layer.support == "random":
+            numbers, of_values = tape.new(SPARSE, 4 * layer.m), tape.new(SPARSE, size)
+            rows = tape.new(SPARSE, size)
+            tape.drop(of_values)
+            columns = tape.new(SPARSE, size)
+            tape.drop(numbers)
+            return rows, columns
+        flat = self.positions(layer, layer.m)
+        narrow = tape.new(SPARSE, size)
+        tape.drop(flat)
+        rows, starts, columns = (tape.new(SPARSE, size) for _ in range(3))
+        tape.drop(narrow, starts)
+        return rows, columns
+
+    def _sum_rows(self, layer: Linear, bags: int) -> None:
+        """What torch's embedding_bag returns beside its sums: every index' bag, and two numbers a bag."""
+        if layer.support != "blocks":
+            self.tape.brief(SPARSE, 4 * layer.nnz + 8 * bags)
+
+    def _first_of_each(self, count: int) -> Buffer:
+        numbers, offsets = self.tape.new(SPARSE, 4 * count), self.tape.new(SPARSE, 4 * count)
+        self.tape.drop(numbers)
+        return offsets

@@ -25,6 +25,7 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics import blockwise
+from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.state_layout import MASTER
 from sltrain_dist.parallel import fsdp, held
@@ -114,7 +115,13 @@ class Follower:
         with tracker, self._scopes():
             tracker.begin(("forward", "begin"))
             engine.begin_update(optim.lr, 1.0 + optim.clip)
-            training_step.forward_backward(engine, self._rows, self.config.train.micro_batch, self.env)
+            training_step.forward_backward(
+                engine,
+                self._rows,
+                self.config.train.micro_batch,
+                self.env,
+                reset_attention=self.config.data.reset_attention,
+            )
             self._assign_held()
             tracker.begin(("update", "clipping"))
             engine.clip_gradients()
@@ -147,7 +154,7 @@ class Follower:
         for name, parameter in model.named_parameters():
             component = component_of(name)
             if component.startswith(only):
-                self.tracker.assign([_local(parameter)], component)
+                self.tracker.assign(parts_of(_local(parameter)).values(), component)
         for name, buffer in model.named_buffers():
             self.tracker.assign([buffer], "index" if ".support." in name else "dense")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol
 
+from sltrain_dist.numerics.int8_layout import int8_bytes
 from sltrain_dist.planner.tape import Buffer, Tape
 from sltrain_dist.planner.updates import StepMemory
 
@@ -20,11 +21,17 @@ class Parameter:
         group: "factors", "sparse_values" or "dense".
         shape: Its shape.
         decays: Whether weight decay applies to it, where there is any (optim/state_layout.py: decays).
+        int8: Whether it is an int8 weight.
     """
 
     group: str
     shape: tuple[int, ...]
     decays: bool = True
+    int8: bool = False
+
+    def stored(self, width: int) -> int:
+        """Bytes of the parameter, where others than int8 weights take `width` a value."""
+        return int8_bytes(self.shape) if self.int8 else width * self.values
 
     @property
     def values(self) -> int:
@@ -106,7 +113,7 @@ class Step:
 
     def _use(self, tape: Tape, parameter: Parameter, buffer: Buffer | None) -> None:
         assert self._how.step is not None  # where gradients are used up, something steps
-        tape.brief("temporaries.update", self._how.step.of(parameter.shape))
+        tape.brief("temporaries.update", self._how.step.of(parameter.shape, int8=parameter.int8))
         if buffer is None:
             tape.add("gradients", -parameter.values * self._how.width)
         else:

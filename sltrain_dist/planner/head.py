@@ -25,6 +25,7 @@ class Ends:
         tied: Whether head and embedding are one parameter.
         widths: Bytes of a value.
         device: Where it runs.
+        int8: Whether the head is an int8 weight.
     """
 
     tokens: int
@@ -34,11 +35,17 @@ class Ends:
     tied: bool
     widths: Widths
     device: Device
+    int8: bool = False
 
     @property
     def table(self) -> Parameter:
-        """The embedding's weight; the head's is like it."""
+        """The embedding's weight."""
         return Parameter("dense", (self.vocabulary, self.hidden), decays=False)
+
+    @property
+    def head(self) -> Parameter:
+        """The head's weight, where it is not the embedding's."""
+        return Parameter("dense", (self.vocabulary, self.hidden), int8=self.int8)
 
     @property
     def gain(self) -> Parameter:
@@ -79,12 +86,22 @@ class EndsTape:
             count = min(e.chunk, e.tokens - first)
             part = tape.new(LOGITS, count * h * w) if e.widths.casts else None
             logits = tape.new(LOGITS, count * V * w)
+            words = min(V, max(1, (1 << 21) // h))  # Int8Weight.row_blocks
+            if e.int8:
+                tape.brief(LOGITS, words * (h + count) * w)
             wide = tape.new(LOGITS, 4 * count * V) if w < 4 else None  # log_softmax casts bf16 before, on CUDA too
             log_p = tape.new(LOGITS, 4 * count * V)
             tape.drop(wide)
             grad_logits = tape.new(LOGITS, count * V * w) if w < 4 else tape.keep(log_p)
             tape.drop(log_p, logits, *before)
-            tape.brief(LOGITS, count * h * w)
+            if e.int8:  # summed over blocks of words in float32
+                total = tape.new(LOGITS, 4 * count * h)
+                tape.brief(LOGITS, (words + count) * h * w)
+                if w < 4:
+                    tape.brief(LOGITS, count * h * w)
+                tape.drop(total)
+            else:
+                tape.brief(LOGITS, count * h * w)
             counted = tape.new(LOGITS, count * h * w)
             tape.drop(part)
             if several:
@@ -107,11 +124,12 @@ class EndsTape:
             tape.drop(hidden)
             hidden = cast
             kept.append(tape.new(CAST_WEIGHTS, V * e.hidden * w))
+        plain = [tape.new(LOSS, V * e.hidden * w)] if e.int8 else []
         logits = tape.new(LOGITS, e.tokens * V * w)
         wide = tape.new(LOGITS, 4 * e.tokens * V) if w < 4 else tape.keep(logits)
         log_p = tape.new(LOSS, 4 * e.tokens * V)
         tape.drop(logits, wide)
-        return [hidden, log_p, *kept]
+        return [hidden, log_p, *plain, *kept]
 
     def backward(self, x: Buffer, kept: list[Buffer], sink: Sink) -> Buffer:
         """From the loss to the gradient of x, the last block's output, of which an owner is taken.
@@ -145,6 +163,7 @@ class EndsTape:
         tape, e = self.tape, self.ends
         w, V, h = e.widths.compute, e.vocabulary, e.hidden
         hidden, log_p, *cast = kept
+        plain = cast.pop(0) if e.int8 else None
         outer = tape.new(LOGITS, log_p.size)
         grad = tape.new(LOGITS, log_p.size)
         tape.drop(outer, log_p)
@@ -154,7 +173,7 @@ class EndsTape:
             grad = narrow
         gradient = tape.new(CASTS if cast else "gradients", V * h * w)
         dx = tape.new(OUTPUT_GRADIENTS, e.tokens * h * w)
-        tape.drop(grad, hidden, *cast)
+        tape.drop(grad, hidden, plain, *cast)
         if cast:
             wide = tape.new("gradients", V * h * e.widths.gradient)
             tape.drop(gradient)
@@ -167,7 +186,7 @@ class EndsTape:
 
     def _weight_arrived(self, gradient: Buffer, sink: Sink) -> None:
         if not self.ends.tied:
-            sink.arrive(self.tape, [(self.ends.table, gradient)])
+            sink.arrive(self.tape, [(self.ends.head, gradient)])
 
     def embedding(self) -> Buffer:
         """The residual stream's beginning."""

@@ -112,6 +112,14 @@ class Holdings:
                 sums[item.parameter.group] += item.count * item.values
         return sums
 
+    def int8_saving(self, width: int) -> dict[str, int]:
+        """Bytes that int8 weights do not take of `width` a value, by group; they are whole on every rank."""
+        sums: dict[str, int] = defaultdict(int)
+        for item in self.items:
+            if item.parameter.int8:
+                sums[item.parameter.group] += item.count * (width * item.values - item.parameter.stored(width))
+        return sums
+
     def waiting_values(self, *, whole: bool, with_dealt: bool) -> int:
         """Values of gradients between two micro-batches; `whole` where all but the last leave them unreduced."""
         return sum(

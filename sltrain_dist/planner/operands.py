@@ -10,6 +10,7 @@ from sltrain_dist.planner.device import Device
 from sltrain_dist.planner.gradients import Parameter
 from sltrain_dist.planner.tape import Buffer, Tape
 from sltrain_dist.sparse_lowrank.cost import Plan
+from sltrain_dist.sparse_lowrank.layout import position_bytes
 
 WEIGHT, WEIGHT_GRADIENT = "temporaries.weight", "temporaries.weight_gradient"
 LOW_RANK, SPARSE, CASTS = "temporaries.low_rank", "temporaries.sparse", "temporaries.casts"
@@ -69,6 +70,10 @@ class Linear:
         """Whether it is applied by `Factored`, with others that share its input."""
         return self.nnz > 0 and self.plan.path == "factored"
 
+    def share(self, rows: int) -> int:
+        """Sparse values in so many rows; of the random support, what is expected, rounded up."""
+        return -(-self.nnz * rows // self.m)
+
 
 @dataclass
 class Call:
@@ -92,3 +97,27 @@ class OperatorTape:
 
     def __init__(self, tape: Tape, tokens: int, widths: Widths, device: Device) -> None:
         self.tape, self.tokens, self.widths, self.device = tape, tokens, widths, device
+
+    def dequantized(self, layers: Sequence[Linear]) -> list[Buffer]:
+        """The values of int8 weights, which a call of an autograd function computes with."""
+        w = self.widths.compute
+        return [self.tape.new(CASTS, w * p.values) for layer in layers for p in layer.parameters if p.int8]
+
+    def positions(self, layer: Linear, rows: int) -> Buffer:
+        """`Support.row_positions` of some rows: made anew at every use."""
+        tape, share = self.tape, layer.share(rows)
+        if layer.support == "random":  # each row's start, and for every value its row, int32
+            width = position_bytes(layer.m, layer.n)
+            starts, of_values = tape.new(SPARSE, width * rows), tape.new(SPARSE, 4 * share)
+            flat = tape.new(SPARSE, width * share)
+            tape.drop(starts, of_values)
+            return flat
+        if layer.support == "blocks":
+            columns = tape.new(SPARSE, 4 * share)
+        else:  # words, slots and their products, all int64
+            words = tape.new(SPARSE, 8 * share)
+            tape.brief(SPARSE, 8 * share)
+            columns = words
+        flat = tape.new(SPARSE, 8 * share)
+        tape.drop(columns)
+        return flat

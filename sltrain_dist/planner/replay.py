@@ -111,9 +111,9 @@ class FakeBytes(LiveBytes):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **kwargs)
-        if self._cpu and func is torch.ops.aten._embedding_bag_forward_only.default:
-            # Fake tensors keep the bag of every index, as CUDA does; the CPU's kernel does not.
-            return (out[0], out[1].new_empty(0), *out[2:])
+        if func is torch.ops.aten._embedding_bag_forward_only.default:
+            # CUDA gives the bag of every index, the CPU's kernel none; fake tensors do either, by their type.
+            return (out[0], out[1].new_empty(0 if self._cpu else len(args[1])), *out[2:])
         return out
 
 

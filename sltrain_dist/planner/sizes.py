@@ -44,8 +44,7 @@ class Sizes:
     def end_parameters(self) -> tuple[Parameter, ...]:
         """Of embedding, last norm, and head if it has its own."""
         ends = self.ends
-        head = Parameter("dense", ends.table.shape)
-        return (ends.table, ends.gain) if ends.tied else (ends.table, ends.gain, head)
+        return (ends.table, ends.gain) if ends.tied else (ends.table, ends.gain, ends.head)
 
 
 def sizes(config: Config, device: Device, *, micro_batch: int | None = None) -> Sizes:
@@ -63,6 +62,7 @@ def sizes(config: Config, device: Device, *, micro_batch: int | None = None) -> 
         loss_chunk_tokens(config),
         kinds,
         tuple(kinds.index(kind) for kind in recompute),
+        config.data.reset_attention,
         device,
     )
 
@@ -91,13 +91,14 @@ def _sizes(
     chunk: int,
     kinds: tuple[Recompute, ...],
     order: tuple[int, ...],
+    masked: bool,
     device: Device,
 ) -> Sizes:
-    blocks = tuple(_block(model, reparam, dtype, gathered, micro_batch, length, kind, device) for kind in kinds)
+    blocks = tuple(_block(model, reparam, dtype, gathered, micro_batch, length, kind, masked, device) for kind in kinds)
     tokens = micro_batch * length
-    return Sizes(
-        blocks, order, _ends(model.vocab_size, model.hidden_size, model.tie_head, dtype, tokens, chunk, device)
-    )
+    int8 = reparam.weight_bits == 8
+    ends = _ends(model.vocab_size, model.hidden_size, model.tie_head, dtype, tokens, chunk, device, int8)
+    return Sizes(blocks, order, ends)
 
 
 @lru_cache(_MANY)
@@ -109,6 +110,7 @@ def _block(
     micro_batch: int,
     length: int,
     kind: Recompute,
+    masked: bool,
     device: Device,
 ) -> Block:
     whole, compute = _widths(dtype)
@@ -116,13 +118,17 @@ def _block(
     tokens = micro_batch * length
     linears = tuple(_linear(m.m, m.n, reparam, tokens, compute, device) for m in block_linears(model))
     gain = Parameter("dense", (model.hidden_size,), decays=False)
-    return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind)
+    return Block(micro_batch, length, model.num_heads, model.head_dim, linears, gain, widths, device, kind, masked)
 
 
 @lru_cache(_MANY)
-def _ends(vocabulary: int, hidden: int, tied: bool, dtype: str, tokens: int, chunk: int, device: Device) -> Ends:
+def _ends(
+    vocabulary: int, hidden: int, tied: bool, dtype: str, tokens: int, chunk: int, device: Device, int8: bool
+) -> Ends:
     whole, compute = _widths(dtype)
-    return Ends(tokens, vocabulary, hidden, chunk, tied, Widths(whole, whole, compute, whole), device)
+    return Ends(
+        tokens, vocabulary, hidden, chunk, tied, Widths(whole, whole, compute, whole), device, int8 and not tied
+    )
 
 
 def _widths(dtype: str) -> tuple[int, int]:
@@ -135,7 +141,8 @@ def _linear(m: int, n: int, reparam: ReparamConfig, tokens: int, compute: int, d
     plan = choose_plan(m, n, r, 0, support, tokens, bits=8 * compute, device=device.type)  # of no effect without S
     if reparam.method == "full":
         return Linear(m, n, 0, 0, support, 0, plan, m, (Parameter("dense", (m, n)),))
-    factors = (Parameter("factors", (m, r)), Parameter("factors", (r, n)))
+    int8 = reparam.weight_bits == 8
+    factors = (Parameter("factors", (m, r), int8=int8), Parameter("factors", (r, n), int8=int8))
     if reparam.method == "lowrank":
         return Linear(m, n, r, 0, support, 0, plan, m, factors)
     nnz = nonzeros(m, n, reparam.density, support)
@@ -144,7 +151,7 @@ def _linear(m: int, n: int, reparam: ReparamConfig, tokens: int, compute: int, d
     if reparam.row_block_bytes is not None:  # as sparse_lowrank/functional.py: block_rows
         rows = max(1, min(m, reparam.row_block_bytes // (n * compute)))
     k = 0 if support == "random" else values_per_row(n, reparam.density, support)
-    values = Parameter("sparse_values", values_shape(m, n, reparam.density, support))
+    values = Parameter("sparse_values", values_shape(m, n, reparam.density, support), int8=int8)
     return Linear(m, n, r, nnz, support, k, plan, rows, (*factors, values))
 
 

@@ -46,7 +46,7 @@ def as_cuda(config: Config) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         model = config.model
-        if config.train.dtype == "fp32" and model.kv_heads != model.num_heads:
+        if config.train.dtype == "fp32" and model.kv_heads != model.num_heads and not config.data.reset_attention:
             # Flash attention takes no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils).
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
@@ -69,7 +69,8 @@ class _RMSNorm(torch.autograd.Function):
 def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **kwargs: Any) -> int:
     """Query gradients and a row's sum are in float32 while they are added up (flash_attn's mha_bwd)."""
     batch, heads, length, width = query.shape
-    if query.dtype == torch.float32:  # the memory-efficient kernel adds up in the gradients themselves
+    if query.dtype == torch.float32 or kwargs.get("attn_mask") is not None:
+        # The memory-efficient kernel, which adds up in the gradients themselves. Flash attention takes no mask.
         return 4 * batch * heads * length
     length, width = -(-length // 128) * 128, -(-width // 32) * 32
     return 4 * batch * heads * length * (width + 1)

@@ -57,7 +57,7 @@ class Timeline:
         self.hold_parameters()
         self.init()
         self.hold_more()
-        self.add("batch", 16 * self.shapes.ends.tokens)
+        self.add("batch", self.batch_bytes(self.shapes))
         self.forward()
         self.backward()
         self.update()
@@ -92,10 +92,16 @@ class Timeline:
         config = self.config
         for group, values in self.held.by_group(with_dealt=self.dealt_on_device).items():
             self.add(group, values * self.width)
+        for group, saved in self.held.int8_saving(self.width).items():
+            self.add(group, -saved)
         if self.buckets:
             self.add("gradients", self.held.total_values * self.width)
         self.add("index", index_bytes(config.model, config.reparam))
         self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
+
+    def batch_bytes(self, shapes: Sizes) -> int:
+        """Of ids and labels, int64, and positions where documents are told apart."""
+        return (24 if self.config.data.reset_attention else 16) * shapes.ends.tokens
 
     def init(self) -> None:
         """Building the model and its engine."""
@@ -143,7 +149,10 @@ class Timeline:
         """Embedding, and the rotary table in the residual stream's type."""
         config, ends = self.config, self.shapes.ends
         self.add(RESIDUAL, ends.tokens * ends.hidden * ends.widths.residual)
-        if ends.widths.residual != 4:
+        if config.data.reset_attention:  # a table and a mask of its own for every row
+            self.add("activations.rotary", 2 * ends.widths.residual * ends.tokens * config.model.head_dim)
+            self.add("activations.mask", ends.widths.compute * ends.tokens * config.data.seq_len)
+        elif ends.widths.residual != 4:
             self.add("activations.rotary", 2 * ends.widths.residual * config.data.seq_len * config.model.head_dim)
 
     def backward(self) -> None:
@@ -160,11 +169,13 @@ class Timeline:
 
     def update(self) -> None:
         """The optimizer's step, where it has not been made."""
-        self.clear("activations.rotary", "batch")
+        self.clear("activations.rotary", "activations.mask", "batch")
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
         taken = max(map(self.step.of_place, self.places), default=0)
+        int8 = (item.parameter.shape for item in self.held.items if item.parameter.int8)
+        taken = max(taken, max((self.step.of(shape, int8=True) for shape in int8), default=0))
         if self.config.optim.name == "sgd" and self.config.optim.weight_decay > 0:
             # torch's multi-tensor SGD, its default on a GPU, adds decay to copies of the gradients.
             taken = self.width * self.held.decaying_values(with_dealt=self.dealt_on_device)
@@ -191,7 +202,7 @@ class Timeline:
         shapes = sizes(self.config, self.device, micro_batch=evaluation.micro_batch)
         ends = shapes.ends
         before = dict(self.base)
-        self.add("batch", 16 * ends.tokens)
+        self.add("batch", self.batch_bytes(shapes))
         self.begin_forward()
         block = max((block_evaluation(block) for block in shapes.blocks), key=lambda stretch: stretch.peak_total)
         self.point("forward", "evaluation, a block", block.peak)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Literal
@@ -23,6 +23,7 @@ class StepMemory:
         decays: Whether decay is taken from the values.
         rounds: Whether they are rounded stochastically.
         span: Values that are updated at a time.
+        int8: Whether the parameter is an int8 weight.
     """
 
     kind: Literal["low_bit", "adafactor", "in place"]
@@ -32,6 +33,7 @@ class StepMemory:
     decays: bool
     rounds: bool
     span: int
+    int8: bool = False
 
     @staticmethod
     def of_run(optim: OptimConfig, width: int, span: int) -> StepMemory:
@@ -47,8 +49,10 @@ class StepMemory:
             span,
         )
 
-    def of(self, shape: tuple[int, ...]) -> int:
+    def of(self, shape: tuple[int, ...], *, int8: bool = False) -> int:
         """Of a whole parameter."""
+        if int8:
+            return _low_bit(shape, 0, prod(shape), replace(self, kind="low_bit", int8=True))
         return self.of_place(whole("", shape))
 
     def of_place(self, place: Place) -> int:
@@ -85,7 +89,7 @@ def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory)
     encode = max(encode, 4 * four - 2 * values)  # 14 bytes a value: scaled, upper, codes, borders, above
     write = 2 * four + max(largest, encode) if quantized else 0
     # The change, in the first moment's place; the values, decayed in a copy; their difference.
-    held = four if memory.narrow and not memory.masters else 0
+    held = four if (memory.narrow and not memory.masters) or memory.int8 else 0
     if memory.decays:
         change = 2 * four + held + four
         held = four
@@ -94,6 +98,8 @@ def _low_bit(shape: tuple[int, ...], start: int, count: int, memory: StepMemory)
     change = max(change, 2 * four + held + four)
     if memory.rounds:
         change = 2 * four + held + four + 16 * values  # stochastic_round: 64-bit words, twice
+    if memory.int8:  # stochastic_integers: what is below, and 64-bit words, twice
+        change = 2 * four + held + four + four + 16 * values
     return max(moments, write, change)
 
 

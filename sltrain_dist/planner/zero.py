@@ -229,7 +229,7 @@ class ZeroTimeline(Timeline):
                 self.add("gradients", -kept)  # added to those of earlier micro-batches
 
     def update(self) -> None:
-        self.clear("activations.rotary", "batch")
+        self.clear("activations.rotary", "activations.mask", "batch")
         copied = 0 if self.offload else self.width * max(self._partitions())
         self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
         self.clear("gradients")

@@ -6,6 +6,7 @@ import numpy as np
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
+from sltrain_dist.data.batching import BEGIN
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers, key64
@@ -51,7 +52,10 @@ def dry_run(config: Config, env: Environment) -> Outcome:
 
 
 def made_up_rows(config: Config, rank: int, rows: int) -> Rows:
-    """Rows of uniform random token ids, full to the last slot."""
+    """Rows of uniform random token ids, full to the last slot; two documents each where documents are told apart."""
     count = rows * (config.data.seq_len + 1)
     ids = integers(key64(config.seed, f"dry-run-rank-{rank}"), 0, count, config.model.vocab_size)
-    return ids.astype(np.int32).reshape(rows, -1)
+    made = ids.astype(np.int32).reshape(rows, -1)
+    if config.data.reset_attention:
+        made[:, [0, made.shape[1] // 2]] |= BEGIN
+    return made

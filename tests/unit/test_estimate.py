@@ -127,6 +127,35 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         1,
         {"model": {"num_kv_heads": 1}, "train": {"dtype": "fp32"}, "data": {"seq_len": 64}},
     ),
+    "int8 weights": (
+        1,
+        {"reparam": {"weight_bits": 8, "path": "materialize"}, "optim": {"update": "per_layer", "state_bits": 8}},
+    ),
+    "int8 weights, factored, whole loss": (
+        1,
+        {"reparam": {"weight_bits": 8, "path": "factored"}, "train": {"dtype": "fp32", "loss_chunk_tokens": 0}},
+    ),
+    "documents told apart, grouped heads": (
+        1,
+        {
+            "model": {"num_kv_heads": 1},
+            "data": {"seq_len": 64, "batching": "pack", "reset_attention": True},
+            "train": {"dtype": "mixed"},
+        },
+    ),
+    "positions of random supports": (1, {"reparam": {"path": "materialize", "density": 0.3}, "data": {"seq_len": 2}}),
+    "positions in row blocks, float32": (
+        1,
+        {
+            "reparam": {"path": "materialize", "density": 0.3, "row_block_bytes": 16384},
+            "data": {"seq_len": 2},
+            "train": {"dtype": "fp32"},
+        },
+    ),
+    "positions by row and by column": (
+        1,
+        {"reparam": {"path": "factored", "density": 0.3}, "data": {"seq_len": 2}, "train": {"dtype": "mixed"}},
+    ),
 }
 """(ranks, values)."""
 
@@ -222,7 +251,9 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.support": ({}, "blocks"),
     "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
     "reparam.row_block_bytes": (_WIDE, 16384),
+    "reparam.weight_bits": ({}, 8),
     "data.seq_len": ({}, 64),
+    "data.reset_attention": ({"data": {"batching": "pack", "seq_len": 64}}, True),
     "optim.name": ({}, "sgd"),
     "optim.state_bits": ({"model": {"vocab_size": 512}}, 32),
     "optim.stochastic_rounding": ({"model": {"vocab_size": 2048}, "optim": {"update": "per_layer"}}, True),
