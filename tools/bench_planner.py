@@ -46,7 +46,7 @@ LEVERS: dict[str, tuple[Any, ...]] = {
     "data.batching": ("pack",),
     "data.reset_attention": (False, False, True),
     "data.seq_len": (128, 256, 512, 1024, 2048),
-    "optim.name": ("adamw", "adamw", "adamw", "adam", "sgd", "adafactor"),
+    "optim.name": ("adamw", "adamw", "adam", "sgd", "sgd", "adafactor"),
     "optim.state_bits": (32, 16, 8, 4),
     "optim.master_weights": (False, True),
     "optim.stochastic_rounding": (False, True),
