@@ -48,7 +48,7 @@ class Timeline:
     def __init__(self, config: Config, shapes: Sizes, ranks: int, passes: int, device: Device) -> None:
         self.config, self.shapes, self.ranks, self.passes, self.device = config, shapes, ranks, passes, device
         self.width = value_bytes(config)
-        self.step = StepMemory.of_run(config.optim, self.width, device.span)
+        self.step = StepMemory.of_run(config.optim, self.width, device.span, int8=config.reparam.weight_bits == 8)
         self.base: dict[str, int] = {}
         self.timeline: list[Point] = []
 

@@ -36,11 +36,14 @@ class StepMemory:
     int8: bool = False
 
     @staticmethod
-    def of_run(optim: OptimConfig, width: int, span: int) -> StepMemory:
-        """Of a run whose parameters have `width` bytes a value."""
+    def of_run(optim: OptimConfig, width: int, span: int, *, int8: bool) -> StepMemory:
+        """Of a run whose parameters have `width` bytes a value; `int8`: some are int8 weights.
+
+        Those need :class:`LowBitAdam`, which then updates the others too (optim/factory.py).
+        """
         kind: Literal["low_bit", "adafactor", "in place"] = "adafactor" if optim.name == "adafactor" else "in place"
         return StepMemory(
-            "low_bit" if needs_low_bit(optim, width) else kind,
+            "low_bit" if int8 or needs_low_bit(optim, width) else kind,
             optim.state_bits,
             width < 4,
             has_masters(optim, width),
@@ -52,7 +55,7 @@ class StepMemory:
     def of(self, shape: tuple[int, ...], *, int8: bool = False) -> int:
         """Of a whole parameter."""
         if int8:
-            return _low_bit(shape, 0, prod(shape), replace(self, kind="low_bit", int8=True))
+            return _low_bit(shape, 0, prod(shape), replace(self, int8=True))
         return self.of_place(whole("", shape))
 
     def of_place(self, place: Place) -> int:

@@ -177,6 +177,16 @@ def test_it_is_what_a_replay_takes(case: str) -> None:
         assert found["update"].groups().get(group) == expected["update"].groups().get(group)
 
 
+def test_one_optimizer_updates_what_is_int8_and_what_is_not() -> None:
+    """Plain fp32 parameters, here a large embedding, would else be updated in place."""
+    model = {"vocab_size": 4096, "tie_head": True}
+    config = config_of(
+        {"model": model, "reparam": {"weight_bits": 8}, "optim": {"state_bits": 32}, "train": {"dtype": "fp32"}}
+    )
+    found, expected = (one.peak_of("update").total for one in (estimate(config), replay(config)))
+    assert abs(found - expected) < 0.001 * expected
+
+
 def test_components_at_the_peak_are_those_of_a_replay() -> None:
     config = config_of(
         {"reparam": {"path": "materialize"}, "data": {"seq_len": 128}, "train": {"loss_chunk_tokens": 32}}
