@@ -26,10 +26,10 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.follow import Follower
+from sltrain_dist.planner.follow import follow
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Point
-from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
+from sltrain_dist.tracking.live_bytes import storage_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
@@ -59,14 +59,7 @@ class Peak:
 
 def live_peak(config: Config, *, fake: bool) -> Peak:
     """Peak of live bytes in the second update."""
-    if fake:
-        points = replay(config).timeline
-    else:
-        follower = Follower(config, Environment(0, 1, 0, torch.device("cpu")), LiveBytes())
-        follower.build(lambda: build_model(config, "cpu"))
-        follower.prepare()
-        follower.update()
-        points = follower.timeline()
+    points = replay(config).timeline if fake else follow(config, Environment(0, 1, 0, torch.device("cpu")))
     return Peak.of(max((point for point in points if point.phase not in ("init", "save")), key=lambda p: p.total))
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
+from sltrain_dist.models.build import build_model
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.numerics.int8_weight import parts_of
@@ -304,6 +305,16 @@ class Follower:
             init(hooks, (lambda tensor: pack(self._saved(tensor))) if self._backward else pack, unpack)
 
         return mock.patch.object(saved_tensors_hooks, "__init__", wrapped)
+
+
+def follow(config: Config, env: Environment) -> tuple[Point, ...]:
+    """Trains for two updates on real tensors, on this rank of those that there are; the second one's timeline."""
+    follower = Follower(config, env, LiveBytes())
+    follower.build(lambda: build_model(config, env.device))
+    follower.prepare()
+    follower.update()
+    follower.save()
+    return follower.timeline()
 
 
 def component_of(name: str) -> str:

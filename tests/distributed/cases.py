@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -35,6 +35,7 @@ from sltrain_dist.parallel.in_backward import InBackward
 from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.step import Rows, forward_backward
+from tests.small import TRAINED
 
 UPDATES = 10
 GLOBAL_BATCH = 12
@@ -66,6 +67,7 @@ class Case:
     packed: bool = False
     """Whether rows hold several documents, which do not see each other."""
     weight_bits: int = 16
+    batch: int = GLOBAL_BATCH
 
     @property
     def name(self) -> str:
@@ -76,7 +78,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits"}
+        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits", "batch"}
         if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
             same |= {"update", "clip_mode"}  # which clip by another norm than this update's
         return Case(**{name: value for name, value in asdict(self).items() if name in same})
@@ -140,6 +142,13 @@ BY_HAND = (
 )
 """What pairs do not cover."""
 
+PER_LAYER = tuple(
+    Case(engine, shard=shard, accumulation=accumulation, update="per_layer", batch=16)
+    for engine, shard in (("ddp", "factors"), ("fsdp", "factors"), ("fsdp", "all"))
+    for accumulation in (1, 4)
+)
+"""Per-layer updates that are compared with whole ones of the same engine, which are trained beside them."""
+
 BROKEN = Case("zero2", accumulation=3, clip=0.05, optimizer="sgd")  # AdamW is blind to the scale of gradients
 """Trained twice more, each time with a step left out or made twice."""
 
@@ -160,11 +169,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
     return build_config(
         {
             "model": {
-                "vocab_size": 61,
-                "hidden_size": 32,
-                "intermediate_size": 44,
-                "num_layers": 2,
-                "num_heads": 4,
+                **TRAINED,
                 "init_std": 0.2,
                 "tie_head": case.tied,
             },
@@ -189,8 +194,8 @@ def config_of(case: Case, ranks: int = 1) -> Config:
             },
             "train": {
                 "steps": UPDATES,
-                "micro_batch": GLOBAL_BATCH // (ranks * case.accumulation),
-                "global_batch": GLOBAL_BATCH,
+                "micro_batch": case.batch // (ranks * case.accumulation),
+                "global_batch": case.batch,
                 "dtype": case.dtype,
                 "compile": case.compiled,
                 "loss_chunk_tokens": case.chunk,
@@ -231,14 +236,15 @@ def pairwise() -> Iterator[Case]:
         yield best
 
 
-CASES = tuple(dict.fromkeys((*pairwise(), *BY_HAND, EAGER)))
+WHOLE = {case: replace(case, update="whole") for case in PER_LAYER}
+CASES = tuple(dict.fromkeys((*pairwise(), *BY_HAND, EAGER, *PER_LAYER, *WHOLE.values())))
 
 
-def global_rows(update: int, packed: bool = False) -> Rows:
+def global_rows(update: int, packed: bool = False, batch: int = GLOBAL_BATCH) -> Rows:
     """A global batch with documents of very different lengths, so that means over rows or ranks are wrong."""
-    ids = integers(99, update * 10_000, GLOBAL_BATCH * 17, 61).astype(np.int32).reshape(GLOBAL_BATCH, 17)
-    for row in range(GLOBAL_BATCH):
-        length = 2 + row * 14 // (GLOBAL_BATCH - 1)
+    ids = integers(99, update * 10_000, batch * 17, 61).astype(np.int32).reshape(batch, 17)
+    for row in range(batch):
+        length = 2 + row * 14 // (batch - 1)
         ids[row, length:] = -1
         if packed:
             ids[row, 3 : length : 2 + row % 5] |= BEGIN
@@ -280,11 +286,11 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     backend = mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     with backend:
         engine = build_engine(build_model(config, env.device), config, env)
-    share = GLOBAL_BATCH // env.world_size
+    share = case.batch // env.world_size
     losses, norms = [], []
     held: dict[str, int] = {}
     for update in range(UPDATES):
-        rows = global_rows(update, case.packed)[env.rank * share : (env.rank + 1) * share]
+        rows = global_rows(update, case.packed, case.batch)[env.rank * share : (env.rank + 1) * share]
         with TrafficMeter() as meter:
             engine.begin_update(config.optim.lr, norms[-1] if norms else None)
             reset = config.data.reset_attention

@@ -1,6 +1,6 @@
 """Follows the live bytes of real training on several processes, for comparison with replays and estimates.
 
-    torchrun --nproc-per-node=2 tests/distributed/live.py OUT.json [CONFIGURATIONS.json]
+    PYTHONPATH=. torchrun --nproc-per-node=2 tests/distributed/live.py OUT.json [CONFIGURATIONS.json]
 
 trains every configuration (a mapping from names to what `build_config` takes; without one, :data:`CASES`) for two
 updates, and writes {name: [timeline of each rank]}, a timeline being a list of [phase, where, {component: bytes}].
@@ -22,35 +22,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sltrain_dist.config.load import build_config
+from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
-from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.follow import Follower
-from sltrain_dist.tracking.live_bytes import LiveBytes
+from sltrain_dist.planner.follow import follow
+from tests.small import PLANNED
 
 Timeline = list[tuple[str, str, dict[str, int]]]
 """What JSON makes of it: phase, where, bytes by component."""
 
 
 def _case(**sections: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "model": {
-            "vocab_size": 96,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_layers": 2,
-            "num_heads": 2,
-        },
-        "reparam": {"rank": 8, "density": 0.1},
-        "data": {"seq_len": 16},
-        "parallel": {},
-        "train": {"steps": 1, "micro_batch": 2, "global_batch": 8, "dtype": "bf16"},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return values
+    return merged(PLANNED, merged({"train": {"global_batch": 8}}, sections))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -91,12 +75,7 @@ def letting_go(collective: Callable[..., Any]) -> Callable[..., Any]:
 def timeline(config: Config, env: Environment) -> Timeline:
     """What this rank takes in the second update."""
     gc.collect()  # engines of earlier runs are in cycles
-    follower = Follower(config, env, LiveBytes())
-    follower.build(lambda: build_model(config, env.device))
-    follower.prepare()
-    follower.update()
-    follower.save()
-    return [(point.phase, point.where, dict(point.components)) for point in follower.timeline()]
+    return [(point.phase, point.where, dict(point.components)) for point in follow(config, env)]
 
 
 def main(out: str, configurations: str | None = None) -> None:

@@ -18,7 +18,21 @@ from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.partition import rank_bytes
 from sltrain_dist.train import step
 
-from .cases import BROKEN, CASES, EAGER, RANKS, VALUES, Case, cases_on, config_of, runs, small_quantized, train
+from .cases import (
+    BROKEN,
+    CASES,
+    EAGER,
+    PER_LAYER,
+    RANKS,
+    VALUES,
+    WHOLE,
+    Case,
+    cases_on,
+    config_of,
+    runs,
+    small_quantized,
+    train,
+)
 from .launch import torchrun
 
 pytest.importorskip("deepspeed")
@@ -94,6 +108,16 @@ def test_sends_what_the_closed_form_says(trained: dict[int, dict[str, Any]], ran
     assert sent["reduce_scatter"] == expected.reduce_scatter
     assert expected.all_reduce <= sent["all_reduce"] <= expected.all_reduce + numbers
     assert sent["other"] == 0
+
+
+@pytest.mark.parametrize("case", PER_LAYER, ids=lambda case: case.name)
+def test_per_layer_updates_equal_whole_ones(trained: dict[int, dict[str, Any]], case: Case) -> None:
+    """Of AdamW without clipping, on two ranks."""
+    got, want = trained[2][case.name], trained[2][WHOLE[case].name]
+    assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
+    assert got["norms"] == pytest.approx(want["norms"], rel=1e-6)
+    for name, weight in want["weights"].items():
+        torch.testing.assert_close(got["weights"][name], weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])

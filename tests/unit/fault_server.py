@@ -3,13 +3,14 @@
 import re
 import socket
 import struct
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.unit.loopback import serving
 
 STALL_S = 1.0
 """Longer than the clients of these tests wait."""
@@ -117,18 +118,6 @@ def serve() -> Iterator[FaultServer]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *arguments: Any) -> None:
-            """A handler that closed its own connection cannot flush it."""
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        state = FaultServer(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        state = FaultServer(url)
+        yield state

@@ -1,11 +1,12 @@
 """A stand-in on loopback for the Hugging Face Hub: one dataset, and connections that are dropped as planned."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.unit.loopback import serving
 
 COMMIT = "a" * 40
 
@@ -94,13 +95,6 @@ def serve_hub() -> Iterator[Hub]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        hub = Hub(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        hub = Hub(url)
+        yield hub

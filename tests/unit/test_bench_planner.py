@@ -11,7 +11,9 @@ import pytest
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.parallel.partition import rank_bytes
-from tests.unit.test_replay import config_of, followed
+from sltrain_dist.planner.follow import follow
+from tests.unit.ranks import SINGLE
+from tests.unit.test_replay import config_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -51,7 +53,9 @@ def test_peaks_by_category_of_real_and_of_fake_tensors() -> None:
         assert (peak.parameters, peak.states) == (held.parameters + rotary, held.states)
         assert peak.total == peak.parameters + peak.states + peak.gradients + peak.other
     assert real.other > fake.other > 0  # a GPU's RMSNorm keeps less in bf16
-    assert real == Peak.of(max((p for p in followed(config) if p.phase not in ("init", "save")), key=lambda p: p.total))
+    assert real == Peak.of(
+        max((p for p in follow(config, SINGLE) if p.phase not in ("init", "save")), key=lambda p: p.total)
+    )
 
 
 def test_summary_of_rows() -> None:

@@ -20,16 +20,10 @@ from sltrain_dist.parallel.partition import rank_bytes
 from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Estimate
-
-SMALL: dict[str, Any] = {
-    "model": {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": 2},
-    "reparam": {"rank": 8, "density": 0.1},
-    "data": {"seq_len": 16},
-    "train": {"steps": 1, "micro_batch": 2, "global_batch": 2, "dtype": "bf16"},
-}
+from tests.small import PLANNED
 
 
-def config_of(values: dict[str, Any], base: dict[str, Any] = SMALL) -> Config:
+def config_of(values: dict[str, Any], base: dict[str, Any] = PLANNED) -> Config:
     """A small model, with some values of its own."""
     return build_config(merged(base, values))
 
@@ -237,7 +231,7 @@ def test_an_evaluation_of_larger_batches_counts() -> None:
 # Which fields matter
 
 Values = dict[str, Any]
-_SMALLEST = merged(SMALL, {"model": {"num_layers": 1}})
+_PLANNEDEST = merged(PLANNED, {"model": {"num_layers": 1}})
 _FSDP: Values = {"parallel": {"engine": "fsdp"}, "train": {"global_batch": 8}}
 _ZERO: Values = {"parallel": {"engine": "zero", "zero_stage": 2}, "train": {"dtype": "fp32", "global_batch": 8}}
 _AGAIN: Values = {"micro_batch": 8, "global_batch": 8, "activation_checkpointing": "selective"}
@@ -325,12 +319,12 @@ def with_value(values: Values, key: str, value: Any) -> Values:
 @functools.cache
 def replayed(values: str) -> int:
     """Peak of a replay, by its values as JSON: several fields share what else is set."""
-    config = config_of(json.loads(values), _SMALLEST)
+    config = config_of(json.loads(values), _PLANNEDEST)
     return replay(config, ranks_of(config)).peak_bytes
 
 
 def estimated(values: Values) -> int:
-    config = config_of(values, _SMALLEST)
+    config = config_of(values, _PLANNEDEST)
     return estimate(config, ranks=ranks_of(config)).peak_bytes
 
 

@@ -26,6 +26,7 @@ from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.sanity import check_update
+from tests.small import TRAINED
 
 from .ranks import SINGLE
 from .test_per_layer import Training, config_of
@@ -250,11 +251,7 @@ def model_config(reparam: dict[str, Any] | None = None, **sections: Any) -> Conf
     return build_config(
         {
             "model": {
-                "vocab_size": 61,
-                "hidden_size": 32,
-                "intermediate_size": 44,
-                "num_layers": 2,
-                "num_heads": 4,
+                **TRAINED,
                 **sections.pop("model", {}),
             },
             "reparam": REPARAM | (reparam or {}),

@@ -17,12 +17,12 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.per_layer import coefficient
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Held
 from sltrain_dist.parallel.partition import waiting_bytes
 from sltrain_dist.train.step import Rows, forward_backward
+from tests.small import TRAINED
+from tests.unit.ranks import SINGLE
 
-SINGLE = Environment(0, 1, 0, torch.device("cpu"))
 BATCH = 8
 
 
@@ -30,11 +30,7 @@ def config_of(micro_batch: int = BATCH, parallel: dict[str, Any] | None = None, 
     return build_config(
         {
             "model": {
-                "vocab_size": 61,
-                "hidden_size": 32,
-                "intermediate_size": 44,
-                "num_layers": 2,
-                "num_heads": 4,
+                **TRAINED,
                 "init_std": 0.2,
             },
             "reparam": {"rank": 6, "density": 0.1, "alpha": 12.0},

@@ -10,49 +10,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sltrain_dist.config.load import build_config
+from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.partition import RankBytes, rank_bytes
-from sltrain_dist.planner.follow import Follower, without_mesh
+from sltrain_dist.planner.follow import follow, without_mesh
 from sltrain_dist.planner.replay import fake_model, fake_rank, replay
-from sltrain_dist.planner.result import Point
 from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
-from sltrain_dist.tracking.live_bytes import LiveBytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
+from tests.small import PLANNED
 from tests.unit.ranks import SINGLE
 
 
 def config_of(**sections: Any) -> Config:
     """A small model; sections are merged into its own."""
-    values: dict[str, dict[str, Any]] = {
-        "model": {
-            "vocab_size": 96,
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_layers": 2,
-            "num_heads": 2,
-        },
-        "reparam": {"rank": 8, "density": 0.1},
-        "data": {"seq_len": 16},
-        "optim": {},
-        "parallel": {"engine": "ddp"},
-        "train": {"steps": 1, "micro_batch": 2, "global_batch": 2, "dtype": "bf16"},
-    }
-    return build_config({name: {**section, **sections.pop(name, {})} for name, section in values.items()} | sections)
-
-
-def followed(config: Config) -> tuple[Point, ...]:
-    """The timeline of real tensors on one process."""
-    follower = Follower(config, SINGLE, LiveBytes())
-    follower.build(lambda: build_model(config))
-    follower.prepare()
-    follower.update()
-    follower.save()
-    return follower.timeline()
+    return build_config(merged(PLANNED, {**sections, "parallel": {"engine": "ddp", **sections.get("parallel", {})}}))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -84,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_fake_tensors_take_what_real_ones_take(case: str) -> None:
     """At every module of the step, in every component, to the byte."""
     config = config_of(**CASES[case])
-    fake, real = replay(config, device="cpu").timeline, followed(config)
+    fake, real = replay(config, device="cpu").timeline, follow(config, SINGLE)
     assert [(p.phase, p.where) for p in fake] == [(p.phase, p.where) for p in real]
     # But for the stretch in which initial values are computed, which fake tensors have none of.
     assert fake[1:] == real[1:]
@@ -124,7 +98,7 @@ def test_a_whole_preset_takes_what_it_takes() -> None:
     config = build_config(
         {"preset": "llama_60m", "parallel": {"engine": "ddp"}, "train": {"micro_batch": 1, "global_batch": 1}}
     )
-    assert replay(config, device="cpu").timeline[1:] == followed(config)[1:]
+    assert replay(config, device="cpu").timeline[1:] == follow(config, SINGLE)[1:]
 
 
 HELD: dict[str, tuple[int, dict[str, Any]]] = {

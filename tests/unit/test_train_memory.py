@@ -15,6 +15,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.planner.follow import follow
 from sltrain_dist.planner.result import Estimate, Point
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.train.build import build_engine, predict
@@ -22,7 +23,7 @@ from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.memory import MEASURED_UPDATE, MemoryWatch
 from sltrain_dist.train.step import forward_backward
 from tests.unit.ranks import SINGLE
-from tests.unit.test_replay import config_of, followed
+from tests.unit.test_replay import config_of
 
 GPU = Environment(0, 1, 0, torch.device("cuda"))
 """As the watch sees it; the engine computes on the CPU."""
@@ -76,7 +77,7 @@ def test_a_right_prediction_is_noted_once(optim: dict[str, Any]) -> None:
         "predicted_memory_bytes": watch.predicted.peak_bytes,
         "observed_memory_bytes": watch.observed.peak_bytes,
     }
-    step = max(point.total for point in followed(config) if point.phase not in ("init", "save"))
+    step = max(point.total for point in follow(config, SINGLE) if point.phase not in ("init", "save"))
     assert step <= watch.observed.peak_bytes  # what else this process has is counted too
     rows = dict(watch.summary())
     assert rows["predicted peak"].startswith(format_bytes(watch.predicted.peak_bytes))
