@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.numerics.int8_weight import parts_of
+from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
@@ -44,9 +44,10 @@ class DDPEngine:
             self._ddp = DistributedDataParallel(
                 model,
                 device_ids=[env.device] if env.device.type == "cuda" else None,
-                # Everything is computed, equal everywhere; and DDP does not know how to send int8 weights.
-                init_sync=False,
-                broadcast_buffers=False,
+                # Initial values are computed, but processors of two kinds may round them differently. DDP cannot
+                # send int8 weights.
+                init_sync=not any(isinstance(parameter, Int8Weight) for parameter in model.parameters()),
+                broadcast_buffers=False,  # supports and rotary tables are computed, equal everywhere
                 gradient_as_bucket_view=True,
             )
 
