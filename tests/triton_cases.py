@@ -81,6 +81,9 @@ def check_blocks(shape: tuple[int, int, float, int], dtype: torch.dtype) -> None
     # torch's implementation, in the same type.
     for out, other in zip(results, every_product(support, V, x, g), strict=True):
         assert error(out, other) < 2 * TOLERANCE[dtype]
+    for products in (support.products(x), support):
+        total = products.sum_over_tokens(g, products.arrange_inputs(x))
+        assert error(total, g.double().t() @ x.double()) < 2 * TOLERANCE[dtype]
     # No sum depends on the order in which programs happen to run.
     assert all(torch.equal(a, b) for a, b in zip(results, block_products(support, V, x, g), strict=True))
 
@@ -116,7 +119,7 @@ def test_a_total_is_added_to() -> None:
 
 
 def test_a_gradient_that_is_not_finite_stays_in_its_window() -> None:
-    """Padding and repeated outputs must be masked, not multiplied by zero."""
+    """Padding, and outputs of the next run, must be masked, not multiplied by zero."""
     m, n = 3, 37  # 19 windows, of which 16 have no output
     support = BlockSupport(m, n, 0.05, name="a.q", device=DEVICE)
     g = torch.full((3, m), float("inf"), device=DEVICE)
@@ -231,13 +234,13 @@ def test_compiles_without_graph_breaks() -> None:
             kernels.transpose_back, (kernels.transpose(g), 19, None, s.k)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_outputs, (kernels.transpose(x), V, s.window_inputs, s.window_outputs)
+            kernels.blocks_outputs, (kernels.transpose(x), V, s.window_inputs, s.shift)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_inputs, (kernels.transpose(g), V, s.window_outputs, s.windows, None)
+            kernels.blocks_inputs, (kernels.transpose(g), V, s.windows, s.shift, None)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_values, (kernels.transpose(g), kernels.transpose(x), s.window_inputs, s.window_outputs, s.k)
+            kernels.blocks_values, (kernels.transpose(g), kernels.transpose(x), s.window_inputs, s.shift, s.k)
         ),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_add_, (x, V[:19], as_key(7), 0)),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_take, (x, 5, as_key(7), 0)),

@@ -18,13 +18,13 @@ from triton.compiler import ASTSource
 from sltrain_dist.sparse_lowrank import triton_kernels as kernels
 
 PRODUCTS = {"R": 171, "K": 168, "PRECISION": "ieee"}
-INDEX = {"places": "*i32", "window_inputs": "*i32", "window_outputs": "*i32", "partial": "*fp32", "key": "*i64"}
+INDEX = {"places": "*i32", "window_inputs": "*i32", "partial": "*fp32", "key": "*i64"}
 ALIGNED = ("stride", "chunk")
 
 
 def compiled(folder: str, kernel: Any, dtype: str, constants: dict[str, Any], warps: int = 4) -> str:
     function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
-    scalars = ("tokens", "features", "stride", "windows", "m", "chunk", "first", "count", "n", "k")
+    scalars = ("tokens", "features", "stride", "windows", "shift", "m", "chunk", "first", "count", "n", "k")
     signature = {
         name: "constexpr" if name in constants else "i32" if name in scalars else INDEX.get(name, f"*{dtype}")
         for name in function.arg_names

@@ -20,6 +20,7 @@ from benchmarking import median_times, peak_bytes, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.optim.factory import make_optimizer
+from sltrain_dist.train.heap import keep_freed_memory
 
 METHODS = {
     "full": {"method": "full"},
@@ -77,8 +78,10 @@ def main() -> None:
     if unknown := set(methods) - set(METHODS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; there are: {', '.join(METHODS)}")
     device = torch.device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training
     steps = {method: make_step(args.preset, method, args) for method in methods}
-    times = median_times(steps, args.repeats, device, cpu_time=args.cpu_time)
+    times = median_times(steps, args.repeats, device, warm_up=3, cpu_time=args.cpu_time)
     tokens = args.micro_batch * args.seq_len
     rows: list[dict[str, Any]] = [
         {

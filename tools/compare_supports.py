@@ -3,8 +3,8 @@
 
     python tools/compare_supports.py --text wiki.json.gz --out runs/supports --supports random blocks lowrank
 
-Supports: random, stratified, blocks, or blocks:INPUTS-OUTPUTS with its two permutations made in another way
-(random, grouped, strided); lowrank and full are the models without S, and without factors. A finished run is
+Supports: random, stratified, blocks, or blocks:ORDER with the permutation of its inputs made in another way
+(grouped, strided, natural); lowrank and full are the models without S, and without factors. A finished run is
 one JSON file in --out and is not repeated, so that a study that was stopped goes on where it was. A seed sets
 the initial values, the support and the order of documents; what is held out is the same for all.
 """
@@ -54,7 +54,7 @@ from sltrain_dist.train.step import Rows, forward_backward
 HELD_OUT_EVERY = 50  # one document in so many is validated on
 WARMUP_SHARE = 0.05  # of the updates
 WITHOUT_S = ("lowrank", "full")
-ORDERS: dict[str, tuple[Order, Order]] = {f"blocks:{i}-{o}": (i, o) for i in get_args(Order) for o in get_args(Order)}
+ORDERS: dict[str, Order] = {f"blocks:{order}": order for order in get_args(Order)}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def make_model(study: Study, case: Case) -> LlamaForCausalLM:
     model = build_model(study.config(case))
     for _, layer in sparse_layers(model):
         if case.support in ORDERS and isinstance(layer.support, BlockSupport):
-            layer.support.orders = ORDERS[case.support]
+            layer.support.order = ORDERS[case.support]
             layer.support.reset()
     forward = torch.autocast("cpu", torch.bfloat16, enabled=study.autocast)(model.forward)
     model.forward = forward  # type: ignore[method-assign]

@@ -41,27 +41,50 @@ class FactoredTape(OperatorTape):
         self.tape.drop(*casts)
         return stacked
 
+    def keeps_arranged(self, layers: Sequence[Linear]) -> bool:
+        """`Products.keeps_arranged`: whether arranged inputs are saved instead of x, if all layers are `factored`."""
+        return layers[0].support == "blocks" and not self.device.kernels
+
     def factored_forward(self, layers: Sequence[Linear], flat: Buffer, out: str, call: Call) -> list[Buffer]:
         tape, t, w = self.tape, self.tokens, self.widths.compute
         plain = self.dequantized(layers)
         call.hidden.append(self._inner(layers, "activations.low_rank"))
         sparse = self._weights(layers)
         sliced = self._slice(layers[0]) < t
+        kept = self.keeps_arranged(layers)
         outputs = [tape.new(out, t * layer.m * w) for layer in layers] if sliced else []
-        arranged = tape.new(SPARSE, self._arranged_inputs(layers[0]))
+        arranged = self._arrange(layers[0], "activations.arranged" if kept else SPARSE)
         for layer in layers:
-            product = tape.new(SPARSE, self._arranged_outputs(layer))
+            if kept:  # written where it belongs
+                outputs.append(tape.new(out, t * layer.m * w))
+                continue
+            product = tape.new(SPARSE, layer.m * self._padded(layer) * w)
             self._sum_rows(layer, layer.m)
             if not sliced:
                 outputs.append(tape.new(out, t * layer.m * w))
             tape.drop(product)
         if sliced:
             tape.brief(SPARSE, arranged.size)  # the next slice's, before this one's is gone
-        tape.drop(arranged, *sparse)
+        tape.drop(*sparse)
+        if kept:
+            call.hidden.append(arranged)
+        else:
+            tape.drop(arranged)
         if self.widths.casts:
             tape.brief(CASTS, max(layer.m * layer.rank for layer in layers) * w)
         tape.drop(*plain)
         return outputs
+
+    def _arrange(self, layer: Linear, component: str) -> Buffer:
+        """`arrange_inputs`."""
+        transposed = self.tape.new(SPARSE, layer.n * self.tokens * self.widths.compute) if self._twice(layer) else None
+        arranged = self.tape.new(component, self._arranged_inputs(layer))
+        self.tape.drop(transposed)
+        return arranged
+
+    def _twice(self, layer: Linear) -> bool:
+        """Whether features are picked from a transposed copy: `blocks.by_features`."""
+        return layer.support == "blocks" and not self.device.kernels and self.widths.compute == 2
 
     def factored_backward(
         self, layers: Sequence[Linear], grads: Sequence[Buffer], call: Call | None, sink: Sink
@@ -69,23 +92,23 @@ class FactoredTape(OperatorTape):
         """`factored_backward`; without a call, of a layer whose forward pass has built W."""
         tape, t, w, n = self.tape, self.tokens, self.widths.compute, layers[0].n
         plain = self.dequantized(layers)
-        values = self._sparse_backward(layers)
+        kept = call is not None and self.keeps_arranged(layers) and not call.inputs
+        values = self._sparse_backward(layers, arranged=kept)
+        picked = tape.new(SPARSE, t * n * w) if self._twice(layers[0]) else None
         dx = tape.new(OUTPUT_GRADIENTS, t * n * w)
+        tape.drop(picked)
         if self._slice(layers[0]) < t:
             tape.brief(SPARSE, self._arranged_inputs(layers[0]))
         tape.drop(*values.temporary)
-        parts = []
-        for layer in layers:
-            cast = tape.new(CASTS, layer.m * layer.rank * w) if self.widths.casts else None
-            parts.append(tape.new(LOW_RANK, t * layer.rank * w))
-            tape.drop(cast)
-        q = parts[0]
-        if len(layers) > 1:
-            q = tape.new(LOW_RANK, sum(part.size for part in parts))
-            tape.drop(*parts)
+        ranks = sum(layer.rank for layer in layers)
+        q = tape.new(LOW_RANK, t * ranks * w)
+        if self.widths.casts:
+            tape.brief(CASTS, max(layer.m * layer.rank for layer in layers) * w)
         tape.drop(self._stacked(layers))
         component = CASTS if self.widths.casts else "gradients"
-        dA = tape.new(component, sum(layer.rank for layer in layers) * n * w)
+        by_window = tape.new(LOW_RANK, ranks * self._places_of_inputs(layers[0]) * w) if kept else None
+        dA = tape.new(component, ranks * n * w)
+        tape.drop(by_window)
         h = self._inner(layers, LOW_RANK) if call is None else None
         dB = [tape.new(component, layer.m * layer.rank * w) for layer in layers]
         arrived: list[tuple[Parameter, Buffer]] = []
@@ -109,23 +132,29 @@ class FactoredTape(OperatorTape):
         sink.arrive(tape, arrived)
         return dx
 
-    def _sparse_backward(self, layers: Sequence[Linear]) -> _Values:
+    def _sparse_backward(self, layers: Sequence[Linear], *, arranged: bool) -> _Values:
         """`_sparse_backward`, of one slice of tokens: the values' gradients in float32, and what still lives."""
-        tape = self.tape
+        tape, w = self.tape, self.widths.compute
         sparse = self._weights(layers, transposed=True)
-        if layers[0].support != "blocks" or not self.device.kernels:
+        if layers[0].support != "blocks":
             sparse += self._places(layers)
-        inputs = tape.new(SPARSE, self._arranged_inputs(layers[0]))
+        inputs = None if arranged else self._arrange(layers[0], SPARSE)
         total: Buffer | None = None
         outputs: Buffer | None = None
         gradients = []
+        direct = layers[0].support == "blocks" and not self.device.kernels
         for layer in layers:
-            arranged = tape.new(SPARSE, self._arranged_outputs(layer))
-            tape.drop(outputs)
-            outputs = arranged
+            if not direct or self._twice(layer):
+                transposed = tape.new(SPARSE, layer.m * self._padded(layer) * w)
+                tape.drop(outputs)
+                outputs = transposed
+            narrow = tape.new(SPARSE, w * layer.nnz) if direct and w == 2 else None
             gradients.append(tape.new("gradients", 4 * layer.nnz))
-            if layer.support != "blocks" and self.widths.compute == 2:
+            tape.drop(narrow)
+            if layer.support != "blocks" and w == 2:
                 tape.brief(SPARSE, 2 * layer.nnz)
+            if direct and total is not None:  # added to in place
+                continue
             made = tape.new(SPARSE, self._windows(layer))
             self._sum_rows(layer, layer.n)
             tape.drop(total)
@@ -137,17 +166,12 @@ class FactoredTape(OperatorTape):
             return self._windows(layer)
         return layer.n * self._padded(layer) * self.widths.compute
 
-    def _arranged_outputs(self, layer: Linear) -> int:
-        rows = layer.m
-        if layer.support == "blocks" and not self.device.kernels:
-            windows = num_windows(layer.n, layer.k)
-            rows = windows * -(-layer.m // windows)
-        return rows * self._padded(layer) * self.widths.compute
-
     def _windows(self, layer: Linear) -> int:
-        """Bytes of the inputs' gradients before inputs that two windows have are summed."""
-        features = num_windows(layer.n, layer.k) * layer.k if layer.support == "blocks" else layer.n
-        return features * self._padded(layer) * self.widths.compute
+        """Bytes of arranged inputs, and of their gradients before inputs that two windows have are summed."""
+        return self._places_of_inputs(layer) * self._padded(layer) * self.widths.compute
+
+    def _places_of_inputs(self, layer: Linear) -> int:
+        return num_windows(layer.n, layer.k) * layer.k if layer.support == "blocks" else layer.n
 
     def _slice(self, layer: Linear) -> int:
         """Tokens at a time: all for `blocks`, `Support.step` for scattered positions."""
@@ -168,9 +192,6 @@ class FactoredTape(OperatorTape):
                 continue
             if values is not None:
                 made.append(values)
-            if not self.device.kernels:
-                windows = num_windows(layer.n, layer.k)
-                made.append(tape.new(SPARSE, windows * -(-layer.m // windows) * layer.k * w))
         return made
 
     def _places(self, layers: Sequence[Linear]) -> list[Buffer]:

@@ -37,7 +37,10 @@ class LinearTape(MaterializeTape, FactoredTape):
             made = self.factored_forward(together, flat, out, call) if together else []
             for layer in layers:
                 outputs.append(made.pop(0) if layer.together else self.materialize_forward(layer, out))
-            call.inputs.append(flat)
+            if len(together) == len(layers) and self.keeps_arranged(layers):
+                tape.drop(flat)
+            else:
+                call.inputs.append(flat)
         else:
             for layer in layers:  # autocast casts the input anew in every call
                 call.inputs.append(tape.new("activations.casts", t * layer.n * w) if cast else tape.keep(x))

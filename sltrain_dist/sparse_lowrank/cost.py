@@ -40,6 +40,7 @@ class Rates:
         blocks: A multiply-add of the block products.
         transpose: Going over one element, reading and writing with different strides.
         copy: Going over one element as it lies.
+        pick: Choosing one element by its feature, where `blocks` does.
         index: One position: to compute, scatter to or gather from it.
     """
 
@@ -48,14 +49,15 @@ class Rates:
     blocks: float
     transpose: float
     copy: float
+    pick: float
     index: float
 
 
 RATES: dict[tuple[str, int], Rates] = {
-    ("cpu", 32): Rates(bags=6, dots=16, blocks=1.4, transpose=55, copy=21, index=600),
-    ("cpu", 16): Rates(bags=8, dots=22, blocks=2.1, transpose=110, copy=30, index=1500),
-    ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=100, copy=60, index=1500),
-    ("cuda", 16): Rates(bags=1000, dots=2000, blocks=20, transpose=400, copy=250, index=6000),
+    ("cpu", 32): Rates(bags=5, dots=10, blocks=2, transpose=110, copy=15, pick=43, index=500),
+    ("cpu", 16): Rates(bags=2, dots=8, blocks=1.2, transpose=80, copy=9, pick=7, index=250),
+    ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=100, copy=60, pick=60, index=1500),
+    ("cuda", 16): Rates(bags=1000, dots=2000, blocks=20, transpose=400, copy=250, pick=250, index=6000),
 }
 """By device and bits of the type. cpu: measured (docs/operator.md). cuda: from data sheets, that a large
 dense product runs at the tensor cores' rate and everything else at the memory's."""
@@ -109,15 +111,15 @@ def plan_costs(
     t = tokens
     dense, weight = t * m * n, m * n * r
     build = weight + rates.copy * m * n + rates.index * nnz
-    gather = t * (m + n)  # elements of the input and the output
     if support == "blocks":
         product = sample = rates.blocks * t * nnz
-        arrange = rates.copy * gather
+        arrange_forward, arrange_backward = _block_arrangement(m, n, t, rates, bits=bits, device=device)
     else:
         product, sample = rates.bags * t * nnz, rates.dots * t * nnz
-        arrange = rates.index * nnz
-    sparse_forward = product + arrange + rates.transpose * gather
-    sparse_backward = product + sample + 2 * arrange + rates.transpose * (gather + t * n)
+        arrange_forward = rates.index * nnz + rates.transpose * t * (m + n)
+        arrange_backward = 2 * rates.index * nnz + rates.transpose * t * (m + 2 * n)
+    sparse_forward = product + arrange_forward
+    sparse_backward = product + sample + arrange_backward
     low_rank = t * r * (m + n)
     factored_backward = 2 * low_rank + sparse_backward
     return (
@@ -125,3 +127,14 @@ def plan_costs(
         dense + build + t * r * n + factored_backward,
         low_rank + sparse_forward + factored_backward,
     )
+
+
+def _block_arrangement(m: int, n: int, t: int, rates: Rates, *, bits: int, device: str) -> tuple[float, float]:
+    """What `blocks` does beside its products, forward and backward: x, y, g and dx are picked or transposed."""
+    if device != "cpu":
+        gather = t * (m + n)
+        backward = rates.transpose * (gather + t * n) + 2 * rates.pick * gather
+        return (rates.transpose + rates.pick) * gather, backward
+    if bits > 16:
+        return rates.pick * t * n, rates.pick * t * n
+    return (rates.transpose + rates.pick) * t * n, rates.transpose * t * (m + n) + rates.pick * t * n

@@ -33,11 +33,12 @@ class Factored(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         layers = _by_layer(parameters, x.dtype)
         h = _inner(x, layers, scales)
-        ctx.save_for_backward(x, h, *parameters)
         ctx.supports, ctx.scales = supports, scales
-        outputs = _sparse_forward(x, layers, supports)
+        outputs, arranged = _sparse_forward(x, layers, supports)
         for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
             y.addmm_(h_i, B.to(x.dtype).t())
+        ctx.arranged = arranged is not None
+        ctx.save_for_backward(x if arranged is None else arranged, h, *parameters)
         return tuple(outputs)
 
     @staticmethod
@@ -46,7 +47,8 @@ class Factored(torch.autograd.Function):
         x, h, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         needs = (wanted[0], *(any(wanted[3 + i :: 3]) for i in range(3)))
-        dx, gradients = factored_backward(x, h, grads, _by_layer(parameters, x.dtype), ctx.supports, ctx.scales, needs)
+        layers = _by_layer(parameters, x.dtype)
+        dx, gradients = factored_backward(x, h, grads, layers, ctx.supports, ctx.scales, needs, arranged=ctx.arranged)
         flat = [gradient for layer in gradients for gradient in layer]
         return dx, None, None, *(d if want else None for d, want in zip(flat, wanted[3:], strict=True))
 
@@ -65,17 +67,20 @@ def factored_backward(
     supports: Sequence[Support],
     scales: Sequence[float],
     needs: Sequence[bool],
+    *,
+    arranged: bool = False,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
     """Gradients of the layers' outputs by x, B, A and V, without anything of the size of W.
 
     Args:
-        x: (T, n).
+        x: (T, n); or, arranged, as the supports' products arrange it.
         h: s·xAᵀ of all layers side by side, or None where the forward pass has not formed it.
         grads: By each layer's output, (T, m).
         layers: B, A and V of each layer.
         supports: Of each layer.
         scales: s of each layer.
         needs: Whether the gradients by x, B, A and V are wanted.
+        arranged: Whether x is; only where :meth:`Products.keeps_arranged`.
 
     Returns:
         dx, and (dB, dA, dV) of each layer; None for what is not wanted.
@@ -85,14 +90,17 @@ def factored_backward(
     ranks = [A.shape[0] for _, A, _ in layers]
     dAs: list[Tensor | None] = [None] * len(layers)
     dBs: list[Tensor | None] = [None] * len(layers)
-    dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V)
+    dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
     if need_x or need_A:
         # q = s·gB, of all layers side by side.
-        q = _beside([scaled_mm(g, B.to(dtype), s) for g, (B, _, _), s in zip(grads, layers, scales, strict=True)])
+        q = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+        for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
+            columns.addmm_(g, B.to(dtype), beta=0, alpha=scale)
         if dx is not None:
             dx.addmm_(q, _stacked(layers, dtype))
         if need_A:
-            dAs = list(torch.mm(q.t(), x).split(ranks))
+            dA = supports[0].products(grads[0]).sum_over_tokens(q, x) if arranged else torch.mm(q.t(), x)
+            dAs = list(dA.split(ranks))
     if need_B:
         h = _inner(x, layers, scales) if h is None else h
         dBs = [torch.mm(g.t(), h_i) for g, h_i in zip(grads, h.split(ranks, dim=1), strict=True)]
@@ -103,16 +111,22 @@ def factored_backward(
     return dx, gradients
 
 
-def _sparse_forward(x: Tensor, layers: Sequence[Factors], supports: Sequence[Support]) -> list[Tensor]:
-    """xSᵀ of every layer, (T, m)."""
+def _sparse_forward(
+    x: Tensor, layers: Sequence[Factors], supports: Sequence[Support]
+) -> tuple[list[Tensor], Tensor | None]:
+    """xSᵀ of every layer, (T, m); and x as it is arranged, where all layers arrange it alike and it is to be kept."""
     outputs: list[Tensor] = []
-    for group in _groups(supports):
+    groups = _groups(supports)
+    kept: Tensor | None = None
+    for group in groups:
         products = [supports[i].products(x) for i in group]
         weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(group, products, strict=True)]
         slices = _slices(x, products[0].step(x))
         if len(slices) == 1:
             inputs = products[0].arrange_inputs(x)
             outputs += [p.multiply(w, inputs) for p, w in zip(products, weights, strict=True)]
+            if len(groups) == 1 and products[0].keeps_arranged:
+                kept = inputs
             continue
         ys = [x.new_empty(x.shape[0], supports[i].m) for i in group]
         for part in slices:
@@ -120,7 +134,7 @@ def _sparse_forward(x: Tensor, layers: Sequence[Factors], supports: Sequence[Sup
             for product, w, y in zip(products, weights, ys, strict=True):
                 product.multiply(w, inputs, y[part])
         outputs += ys
-    return outputs
+    return outputs, kept
 
 
 def _sparse_backward(
@@ -130,6 +144,8 @@ def _sparse_backward(
     supports: Sequence[Support],
     need_x: bool,
     need_V: bool,
+    *,
+    arranged: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Σ gS over the layers, (T, n), and each layer's dV."""
     dx: Tensor | None = None
@@ -142,9 +158,11 @@ def _sparse_backward(
         weights = [p.transposed_weights(layers[i][2].to(x.dtype)) if need_x else () for _, (i, p) in numbered]
         places = [p.places() if need_V else () for p in products]
         sums: list[Tensor | None] = [None] * len(group)
-        slices = _slices(x, lead.step(x))
+        slices = [slice(None)] if arranged else _slices(x, lead.step(x))
         for part in slices:
-            inputs = lead.arrange_inputs(x[part]) if need_V else None
+            inputs: Tensor | None = None
+            if need_V:
+                inputs = x if arranged else lead.arrange_inputs(x[part])
             total: Tensor | None = None
             for j, (i, product) in numbered:
                 outputs = product.arrange_outputs(grads[i][part])
@@ -198,7 +216,3 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
 def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:
     """A of all layers, one below the other."""
     return layers[0][1].to(dtype) if len(layers) == 1 else torch.cat([A.to(dtype) for _, A, _ in layers])
-
-
-def _beside(columns: Sequence[Tensor]) -> Tensor:
-    return columns[0] if len(columns) == 1 else torch.cat(list(columns), dim=1)

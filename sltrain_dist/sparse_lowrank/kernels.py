@@ -61,8 +61,8 @@ class Windows(Protocol):
 
     k: int
     windows: int
+    shift: int
     window_inputs: Tensor
-    window_outputs: Tensor
     input_places: Tensor
 
 
@@ -78,6 +78,8 @@ class BlockProducts:
 
     def __init__(self, support: Windows, tokens: int) -> None:
         self.support, self.tokens = support, tokens
+
+    keeps_arranged = False
 
     def step(self, x: Tensor) -> int:
         return max(1, self.tokens)
@@ -101,19 +103,22 @@ class BlockProducts:
         x = transpose_back(arranged, self.tokens, self.support.input_places, self.support.k)
         return x if out is None else out.copy_(x)
 
+    def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
+        return torch.mm(inputs[:, : self.tokens], q).t()
+
     def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
         s = self.support
-        y = blocks_outputs(inputs, weights[0], s.window_inputs, s.window_outputs)
+        y = blocks_outputs(inputs, weights[0], s.window_inputs, s.shift)
         y = transpose_back(y, self.tokens, None, s.k)
         return y if out is None else out.copy_(y)
 
     def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
         s = self.support
-        return blocks_inputs(outputs, weights[0], s.window_outputs, s.windows, total)
+        return blocks_inputs(outputs, weights[0], s.windows, s.shift, total)
 
     def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
         s = self.support
-        dV = blocks_values(outputs, inputs, s.window_inputs, s.window_outputs, s.k)
+        dV = blocks_values(outputs, inputs, s.window_inputs, s.shift, s.k)
         return dV if total is None else total.add_(dV)
 
     def sampled(self, total: Tensor) -> Tensor:
@@ -204,61 +209,61 @@ def _(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
 
 
 @torch.library.custom_op("sltrain::blocks_outputs", mutates_args=())
-def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, window_outputs: Tensor) -> Tensor:
+def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
     """S·xᵀ for the support `blocks`.
 
     Args:
         inputs: xᵀ, (n, T'), from :func:`transpose`.
         V: (m, k), contiguous; cast to the type of the inputs block by block.
         window_inputs: (w·k,) int32, of the BlockSupport.
-        window_outputs: (w·R,) int32, of the BlockSupport.
+        shift: Of the BlockSupport.
 
     Returns:
         (m, T').
     """
     (m, k), stride = V.shape, inputs.shape[1]
     windows = window_inputs.numel() // k
-    rows = window_outputs.numel() // windows
+    rows = _cdiv(m, windows)
     out = inputs.new_empty(m, stride)
     if out.numel():
         t, result, summed = _blocks(inputs.dtype)
         block_t, block_r = _tile(stride, t), _tile(rows, result)
         with torch.cuda.device_of(inputs):
             _kernels().outputs_kernel[(_cdiv(rows, block_r) * _cdiv(stride, block_t) * windows,)](
-                inputs, V, window_inputs, window_outputs, out, stride, m, windows,
+                inputs, V, window_inputs, out, stride, m, windows, shift,
                 R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=_tile(k, summed),
             )  # fmt: skip
     return out
 
 
 @blocks_outputs.register_fake
-def _(inputs: Tensor, V: Tensor, window_inputs: Tensor, window_outputs: Tensor) -> Tensor:
+def _(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
     return inputs.new_empty(V.shape[0], inputs.shape[1])
 
 
 @torch.library.custom_op("sltrain::blocks_inputs", mutates_args=())
-def blocks_inputs(grads: Tensor, V: Tensor, window_outputs: Tensor, windows: int, base: Tensor | None) -> Tensor:
+def blocks_inputs(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
     """Sᵀ·gᵀ for the support `blocks`, arranged as its windows: for :func:`transpose_back` with places.
 
     Args:
         grads: gᵀ, (m, T'), from :func:`transpose`.
         V: (m, k), contiguous; cast to the type of the gradients block by block.
-        window_outputs: (w·R,) int32, of the BlockSupport.
         windows: w.
+        shift: Of the BlockSupport.
         base: What is added, as from another call, or None.
 
     Returns:
         (w·k, T').
     """
     (m, k), stride = V.shape, grads.shape[1]
-    rows = window_outputs.numel() // windows
+    rows = _cdiv(m, windows)
     out = grads.new_empty(windows * k, stride)
     if out.numel():
         t, result, summed = _blocks(grads.dtype)
         block_t, block_k = _tile(stride, t), _tile(k, result)
         with torch.cuda.device_of(grads):
             _kernels().inputs_kernel[(_cdiv(k, block_k) * _cdiv(stride, block_t) * windows,)](
-                grads, V, window_outputs, out if base is None else base, out, stride, m, windows,
+                grads, V, out if base is None else base, out, stride, m, windows, shift,
                 R=rows, K=k, ADD=base is not None, PRECISION=_precision(),
                 BLOCK_T=block_t, BLOCK_R=_tile(rows, summed), BLOCK_K=block_k,
             )  # fmt: skip
@@ -266,19 +271,19 @@ def blocks_inputs(grads: Tensor, V: Tensor, window_outputs: Tensor, windows: int
 
 
 @blocks_inputs.register_fake
-def _(grads: Tensor, V: Tensor, window_outputs: Tensor, windows: int, base: Tensor | None) -> Tensor:
+def _(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
     return grads.new_empty(windows * V.shape[1], grads.shape[1])
 
 
 @torch.library.custom_op("sltrain::blocks_values", mutates_args=())
-def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_outputs: Tensor, k: int) -> Tensor:
+def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
     """gᵀx at the support `blocks`: the gradient of V.
 
     Args:
         grads: gᵀ, (m, T'), from :func:`transpose`.
         inputs: xᵀ, (n, T'), from :func:`transpose`.
         window_inputs: (w·k,) int32, of the BlockSupport.
-        window_outputs: (w·R,) int32, of the BlockSupport.
+        shift: Of the BlockSupport.
         k: Values of a row.
 
     Returns:
@@ -286,7 +291,7 @@ def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_o
     """
     m, stride = grads.shape
     windows = window_inputs.numel() // k
-    rows = window_outputs.numel() // windows
+    rows = _cdiv(m, windows)
     if stride == 0:
         return grads.new_zeros(m, k, dtype=torch.float32)
     most = 32 if grads.dtype == torch.float32 else 64  # as in _blocks
@@ -299,14 +304,14 @@ def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_o
     partial = grads.new_empty(chunks, m, k, dtype=torch.float32)
     with torch.cuda.device_of(grads):
         _kernels().values_kernel[(tiles * chunks,)](
-            grads, inputs, window_inputs, window_outputs, partial, stride, chunk, m, windows,
+            grads, inputs, window_inputs, partial, stride, chunk, m, windows, shift,
             R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=block_k,
         )  # fmt: skip
     return partial.view(m, k) if chunks == 1 else partial.sum(0)
 
 
 @blocks_values.register_fake
-def _(grads: Tensor, inputs: Tensor, window_inputs: Tensor, window_outputs: Tensor, k: int) -> Tensor:
+def _(grads: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
     return grads.new_empty(grads.shape[0], k, dtype=torch.float32)
 
 

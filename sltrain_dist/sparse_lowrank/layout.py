@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from sltrain_dist.config.schema import SupportKind
@@ -63,16 +64,15 @@ def column_bytes(n: int) -> int:
 def stored_index_bytes(m: int, n: int, density: float, support: SupportKind) -> int:
     """Bytes that a layer keeps in memory to know its positions.
 
-    random: every column, and the values of each row, int32. stratified: none. blocks: the permutations and their
-    inverses, int32.
+    random: every column, and the values of each row, int32. stratified: none. blocks: the permutation of the inputs
+    and its inverse, int32.
     """
     if support == "random":
         return column_bytes(n) * nonzeros(m, n, density) + 4 * m
     if support == "stratified":
         return 0
     k = values_per_row(n, density, support)
-    w = num_windows(n, k)
-    return 4 * (2 * w * k + w * -(-m // w) + m)  # of inputs: w·k in windows, n first and w·k − n second places
+    return 8 * num_windows(n, k) * k  # w·k in windows, n first and w·k − n second places
 
 
 def stratum_start(j: int, n: int, k: int) -> int:
@@ -91,10 +91,23 @@ def window_starts(n: int, k: int) -> list[int]:
     return [-(-i * (n - k) // (w - 1)) for i in range(w)] if w > 1 else [0]
 
 
-def window_row_bounds(m: int, w: int) -> list[int]:
-    """Bounds of the permuted rows that use each window: rows bounds[i] … bounds[i + 1] − 1 use window i.
+def first_output(run: int, m: int, w: int) -> int:
+    """First output of a run: m outputs make w runs, the first m mod w of them longer by one."""
+    each, longer = divmod(m, w)
+    return run * each + min(run, longer)
 
-    Permuted row p uses window ⌊p·w/m⌋, so that window i begins at row ⌈i·m/w⌉. With fewer rows than windows
-    some windows have none.
+
+def window_runs(m: int, w: int, shift: int) -> list[tuple[slice, slice, int]]:
+    """Runs of outputs that are alike: (their windows, all their outputs, outputs of each).
+
+    Run j, of ⌊m/w⌋ or ⌊m/w⌋ + 1 neighbouring outputs, uses window (j + shift) mod w. Runs without an output, where
+    there are fewer than windows, are left out.
     """
-    return [-(-i * m // w) for i in range(w + 1)]
+    bounds = sorted({0, m % w, w - shift, w})
+    runs = []
+    for first, last in itertools.pairwise(bounds):
+        rows = slice(first_output(first, m, w), first_output(last, m, w))
+        if rows.stop > rows.start:
+            window = (first + shift) % w
+            runs.append((slice(window, window + last - first), rows, (rows.stop - rows.start) // (last - first)))
+    return runs

@@ -33,7 +33,13 @@ class Products(Protocol):
 
     Tokens go through in slices, so that what is arranged is small, and stays in the cache. *Arranged* inputs and
     outputs, and sums of them, are tensors whose layout only the products know.
+
+    Attributes:
+        keeps_arranged: Whether arranged inputs of all tokens are saved for the backward pass instead of x, so that they
+            are not arranged again.
     """
+
+    keeps_arranged: bool
 
     def step(self, x: Tensor) -> int:
         """Tokens in a slice of inputs x."""
@@ -55,6 +61,9 @@ class Products(Protocol):
 
     def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
         """The transpose of :meth:`arrange_inputs`: (T, n), adding up what belongs to one input; in `out` or new."""
+
+    def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
+        """qᵀx, (r, n), for q (T, r) and arranged inputs; only where :attr:`keeps_arranged`."""
 
     def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
         """xSᵀ, (T, m), for arranged inputs; in `out` or new."""
@@ -93,6 +102,7 @@ class Support(nn.Module):
     """
 
     kind: SupportKind
+    keeps_arranged = False
 
     def __init__(self, m: int, n: int, density: float, *, seed: int = 0, name: str = "") -> None:
         super().__init__()
@@ -171,6 +181,9 @@ class Support(nn.Module):
 
     def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
         return untransposed(arranged, out)
+
+    def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
+        return torch.mm(inputs, q).t()
 
     def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
         return untransposed(_sum_rows(inputs, *weights), out)

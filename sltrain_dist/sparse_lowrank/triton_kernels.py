@@ -53,9 +53,9 @@ def _multiply_add(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _first_output(window, m, windows):
-    """First permuted output of a window, as layout.window_row_bounds."""
-    return ((window.to(tl.int64) * m + windows - 1) // windows).to(tl.int32)
+def _first_output(run, m, windows):
+    """First output of a run, as layout.first_output."""
+    return run * (m // windows) + tl.minimum(run, m % windows)
 
 
 @_tuned(["features"], [(4, 1), (8, 1), (2, 1)])
@@ -105,7 +105,7 @@ def transpose_back_kernel(
 @_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
 @triton.jit
 def outputs_kernel(
-    inputs, values, window_inputs, window_outputs, out, stride, m, windows,
+    inputs, values, window_inputs, out, stride, m, windows, shift,
     R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -114,11 +114,12 @@ def outputs_kernel(
     tiles: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     blocks = tl.cdiv(stride, BLOCK_T)
     program = tl.program_id(0)
-    window = program // (tiles * blocks)
+    run = program // (tiles * blocks)
+    window = (run + shift) % windows
     t = program // tiles % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    q = program % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    used = q < _first_output(window + 1, m, windows) - _first_output(window, m, windows)
-    o = tl.load(window_outputs + window * R + q, mask=used, other=0).to(tl.int64)[:, None]
+    q = _first_output(run, m, windows) + program % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    used = q < _first_output(run + 1, m, windows)
+    o = q.to(tl.int64)[:, None]
 
     total = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -133,7 +134,7 @@ def outputs_kernel(
 @_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
 @triton.jit
 def inputs_kernel(
-    grads, values, window_outputs, base, out, stride, m, windows,
+    grads, values, base, out, stride, m, windows, shift,
     R: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -144,13 +145,15 @@ def inputs_kernel(
     window = program // (tiles * blocks)
     t = program // tiles % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     c = program % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    count = _first_output(window + 1, m, windows) - _first_output(window, m, windows)
+    run = (window + windows - shift) % windows
+    first = _first_output(run, m, windows)
+    last = _first_output(run + 1, m, windows)
 
     total = tl.zeros([BLOCK_K, BLOCK_T], dtype=tl.float32)
     for start in range(0, R, BLOCK_R):
-        q = start + tl.arange(0, BLOCK_R)
-        used = (q < count)[:, None]
-        o = tl.load(window_outputs + window * R + q, mask=q < count, other=0).to(tl.int64)[:, None]
+        q = first + start + tl.arange(0, BLOCK_R)
+        used = (q < last)[:, None]
+        o = q.to(tl.int64)[:, None]
         g = tl.load(grads + o * stride + t, mask=used & (t < stride), other=0.0)
         v = tl.load(values + o * K + c, mask=used & (c < K), other=0.0)
         total = _multiply_add(tl.trans(v.to(g.dtype)), g, total, PRECISION)
@@ -165,7 +168,7 @@ def inputs_kernel(
 @_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
 @triton.jit
 def values_kernel(
-    grads, inputs, window_inputs, window_outputs, partial, stride, chunk, m, windows,
+    grads, inputs, window_inputs, partial, stride, chunk, m, windows, shift,
     R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -173,12 +176,13 @@ def values_kernel(
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R * tiles_k
     program = tl.program_id(0)
-    window = program // tiles % windows
+    run = program // tiles % windows
+    window = (run + shift) % windows
     part = program // (tiles * windows)
-    q = program % tiles // tiles_k * BLOCK_R + tl.arange(0, BLOCK_R)
+    q = _first_output(run, m, windows) + program % tiles // tiles_k * BLOCK_R + tl.arange(0, BLOCK_R)
     c = program % tiles % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    used = q < _first_output(window + 1, m, windows) - _first_output(window, m, windows)
-    o = tl.load(window_outputs + window * R + q, mask=used, other=0).to(tl.int64)[:, None]
+    used = q < _first_output(run + 1, m, windows)
+    o = q.to(tl.int64)[:, None]
     feature = tl.load(window_inputs + window * K + c, mask=c < K, other=0).to(tl.int64)[:, None]
 
     total = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)

@@ -23,6 +23,7 @@ from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.mlflow import Status
 from sltrain_dist.train.agree import check_agreement, run_identity
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
+from sltrain_dist.train.heap import keep_freed_memory
 from sltrain_dist.train.stop import StopRequest
 
 _CLEANUP_S = 15.0
@@ -89,6 +90,8 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
     check_trainable(config)
     watchdog.start(*environment.rank_variables(), config.parallel.timeout_s)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
+    if env.device.type == "cpu":
+        keep_freed_memory()
     # Before anything that the ranks could do differently.
     check_agreement(env, run_identity(config))
     run_dir = directory(config)

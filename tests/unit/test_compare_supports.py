@@ -55,7 +55,7 @@ def table(tool: ModuleType, capsys: pytest.CaptureFixture[str], args: list[str])
 def test_learns_and_reports_the_spread_and_repeats_nothing(
     tool: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    supports = ["random", "stratified", "blocks", "blocks:grouped-strided", "lowrank", "full"]
+    supports = ["random", "stratified", "blocks", "blocks:grouped", "lowrank", "full"]
     args = arguments(text, tmp_path, "--supports", *supports, "--seeds", "0", "1", "--lrs", "0.02")
     rows = table(tool, capsys, args)
     assert list(rows) == supports
@@ -71,7 +71,7 @@ def test_learns_and_reports_the_spread_and_repeats_nothing(
     monkeypatch.setattr(tool, "train", lambda *_: pytest.fail("a finished run was repeated"))
     assert table(tool, capsys, args) == rows
     assert tool.main([arg for arg in args if arg != "--json"]) == 0
-    assert "blocks:grouped-strided" in capsys.readouterr().out
+    assert "blocks:grouped" in capsys.readouterr().out
 
 
 def test_a_seed_gives_the_same_run_again_and_other_settings_another(
@@ -101,7 +101,7 @@ def test_what_is_held_out_is_never_trained_on(tool: ModuleType, text: Path) -> N
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--supports", "blocks:random"], 2, "blocks:random-random"),
+        (["--supports", "blocks:sorted"], 2, "blocks:natural"),
         (["--supports", "random", "--rank", "64"], 2, "at most 32"),
         (["--tokens", "1000000"], 3, "lower --tokens"),
         (["--text", "nothing-here-*.gz"], 3, "nothing-here"),
