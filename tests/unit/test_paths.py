@@ -127,6 +127,27 @@ def test_more_tokens_than_a_slice(kind: SupportKind, plan: Plan, dtype: torch.dt
     assert_close(results(layer, x, g), oracle(layer, x, g), TOLERANCE[dtype])
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", [(33, 300, 7), (300, 33, 40)], ids=["windows overlap", "runs differ"])
+def test_blocks_on_one_thread_and_on_several(
+    count: int, shape: tuple[int, int, int], force: Any, threads: None
+) -> None:
+    """Features are picked by other operators on several."""
+    torch.set_num_threads(count)
+    m, n, tokens = shape
+    force(Plan("factored", False))
+    layer = make("blocks", m, n, 5, torch.float64)
+    x, g = made((tokens, n), torch.float64, 4), made((tokens, m), torch.float64, 5)
+    assert_close(results(layer, x, g), oracle(layer, x, g), TOLERANCE[torch.float64])
+
+
 @each_kind
 @each_plan
 @pytest.mark.parametrize("block_bytes", [None, 150], ids=["whole", "blocks of rows"])
