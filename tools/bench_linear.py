@@ -25,6 +25,7 @@ from sltrain_dist.models.count import block_linears
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.train.heap import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -161,6 +162,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()  # as in training
     methods = ["dense", *(args.methods.split(",") if args.methods else ("published", *METHODS))]
     unknown = set(methods) - {"dense", "published", *METHODS}
     if unknown:
