@@ -131,11 +131,13 @@ class BlockSupport(Support):
         return slice(first * self.k, last * self.k)
 
     def shares_inputs(self, other: Support) -> bool:
-        return (
-            isinstance(other, BlockSupport)
-            and (self.n, self.k, self.seed, self.order) == (other.n, other.k, other.seed, other.order)
-            and input_key(self.name) == input_key(other.name)
-        )
+        if not isinstance(other, BlockSupport):
+            return False
+        if (self.n, self.k, self.seed, self.order) != (other.n, other.k, other.seed, other.order):
+            return False
+        # While torch compiles, layers that are applied together must be of one module, as the models' are: a name in
+        # the trace would have every decoder block compiled anew, up to torch's limit of eight.
+        return torch.compiler.is_compiling() or input_key(self.name) == input_key(other.name)
 
     def products(self, x: Tensor) -> Products:
         return BlockProducts(self, x.shape[0]) if use_kernels(x) else self

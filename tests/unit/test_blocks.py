@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sltrain_dist.config.load import build_config
+from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.llama import LlamaForCausalLM
@@ -114,12 +114,14 @@ def test_attention_is_computed_again_only_where_it_should_be(train: dict[str, An
     assert counted.attention == calls
 
 
+@pytest.mark.parametrize("path", ["materialize", "factored"])
 @pytest.mark.parametrize("support", ["random", "stratified", "blocks"])
-def test_compiled_blocks_share_a_trace(support: str) -> None:
+def test_compiled_blocks_share_a_trace(support: str, path: str) -> None:
     """Every block is the same code: with one trace each, a model of many blocks would hit torch's limit."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    loss_of(prepared(config(support, layers=12, compile=True))).backward()
+    settings = build_config(merged(config(support, layers=12, compile=True).model_dump(), {"reparam": {"path": path}}))
+    loss_of(prepared(settings)).backward()
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
