@@ -121,8 +121,13 @@ class BlockSupport(Support):
 
     def columns(self, first: int, last: int) -> Tensor:
         """Columns of rows first … last − 1, int32 (rows, k)."""
-        windows = self.window_inputs.view(self.windows, self.k)
-        return torch.cat([windows[run].repeat_interleave(each, dim=0) for run, _, each in self.runs])[first:last]
+        # The window of each row: few numbers, where all columns would be as many as there are values.
+        windows = []
+        for run, rows, each in self.runs:
+            here = range(max(first, rows.start), min(last, rows.stop))
+            inside = torch.arange(len(here), device=self.window_inputs.device) + (here.start - rows.start)
+            windows.append(inside.div_(each, rounding_mode="floor").add_(run.start))
+        return self.window_inputs.view(self.windows, self.k).index_select(0, torch.cat(windows))
 
     def row_positions(self, first: int, last: int) -> Tensor:
         return flatten_columns(self.columns(first, last), self.n)
