@@ -87,7 +87,7 @@ class ReparamConfig(Section):
     support: Memory[SupportKind] = "random"
     """How the positions of S are chosen. random: int(δ·m·n) of them, uniformly, as in the paper (2 bytes of
     index a value). stratified: ⌊δn + ½⌋ a row, each hashed into its own stretch of columns; stores no index.
-    blocks: dense blocks between permuted inputs and outputs, δn a row, rounded to a multiple of 8 where
+    blocks: dense blocks between permuted inputs and runs of outputs, δn a row, rounded to a multiple of 8 where
     n ≥ 256; the fastest."""
     path: Memory[Literal["auto", "materialize", "factored"]] = "auto"
     """How W is applied. materialize: W is built, used and thrown away, in forward and again in backward.

@@ -42,7 +42,7 @@ class FactoredTape(OperatorTape):
         return stacked
 
     def keeps_arranged(self, layers: Sequence[Linear]) -> bool:
-        """`Products.keeps_arranged`: whether arranged inputs are saved instead of x, if all layers are `factored`."""
+        """`Products.keeps_arranged`: whether arranged inputs are saved in x's place."""
         return layers[0].support == "blocks" and not self.device.kernels
 
     def factored_forward(self, layers: Sequence[Linear], flat: Buffer, out: str, call: Call) -> list[Buffer]:
@@ -68,6 +68,7 @@ class FactoredTape(OperatorTape):
         tape.drop(*sparse)
         if kept:
             call.hidden.append(arranged)
+            call.arranged = True
         else:
             tape.drop(arranged)
         if self.widths.casts:
@@ -92,7 +93,7 @@ class FactoredTape(OperatorTape):
         """`factored_backward`; without a call, of a layer whose forward pass has built W."""
         tape, t, w, n = self.tape, self.tokens, self.widths.compute, layers[0].n
         plain = self.dequantized(layers)
-        kept = call is not None and self.keeps_arranged(layers) and not call.inputs
+        kept = call is not None and call.arranged
         values = self._sparse_backward(layers, arranged=kept)
         picked = tape.new(SPARSE, t * n * w) if self._twice(layers[0]) else None
         dx = tape.new(OUTPUT_GRADIENTS, t * n * w)

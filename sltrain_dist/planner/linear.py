@@ -37,7 +37,7 @@ class LinearTape(MaterializeTape, FactoredTape):
             made = self.factored_forward(together, flat, out, call) if together else []
             for layer in layers:
                 outputs.append(made.pop(0) if layer.together else self.materialize_forward(layer, out))
-            if len(together) == len(layers) and self.keeps_arranged(layers):
+            if call.arranged and len(together) == len(layers):  # else the others save it
                 tape.drop(flat)
             else:
                 call.inputs.append(flat)

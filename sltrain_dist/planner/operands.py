@@ -77,12 +77,16 @@ class Linear:
 
 @dataclass
 class Call:
-    """What a call of several layers on one input keeps for the backward pass."""
+    """What a call of several layers on one input keeps for the backward pass.
+
+    `arranged` says whether among `hidden` is the input as `Factored` has arranged it, in its place.
+    """
 
     layers: Sequence[Linear]
     inputs: list[Buffer]
     hidden: list[Buffer]
     casts: list[Buffer]
+    arranged: bool = False
 
 
 class OperatorTape:

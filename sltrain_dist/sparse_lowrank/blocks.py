@@ -19,7 +19,8 @@ Order = Literal["random", "grouped", "strided", "natural"]
 neighbours, in random order. strided: neighbours are dealt out to the windows in turn. natural: as they come."""
 _GROUP = 8
 _SLICE = 512
-"""Tokens that gradients of V are summed over at a time on the CPU: longer sums in one product are slower there."""
+"""Tokens that gradients of V are summed over at a time on the CPU, in four and eight bytes: longer sums in one product
+are slower there."""
 
 
 def input_key(name: str) -> str:

@@ -17,7 +17,8 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class Factored(torch.autograd.Function):
-    """Applies layers to one input. Saved for backward are x and h = s·xAᵀ, of all layers side by side.
+    """Applies layers to one input. Saved for backward are x and h = s·xAᵀ, of all layers side by side; in x's place
+    what it is arranged as, if all layers arrange it alike and :attr:`Products.keeps_arranged`.
 
     The input is transposed, and arranged for the sparse products, once; A of all layers is one product.
 
@@ -92,8 +93,9 @@ def factored_backward(
     dBs: list[Tensor | None] = [None] * len(layers)
     dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
     if need_x or need_A:
-        # q = s·gB, of all layers side by side.
-        q = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+        # q = s·gB, of all layers side by side. Inductor multiplies what is there by beta, 0 or not.
+        new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
+        q = new(grads[0].shape[0], sum(ranks))
         for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
             columns.addmm_(g, B.to(dtype), beta=0, alpha=scale)
         if dx is not None:

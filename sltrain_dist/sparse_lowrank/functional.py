@@ -53,8 +53,8 @@ def sl_linear(
 ) -> Tensor:
     """Applies W = scale·BA + S to x, where S holds V at the positions of `support`.
 
-    Saved for backward are the parameters themselves, x, and in the factored path scale·xAᵀ; nothing of the
-    size of W. Under autocast everything is cast to autocast's type, as by `F.linear`.
+    Saved for backward are the parameters themselves, x (or as it is arranged for S), and in the factored path
+    scale·xAᵀ; nothing of the size of W. Under autocast everything is cast to autocast's type, as by `F.linear`.
 
     Args:
         x: (..., n); any number of tokens, also none.
@@ -80,6 +80,9 @@ def sl_linear(
 
 def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
     """Applies several layers to one input, which is saved once and, in the factored path, arranged once.
+
+    Under torch.compile, layers with the support `blocks` must be of one module, by their names: whether they permute
+    their input alike is not checked there.
 
     Args:
         x: (..., n).

@@ -191,7 +191,7 @@ class SLLinear(nn.Module):
 
 
 def apply_shared(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Applies layers to one input; sparse plus low-rank ones share the work on it."""
+    """Applies layers to one input; sparse plus low-rank ones share the work on it, see :func:`sl_linear_shared`."""
     if all(isinstance(layer, SLLinear) for layer in layers):
         return sl_linear_shared(x, [cast(SLLinear, layer).operand() for layer in layers])
     return [layer(x) for layer in layers]

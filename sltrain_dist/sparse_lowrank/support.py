@@ -31,8 +31,8 @@ Weights = tuple[Tensor, ...]
 class Products(Protocol):
     """Products with S on the device of one call: a support's own, or those of kernels.
 
-    Tokens go through in slices, so that what is arranged is small, and stays in the cache. *Arranged* inputs and
-    outputs, and sums of them, are tensors whose layout only the products know.
+    Tokens of scattered positions go through in slices, so that what is arranged is small, and stays in the cache.
+    *Arranged* inputs and outputs, and sums of them, are tensors whose layout only the products know.
 
     Attributes:
         keeps_arranged: Whether arranged inputs of all tokens are saved for the backward pass instead of x, so that they

@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
     cuttings between blocks that fit no other.
 
     Returns:
-        Whether the C library knows these settings; with another than glibc nothing changes.
+        Whether the C library knows these settings; on Linux with another than glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_TRIM_THRESHOLD, -1)) and bool(mallopt(_M_MMAP_MAX, 0))
