@@ -41,9 +41,10 @@ class FactoredTape(OperatorTape):
         self.tape.drop(*casts)
         return stacked
 
-    def keeps_arranged(self, layers: Sequence[Linear]) -> bool:
-        """`Products.keeps_arranged`: whether arranged inputs are saved in x's place."""
-        return layers[0].support == "blocks" and not self.device.kernels
+    def _direct(self, layer: Linear) -> bool:
+        """Whether the products are BlockSupport's own, not the kernels': their results are written where they belong,
+        and arranged inputs are saved in x's place (`Products.keeps_arranged`)."""
+        return layer.support == "blocks" and not self.device.kernels
 
     def factored_forward(self, layers: Sequence[Linear], flat: Buffer, out: str, call: Call) -> list[Buffer]:
         tape, t, w = self.tape, self.tokens, self.widths.compute
@@ -51,7 +52,7 @@ class FactoredTape(OperatorTape):
         call.hidden.append(self._inner(layers, "activations.low_rank"))
         sparse = self._weights(layers)
         sliced = self._slice(layers[0]) < t
-        kept = self.keeps_arranged(layers)
+        kept = self._direct(layers[0])
         outputs = [tape.new(out, t * layer.m * w) for layer in layers] if sliced else []
         arranged = self._arrange(layers[0], "activations.arranged" if kept else SPARSE)
         for layer in layers:
@@ -85,7 +86,7 @@ class FactoredTape(OperatorTape):
 
     def _twice(self, layer: Linear) -> bool:
         """Whether features are picked from a transposed copy: `blocks.by_features`."""
-        return layer.support == "blocks" and not self.device.kernels and self.widths.compute == 2
+        return self._direct(layer) and self.widths.compute == 2
 
     def factored_backward(
         self, layers: Sequence[Linear], grads: Sequence[Buffer], call: Call | None, sink: Sink
@@ -143,7 +144,7 @@ class FactoredTape(OperatorTape):
         total: Buffer | None = None
         outputs: Buffer | None = None
         gradients = []
-        direct = layers[0].support == "blocks" and not self.device.kernels
+        direct = self._direct(layers[0])
         for layer in layers:
             if not direct or self._twice(layer):
                 transposed = tape.new(SPARSE, layer.m * self._padded(layer) * w)
@@ -163,7 +164,7 @@ class FactoredTape(OperatorTape):
         return _Values(gradients, [b for b in (inputs, outputs, total, *sparse) if b is not None])
 
     def _arranged_inputs(self, layer: Linear) -> int:
-        if layer.support == "blocks" and not self.device.kernels:
+        if self._direct(layer):
             return self._windows(layer)
         return layer.n * self._padded(layer) * self.widths.compute
 

@@ -81,7 +81,7 @@ def factored_backward(
         supports: Of each layer.
         scales: s of each layer.
         needs: Whether the gradients by x, B, A and V are wanted.
-        arranged: Whether x is; only where :meth:`Products.keeps_arranged`.
+        arranged: Whether x is; only where :attr:`Products.keeps_arranged`.
 
     Returns:
         dx, and (dB, dA, dV) of each layer; None for what is not wanted.
