@@ -19,6 +19,8 @@ class ExitCode(IntEnum):
     DATA = 3
     DIVERGED = 4
     CHECKPOINT = 5
+    STORAGE = 6
+    """What had to be written could not be: disk full, quota, or permission lost. Safe to requeue once there is space."""
     STOPPED_EARLY = 75
     """Stopped on request with everything saved (``EX_TEMPFAIL``): safe to requeue."""
 
@@ -51,6 +53,12 @@ class CheckpointError(SltrainError):
     """A checkpoint cannot be written, read, or does not belong to this run."""
 
     exit_code = ExitCode.CHECKPOINT
+
+
+class StorageError(SltrainError):
+    """A file cannot be written: the disk or a quota is full, or the file system refuses."""
+
+    exit_code = ExitCode.STORAGE
 
 
 class SanityError(SltrainError):
