@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     DIVERGED = 4
     CHECKPOINT = 5
     STORAGE = 6
-    """What had to be written could not be: disk full, quota, or permission lost. Safe to requeue once there is space."""
+    """What had to be written could not be: disk full, quota, permission. Safe to requeue once there is space."""
     STOPPED_EARLY = 75
     """Stopped on request with everything saved (``EX_TEMPFAIL``): safe to requeue."""
 
