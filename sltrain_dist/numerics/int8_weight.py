@@ -79,7 +79,8 @@ class Int8Weight(Tensor):
         for part, scales in self._by_scale(values, start):
             largest = torch.linalg.vector_norm(part, torch.inf, dim=1)
             fits = (largest <= _LARGEST * scales) & (largest >= _LEAST_LARGEST * scales)
-            scales.copy_(torch.where(fits, scales, largest / _FRESH))
+            # Times the inverse: CUDA divides by a number of Python's so, the CPU does not, and codes would differ.
+            scales.copy_(torch.where(fits, scales, largest * (1 / _FRESH)))
             part.div_(torch.where(scales == 0, 1.0, scales)[:, None])
         codes = values.round_() if round_ is None else round_(values, start)
         codes.nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)

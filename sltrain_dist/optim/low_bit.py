@@ -171,7 +171,7 @@ class LowBitAdam(torch.optim.Optimizer):
             known = {block: maximum[i] for block, maximum in maxima.items()}
             self._write(parameter, state, key, span, value, known)
         # In place: the moments are not needed any more.
-        denominator = moments.second.sqrt_().div_((1 - optim.beta2**step) ** 0.5).add_(optim.eps)
+        denominator = moments.second.sqrt_().mul_((1 - optim.beta2**step) ** -0.5).add_(optim.eps)
         change = moments.first.div_(denominator).mul_(lr / (1 - optim.beta1**step))
         values = self._values(parameter, state, span)
         if decay and optim.name == "adamw":

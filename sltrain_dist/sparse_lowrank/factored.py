@@ -40,7 +40,7 @@ class Factored(torch.autograd.Function):
             y.addmm_(h_i, B.to(x.dtype).t())
         ctx.arranged = arranged is not None
         ctx.save_for_backward(x if arranged is None else arranged, h, *parameters)
-        return tuple(outputs)
+        return tuple(differentiable(y) for y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -208,6 +208,15 @@ def _inner(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Ten
     for columns, scale in zip(h.split([A.shape[0] for _, A, _ in layers], dim=1), scales, strict=True):
         columns.mul_(scale)
     return h
+
+
+def differentiable(y: Tensor) -> Tensor:
+    """An output of an autograd function's forward pass that was written in place, for the function to return.
+
+    torch.compile of torch 2.11 gives no gradient to what depends on such an output, without a word; to what depends
+    on a view of it, it does.
+    """
+    return y.view_as(y) if torch.compiler.is_compiling() else y
 
 
 def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:

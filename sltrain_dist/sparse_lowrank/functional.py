@@ -114,7 +114,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
                 flat, operand.B, operand.A, operand.V, operand.support, operand.scale,
                 block_rows(operand, dtype), plan.dense_backward,
             )  # fmt: skip
-        y = y if operand.bias is None else y.add_(operand.bias.to(dtype))
+        y = y if operand.bias is None else _plus_bias(y, operand.bias.to(dtype))
         results.append(y.view(*x.shape[:-1], y.shape[-1]))
     return results
 
@@ -172,3 +172,8 @@ def _check_shapes(x: Tensor, operand: Operand) -> None:
         raise ValueError(f"V has shape {tuple(V.shape)}; the support has values for {support.values_shape}")
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")
+
+
+def _plus_bias(y: Tensor, bias: Tensor) -> Tensor:
+    # What is compiled may be a view that an autograd function returned, which must not be written to.
+    return y + bias if torch.compiler.is_compiling() else y.add_(bias)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain_dist.numerics.int8_weight import plain
-from sltrain_dist.sparse_lowrank.factored import factored_backward, scaled_mm
+from sltrain_dist.sparse_lowrank.factored import differentiable, factored_backward, scaled_mm
 from sltrain_dist.sparse_lowrank.support import Support
 
 
@@ -44,7 +44,7 @@ class Materialize(torch.autograd.Function):
         y = x.new_empty(x.shape[0], support.m)
         for first, last in _blocks(support.m, block_rows):
             y[:, first:last] = torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, first, last).t())
-        return y
+        return differentiable(y)
 
     @staticmethod
     @once_differentiable

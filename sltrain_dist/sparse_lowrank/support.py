@@ -194,6 +194,9 @@ class Support(nn.Module):
 
     def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
         rows, columns, offsets = places
+        if outputs.is_cuda and outputs.dtype.itemsize == 2:
+            # CUDA's operator knows neither bf16 nor fp16; the slice of tokens is small.
+            outputs, inputs = outputs.float(), inputs.float()
         # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(outputs, inputs, columns, offsets, rows, 0)
         return summed(total, dots)

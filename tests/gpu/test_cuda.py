@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
+from sltrain_dist.parallel.blocks import prepare_blocks
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.train.build import build_engine
 
 from ..unit.test_model import small, tokens, warmed
@@ -71,6 +76,44 @@ def test_training_lowers_the_loss_as_on_the_cpu(dtype: str) -> None:
             losses[device].append(float(loss) / ids.numel())
     assert losses["cuda"][-1] < losses["cuda"][0] - 0.5
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3 if dtype == "fp32" else 5e-2)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *({"support": support, "path": "factored"} for support in ("random", "stratified", "blocks")),
+        {"support": "random", "path": "materialize"},
+        {"support": "random", "path": "materialize", "row_block_bytes": 1 << 12},
+        {"method": "full"},
+        {"method": "lowrank"},
+    ],
+    ids=str,
+)
+def test_compiled_blocks_have_the_gradients_of_eager_ones(weights: dict[str, Any]) -> None:
+    gradients = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        config = small(reparam=weights, train={"compile": compiled})
+        model = warmed(config).cuda()
+        prepare_blocks(model, config.train)
+        ids = tokens(config, 3).cuda()
+        model(ids, ids).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("support", ["random", "stratified", "blocks"])
+def test_factored_layers_of_narrow_types_equal_the_oracle(support: SupportKind, dtype: torch.dtype) -> None:
+    layer = SLLinear(96, 67, 8, 0.1, 8.0, support=support, path="factored", name="a.q", seed=1, dtype=dtype)
+    torch.nn.init.normal_(layer.B, std=0.1, generator=torch.Generator().manual_seed(2))
+    x, g = made((130, 96), dtype, 4), made((130, 67), dtype, 5)
+    want = oracle(layer, x, g)
+    got = results(layer.cuda(), x.cuda(), g.cuda())
+    assert_close({key: value.cpu() for key, value in got.items()}, want, 2e-2)
 
 
 @pytest.mark.parametrize("shape", [(67, 129), (10_007,)], ids=str)

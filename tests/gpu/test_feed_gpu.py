@@ -47,7 +47,7 @@ def test_no_copy_is_overtaken() -> None:
     for _ in range(UPDATES):
         _, sent = feed.take()
         torch.cuda._sleep(_BUSY_CYCLES)
-        sums.append(sent.sum(dtype=torch.int64) + sent[3, 5] * 1_000_000)
+        sums.append(sent.sum(dtype=torch.int64) + sent[3, 5].long() * 1_000_000)
         del sent
         feed.prepare()
     expected = [int(rows.sum(dtype=np.int64)) + int(rows[3, 5]) * 1_000_000 for rows in map(rows_of, range(UPDATES))]
