@@ -1,7 +1,7 @@
 """How long an update takes, predicted (no torch): to rank configurations, not to schedule them.
 
 The clock is that of the cost model which picks paths (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large matrix
-products at one rate, everything else at the memory's. Its constants are data-sheet figures of one kind of GPU, so that
+products at one rate, everything else at the memory's. Its constants are of one kind of GPU, an H200, so that
 ratios between configurations mean something and seconds mean little.
 """
 
@@ -23,8 +23,8 @@ from sltrain_dist.parallel.partition import value_bytes
 from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
-MEMORY_BANDWIDTH = 2e12
-"""Bytes a second that the device's memory reads and writes (A100-80G: 2.0e12)."""
+MEMORY_BANDWIDTH = 4.1e12
+"""Bytes a second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""
 
 LINK_BANDWIDTH = 50e9
 """Bytes a second that a rank sends (one 400 Gb/s port a rank; NVLink inside a host has several times that)."""
@@ -42,9 +42,10 @@ BLOCK_COPIES = (10, 4)
 """Elements (of hidden and of intermediate size, per token) that a block's norms, rotation, activation and sums read and
 write in the forward pass; twice as many in the backward pass."""
 
-LOW_BIT_VALUE_BYTES = 160
-"""Memory traffic of a value's update where states are quantized or of another type than the parameter: some twenty
-float32 operations, one by one (optim/low_bit.py); else each tensor is read and written once."""
+LOW_BIT_VALUE_BYTES = 3000
+"""Memory traffic that takes as long as a value's update where states are quantized or of another type than the
+parameter: 0.72 ns a value of a 7B model on an H200 (docs/reports/2026-11-27-h200.md). It is dozens of small operators,
+one by one (optim/low_bit.py). Else each tensor is read and written once."""
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,12 @@ class Rates:
 RATES: dict[tuple[str, int], Rates] = {
     ("cpu", 32): Rates(bags=5, dots=10, blocks=2, transpose=110, copy=15, pick=43, index=500),
     ("cpu", 16): Rates(bags=2, dots=8, blocks=1.2, transpose=80, copy=9, pick=7, index=250),
-    ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=100, copy=60, pick=60, index=1500),
-    ("cuda", 16): Rates(bags=1000, dots=2000, blocks=20, transpose=400, copy=250, pick=250, index=6000),
+    ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=52, copy=48, pick=0, index=1500),
+    ("cuda", 16): Rates(bags=1000, dots=2000, blocks=7, transpose=410, copy=380, pick=0, index=6000),
 }
-"""By device and bits of the type. cpu: measured (docs/operator.md). cuda: from data sheets, that a large
-dense product runs at the tensor cores' rate and everything else at the memory's."""
+"""By device and bits of the type. cpu: measured (docs/operator.md). cuda: of 16 bits blocks, transpose and copy, and
+of 32 bits copy, measured on an H200 (docs/reports/2026-11-27-h200.md), where the kernels pick features as they read;
+the others from data sheets, that everything but a large dense product runs at the memory's rate."""
 
 
 def choose_plan(
@@ -132,9 +133,7 @@ def plan_costs(
 def _block_arrangement(m: int, n: int, t: int, rates: Rates, *, bits: int, device: str) -> tuple[float, float]:
     """What `blocks` does beside its products, forward and backward: x, y, g and dx are picked or transposed."""
     if device != "cpu":
-        gather = t * (m + n)
-        backward = rates.transpose * (gather + t * n) + 2 * rates.pick * gather
-        return (rates.transpose + rates.pick) * gather, backward
+        return rates.transpose * t * (m + n), rates.transpose * t * (m + 2 * n)
     if bits > 16:
         return rates.pick * t * n, rates.pick * t * n
     return (rates.transpose + rates.pick) * t * n, rates.transpose * t * (m + n) + rates.pick * t * n
