@@ -39,7 +39,7 @@ in both directions."""
 WORKSPACE_BYTES = 2 * 32 * MIB
 """cuBLAS' workspaces, one for each handle and stream: 32 MiB on Hopper, 8.125 MiB before (torch's defaults for
 CUBLAS_WORKSPACE_CONFIG, CublasHandlePool.cpp: parseChosenWorkspaceSize), for the thread that goes forward and for
-autograd's. They are in what the allocator says that it has allocated: 67 MB before the first tensor of an H200's run."""
+autograd's. The allocator counts them: 67 MB on an H200 before the first tensor."""
 
 BLOCK_BYTES = 512
 """The caching allocator rounds every size up to a multiple of this (CUDACachingAllocator: kMinBlockSize)."""
@@ -49,8 +49,8 @@ SEGMENT_BYTES = 20 * MIB
 less (kSmallBuffer): at most one of each is nearly empty."""
 
 SLACK = 0.07
-"""Share of the allocated bytes that lies idle at the peak, in blocks and segments of other sizes than are asked for: 3.4
-to 6.9 % in eager runs of 1B and 7B on an H200. A margin, not a property of the model;
+"""Share of the allocated bytes that lies idle at the peak, in blocks and segments of other sizes than are asked for: 3
+to 7 % in eager runs of 1B and 7B on an H200. A margin, not a property of the model;
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True makes it smaller."""
 
 

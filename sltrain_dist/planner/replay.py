@@ -43,7 +43,8 @@ T = TypeVar("T")
 def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cuda", "cpu"] = "cuda") -> Estimate:
     """What a run takes, by replaying it on fake tensors.
 
-    Compiled runs are replayed as eager ones, which may take more or less. Everything but the timeline is the closed form's.
+    Compiled runs are replayed as eager ones, which may take more or less.
+    Everything but the timeline is the closed form's.
 
     Args:
         config: The run; not with `parallel.engine: zero`, whose code reads what tensors hold.
