@@ -13,15 +13,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sltrain_dist.errors import CheckpointError, ConfigError, DataError, SltrainError
+from sltrain_dist.config.paths import path_option
+from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.planner.command import plan
+from sltrain_dist.streams import replace_unprintable
 
 app = typer.Typer(
     name="sltrain",
-    help="Tools around sparse plus low-rank pretraining.",
+    help="Sparse plus low-rank pretraining, and the tools around it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut the names of options on a narrow terminal
 )
 
 
@@ -48,14 +51,50 @@ class Dtype(StrEnum):
 
 InputOption = Annotated[
     list[str] | None,
-    typer.Option("--input", "-i", help="File or glob (quote it); may be repeated. Text files and JSON lines, or .gz."),
+    typer.Option(
+        "--input",
+        "-i",
+        parser=path_option("--input", str),
+        metavar="PATH",
+        help="File or glob (quote it); may be repeated. Text files and JSON lines, or .gz.",
+    ),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to make.")
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
 
 
 @app.callback()
-def _sltrain() -> None:
-    """Tools around sparse plus low-rank pretraining."""
+def _sltrain(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Sparse plus low-rank pretraining, and the tools around it."""
+    # DeepSpeed's launcher puts its option before the command; the environment says the same.
+
+
+@app.command("train")
+def train(
+    config: Annotated[
+        Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file: what to train, and how.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
+    ] = None,
+    print_run_dir: Annotated[bool, typer.Option("--print-run-dir", help="Only print where exit.json will be.")] = False,
+) -> None:
+    """Pretrains a model, as launch/pretrain.py does.
+
+    One process: sltrain train --config FILE. Several: torchrun --nproc-per-node N -m sltrain_dist train --config FILE,
+    and likewise deepspeed --module sltrain_dist, or srun python -m sltrain_dist.
+
+    Exit codes: 0 done, 1 a crash or another process lost, 2 configuration, 3 data, 4 diverged, 5 checkpoint, 6 storage,
+    75 stopped early with everything saved. Launchers lose them; exit.json in the run directory does not.
+    """
+    from sltrain_dist.train import run
+
+    start = run.print_run_dir if print_run_dir else run.pretrain
+    raise typer.Exit(int(start(str(config), overrides or [])))
 
 
 app.command("plan")(plan)
@@ -63,7 +102,7 @@ app.command("plan")(plan)
 
 @app.command("prepare-data")
 def prepare_data(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    output: OutputOption,
     inputs: InputOption = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="Take the prose of the installed Python packages instead of files.")
@@ -86,7 +125,12 @@ def prepare_data(
     ] = True,
     min_sentences: Annotated[int, typer.Option(min=1, help="Sentences that a page must keep.")] = 3,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenize the inputs as they are into token shards, with this model file.")
+        Path | None,
+        typer.Option(
+            parser=path_option("--tokenizer"),
+            metavar="PATH",
+            help="Tokenize the inputs as they are into token shards, with this model file.",
+        ),
     ] = None,
     subset: Annotated[str | None, typer.Option(help="With --tokenizer: configuration of a Hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="With --tokenizer: split of a Hub dataset.")] = "train",
@@ -191,7 +235,10 @@ def _prepare_tokens(
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Model file to write."),
+    ],
     inputs: InputOption = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32_000,
     model_type: Annotated[ModelType, typer.Option(help="unigram as T5's, or bpe as LLaMA's.")] = ModelType.unigram,
@@ -242,8 +289,13 @@ def train_tokenizer(
 
 @app.command("export")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory (its newest checkpoint).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."
+        ),
+    ],
+    output: OutputOption,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
 ) -> None:
     """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
@@ -257,7 +309,12 @@ def export(
 
 @app.command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a run directory (all its checkpoints), or token shards.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=path_option("PATH"), help="A checkpoint, a run directory (all its checkpoints), or token shards."
+        ),
+    ],
 ) -> None:
     """Compares files with the sizes and SHA-256 in their manifests.
 
@@ -293,11 +350,15 @@ def _verify_tokens(path: Path) -> None:
 
 def main() -> None:
     """Entry point: errors that a user can cause become one message and the documented exit code."""
+    replace_unprintable()
     try:
-        app()
+        app(prog_name="sltrain")
     except SltrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
+    except MemoryError as error:
+        print(f"error: this machine is out of memory ({str(error) or 'MemoryError'})", file=sys.stderr)
+        sys.exit(int(ExitCode.CONFIG))
 
 
 @contextmanager

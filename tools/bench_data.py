@@ -40,6 +40,7 @@ from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.streams import replace_unprintable
 
 GLOBAL_BATCH = 64
 PLAIN_BATCH = 1000
@@ -192,6 +193,7 @@ def summarise(costs: list[Cost]) -> dict[str, float]:
 
 def main() -> None:
     """Parses the arguments, measures and prints."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="JSON lines: a file, directory or glob")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a unigram SentencePiece model, such as T5's")

@@ -25,6 +25,7 @@ from sltrain_dist.models.count import block_linears
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.heap import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,6 +149,7 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)

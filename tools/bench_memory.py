@@ -29,6 +29,7 @@ from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.planner.follow import follow
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Point
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.live_bytes import storage_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -107,6 +108,7 @@ def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="60m", help="60m, 130m, 350m, 1b or 7b")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))

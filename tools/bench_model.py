@@ -20,6 +20,7 @@ from benchmarking import median_times, peak_bytes, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.optim.factory import make_optimizer
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.heap import keep_freed_memory
 
 METHODS = {
@@ -59,6 +60,7 @@ def make_step(preset: str, method: str, args: argparse.Namespace) -> Callable[[]
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="130m", help="60m, 130m, 350m, 1b or 7b")
     parser.add_argument("--device", default="cpu")

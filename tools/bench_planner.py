@@ -35,6 +35,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Estimate, Group, Point
+from sltrain_dist.streams import replace_unprintable
 
 LEVERS: dict[str, tuple[Any, ...]] = {
     "reparam.method": ("sltrain", "sltrain", "sltrain", "full", "lowrank"),
@@ -213,6 +214,7 @@ def _key(case: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=200, help="configurations")
     parser.add_argument("--seed", type=int, default=7)

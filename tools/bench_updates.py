@@ -27,6 +27,7 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.step import forward_backward
 
 UPDATES = ("whole", "per_layer")
@@ -83,6 +84,7 @@ def compare(args: argparse.Namespace, dtype: str, state_bits: int) -> dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints the table, or JSON."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="60m", help="60m, 130m, 350m, 1b or 7b")
     parser.add_argument("--device", default="cpu")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Implementation(StrEnum):
 
 
 def plan(
-    config: Annotated[Path, typer.Option("--config", help="YAML file, as for training.")],
+    config: Annotated[
+        Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file, as for training.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
     ] = None,
@@ -54,13 +57,25 @@ def plan(
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
     save: Annotated[
-        Path | None, typer.Option(help="With --search: directory for the listed rows' configurations.")
+        Path | None,
+        typer.Option(
+            parser=path_option("--save"),
+            metavar="DIR",
+            help="With --search: directory for the listed rows' configurations.",
+        ),
     ] = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="Run a real update on tensors without data instead of the closed form.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file: .png, .svg or .pdf.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=path_option("--html"), metavar="FILE", help="Write a page to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_option("--plot"), metavar="FILE", help="Write a picture to this file: .png, .svg or .pdf."
+        ),
+    ] = None,
     accounting: Annotated[
         Accounting | None, typer.Option(help="paper: the arithmetic of the paper's Table 2, for all five methods.")
     ] = None,
@@ -74,10 +89,9 @@ def plan(
     does not change the exit code: 0 is an answer, 2 a question that makes no sense.
     """
     from sltrain_dist.config.load import load_config
-    from sltrain_dist.config.rules import without_effect
+    from sltrain_dist.config.rules import check_ranks, without_effect
     from sltrain_dist.planner import report
     from sltrain_dist.planner.answer import answer, reference_answer, with_search
-    from sltrain_dist.planner.search import check_ranks
     from sltrain_dist.planner.units import parse_device_memory
 
     _check_options(

@@ -11,11 +11,10 @@ from typing import Any
 
 from sltrain_dist.config.rules import (
     check_fields,
-    check_replicas,
+    check_ranks,
     check_trainable,
     field_value,
     idle_keys,
-    micro_batches_per_update,
 )
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
@@ -243,17 +242,6 @@ def refused(config: Config, ranks: int) -> str | None:
     except ConfigError as error:
         return str(error).split()[0].partition("=")[0]
     return None
-
-
-def check_ranks(config: Config, ranks: int) -> None:
-    """Refuses numbers of ranks that do not go with the batches, or the replicas.
-
-    Raises:
-        ConfigError: With what to change.
-    """
-    micro_batches_per_update(config, ranks)
-    if config.parallel.engine == "fsdp":
-        check_replicas(config.parallel, ranks)
 
 
 def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
