@@ -20,7 +20,10 @@ def raise_(error: Exception) -> None:
     [
         (lambda: torch.empty(2**60), "the machine is out of memory (can't allocate memory: you tried to allocate"),
         (lambda: bytearray(2**62), "the machine is out of memory (MemoryError)"),
-        (lambda: raise_(OSError(12, "Cannot allocate memory")), "the machine is out of memory ([Errno 12] Cannot allocate memory)"),
+        (
+            lambda: raise_(OSError(12, "Cannot allocate memory")),
+            "the machine is out of memory ([Errno 12] Cannot allocate memory)",
+        ),
         (lambda: raise_(torch.OutOfMemoryError("CUDA out of memory.\nTried")), "the device is out of memory (CUDA out"),
     ],
 )
