@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
@@ -394,10 +393,11 @@ def _progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]
 
 
 def _print_table(title: str, rows: Mapping[str, str]) -> None:
-    table = Table("", "", title=title, title_justify="left", show_header=False, box=None)
+    """Prints a title and its rows as plain lines: a terminal that is too narrow breaks them and cuts nothing."""
+    width = max(map(len, rows), default=0)
+    print(title)
     for key, value in rows.items():
-        table.add_row(key, value)
-    Console(soft_wrap=True).print(table)
+        print(f"  {key:<{width}}  {value}")
 
 
 if __name__ == "__main__":
