@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.planner.command import plan
 from sltrain_dist.streams import replace_unprintable
+from sltrain_dist.tracking.progress import progress_bar, status_line
 
 app = typer.Typer(
     name="sltrain",
@@ -172,7 +171,7 @@ def prepare_data(
         raise ConfigError("give either --input (files of your own) or --embedded, and not both")
     if embedded and (options != build.PrepareOptions(num_shards=shards) or name != "corpus"):
         raise ConfigError("--embedded has rules of its own: only --output and --shards go with it")
-    with _progress() as report:
+    with status_line() as report:
         if inputs:
             manifest = build.prepare_files(inputs, output, options, name=name, report=report)
         else:
@@ -209,7 +208,7 @@ def _prepare_tokens(
 
     fetcher = Fetcher(report=lambda line: typer.echo(line, err=True))
     shards = resolve_source(inputs, subset=subset, split=split, key="--input", fetcher=fetcher)
-    with _progress_bar("tokenizing", len(shards)) as report:
+    with progress_bar("tokenizing", len(shards)) as report:
         manifest = prepare_tokens(
             shards,
             output,
@@ -259,7 +258,7 @@ def train_tokenizer(
     if not inputs:
         raise ConfigError("give --input: files or globs of text or JSON lines to train on")
     paths = files.find_inputs(inputs)
-    with _progress() as report:
+    with status_line() as report:
         report(f"training {vocab_size} pieces on {len(paths)} file(s)")
         # A document is only the unit of sampling here, and whole text files would be a coarse one.
         documents = (d for p in paths for d in files.read_documents(p, text_field=text_field, txt_unit="paragraph"))
@@ -300,7 +299,7 @@ def export(
     """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
     from sltrain_dist.checkpoint.export import export_dense
 
-    with _progress() as report:
+    with status_line() as report:
         report(f"merging {checkpoint}")
         parameters = export_dense(checkpoint, output, dtype=dtype.value)
     _print_table(f"Model in {output}", {"parameters": f"{parameters:,}", "type": dtype.value})
@@ -338,7 +337,7 @@ def _verify_tokens(path: Path) -> None:
 
     manifest = open_manifest(path)
     problems: list[str] = []
-    with _progress_bar("verifying", len(manifest.shards)) as report:
+    with progress_bar("verifying", len(manifest.shards)) as report:
         for number, shard in enumerate(manifest.shards, start=1):
             problems += filter(None, [damage(path, shard)])
             report(number, shard.name)
@@ -358,38 +357,6 @@ def main() -> None:
     except MemoryError as error:
         print(f"error: this machine is out of memory ({str(error) or 'MemoryError'})", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIG))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Takes lines on what is being done: one that changes on a terminal, plain lines elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("starting") as status:
-            yield lambda line: status.update(line)
-    else:
-        yield lambda line: print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Takes the number of finished parts and a note: a bar on a terminal, plain lines elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, note: print(f"{done}/{total} {note}", file=sys.stderr, flush=True)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
 def _print_table(title: str, rows: Mapping[str, str]) -> None:

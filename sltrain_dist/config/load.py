@@ -55,6 +55,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return build_config(values, origin)
 
 
+def override_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted keys of all values that `section.key=value` strings set."""
+    return frozenset(leaf for key, value in map(parse_override, overrides) for leaf in leaf_keys(value, key))
+
+
 def run_dir_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """The run directory that a configuration names, even where the rest of it is wrong; None if none is legible."""
     named = [override.partition("=")[2] for override in overrides if override.startswith("run_dir=")]

@@ -116,7 +116,7 @@ def _meant(text: str) -> str:
     """GPUs that were perhaps meant: the sizes of one that was named, such as A100; else what is spelled like it."""
     plain, gpus = _plain(text), {_plain(name): name for name in GPUS}
     names = [name for known, name in gpus.items() if known.startswith(plain)] if len(plain) > 2 else []
-    if not names and re.search("[a-z]", plain):
+    if not names and re.search("[a-z]", text.lower()):
         names = [gpus[known] for known in difflib.get_close_matches(plain, gpus, n=1)]
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else "."
 
