@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def expand(text: str) -> str:
         raise ValueError("contains a NUL character, which no path can")
     if _REMOTE.match(text):
         return text
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        raise ValueError(f"has characters that file names cannot have in {encoding}; set PYTHONUTF8=1") from None
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]

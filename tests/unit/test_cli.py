@@ -10,6 +10,8 @@ import pytest
 from sltrain_dist import cli
 from sltrain_dist.errors import CheckpointError
 
+REPO = Path(__file__).resolve().parents[2]
+PRETRAIN = "launch/pretrain.py"
 SENTENCES = "The {0} fox is quick today. A {0} dog sleeps in the sun. They meet at the {0} river.\n"
 
 
@@ -52,15 +54,15 @@ def test_help_imports_nothing_heavy() -> None:
 def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own, which must not have imported torch when it ends."""
     script = (
-        "import sys\nfrom sltrain_dist import cli\n"
-        f"sys.argv = ['sltrain', *{arguments!r}]\n"
-        "try:\n    cli.main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n    code = end.code\n"
         "assert 'torch' not in sys.modules\nsys.exit(code)\n"
     )
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("command", [["sltrain_dist/cli.py", "train"], ["sltrain_dist/cli.py", "plan"], [PRETRAIN]])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,9 +72,10 @@ def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         (["--config", "{config}", "run_dir=$NOT_SET/x"], "the environment variable NOT_SET is not set"),
     ],
 )
-def test_a_wrong_configuration_is_told_without_torch(command: str, arguments: list[str], message: str) -> None:
-    config = Path(__file__).resolve().parents[2] / "configs" / "llama_60m.yaml"
-    result = _without_torch([command, *(a.format(config=config) for a in arguments)])
+def test_a_wrong_configuration_is_told_without_torch(command: list[str], arguments: list[str], message: str) -> None:
+    script = str(REPO / command[0])
+    config = REPO / "configs" / "llama_60m.yaml"
+    result = _without_torch([script, *command[1:], *(a.format(config=config) for a in arguments)])
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
 

@@ -70,11 +70,18 @@ def test_no_file_is_opened_in_the_encoding_of_the_locale() -> None:
     script = """
 import sys, tempfile, pathlib
 from sltrain_dist.config.load import load_config, to_yaml
+from sltrain_dist.errors import ConfigError
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.console import Console
 path, letter = pathlib.Path(tempfile.mkdtemp()), chr(0x3b4)
-(path / "x.yaml").write_bytes(f"run_dir: {letter}\\ntrain: {{steps: 1}}\\n".encode())
-assert f"run_dir: {letter}" in to_yaml(load_config(path / "x.yaml"))
+(path / "x.yaml").write_bytes(f"tracking: {{run_name: {letter}}}\\ntrain: {{steps: 1}}\\n".encode())
+assert f"run_name: {letter}" in to_yaml(load_config(path / "x.yaml"))
+try:
+    load_config(path / "x.yaml", [f"run_dir={letter}"])
+except ConfigError as error:
+    assert "has characters that file names cannot have in ascii; set PYTHONUTF8=1" in str(error)
+else:
+    raise AssertionError("such a directory cannot be made")
 replace_unprintable()
 console = Console(path / "log.txt", "lines", total=None)
 console.note(f"1 {letter} 2")
