@@ -46,7 +46,7 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks, one a device.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=2**17, help="Number of ranks, one a device.")] = 1,
     device_memory: Annotated[
         str | None,
         typer.Option(help="Of one device: 24GiB, 80GB, or a GPU such as 'RTX 4090' (nvidia-smi's names)."),
