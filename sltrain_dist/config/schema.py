@@ -2,7 +2,8 @@
 
 Unknown keys, wrong types and out-of-range values are errors (:mod:`sltrain_dist.config.load` turns them
 into one readable message). A field's docstring is its documentation: units, and why the default is what
-it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules`.
+it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules`. In every field that holds a path,
+`~` and environment variables are expanded (:mod:`sltrain_dist.config.paths`).
 """
 
 from __future__ import annotations
