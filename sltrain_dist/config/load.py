@@ -38,7 +38,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Loads and checks a configuration.
 
     Args:
-        path: A YAML file, or None for the defaults.
+        path: A YAML file, or None for the defaults. In a string, `~` and environment variables are expanded.
         overrides: `section.key=value` strings, values in YAML; they win over the file. `section={key: value}`
             sets several keys and leaves the section's others.
 
@@ -111,7 +111,7 @@ def to_yaml(config: Config) -> str:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        with Path(expand(str(path))).open("rb") as file:
+        with Path(expand(path) if isinstance(path, str) else path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         text = content.decode("utf-8")
     except (OSError, ValueError) as error:

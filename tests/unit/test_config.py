@@ -35,7 +35,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
     return _write
 
 
-def message(path: Path | None, *overrides: str) -> str:
+def message(path: Path | str | None, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     assert caught.value.exit_code is ExitCode.CONFIG
@@ -207,7 +207,7 @@ class TestPaths:
     def test_the_file_itself_and_its_run_dir(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SCRATCH", str(tmp_path))
         (tmp_path / "x.yaml").write_text("run_dir: ~/runs\ntrain: {stepz: 1}\n")
-        assert "did you mean train.steps?" in message(Path("$SCRATCH/x.yaml"))
+        assert "did you mean train.steps?" in message("$SCRATCH/x.yaml")
         assert run_dir_of("$SCRATCH/x.yaml") == "/home/me/runs"
         assert run_dir_of("$SCRATCH/x.yaml", ["run_dir=$NOPE"]) is None
 
