@@ -85,9 +85,13 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, mark)
 
     def construct_scalar(self, node: Any) -> Any:
-        if isinstance(node.value, str) and any("\ud800" <= character <= "\udfff" for character in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "half of a surrogate pair", node.start_mark)
-        return super().construct_scalar(node)
+        value = super().construct_scalar(node)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            problem = "half of a surrogate pair"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        return value
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
