@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main() -> int:
     """Parses the command line and trains."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # the help has characters that ASCII and Latin-1 lack
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
@@ -27,25 +29,11 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
     arguments = parser.parse_intermixed_args()
 
-    if arguments.print_run_dir:
-        return print_run_dir(arguments.config, arguments.overrides)
-    from sltrain_dist.train.run import pretrain
+    # Here, so that --help is quick.
+    from sltrain_dist.train import run
 
-    return int(pretrain(arguments.config, arguments.overrides))
-
-
-def print_run_dir(config: str, overrides: list[str]) -> int:
-    """For batch scripts, before they start anything."""
-    from sltrain_dist.config.load import load_config
-    from sltrain_dist.errors import ConfigError
-    from sltrain_dist.train.exit import directory
-
-    try:
-        print(directory(load_config(config, overrides)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return 0
+    start = run.print_run_dir if arguments.print_run_dir else run.pretrain
+    return int(start(arguments.config, arguments.overrides))
 
 
 if __name__ == "__main__":

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from sltrain_dist.errors import CheckpointError, ConfigError, DataError, SltrainError
+from sltrain_dist.config.paths import path_option
+from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.planner.command import plan
+from sltrain_dist.streams import replace_unprintable
+from sltrain_dist.tracking.progress import progress_bar, status_line
 
 app = typer.Typer(
     name="sltrain",
-    help="Tools around sparse plus low-rank pretraining.",
+    help="Sparse plus low-rank pretraining, and the tools around it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut the names of options on a narrow terminal
 )
 
 
@@ -48,14 +49,50 @@ class Dtype(StrEnum):
 
 InputOption = Annotated[
     list[str] | None,
-    typer.Option("--input", "-i", help="File or glob (quote it); may be repeated. Text files and JSON lines, or .gz."),
+    typer.Option(
+        "--input",
+        "-i",
+        parser=path_option("--input", str),
+        metavar="PATH",
+        help="File or glob (quote it); may be repeated. Text files and JSON lines, or .gz.",
+    ),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to make.")
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
 
 
 @app.callback()
-def _sltrain() -> None:
-    """Tools around sparse plus low-rank pretraining."""
+def _sltrain(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> None:
+    """Sparse plus low-rank pretraining, and the tools around it."""
+    # DeepSpeed's launcher puts its option before the command; the environment says the same.
+
+
+@app.command("train")
+def train(
+    config: Annotated[
+        Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file: what to train, and how.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
+    ] = None,
+    print_run_dir: Annotated[bool, typer.Option("--print-run-dir", help="Only print where exit.json will be.")] = False,
+) -> None:
+    """Pretrains a model, as launch/pretrain.py does.
+
+    One process: sltrain train --config FILE. Several: torchrun --nproc-per-node N -m sltrain_dist train --config FILE,
+    and likewise deepspeed --module sltrain_dist, or srun python -m sltrain_dist.
+
+    Exit codes: 0 done, 1 a crash or another process lost, 2 configuration, 3 data, 4 diverged, 5 checkpoint, 6 storage,
+    75 stopped early with everything saved. Launchers lose them; exit.json in the run directory does not.
+    """
+    from sltrain_dist.train import run
+
+    start = run.print_run_dir if print_run_dir else run.pretrain
+    raise typer.Exit(int(start(str(config), overrides or [])))
 
 
 app.command("plan")(plan)
@@ -63,7 +100,7 @@ app.command("plan")(plan)
 
 @app.command("prepare-data")
 def prepare_data(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    output: OutputOption,
     inputs: InputOption = None,
     embedded: Annotated[
         bool, typer.Option("--embedded", help="Take the prose of the installed Python packages instead of files.")
@@ -86,7 +123,12 @@ def prepare_data(
     ] = True,
     min_sentences: Annotated[int, typer.Option(min=1, help="Sentences that a page must keep.")] = 3,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenize the inputs as they are into token shards, with this model file.")
+        Path | None,
+        typer.Option(
+            parser=path_option("--tokenizer"),
+            metavar="PATH",
+            help="Tokenize the inputs as they are into token shards, with this model file.",
+        ),
     ] = None,
     subset: Annotated[str | None, typer.Option(help="With --tokenizer: configuration of a Hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="With --tokenizer: split of a Hub dataset.")] = "train",
@@ -129,7 +171,7 @@ def prepare_data(
         raise ConfigError("give either --input (files of your own) or --embedded, and not both")
     if embedded and (options != build.PrepareOptions(num_shards=shards) or name != "corpus"):
         raise ConfigError("--embedded has rules of its own: only --output and --shards go with it")
-    with _progress() as report:
+    with status_line() as report:
         if inputs:
             manifest = build.prepare_files(inputs, output, options, name=name, report=report)
         else:
@@ -166,7 +208,7 @@ def _prepare_tokens(
 
     fetcher = Fetcher(report=lambda line: typer.echo(line, err=True))
     shards = resolve_source(inputs, subset=subset, split=split, key="--input", fetcher=fetcher)
-    with _progress_bar("tokenizing", len(shards)) as report:
+    with progress_bar("tokenizing", len(shards)) as report:
         manifest = prepare_tokens(
             shards,
             output,
@@ -191,7 +233,10 @@ def _prepare_tokens(
 
 @app.command("train-tokenizer")
 def train_tokenizer(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Model file to write."),
+    ],
     inputs: InputOption = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32_000,
     model_type: Annotated[ModelType, typer.Option(help="unigram as T5's, or bpe as LLaMA's.")] = ModelType.unigram,
@@ -213,7 +258,7 @@ def train_tokenizer(
     if not inputs:
         raise ConfigError("give --input: files or globs of text or JSON lines to train on")
     paths = files.find_inputs(inputs)
-    with _progress() as report:
+    with status_line() as report:
         report(f"training {vocab_size} pieces on {len(paths)} file(s)")
         # A document is only the unit of sampling here, and whole text files would be a coarse one.
         documents = (d for p in paths for d in files.read_documents(p, text_field=text_field, txt_unit="paragraph"))
@@ -242,14 +287,19 @@ def train_tokenizer(
 
 @app.command("export")
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory (its newest checkpoint).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."
+        ),
+    ],
+    output: OutputOption,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
 ) -> None:
     """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
     from sltrain_dist.checkpoint.export import export_dense
 
-    with _progress() as report:
+    with status_line() as report:
         report(f"merging {checkpoint}")
         parameters = export_dense(checkpoint, output, dtype=dtype.value)
     _print_table(f"Model in {output}", {"parameters": f"{parameters:,}", "type": dtype.value})
@@ -257,7 +307,12 @@ def export(
 
 @app.command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a run directory (all its checkpoints), or token shards.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=path_option("PATH"), help="A checkpoint, a run directory (all its checkpoints), or token shards."
+        ),
+    ],
 ) -> None:
     """Compares files with the sizes and SHA-256 in their manifests.
 
@@ -282,7 +337,7 @@ def _verify_tokens(path: Path) -> None:
 
     manifest = open_manifest(path)
     problems: list[str] = []
-    with _progress_bar("verifying", len(manifest.shards)) as report:
+    with progress_bar("verifying", len(manifest.shards)) as report:
         for number, shard in enumerate(manifest.shards, start=1):
             problems += filter(None, [damage(path, shard)])
             report(number, shard.name)
@@ -293,50 +348,23 @@ def _verify_tokens(path: Path) -> None:
 
 def main() -> None:
     """Entry point: errors that a user can cause become one message and the documented exit code."""
+    replace_unprintable()
     try:
-        app()
+        app(prog_name="sltrain")
     except SltrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Takes lines on what is being done: one that changes on a terminal, plain lines elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("starting") as status:
-            yield lambda line: status.update(line)
-    else:
-        yield lambda line: print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Takes the number of finished parts and a note: a bar on a terminal, plain lines elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, note: print(f"{done}/{total} {note}", file=sys.stderr, flush=True)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, note="")
-        yield lambda done, note: bar.update(task, completed=done, note=note)
+    except MemoryError as error:
+        print(f"error: this machine is out of memory ({str(error) or 'MemoryError'})", file=sys.stderr)
+        sys.exit(int(ExitCode.CONFIG))
 
 
 def _print_table(title: str, rows: Mapping[str, str]) -> None:
-    table = Table("", "", title=title, title_justify="left", show_header=False, box=None)
+    """Prints a title and its rows as plain lines: a terminal that is too narrow breaks them and cuts nothing."""
+    width = max(map(len, rows), default=0)
+    print(title)
     for key, value in rows.items():
-        table.add_row(key, value)
-    Console(soft_wrap=True).print(table)
+        print(f"  {key:<{width}}  {value}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, as everything here
 import datasets
 import numpy as np
 import transformers
-from benchmarking import table
+from benchmarking import positive, table
 
 from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data.batching import count_tokens
@@ -40,6 +40,7 @@ from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.source import read_documents, resolve_source
 from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.streams import replace_unprintable
 
 GLOBAL_BATCH = 64
 PLAIN_BATCH = 1000
@@ -192,15 +193,16 @@ def summarise(costs: list[Cost]) -> dict[str, float]:
 
 def main() -> None:
     """Parses the arguments, measures and prints."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="JSON lines: a file, directory or glob")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a unigram SentencePiece model, such as T5's")
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--megabytes", type=float, default=8, help="text to read")
-    parser.add_argument("--shards", type=int, default=8, help="files that the text is dealt to, one a stream")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=20, help="times that the prepared shards are read")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shards", type=positive, default=8, help="files that the text is dealt to, one a stream")
+    parser.add_argument("--seq-len", type=positive, default=256)
+    parser.add_argument("--epochs", type=positive, default=20, help="times that the prepared shards are read")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     datasets.disable_progress_bars()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarking import median_times, peak_bytes, saved_bytes, table
+from benchmarking import median_times, peak_bytes, positive, saved_bytes, sizes, some_of, table
 from torch import Tensor, nn
 
 from sltrain_dist.config.load import build_config
@@ -25,6 +25,7 @@ from sltrain_dist.models.count import block_linears
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.heap import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,15 +149,19 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--shapes", default="1b", help="presets, by comma: 60m,130m,350m,1b,7b")
-    parser.add_argument("--methods", default="", help="by comma; default: all")
-    parser.add_argument("--rank", type=int, default=None, help="instead of the preset's")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--shapes", type=some_of(sizes()), default="1b", help="presets, by comma: 60m,130m,350m,1b,7b")
+    methods = ("dense", "published", *METHODS)
+    parser.add_argument(
+        "--methods", type=some_of(methods), default=methods, help="by comma, beside dense; default: all"
+    )
+    parser.add_argument("--rank", type=positive, default=None, help="instead of the preset's")
+    parser.add_argument("--repeats", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -164,16 +169,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
         keep_freed_memory()  # as in training
-    methods = ["dense", *(args.methods.split(",") if args.methods else ("published", *METHODS))]
-    unknown = set(methods) - {"dense", "published", *METHODS}
-    if unknown:
-        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are: published, {', '.join(METHODS)}")
+    methods = list(dict.fromkeys(["dense", *args.methods]))  # ratios are to dense
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "load": os.getloadavg()[0], "clock": "cpu" if args.cpu_time else "wall",
         "dtype": args.dtype, "tokens": args.tokens, "presets": {},
     }  # fmt: skip
-    for preset in args.shapes.split(","):
+    for preset in args.shapes:
         groups, rank, density, alpha = groups_of(preset)
         rank = args.rank or rank
         rows = [row for group in groups for row in measure(group, methods, rank, density, alpha, args)]

@@ -17,18 +17,19 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from benchmarking import table
+from benchmarking import positive, sizes, some_of, table
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import Config, SupportKind
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.planner.follow import follow
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Point
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.live_bytes import storage_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -94,7 +95,7 @@ def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
 
     yield row("full rank, 16-bit, whole", {"method": "full"}, 16, "whole")
     yield row("full rank, 8-bit, per_layer", {"method": "full"}, 8, "per_layer")
-    for support in args.supports.split(","):
+    for support in args.supports:
         reparam = {"method": "sltrain", "support": support}
         for bits in (16, 8, 4):
             for update in ("whole", "per_layer"):
@@ -107,14 +108,16 @@ def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60m", help="60m, 130m, 350m, 1b or 7b")
+    parser.add_argument("--preset", default="60m", choices=sizes())
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--fake", action="store_true", help="fake tensors: shapes and types only")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32", "mixed"))
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--supports", default="random,stratified,blocks", help="by comma")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences")
+    parser.add_argument("--seq-len", type=positive, default=256)
+    supports = get_args(SupportKind)
+    parser.add_argument("--supports", type=some_of(supports), default=supports, help="by comma; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.fake and args.device == "cuda":

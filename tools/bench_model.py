@@ -15,11 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarking import median_times, peak_bytes, table
+from benchmarking import median_times, peak_bytes, positive, sizes, some_of, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.optim.factory import make_optimizer
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.heap import keep_freed_memory
 
 METHODS = {
@@ -59,24 +60,24 @@ def make_step(preset: str, method: str, args: argparse.Namespace) -> Callable[[]
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="130m", help="60m, 130m, 350m, 1b or 7b")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", default="130m", choices=sizes())
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--methods", default="random auto,stratified auto,blocks auto", help="by comma, beside full")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--micro-batch", type=positive, default=8)
+    parser.add_argument("--seq-len", type=positive, default=256)
+    usual = "random auto,stratified auto,blocks auto"
+    parser.add_argument("--methods", type=some_of(METHODS), default=usual, help="by comma, beside full")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    methods = ["full", *(method for method in args.methods.split(",") if method != "full")]
-    if unknown := set(methods) - set(METHODS):
-        parser.error(f"no such method: {', '.join(sorted(unknown))}; there are: {', '.join(METHODS)}")
+    methods = list(dict.fromkeys(["full", *args.methods]))  # speed-ups are over full
     device = torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()  # as in training

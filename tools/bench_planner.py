@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import torch
 from bench_memory import cuda_peak
-from benchmarking import table
+from benchmarking import positive, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.presets import PRESETS
@@ -35,6 +35,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.planner.replay import replay
 from sltrain_dist.planner.result import Estimate, Group, Point
+from sltrain_dist.streams import replace_unprintable
 
 LEVERS: dict[str, tuple[Any, ...]] = {
     "reparam.method": ("sltrain", "sltrain", "sltrain", "full", "lowrank"),
@@ -213,11 +214,12 @@ def _key(case: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=200, help="configurations")
+    parser.add_argument("--sample", type=positive, default=200, help="configurations")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--max-layers", type=int, help="cut the models' depth, for speed")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes")
+    parser.add_argument("--max-layers", type=positive, help="cut the models' depth, for speed")
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU of this machine, with one rank")
     parser.add_argument("--rows", type=Path, help="file of JSON lines, one a configuration, to add to")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

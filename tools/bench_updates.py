@@ -21,12 +21,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmarking import interleaved, table
+from benchmarking import interleaved, positive, sizes, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.step import forward_backward
 
 UPDATES = ("whole", "per_layer")
@@ -83,16 +84,17 @@ def compare(args: argparse.Namespace, dtype: str, state_bits: int) -> dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints the table, or JSON."""
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="60m", help="60m, 130m, 350m, 1b or 7b")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", default="60m", choices=sizes())
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16", "mixed"))
     parser.add_argument("--state-bits", nargs="+", type=int, default=[16, 8], choices=(32, 16, 8, 4))
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--micro-batch", type=positive, default=8)
+    parser.add_argument("--seq-len", type=positive, default=128)
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for no clipping")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--repeats", type=positive, default=9)
+    parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
     if args.threads is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,35 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from sltrain_dist.config import presets
+
 Run = Callable[[], Any]
+
+
+def sizes() -> list[str]:
+    """The presets as benchmarks call them: 60m, 130m, …"""
+    return [name.removeprefix("llama_") for name in presets.PRESETS]
+
+
+def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """A type for argparse: names out of `choices`, by comma; each counts once."""
+    known = list(choices)
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no such: {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """A type for argparse: a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number above 0")
+    return int(text)
 
 
 def synchronise(device: torch.device) -> None:

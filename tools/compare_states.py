@@ -34,6 +34,7 @@ from rich.table import Table
 from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.run import pretrain
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "compare_states.yaml"
@@ -120,6 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs, seed by seed, and prints the table, or JSON; returns the exit code."""
+    replace_unprintable()
     args = parse(arguments)
     variants = list(dict.fromkeys([REFERENCE, *args.controls, *args.bits]))
     losses: Losses = {}

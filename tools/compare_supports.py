@@ -48,6 +48,7 @@ from sltrain_dist.optim.schedule import Progress, learning_rate
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport, Order
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.step import Rows, forward_backward
 
@@ -279,6 +280,7 @@ def make_study(args: argparse.Namespace) -> Study:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs that are not there yet, seed by seed, and prints the table; returns the exit code."""
+    replace_unprintable()
     args = parse(arguments)
     try:
         study = make_study(args)

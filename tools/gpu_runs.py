@@ -30,6 +30,7 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.planner.estimate import estimate
+from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
@@ -215,6 +216,7 @@ def warm_up(device: torch.device) -> None:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", required=True, choices=SETS)
     parser.add_argument("--out", required=True, type=Path, help="file of JSON lines")

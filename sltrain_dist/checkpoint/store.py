@@ -205,7 +205,7 @@ class CheckpointReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         try:
             self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            self.config_yaml = (path / "config.yaml").read_text()
+            self.config_yaml = (path / "config.yaml").read_text(encoding="utf-8")
             for file_path in sorted(path.glob("tensors-*.safetensors")):
                 self._open(file_path)
         except (OSError, ValueError, SafetensorError) as error:

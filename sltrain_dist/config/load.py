@@ -11,12 +11,17 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sltrain_dist.config.paths import expand
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import check_fields, leaf_keys
 from sltrain_dist.config.schema import Config
+from sltrain_dist.config.strict_yaml import Dumper, Loader
 from sltrain_dist.errors import ConfigError
 
 _Key = tuple[str, ...]
+
+_MOST_BYTES = 1 << 20
+"""Of a configuration file; reading takes about three seconds for as many."""
 
 _COMMAND_LINE = "command line"
 _IS_A_SECTION = "this is a section; give it keys with values"
@@ -28,58 +33,12 @@ _EXPECTED = {
     "bool_type": "true or false",
 }
 
-_FLOAT = re.compile(
-    r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|[-+]?\.(inf|nan)$"
-)
-_INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$")
-
-
-def _plain_scalars(base: type[Any]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """`base`'s rules for unquoted values, with numbers as everyone means them.
-
-    YAML 1.1 reads 3e-3 as text, 010 as eight, 1:30 as ninety and 2024-01-01 as a date. Here the first is a
-    number and the others are text.
-    """
-    replaced = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp")}
-    rules = {
-        first: [rule for rule in known if rule[0] not in replaced]
-        for first, known in base.yaml_implicit_resolvers.items()
-    }
-    for first in "-+.0123456789":
-        rules.setdefault(first, []).extend([("tag:yaml.org,2002:float", _FLOAT), ("tag:yaml.org,2002:int", _INT)])
-    return rules
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which repeated keys, and keys that are not text, are errors."""
-
-    yaml_implicit_resolvers = _plain_scalars(yaml.SafeLoader)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            problem = None
-            if key.tag not in {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}:
-                problem = "a key that is not text"
-            elif key.value in seen:
-                problem = f"the key {key.value!r} is there twice"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what :class:`_Loader` would not read back as text, such as a run_dir called 1e-3."""
-
-    yaml_implicit_resolvers = _plain_scalars(yaml.SafeDumper)
-
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Loads and checks a configuration.
 
     Args:
-        path: A YAML file, or None for the defaults.
+        path: A YAML file, or None for the defaults. In a string, `~` and environment variables are expanded.
         overrides: `section.key=value` strings, values in YAML; they win over the file. `section={key: value}`
             sets several keys and leaves the section's others.
 
@@ -96,14 +55,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return build_config(values, origin)
 
 
+def override_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted keys of all values that `section.key=value` strings set."""
+    return frozenset(leaf for key, value in map(parse_override, overrides) for leaf in leaf_keys(value, key))
+
+
 def run_dir_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """The run directory that a configuration names, even where the rest of it is wrong; None if none is legible."""
     named = [override.partition("=")[2] for override in overrides if override.startswith("run_dir=")]
     try:
         value = named[-1] if named else _read_yaml(path).get("run_dir")
-    except ConfigError:
+        return expand(value) if isinstance(value, str) else None
+    except (ConfigError, ValueError):
         return None
-    return value if isinstance(value, str) else None
 
 
 def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
@@ -142,16 +106,20 @@ def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = N
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, with every default written out. :func:`load_config` reads it back."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(expand(path) if isinstance(path, str) else path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: a configuration has at most {_MOST_BYTES:,} bytes; is this another kind of file?")
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}") from None
     if values is None:
@@ -179,12 +147,12 @@ def parse_override(override: str) -> tuple[_Key, Any]:
     if not equals or not all(key):
         raise ConfigError(f"{_COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
-        return key, yaml.load(text, _Loader)
+        return key, yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}\n"
-            f"Text with special characters needs quotes, and those need the shell's: '{dotted}=\"...\"'"
-        ) from None
+        hint = ""
+        if not isinstance(error, yaml.constructor.ConstructorError):
+            hint = f"\nText with special characters needs quotes, and those need the shell's: '{dotted}=\"...\"'"
+        raise ConfigError(f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}{hint}") from None
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -270,6 +238,8 @@ def _reason(key: _Key, items: Sequence[Mapping[str, Any]]) -> str:
         return f"unknown key{_key_hint(key)}"
     if kind in {"model_type", "dict_type"}:
         return _IS_A_SECTION
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
     reason = "should be " + _EXPECTED[kind] if kind in _EXPECTED else re.sub("^Input ", "", item["msg"])
     if kind == "string_type" and isinstance(value, bool | int | float):
         reason += "; put it in quotes"
@@ -316,5 +286,7 @@ def _message(origin: Mapping[str, str], key: _Key, value: Any, reason: str) -> s
 
 def _show(value: Any) -> str:
     """A value as a user would write it in YAML, cut if it is long."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to write these out
+        return f"a number of {value.bit_length():,} bits"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

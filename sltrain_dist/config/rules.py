@@ -10,6 +10,12 @@ from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
 from sltrain_dist.errors import ConfigError
 
+_MOST_PARAMETERS = 10**14
+"""Of a model as if every weight were dense: dozens of times the largest that was ever trained, 200 TB in bf16."""
+
+_MOST_TOKENS = 2**30
+"""In one forward pass of a rank: 128 GB for a single copy of an activation of width 64."""
+
 
 def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (dotted key, what to change) for every combination of fields that cannot be run."""
@@ -32,11 +38,31 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", f"is longer than the run; at most train.steps = {train.steps}"
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
+    yield from _check_size(config)
     yield from _check_optimizer(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
     yield from _check_int8(config)
+
+
+def _check_size(config: Config) -> Iterator[tuple[str, str]]:
+    """What no machine could hold, so that a typing error is a message and not hours of work."""
+    model, train, seq_len = config.model, config.train, config.data.seq_len
+    layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
+    parameters = model.num_layers * layer + 2 * model.vocab_size * model.hidden_size
+    if parameters > _MOST_PARAMETERS:
+        yield (
+            "model.hidden_size",
+            f"makes a model of about {parameters:.1e} dense parameters with the section's other sizes; "
+            f"at most {_MOST_PARAMETERS:.0e}: no cluster could hold more",
+        )
+    for key, batch in (("train.micro_batch", train.micro_batch), ("eval.micro_batch", config.eval.micro_batch or 1)):
+        if batch * seq_len > _MOST_TOKENS:
+            yield (
+                key,
+                f"times data.seq_len = {seq_len} is more than the {_MOST_TOKENS:,} tokens that a device could hold",
+            )
 
 
 def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
@@ -218,6 +244,17 @@ def check_replicas(parallel: ParallelConfig, world_size: int) -> None:
             f"parallel.replicas = {replicas} does not divide {world_size} ranks into groups of at least two; "
             "set a smaller divisor, or parallel.engine=ddp for whole replicas"
         )
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Refuses numbers of ranks that do not go with the batches, or the replicas.
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    micro_batches_per_update(config, ranks)
+    if config.parallel.engine == "fsdp":
+        check_replicas(config.parallel, ranks)
 
 
 def check_trainable(config: Config) -> None:

@@ -2,14 +2,17 @@
 
 Unknown keys, wrong types and out-of-range values are errors (:mod:`sltrain_dist.config.load` turns them
 into one readable message). A field's docstring is its documentation: units, and why the default is what
-it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules`.
+it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules`. In every field that holds a path,
+`~` and environment variables are expanded (:mod:`sltrain_dist.config.paths`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from sltrain_dist.config.paths import expand
 
 T = TypeVar("T")
 
@@ -22,8 +25,20 @@ MEMORY = _Memory()
 Memory = Annotated[T, MEMORY]
 """A field that the device memory of a run depends on, alone or with others; the planner looks at no other one."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-CountOrZero = Annotated[int, Field(ge=0)]
+LARGEST_INT = 2**63 - 1
+"""What fits into 64 bits."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_INT)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+Seconds = Annotated[int, Field(gt=0, le=10_000_000)]
+"""Up to four months: the system's timers take no time that is much longer."""
+
+# Bounds far above what any machine could hold, so that a typing error is a message and not hours of work.
+Amount = Annotated[int, Field(gt=0, le=2**24)]
+Width = Annotated[int, Field(gt=0, le=2**22)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+Processes = Annotated[int, Field(ge=0, le=4096)]
+
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -35,21 +50,29 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
+    @field_validator("run_dir", "source", "tokenizer", "cache_dir", "resume", "mlflow_uri", check_fields=False)
+    @classmethod
+    def _expand_paths(cls, value: str | list[str] | None) -> str | list[str] | None:
+        """Expands `~` and environment variables in every field that can hold a path."""
+        if isinstance(value, list):
+            return [expand(entry) for entry in value]
+        return None if value is None else expand(value)
+
 
 class ModelConfig(Section):
     """A LLaMA decoder."""
 
-    vocab_size: Memory[PositiveInt] = 32_000
+    vocab_size: Memory[Amount] = 32_000
     """Rows of the embedding and of the head. At least the tokenizer's size."""
-    hidden_size: Memory[PositiveInt] = 512
+    hidden_size: Memory[Width] = 512
     """Width of the residual stream."""
-    intermediate_size: Memory[PositiveInt] = 1376
+    intermediate_size: Memory[Width] = 1376
     """Width of the SwiGLU MLP."""
-    num_layers: Memory[PositiveInt] = 8
+    num_layers: Memory[Layers] = 8
     """Decoder blocks."""
-    num_heads: Memory[PositiveInt] = 8
+    num_heads: Memory[Width] = 8
     """Query heads; hidden_size / num_heads is the head dimension, and must be even for rotary embeddings."""
-    num_kv_heads: Memory[PositiveInt | None] = None
+    num_kv_heads: Memory[Width | None] = None
     """Key and value heads (grouped-query attention). Null: as many as num_heads."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary embedding's frequencies."""
@@ -78,7 +101,7 @@ class ReparamConfig(Section):
     """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
     relora (a frozen dense weight and factors, which are merged into it now and then) and galore (a dense weight whose
     gradient is projected to rank before the optimizer sees it)."""
-    rank: Memory[PositiveInt] = 128
+    rank: Memory[Width] = 128
     """r, the inner size of B (m, r) and A (r, n)."""
     density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03
     """δ, the share of W's entries that S holds (`sp_ratio` in the reference code)."""
@@ -123,21 +146,21 @@ class DataConfig(Section):
     """Key of the document's text in each JSON line, or column of a Parquet file."""
     tokenizer: str = "embedded"
     """A SentencePiece model file. "embedded": trained on the embedded corpus, with model.vocab_size pieces."""
-    seq_len: Memory[Annotated[int, Field(ge=2)]] = 256
+    seq_len: Memory[Annotated[int, Field(ge=2, le=2**24)]] = 256
     """Tokens in a row."""
     batching: Literal["pad", "pack"] = "pad"
     """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
     reset_attention: Memory[bool] = False
     """With pack: whether attention and positions start anew at every document's first token, which then is not
     predicted, so that the documents of a row know nothing of each other. false: they attend to what comes before."""
-    streams: PositiveInt = 16
+    streams: Amount = 16
     """Virtual streams that the documents are dealt to. Part of the data order: changing it changes every
     batch. Best a multiple of the number of ranks; each stream keeps one file open."""
-    shuffle_block: PositiveInt = 1024
+    shuffle_block: Amount = 1024
     """Documents that are read and permuted together inside a stream."""
-    workers: CountOrZero = 1
+    workers: Processes = 1
     """Background processes per rank that read and tokenize. 0: in the training process itself."""
-    prefetch: PositiveInt = 4
+    prefetch: Amount = 4
     """Updates' worth of rows that each worker prepares ahead."""
     max_bad_fraction: Fraction = 0.01
     """The run stops (exit code 3) when more than this share of the documents read are unusable."""
@@ -147,7 +170,7 @@ class DataConfig(Section):
     retry_wait_s: FloatOrZero = 1.0
     """Mean seconds before the first of these attempts. Doubles with each, up to a minute; random by a half up or
     down. A server's Retry-After is honoured if it asks for more."""
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: Annotated[float, Field(gt=0, le=10_000_000)] = 60.0
     """Seconds of silence after which an http(s) server counts as gone."""
     cache_dir: str | None = None
     """Where the embedded corpus is kept. Null: $XDG_CACHE_HOME/sltrain_dist or ~/.cache/sltrain_dist."""
@@ -218,7 +241,7 @@ class ParallelConfig(Section):
     """Where gradients wait between micro-batches. local: whole, with one reduction per update. sharded:
     reduce-scattered at every micro-batch, which takes less memory and more traffic. auto: local for ddp and
     zero stage 1, sharded for fsdp and zero stages 2 and 3. Only fsdp has both."""
-    replicas: Memory[PositiveInt] = 1
+    replicas: Memory[Amount] = 1
     """fsdp: groups of ranks that each hold all shards (hybrid sharding): shards are gathered inside a group
     of world size / replicas ranks, such as the GPUs of one host, and gradients all-reduced between groups."""
     reshard_after_forward: Memory[bool] = True
@@ -232,7 +255,7 @@ class ParallelConfig(Section):
     deepspeed: Memory[dict[str, Any]] = {}
     """zero: more keys of DeepSpeed's configuration, nested as there. A key that is made from another setting
     of this configuration is refused."""
-    timeout_s: PositiveInt = 1800
+    timeout_s: Seconds = 1800
     """Seconds after which a collective that got no answer ends the run."""
 
 
@@ -243,9 +266,9 @@ class TrainConfig(Section):
     """Updates to make. Exactly one of steps and tokens must be set."""
     tokens: PositiveInt | None = None
     """Non-padding tokens to train on; the run ends with the first update that reaches them."""
-    micro_batch: Memory[PositiveInt] = 8
+    micro_batch: Memory[Amount] = 8
     """Sequences per rank and forward pass."""
-    global_batch: Memory[PositiveInt] = 512
+    global_batch: Memory[Amount] = 512
     """Sequences per update, over all ranks and micro-batches."""
     dtype: Memory[Literal["bf16", "fp32", "mixed"]] = "bf16"
     """Types, under every engine. bf16 and fp32: of parameters, gradients, activations and optimizer states;
@@ -286,7 +309,7 @@ class EvalConfig(Section):
     """Updates between evaluations. 0: only before the first and after the last update."""
     tokens: PositiveInt = 10_000_000
     """Non-padding tokens to evaluate on, in the order of the files; fewer if the source ends before."""
-    micro_batch: Memory[PositiveInt | None] = None
+    micro_batch: Memory[Amount | None] = None
     """Sequences per rank and forward pass. Null: train.micro_batch."""
 
 

@@ -51,7 +51,7 @@ class Process:
     def of(pid: int) -> Process | None:
         """The process with this id; None if there is none, or it has ended and waits for its parent."""
         try:
-            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
             command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
         except OSError:
             return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sltrain_dist.config.load import to_yaml
 from sltrain_dist.config.rules import check_trainable
@@ -13,10 +15,13 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.planner.levers import default_levers, named_levers
 from sltrain_dist.planner.result import Estimate
-from sltrain_dist.planner.search import Change, Row, Search, search, single_changes
+from sltrain_dist.planner.search import Change, Progress, Row, Search, search, single_changes
 
 _FINALISTS = 3
 """Rows of a search that are replayed where that is asked for; each takes seconds to a minute."""
+
+
+_DEVICES_PER_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Answer:
         rows: The rows of the search that are listed.
         rows_left_out: How many more were worth listing.
         saved: Files of their configurations, if they were saved.
+        assumed: What was planned otherwise than the configuration says: values by dotted key.
     """
 
     config: Config
@@ -44,6 +50,7 @@ class Answer:
     rows: Sequence[Row] = ()
     rows_left_out: int = 0
     saved: Sequence[str] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def margin_bytes(self) -> int | None:
@@ -86,16 +93,25 @@ def reference_answer(config: Config, device_memory: int | None) -> Answer:
 
 
 def with_search(
-    known: Answer, *, vary: Sequence[str], most_rows: int, directory: Path | None, by_replay: bool
+    known: Answer,
+    *,
+    vary: Sequence[str],
+    fixed: Collection[str],
+    most_rows: int,
+    directory: Path | None,
+    by_replay: bool,
+    progress: Progress | None = None,
 ) -> Answer:
     """Adds a search to an answer.
 
     Args:
         known: Where it begins.
         vary: As of :func:`sltrain_dist.planner.levers.named_levers`; empty for the usual levers.
+        fixed: Dotted keys that the usual levers leave alone.
         most_rows: Rows that are listed.
         directory: Where their configurations are written, if anywhere.
         by_replay: Whether the first few of them are replayed.
+        progress: As of :func:`sltrain_dist.planner.search.search`.
 
     Raises:
         ConfigError: A lever is wrong, nothing can be run, or the directory cannot be written.
@@ -103,8 +119,8 @@ def with_search(
     from sltrain_dist.planner.estimate import estimate
 
     config, ranks = known.config, known.ranks
-    levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks)
-    found = search(config, ranks, levers, estimate, workers=len(os.sched_getaffinity(0)))
+    levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks, fixed)
+    found = search(config, ranks, levers, estimate, workers=len(os.sched_getaffinity(0)), progress=progress)
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")
@@ -112,12 +128,12 @@ def with_search(
     rows = front[:most_rows]
     if by_replay:
         rows = [_replayed(row, ranks) if index < _FINALISTS else row for index, row in enumerate(rows)]
-    saved = [] if directory is None else save(rows, directory)
+    saved = [] if directory is None else save(rows, directory, ranks)
     return replace(known, found=found, rows=rows, rows_left_out=len(front) - len(rows), saved=saved)
 
 
-def save(rows: Sequence[Row], directory: Path) -> list[str]:
-    """Writes every row's configuration, ready to run, into a directory that is made if need be.
+def save(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
+    """Writes every row's configuration, ready to run on so many ranks, into a directory that is made if need be.
 
     Each has a run directory of its own beside that of the configuration that the search began with.
 
@@ -129,7 +145,10 @@ def save(rows: Sequence[Row], directory: Path) -> list[str]:
         path = directory / f"plan-{number:02d}.yaml"
         config = row.config.model_copy(update={"run_dir": f"{row.config.run_dir}-{path.stem}"})
         settings = ", ".join(f"{name} {value}" for name, value in row.settings.items())
-        text = f"# {settings}\n# predicted: {row.device_bytes:,} bytes of the device\n{to_yaml(config)}"
+        text = (
+            f"# {settings}\n# predicted: {row.device_bytes:,} bytes of the device\n"
+            f"# start: {launch_line(str(path), ranks)}\n{to_yaml(config)}"
+        )
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as file:
@@ -140,6 +159,17 @@ def save(rows: Sequence[Row], directory: Path) -> list[str]:
             raise ConfigError(f"--save: cannot write {path}: {error.strerror}") from None
         paths.append(str(path))
     return paths
+
+
+def launch_line(path: str, ranks: int) -> str:
+    """The command that trains as a file says: on one rank, on the devices of one host, or on hosts of eight."""
+    command = f"train --config {shlex.quote(path)}"
+    if ranks == 1:
+        return f"sltrain {command}"
+    if ranks <= _DEVICES_PER_HOST or ranks % _DEVICES_PER_HOST:
+        return f"torchrun --standalone --nproc-per-node {ranks} -m sltrain_dist {command}"
+    hosts = f"--nnodes {ranks // _DEVICES_PER_HOST} --nproc-per-node {_DEVICES_PER_HOST}"
+    return f"torchrun {hosts} --node-rank I --master-addr HOST0 --master-port 29500 -m sltrain_dist {command}"
 
 
 def _replayed(row: Row, ranks: int) -> Row:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
 
 
 _USUAL_ROWS = 12
+
+_WORTH_A_BAR = 200
+"""Combinations from which on a search says how far it is: they take a second."""
 
 
 class Accounting(StrEnum):
@@ -33,13 +40,16 @@ class Implementation(StrEnum):
 
 
 def plan(
-    config: Annotated[Path, typer.Option("--config", help="YAML file, as for training.")],
+    config: Annotated[
+        Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file, as for training.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks, one a device.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=2**17, help="Number of ranks, one a device.")] = 1,
     device_memory: Annotated[
-        str | None, typer.Option(help="Of one device: 24GiB, 80GB, bytes, or a GPU such as 'RTX 4090', A100-80G, H100.")
+        str | None,
+        typer.Option(help="Of one device: 24GiB, 80GB, or a GPU such as 'RTX 4090' (nvidia-smi's names)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     search: Annotated[
@@ -54,13 +64,25 @@ def plan(
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
     save: Annotated[
-        Path | None, typer.Option(help="With --search: directory for the listed rows' configurations.")
+        Path | None,
+        typer.Option(
+            parser=path_option("--save"),
+            metavar="DIR",
+            help="With --search: directory for the listed rows' configurations.",
+        ),
     ] = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="Run a real update on tensors without data instead of the closed form.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file: .png, .svg or .pdf.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(parser=path_option("--html"), metavar="FILE", help="Write a page to this file.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_option("--plot"), metavar="FILE", help="Write a picture to this file: .png, .svg or .pdf."
+        ),
+    ] = None,
     accounting: Annotated[
         Accounting | None, typer.Option(help="paper: the arithmetic of the paper's Table 2, for all five methods.")
     ] = None,
@@ -73,11 +95,11 @@ def plan(
     Memory of one rank by component and phase, without torch and without a GPU. Whether it fits into --device-memory
     does not change the exit code: 0 is an answer, 2 a question that makes no sense.
     """
-    from sltrain_dist.config.load import load_config
-    from sltrain_dist.config.rules import without_effect
+    from sltrain_dist.config.load import load_config, override_keys
+    from sltrain_dist.config.rules import check_ranks, without_effect
     from sltrain_dist.planner import report
     from sltrain_dist.planner.answer import answer, reference_answer, with_search
-    from sltrain_dist.planner.search import check_ranks
+    from sltrain_dist.planner.levers import for_one_device
     from sltrain_dist.planner.units import parse_device_memory
 
     _check_options(
@@ -93,16 +115,29 @@ def plan(
     if accounting:
         _account(loaded, as_json)
         return
-    check_ranks(loaded, ranks)
     for warning in without_effect(loaded):
         print(f"note: {warning}", file=sys.stderr)
+    fixed, configured = override_keys(overrides or []), loaded.parallel.engine
+    if ranks == 1 and "parallel.engine" not in fixed:
+        loaded = for_one_device(loaded)
+    check_ranks(loaded, ranks)
     device = None if device_memory is None else parse_device_memory(device_memory)
     if implementation is Implementation.reference:
         known = reference_answer(loaded, device)
     else:
         known = answer(loaded, ranks, device, by_replay=replay and not search)
+        if loaded.parallel.engine != configured:
+            known = replace(known, assumed={"parallel.engine": loaded.parallel.engine})
     if search:
-        known = with_search(known, vary=vary or [], most_rows=rows or _USUAL_ROWS, directory=save, by_replay=replay)
+        known = with_search(
+            known,
+            vary=vary or [],
+            fixed=fixed,
+            most_rows=rows or _USUAL_ROWS,
+            directory=save,
+            by_replay=replay,
+            progress=_searching,
+        )
     if html is not None:
         from sltrain_dist.planner.page import write_page
 
@@ -117,6 +152,18 @@ def plan(
         from sltrain_dist.planner.terminal import print_answer
 
         print_answer(known)
+
+
+@contextmanager
+def _searching(total: int) -> Iterator[Callable[[int], None]]:
+    """How far a search has come, on standard error; nothing where it is over in a moment."""
+    if total < _WORTH_A_BAR:
+        yield lambda done: None
+        return
+    from sltrain_dist.tracking.progress import progress_bar
+
+    with progress_bar("searching", total) as report:
+        yield lambda done: report(done, "combinations examined")
 
 
 def _check_options(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from sltrain_dist.config.load import build_config, merged, parse_override
-from sltrain_dist.config.rules import field_value
+from sltrain_dist.config.rules import check_fields, field_value
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
@@ -40,9 +40,20 @@ class Lever:
     name: str
     settings: tuple[Setting, ...]
 
+    @property
+    def keys(self) -> set[str]:
+        """Dotted keys that its settings set."""
+        return {key for setting in self.settings for key in setting.values}
 
-def default_levers(config: Config, ranks: int) -> list[Lever]:
-    """What is tried unless the user says otherwise: all that leaves the model's size and the batch as they are."""
+
+def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> list[Lever]:
+    """What is tried unless the user says otherwise: all that leaves the model's size and the batch as they are.
+
+    Args:
+        config: What is searched from.
+        ranks: Number of ranks. On one, the engine is no question, see :func:`for_one_device`.
+        fixed: Dotted keys that stay as they are: a lever that has one of them is left out.
+    """
     levers = [
         _lever("state bits", "optim.state_bits", [16, 8, 4]),
         _lever("update", "optim.update", ["whole", "per_layer"]),
@@ -64,7 +75,17 @@ def default_levers(config: Config, ranks: int) -> list[Lever]:
         ]
     if ranks > 1:
         levers.append(Lever("engine", tuple(_engines())))
-    return levers
+    return [lever for lever in levers if not lever.keys & set(fixed)]
+
+
+def for_one_device(config: Config) -> Config:
+    """The configuration with the engine that a single device would use.
+
+    That is ddp, which then adds nothing to the model and its optimizer; the others hold buffers for ranks that are not
+    there. The engine stays where the configuration cannot be run with ddp, as with parallel.cpu_offload.
+    """
+    alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"engine": "ddp"})})
+    return config if any(check_fields(alone)) else alone
 
 
 def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Lever]:
@@ -96,7 +117,7 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
         for value in parsed:
             _check_value(config, key, value)
         levers.append(_lever(key, key, parsed))
-    keys = [key for lever in levers for key in sorted({key for setting in lever.settings for key in setting.values})]
+    keys = [key for lever in levers for key in sorted(lever.keys)]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise ConfigError(f"--vary: {twice} is varied twice; put its values into one --vary")

@@ -11,7 +11,16 @@ from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import Drawing, allocatable, draw, ticks
 from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
 from sltrain_dist.planner.page_style import STYLE
-from sltrain_dist.planner.report import facts, remedies, row_cells, search_sentences, size, varying, verdict
+from sltrain_dist.planner.report import (
+    facts,
+    launch_sentences,
+    remedies,
+    row_cells,
+    search_sentences,
+    size,
+    varying,
+    verdict,
+)
 from sltrain_dist.planner.result import Group, Point
 
 _WIDTH, _HEIGHT = 1000, 300
@@ -204,7 +213,7 @@ def _phases(known: Answer) -> str:
 
 def _search(known: Answer) -> str:
     names, shared = varying(known.rows)
-    rows = [row_cells(row, names) for row in known.rows]
+    rows = [row_cells(row, names, known.device_memory) for row in known.rows]
     titles = list(dict.fromkeys(title for row in rows for title in row))
     lines = "".join(f"<p>{escape(line)}</p>" for line in search_sentences(known))
     table_rows = []
@@ -213,11 +222,13 @@ def _search(known: Answer) -> str:
         table_rows.append(_table_row("", f"{number}{saved}", titles, (escape(row.get(title, "")) for title in titles)))
     same = ", ".join(f"{name} {value}" for name, value in shared.items())
     note = f"In all of these: {same}. " if same else ""
+    starts = "".join(f"<p>{escape(line)}</p>" for line in launch_sentences(known))
     table = _table(["row", *titles], table_rows, stack=True) if rows else ""
     return f"""<section>
 <h2>Search</h2>
 {lines}
 {table}
+{starts}
 <p class="quiet">{escape(note)}Speed is predicted, relative to the configuration above.</p>
 </section>"""
 

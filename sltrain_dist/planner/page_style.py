@@ -54,7 +54,7 @@ dl.parts .detail { color: var(--quiet); font-size: .85rem; padding-left: 1.4rem;
 .plot span { position: absolute; font-size: .75rem; line-height: 1; white-space: nowrap; }
 .plot .tick { right: calc(100% + .4rem); transform: translateY(-50%); color: var(--quiet); }
 .plot .above { bottom: calc(100% + .35rem); font-weight: 600; }
-.phases { display: flex; margin-left: 3.4rem; font-size: .75rem; color: var(--quiet); }
+.phases { display: flex; margin: .6rem 0 0 3.4rem; font-size: .75rem; color: var(--quiet); }
 .phases span { display: flex; justify-content: center; white-space: nowrap; overflow-wrap: normal; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .8rem 0 0; padding: 0; list-style: none; }
 .legend li { font-size: .85rem; }
@@ -72,7 +72,8 @@ summary { cursor: pointer; }
 @media (max-width: 44rem) {
   .big { font-size: 1.8rem; }
   dl.parts { grid-template-columns: 1fr auto auto; }
-  .phases span:nth-child(even) { padding-top: 1.1rem; }
+  .phases span:nth-child(3n + 2) { padding-top: 1.2rem; }
+  .phases span:nth-child(3n) { padding-top: 2.4rem; }
   dl.parts dd.track { display: none; }
   table.stack thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table.stack tr {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sltrain_dist.planner.accounting import PaperMemory
-from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.answer import Answer, launch_line
 from sltrain_dist.planner.labels import GROUPS, PHASES, binding, group_of
 from sltrain_dist.planner.result import Point
 from sltrain_dist.planner.search import Row, Search
@@ -41,6 +42,7 @@ def as_json(known: Answer) -> dict[str, Any]:
         "relative_error": estimate.relative_error,
         "ranks": known.ranks,
         "device_memory_bytes": known.device_memory,
+        "assumed": dict(known.assumed),
     }
     if known.changes is not None:
         result["changes"] = [{"set": dict(change.values), **_row_json(change.row)} for change in known.changes]
@@ -55,8 +57,11 @@ def _there(point: Point) -> dict[str, int]:
 
 def _search_json(found: Search, known: Answer) -> dict[str, Any]:
     rows = [_row_json(row) for row in known.rows]
-    for row, path in zip(rows, known.saved, strict=False):
-        row["file"] = path
+    if known.device_memory is not None:
+        for listed, row in zip(rows, known.rows, strict=True):
+            listed["within_error"] = row.is_close(known.device_memory)
+    for listed, path in zip(rows, known.saved, strict=False):
+        listed |= {"file": path, "launch": launch_line(path, known.ranks)}
     return {
         "examined": found.examined,
         "estimated": len(found.rows),
@@ -112,6 +117,9 @@ def facts(known: Answer) -> Iterator[str]:
         f"{format_count(estimate.parameters)} parameters, {format_count(estimate.flops_per_token)} FLOPs a token, "
         f"{sent}. By {estimate.method}{within}."
     )
+    if known.assumed:
+        settings = " ".join(f"{key}={_yaml(value)}" for key, value in known.assumed.items())
+        yield f"On one rank this is planned for {settings}, whatever the file says: start the run with it too."
 
 
 def remedies(known: Answer) -> tuple[str, list[tuple[str, str]]]:
@@ -150,6 +158,8 @@ def search_sentences(known: Answer) -> Iterator[str]:
         return
     fitting = sum(row.fits(known.device_memory) for row in found.rows)
     yield f"{fitting:,} fit into {size(known.device_memory)}."
+    if any(row.is_close(known.device_memory) for row in known.rows):
+        yield "~ marks rows that have less to spare than the estimate's error: try them with train.dry_run=true first."
     if not fitting:
         smallest = found.smallest
         settings = ", ".join(f"{name} {value}" for name, value in smallest.settings.items())
@@ -157,6 +167,18 @@ def search_sentences(known: Answer) -> Iterator[str]:
             f"The smallest takes {size(smallest.device_bytes)} ({settings}); most of all "
             f"{GROUPS[group_of(smallest.binding)][0]}, in the {PHASES[smallest.phase]} phase ({smallest.where})."
         )
+        if smallest.is_close(known.device_memory):
+            yield "What is missing is less than the estimate's error: train.dry_run=true on the device tells."
+
+
+def launch_sentences(known: Answer) -> Iterator[str]:
+    """How to start the configurations that were saved."""
+    if not known.saved:
+        return
+    yield f"Start a row as its file says, the first with: {launch_line(known.saved[0], known.ranks)}"
+    tokenizer = known.config.data.tokenizer
+    if tokenizer != "embedded" and not Path(tokenizer).is_file():
+        yield f"There is no file {tokenizer} here: add data.tokenizer=FILE."
 
 
 def varying(rows: Sequence[Row]) -> tuple[list[str], Mapping[str, str]]:
@@ -167,12 +189,17 @@ def varying(rows: Sequence[Row]) -> tuple[list[str], Mapping[str, str]]:
     return names, {name: value for name, value in rows[0].settings.items() if name not in names}
 
 
-def row_cells(row: Row, names: Sequence[str]) -> dict[str, str]:
+def row_cells(row: Row, names: Sequence[str], device_memory: int | None) -> dict[str, str]:
     """A row of the search as people read it, by the column's title."""
+    spare = {}
+    if device_memory is not None:
+        mark = "~" if row.is_close(device_memory) else ""
+        spare = {"to spare": f"{mark}{size(device_memory - row.device_bytes)}"}
     replayed = {} if row.replayed_bytes is None else {"replayed peak": size(row.replayed_bytes)}
     return {
         "speed": f"{row.relative_speed:.2f}",
         "device": size(row.device_bytes),
+        **spare,
         "peak": size(row.peak_bytes),
         **replayed,
         **{name: row.settings[name] for name in names},

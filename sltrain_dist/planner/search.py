@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 from sltrain_dist.config.rules import (
     check_fields,
-    check_replicas,
+    check_ranks,
     check_trainable,
     field_value,
     idle_keys,
-    micro_batches_per_update,
 )
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
@@ -26,6 +27,12 @@ from sltrain_dist.planner.speed import layer_plans, update_time
 
 Estimator = Callable[..., Estimate]
 """As :func:`sltrain_dist.planner.estimate.estimate`."""
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Takes a number of things to do, and gives what takes the number of those done."""
+
+_Candidate = tuple[Config, Mapping[str, str]]
+"""A configuration that can be run, and what was chosen in it, by the levers' names."""
 
 _NEAR = 0.01
 """A row that is worse in one figure must be better in the other by more than this share to be worth a line."""
@@ -47,6 +54,7 @@ class Row:
         peak_bytes, device_bytes, parameters, flops_per_token, comm_bytes_per_update: As of :class:`Estimate`.
         phase, where: Of the peak.
         binding: The component that takes most at the peak.
+        relative_error: Of the estimate's peak.
         seconds: Predicted time of an update, see :mod:`sltrain_dist.planner.speed`.
         relative_speed: That of the configuration that the search began with, divided by `seconds`.
         replayed_bytes: The peak by replay, where there was one.
@@ -62,6 +70,7 @@ class Row:
     phase: Phase
     where: str
     binding: Group
+    relative_error: float
     seconds: float
     relative_speed: float = 1.0
     replayed_bytes: int | None = None
@@ -69,6 +78,10 @@ class Row:
     def fits(self, device_memory: int | None) -> bool:
         """Whether a device has enough; any has, where none is named."""
         return device_memory is None or self.device_bytes <= device_memory
+
+    def is_close(self, device_memory: int) -> bool:
+        """Whether the estimate's error is larger than its distance to what the device has, on either side."""
+        return abs(device_memory - self.device_bytes) < self.relative_error * self.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,15 @@ def pareto(rows: Iterable[Row]) -> list[Row]:
     return front
 
 
-def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator, *, workers: int = 1) -> Search:
+def search(
+    config: Config,
+    ranks: int,
+    levers: Sequence[Lever],
+    estimate: Estimator,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Search:
     """Estimates every combination of the levers' settings.
 
     The global batch is that of `config`; combinations that the configuration's own rules refuse are counted, not
@@ -146,11 +167,24 @@ def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estima
         levers: What is varied.
         estimate: Called once for each distinct configuration that can be run.
         workers: Processes that share the work where there is much of it; `estimate` must be picklable then.
+        progress: Opened with the number of combinations, and called with how many have been examined.
     """
     found = Search(start=evaluate(config, ranks, {}, estimate))
-    keys = sorted({key for lever in levers for setting in lever.settings for key in setting.values})
+    combinations = math.prod(len(lever.settings) for lever in levers)
+    with nullcontext(_silent) if progress is None else progress(combinations) as examined:
+        candidates = _candidates(config, ranks, levers, found)
+        examined(found.examined)
+        for rows in _evaluate_all(candidates, ranks, estimate, workers):
+            found.rows += [replace(row, relative_speed=found.start.seconds / row.seconds) for row in rows]
+            examined(found.examined)
+    return found
+
+
+def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Search) -> list[_Candidate]:
+    """Every combination that can be run and has an effect of its own; the others are counted in `found`."""
+    keys = sorted(set[str]().union(*(lever.keys for lever in levers)))
     seen: set[tuple[Any, ...]] = set()
-    candidates: list[tuple[Config, dict[str, str]]] = []
+    candidates: list[_Candidate] = []
     for combination in itertools.product(*(lever.settings for lever in levers)):
         candidate = apply(config, combination)
         refusal = refused(candidate, ranks)
@@ -164,25 +198,33 @@ def search(config: Config, ranks: int, levers: Sequence[Lever], estimate: Estima
         seen.add(identity)
         settings = {lever.name: setting.label for lever, setting in zip(levers, combination, strict=True)}
         candidates.append((candidate, settings))
-    rows = _evaluate_all(candidates, ranks, estimate, workers)
-    found.rows += [replace(row, relative_speed=found.start.seconds / row.seconds) for row in rows]
-    return found
+    return candidates
+
+
+def _silent(_: int) -> None:
+    pass
 
 
 def _evaluate_all(
-    candidates: Sequence[tuple[Config, Mapping[str, str]]], ranks: int, estimate: Estimator, workers: int
-) -> list[Row]:
+    candidates: Sequence[_Candidate], ranks: int, estimate: Estimator, workers: int
+) -> Iterator[list[Row]]:
+    """Yields the rows in their order, some at a time: neighbours, which share most of what an estimator remembers."""
+    size = max(1, -(-len(candidates) // (4 * workers)))
+    chunks = [candidates[first : first + size] for first in range(0, len(candidates), size)]
+    work = partial(_evaluate_chunk, ranks=ranks, estimate=estimate)
     if workers == 1 or len(candidates) < _WORTH_A_PROCESS:
-        return [evaluate(candidate, ranks, settings, estimate) for candidate, settings in candidates]
+        yield from map(work, chunks)
+        return
     from concurrent.futures import ProcessPoolExecutor  # imported here, for the many plans without a search
     from multiprocessing import get_context
 
-    # Stretches of neighbours, which share most of what an estimator remembers. Not forked: the caller may have threads.
-    size = -(-len(candidates) // (4 * workers))
-    chunks = [candidates[first : first + size] for first in range(0, len(candidates), size)]
+    # Not forked: the caller may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        work = partial(_evaluate_all, ranks=ranks, estimate=estimate, workers=1)
-        return [row for rows in pool.map(work, chunks) for row in rows]
+        yield from pool.map(work, chunks)
+
+
+def _evaluate_chunk(chunk: Sequence[_Candidate], ranks: int, estimate: Estimator) -> list[Row]:
+    return [evaluate(candidate, ranks, settings, estimate) for candidate, settings in chunk]
 
 
 def single_changes(
@@ -218,6 +260,7 @@ def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: 
         phase=peak.phase,
         where=peak.where,
         binding=binding(estimated)[0],
+        relative_error=estimated.relative_error,
         seconds=update_time(config, ranks, estimated.comm_bytes_per_update).total,
     )
 
@@ -243,17 +286,6 @@ def refused(config: Config, ranks: int) -> str | None:
     except ConfigError as error:
         return str(error).split()[0].partition("=")[0]
     return None
-
-
-def check_ranks(config: Config, ranks: int) -> None:
-    """Refuses numbers of ranks that do not go with the batches, or the replicas.
-
-    Raises:
-        ConfigError: With what to change.
-    """
-    micro_batches_per_update(config, ranks)
-    if config.parallel.engine == "fsdp":
-        check_replicas(config.parallel, ranks)
 
 
 def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:

@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sltrain_dist.planner.accounting import PaperMemory
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
-from sltrain_dist.planner.report import facts, remedies, row_cells, search_sentences, varying, verdict
+from sltrain_dist.planner.report import facts, launch_sentences, remedies, row_cells, search_sentences, varying, verdict
 from sltrain_dist.planner.result import Estimate
+
+_ANY_WIDTH = 10_000
+"""Columns that every table fits into, to ask how many it wants."""
 
 
 def print_answer(known: Answer) -> None:
     """The components by phase, what follows from them in words, and the rows of a search."""
     console = _console()
     console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
-    console.print(_components(known.estimate))
+    _show(console, _components(known.estimate))
     fits, (advice, changes) = verdict(known), remedies(known)
     for line in filter(None, (*facts(known), fits, advice)):
         console.print(escape(line))
@@ -41,7 +45,7 @@ def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
         mark = " ◀" if each.method == memory.method else ""
         cells = (str(gb) for gb in (each.parameter_gb, each.optimizer_gb, each.total_gb))
         shown.add_row(each.method + mark, *cells, style="bold" if mark else "")
-    console.print(shown)
+    _show(console, shown)
     console.print("As the paper's Table 2 counts: no gradients, no activations; parts are rounded, then added.")
 
 
@@ -53,6 +57,26 @@ def _console() -> Console:
 
 def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _show(console: Console, table: Table) -> None:
+    """Prints a table; on a terminal that is too narrow for it, each row as a list of titles and values."""
+    if console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum <= console.width:
+        console.print(table)
+        return
+    titles = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        head, *cells = (Text.from_markup(str(cell)).plain for cell in row)
+        console.print(escape(f"{titles[0]} {head}" if table.columns[0].justify == "right" else head))
+        pairs = [f"{title} {cell}" for title, cell in zip(titles[1:], cells, strict=True) if cell]
+        line = ""
+        for pair in pairs:
+            if line and len(line) + 2 + len(pair) > console.width:
+                console.print(escape(line))
+                line = ""
+            line += f"  {pair}"
+        if line:
+            console.print(escape(line))
 
 
 def _components(estimate: Estimate) -> Table:
@@ -87,7 +111,7 @@ def _print_search(console: Console, known: Answer) -> None:
     if not known.rows:
         return
     table = _table()
-    rows = [row_cells(row, names) for row in known.rows]
+    rows = [row_cells(row, names, known.device_memory) for row in known.rows]
     titles = list(dict.fromkeys(title for row in rows for title in row))
     for title in titles:
         table.add_column(title, justify="left" if title in names else "right")
@@ -95,7 +119,9 @@ def _print_search(console: Console, known: Answer) -> None:
         table.add_column("file", overflow="fold")
     for index, row in enumerate(rows):
         table.add_row(*(row.get(title, "") for title in titles), *known.saved[index : index + 1])
-    console.print(table)
+    _show(console, table)
+    for line in launch_sentences(known):
+        console.print(escape(line), soft_wrap=True)  # a command that is copied must be whole
     if shared:
         console.print(
             escape("In all of these: " + ", ".join(f"{name} {value}" for name, value in shared.items()) + ".")

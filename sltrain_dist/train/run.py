@@ -1,4 +1,7 @@
-"""What `launch/pretrain.py` calls: from a configuration to an exit code."""
+"""What `launch/pretrain.py` and `sltrain train` call: from a configuration to an exit code.
+
+torch is imported only once the configuration has been checked, so that a wrong one is told at once.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
-
-import torch
+from typing import TYPE_CHECKING, NoReturn
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.config.load import load_config, run_dir_of
-from sltrain_dist.config.rules import check_trainable
+from sltrain_dist.config.rules import check_ranks, check_trainable
 from sltrain_dist.config.schema import Config
-from sltrain_dist.errors import ExitCode, SltrainError
-from sltrain_dist.parallel import environment, watchdog
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.tracking.mlflow import Status
-from sltrain_dist.train.agree import check_agreement, run_identity
+from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
+from sltrain_dist.parallel import watchdog
+from sltrain_dist.parallel.launcher import rank_variables
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
 from sltrain_dist.train.heap import keep_freed_memory
 from sltrain_dist.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from sltrain_dist.parallel.environment import Environment
+    from sltrain_dist.tracking.mlflow import Status
 
 _CLEANUP_S = 15.0
 """How long a failed process among several may take to end: the file system or a tracking server may be what is lost."""
@@ -48,21 +51,32 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
             outcome = _run(config_path, overrides, joined, cleanup)
         except SltrainError as error:
             outcome = _failure(joined, error.exit_code, str(error))
-        except torch.OutOfMemoryError as error:
-            outcome = _failure(joined, ExitCode.CONFIG, _out_of_memory(error))
         except KeyboardInterrupt:
             outcome = _failure(joined, ExitCode.UNEXPECTED, "interrupted; nothing was saved since the last checkpoint")
         except Exception as error:
-            reason = environment.lost_peer(error) or f"{type(error).__name__}: {error}"
-            outcome = _failure(joined, ExitCode.UNEXPECTED, reason)
-            details = traceback.format_exc()
+            code, reason = _explain(error)
+            outcome = _failure(joined, code, reason)
+            details = traceback.format_exc() if code is ExitCode.UNEXPECTED else ""
         if _failed(outcome):
             watchdog.hurry(_CLEANUP_S)
         _say(joined, config_path, overrides, outcome, details)
     if _one_of_several():
         _leave(outcome)
-    environment.stop()
+    if "torch" in sys.modules:  # without it, no process group has been started
+        from sltrain_dist.parallel import environment
+
+        environment.stop()
     return outcome.code
+
+
+def print_run_dir(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
+    """Prints the directory of exit.json: for batch scripts, before they start anything."""
+    try:
+        print(directory(load_config(config_path, overrides)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return ExitCode.DONE
 
 
 def _leave(outcome: Outcome) -> NoReturn:
@@ -73,6 +87,8 @@ def _leave(outcome: Outcome) -> NoReturn:
     a run that has done all it should.
     """
     if not _failed(outcome):
+        from sltrain_dist.parallel import environment
+
         try:
             environment.meet()  # rank 0 holds the store that the others may still need
             environment.stop()
@@ -88,7 +104,12 @@ def _leave(outcome: Outcome) -> NoReturn:
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
     check_trainable(config)
-    watchdog.start(*environment.rank_variables(), config.parallel.timeout_s)
+    ranks = rank_variables()
+    check_ranks(config, ranks[1])
+    from sltrain_dist.parallel import environment
+    from sltrain_dist.train.agree import check_agreement, run_identity
+
+    watchdog.start(*ranks, config.parallel.timeout_s)
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     if env.device.type == "cpu":
         keep_freed_memory()
@@ -164,9 +185,37 @@ def _one_of_several() -> bool:
     return world_size.isdigit() and int(world_size) > 1
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+def _explain(error: Exception) -> tuple[ExitCode, str]:
+    """(exit code, reason) of an exception that is none of ours."""
+    advice = out_of_memory(error)
+    if advice is not None:
+        return ExitCode.CONFIG, advice
+    from sltrain_dist.parallel.environment import lost_peer
+
+    return ExitCode.UNEXPECTED, lost_peer(error) or f"{type(error).__name__}: {error}"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to change, if `error` says that a GPU or this machine has no memory left; None if it is another error."""
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # The CPU's allocator, and libraries in C++, raise a plain RuntimeError.
+    signs = ("DefaultCPUAllocator: ", "Cannot allocate memory", "std::bad_alloc")
+    on_host = isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    if not (on_device or on_host):
+        return None
+    what = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
     return (
-        f"the device is out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch, with "
+        f"the {'device' if on_device else 'machine'} is out of memory ({what}); lower train.micro_batch, with "
         "train.global_batch as it is, or spread the states over more ranks with parallel.engine=zero; "
         "`sltrain plan --search` looks for settings that fit, train.dry_run=true tries them out"
     )
+
+
+if __name__ == "__main__":
+    print(
+        "error: this module only holds what starts a run; use `sltrain train --config FILE`, "
+        "`python -m sltrain_dist train --config FILE`, or launch/pretrain.py",
+        file=sys.stderr,
+    )
+    sys.exit(int(ExitCode.CONFIG))

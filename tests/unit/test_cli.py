@@ -10,6 +10,8 @@ import pytest
 from sltrain_dist import cli
 from sltrain_dist.errors import CheckpointError
 
+REPO = Path(__file__).resolve().parents[2]
+PRETRAIN = "launch/pretrain.py"
 SENTENCES = "The {0} fox is quick today. A {0} dog sleeps in the sun. They meet at the {0} river.\n"
 
 
@@ -47,6 +49,96 @@ def test_help_imports_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "prepare-data" in result.stdout and "train-tokenizer" in result.stdout
+
+
+def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which must not have imported torch when it ends."""
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as end:\n    code = end.code\n"
+        "assert 'torch' not in sys.modules\nsys.exit(code)\n"
+    )
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [["sltrain_dist/cli.py", "train"], ["sltrain_dist/cli.py", "plan"], [PRETRAIN]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nofile.yaml"], "nofile.yaml: cannot read the configuration"),
+        (["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
+        (["--config", "{config}", "reparam.method=galore"], "is known to `sltrain plan` only"),
+        (["--config", "{config}", "run_dir=$NOT_SET/x"], "the environment variable NOT_SET is not set"),
+    ],
+)
+def test_a_wrong_configuration_is_told_without_torch(command: list[str], arguments: list[str], message: str) -> None:
+    script = str(REPO / command[0])
+    config = REPO / "configs" / "llama_60m.yaml"
+    result = _without_torch([script, *command[1:], *(a.format(config=config) for a in arguments)])
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_train_says_where_a_run_will_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """DeepSpeed's launcher puts its own option before the command."""
+    (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path}/here\ntrain: {{steps: 1}}\n")
+    arguments = ["--local_rank=0", "train", "--config", str(tmp_path / "run.yaml"), "--print-run-dir"]
+    assert _run(monkeypatch, *arguments, "train.dry_run=true") == 0
+    assert capsys.readouterr().out == f"{tmp_path}/here/dry_run\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_as_a_module(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "sltrain_dist", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.startswith("Usage: sltrain "), result.stderr
+
+
+def test_the_module_that_starts_runs_says_how_to_start_one() -> None:
+    command = [sys.executable, "-m", "sltrain_dist.train.run", "--config", "x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "use `sltrain train --config FILE`" in result.stderr
+
+
+def test_help_is_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert _run(monkeypatch, "prepare-data", "--help") == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--validation-fraction", "--max-bad-fraction", "--min-sentences"))
+    assert "…" not in out
+
+
+def test_paths_of_options_are_expanded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    assert _run(monkeypatch, "prepare-data", "-i", "$HERE/*.txt", "-o", "$HERE/out", "--shards", "1") == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    capsys.readouterr()
+    for arguments, option in (
+        (["prepare-data", "-i", texts, "-o", "$NOPE/x"], "--output '$NOPE/x': the environment variable NOPE"),
+        (["prepare-data", "-i", "", "-o", "x"], "--input '': is empty"),
+        (["train-tokenizer", "-i", texts, "-o", ""], "--output '': is empty"),
+        (["verify", "~nobody-of-this-name"], "PATH '~nobody-of-this-name': there is no home directory"),
+        (["export", "", "-o", "x"], "CHECKPOINT '': is empty"),
+        (["train", "--config", "$NOPE/x"], "--config '$NOPE/x': the environment variable NOPE"),
+        (["plan", "--config", "x", "--html", ""], "--html '': is empty"),
+    ):
+        assert _run(monkeypatch, *arguments) == 2
+        assert f"error: {option}" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", lambda *args, **kwargs: bytearray(2**62))
+    assert _run(monkeypatch, "prepare-data", "-o", str(tmp_path / "x"), "-i", "y") == 2
+    assert capsys.readouterr().err == "error: this machine is out of memory (MemoryError)\n"
 
 
 def test_prepare_data(

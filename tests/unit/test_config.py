@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sltrain_dist.config.load import build_config, load_config, to_yaml
+from sltrain_dist.config.load import build_config, load_config, run_dir_of, to_yaml
+from sltrain_dist.config.paths import expand, path_option
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import check_fields, micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config, ModelConfig
+from sltrain_dist.config.strict_yaml import Dumper, Loader
 from sltrain_dist.errors import ConfigError, ExitCode
 from sltrain_dist.models.count import count_parameters
 
@@ -32,7 +35,7 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
     return _write
 
 
-def message(path: Path | None, *overrides: str) -> str:
+def message(path: Path | str | None, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     assert caught.value.exit_code is ExitCode.CONFIG
@@ -106,7 +109,7 @@ class TestLoading:
         config = load_config(None, ["train.steps=7", "optim.lr=1e-5", "data.source=[a, 'ü: b']", "eval.source=null"])
         assert build_config(yaml.safe_load(to_yaml(config))) == config
 
-    @pytest.mark.parametrize("text", ["1e-3", "12", "010", "null", "true", "", "a: b", "2024-01-01", "ü", "1_0", "*x"])
+    @pytest.mark.parametrize("text", ["1e-3", "12", "010", "null", "true", "a: b", "2024-01-01", "ü", "1_0", "*x"])
     def test_round_trip_of_awkward_text(self, write: Callable[[str], Path], text: str) -> None:
         config = build_config({"run_dir": text, "train": {"steps": 1}})
         assert load_config(write(to_yaml(config))) == config
@@ -121,11 +124,153 @@ class TestLoading:
 
     @given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=30))
     @settings(max_examples=200, deadline=None)
-    def test_any_run_dir_survives_yaml(self, text: str) -> None:
-        from sltrain_dist.config.load import _Loader  # the loader without the detour over a file
+    def test_any_text_survives_yaml(self, text: str) -> None:
+        written = yaml.dump({"run_name": text}, Dumper=Dumper, allow_unicode=True)  # as to_yaml, which takes longer
+        assert yaml.load(written, Loader) == {"run_name": text}
 
-        config = build_config({"run_dir": text, "train": {"steps": 1}})
-        assert yaml.load(to_yaml(config), _Loader)["run_dir"] == text
+
+class TestPaths:
+    """Every field that can hold a path."""
+
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        monkeypatch.setenv("SCRATCH", "/scratch/me")
+        monkeypatch.setenv("EMPTY", "")
+        monkeypatch.delenv("NOPE", raising=False)
+
+    @pytest.mark.parametrize(
+        ("written", "expanded"),
+        [
+            ("~/runs/x", "/home/me/runs/x"),
+            ("~", "/home/me"),
+            ("$SCRATCH/x", "/scratch/me/x"),
+            ("${SCRATCH}/x-$SCRATCH", "/scratch/me/x-/scratch/me"),
+            ("a~b/$", "a~b/$"),
+            ("./~x", "./~x"),
+            ("file://$SCRATCH/x", "file:///scratch/me/x"),
+            ("https://host/x?sig=$NOPE", "https://host/x?sig=$NOPE"),
+            ("s3://bucket/~/x", "s3://bucket/~/x"),
+        ],
+    )
+    def test_are_expanded(self, written: str, expanded: str) -> None:
+        assert expand(written) == expanded
+        assert expand(expanded) == expanded  # config.yaml, which holds what was expanded, can be read again
+
+    @pytest.mark.parametrize(
+        ("written", "expected"),
+        [
+            ("", "is empty; give a path"),
+            ("  ", "is empty; give a path"),
+            ("$NOPE/x", "the environment variable NOPE is not set; set it"),
+            ("${NOPE}", "the environment variable NOPE is not set"),
+            ("$EMPTY/x", "the environment variable EMPTY is empty"),
+            ("~nobody-of-this-name/x", "there is no home directory ~nobody-of-this-name; for a file of that name"),
+            ("a\0b", "contains a NUL character"),
+        ],
+    )
+    def test_that_are_none(self, written: str, expected: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            expand(written)
+        with pytest.raises(ConfigError, match=re.escape(f"--output {written!r}: ")):
+            path_option("--output")(written)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "run_dir",
+            "data.source",
+            "data.tokenizer",
+            "data.cache_dir",
+            "eval.source",
+            "checkpoint.resume",
+            "tracking.mlflow_uri",
+        ],
+    )
+    def test_every_field(self, key: str) -> None:
+        config = load_config(None, ["train.steps=1", f"{key}=$SCRATCH/x"])
+        section, _, name = key.rpartition(".")
+        assert getattr(getattr(config, section) if section else config, name) == "/scratch/me/x"
+        assert load_config(None, ["train.steps=1", f"{key}='~/x'"]) == build_config(
+            yaml.safe_load(to_yaml(load_config(None, ["train.steps=1", f"{key}=/home/me/x"])))
+        )
+        assert message(None, "train.steps=1", f"{key}=$NOPE/x") == (
+            f"command line: {key} = '$NOPE/x': the environment variable NOPE is not set; set it, or write the path out"
+        )
+        assert message(None, "train.steps=1", f"{key}=''") == f"command line: {key} = '': is empty; give a path"
+
+    def test_lists(self) -> None:
+        config = load_config(None, ["train.steps=1", "data.source=['~/a', $SCRATCH/b]", "eval.source=[$SCRATCH/c]"])
+        assert (config.data.source, config.eval.source) == (["/home/me/a", "/scratch/me/b"], ["/scratch/me/c"])
+        assert "is empty" in message(None, "train.steps=1", "data.source=[a, '']")
+
+    def test_the_file_itself_and_its_run_dir(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SCRATCH", str(tmp_path))
+        (tmp_path / "x.yaml").write_text("run_dir: ~/runs\ntrain: {stepz: 1}\n")
+        assert "did you mean train.steps?" in message("$SCRATCH/x.yaml")
+        assert run_dir_of("$SCRATCH/x.yaml") == "/home/me/runs"
+        assert run_dir_of("$SCRATCH/x.yaml", ["run_dir=$NOPE"]) is None
+
+
+NESTED = "[" * 5000 + "]" * 5000
+ALIASES = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 25))
+MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 25))
+
+
+class TestHostileInput:
+    """What once took forever or ended in a traceback: a message, and no work in proportion to what it stands for."""
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("a: &a {b: *a}", "line 1, column 11: not valid YAML: an alias stands for something that it is in"),
+            ("a: &a [*a]", "an alias stands for something that it is in"),
+            ("a: &a {<<: *a}", "an alias stands for something that it is in"),
+            (ALIASES, "more than 100,000 values, each alias counted as all that it stands for"),
+            (MERGES, "more than 100,000 values, each alias counted as all that it stands for"),
+            (f"x: {NESTED}", "more than 32 levels of nesting"),
+            ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 99)), "more than 32 levels"),
+            (f"train: {{steps: {'9' * 5000}}}", "a whole number of 5,000 characters"),
+            (f"train: {{steps: 0x{'f' * 5000}}}", "a whole number of 5,002 characters"),
+            (f"train: {{steps: 1{'0' * 400}}}", "should be less than or equal to 9223372036854775807"),
+            ("seed: !!int x", "the value does not suit its tag !!int"),
+            ("seed: !!timestamp x", "the value does not suit its tag !!timestamp"),
+            ("seed: !!bool x", "the value does not suit its tag !!bool"),
+            ('run_dir: "\\uD800"', "half of a surrogate pair"),
+            (f"x: '{'y' * 2_000_000}'", "a configuration has at most 1,048,576 bytes"),
+        ],
+    )
+    def test_yaml(self, write: Callable[[str], Path], text: str, expected: str) -> None:
+        assert expected in message(write(text))
+
+    def test_aliases_and_merges_as_people_use_them(self, write: Callable[[str], Path]) -> None:
+        config = load_config(write("data: &d {source: [a, b], split: x}\neval: {<<: *d, every: 3}\ntrain: {steps: 1}"))
+        assert (config.eval.source, config.eval.split, config.eval.every) == (["a", "b"], "x", 3)
+
+    def test_endless_files(self) -> None:
+        assert "at most 1,048,576 bytes" in message(Path("/dev/zero"))
+
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ("model.num_layers=1000000000", "model.num_layers = 1000000000: should be less than or equal to 10000"),
+            ("model.vocab_size=1099511627776", "should be less than or equal to 16777216"),
+            ("model.hidden_size=4194304", "makes a model of about 5.6e+14 dense parameters"),
+            ("train.micro_batch=1000000000000", "should be less than or equal to 16777216"),
+            ("data.seq_len=1000000000000", "should be less than or equal to 16777216"),
+            ("eval.micro_batch=16777216", "is more than the 1,073,741,824 tokens that a device could hold"),
+            ("data.workers=100000", "should be less than or equal to 4096"),
+            ("parallel.timeout_s=1000000000000", "should be less than or equal to 10000000"),
+            ("data.timeout_s=1e300", "should be less than or equal to 10000000"),
+            (f"optim.lr=1{'0' * 400}", "should be a number"),
+        ],
+    )
+    def test_sizes_that_no_machine_could_hold(self, override: str, expected: str) -> None:
+        assert expected in message(None, "train.steps=1", override)
+
+    def test_a_number_that_python_will_not_print(self) -> None:
+        with pytest.raises(ConfigError, match=r"seed = a number of 16,610 bits: should be less than or equal to"):
+            build_config({"seed": 10**5000, "train": {"steps": 1}})
 
 
 class TestMessages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from sltrain_dist import cli
 from sltrain_dist.config.load import load_config
+from sltrain_dist.planner.answer import launch_line
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = str(REPO / "configs" / "llama_60m.yaml")
@@ -76,7 +78,7 @@ def test_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "--device-memory", "RTX 4090", "--ranks", "2") == 0
     out = capsys.readouterr().out
     assert "llama_60m, sltrain r=128" in out and "2 ranks, ddp" in out
-    assert "low-rank factors" in out and "◀" in out and "Peak " in out and "Fits into 25.3 GB" in out
+    assert "low-rank factors" in out and "◀" in out and "Peak " in out and "Fits into 25.8 GB" in out
     assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "--device-memory", "1MB") == 0
     out = capsys.readouterr().out
     assert "Does NOT fit" in out and "--search looks for combinations" in out
@@ -106,13 +108,102 @@ def test_settings_without_effect_are_said(monkeypatch: pytest.MonkeyPatch, capsy
     assert "note: parallel.zero_stage has no effect with parallel.engine=ddp" in capsys.readouterr().err
 
 
-def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without --vary, on two ranks: thousands of combinations, those that cannot be run counted by reason."""
-    small = ["reparam.support=blocks", "train.global_batch=2", "train.micro_batch=1", "model.num_layers=1"]
-    found = planned(monkeypatch, capsys, "--config", SMALL, *small, "parallel.engine=ddp", "--ranks", "2", "--search")
-    assert found["search"]["examined"] == 3 * 2 * 4 * 1 * 3 * 3 * 9
+    (tmp_path / "small.yaml").write_text(
+        "preset: llama_60m\nmodel: {num_layers: 1}\ntrain: {global_batch: 4, micro_batch: 1}\n"
+        "parallel: {engine: zero}\nreparam: {support: blocks}\n"
+    )
+    small = ["--config", str(tmp_path / "small.yaml"), "--ranks", "2", "--search"]
+    found = planned(monkeypatch, capsys, *small)
+    assert found["search"]["examined"] == 3 * 2 * 4 * 2 * 3 * 3 * 9
     assert {"optim.update", "optim.state_bits"} <= found["search"]["refused"].keys()
     assert 0 < len(found["search"]["rows"]) <= 12
+    # What the command line says stays as it is.
+    fixed = planned(monkeypatch, capsys, *small, "parallel={engine: ddp}", "train.micro_batch=1", "optim.state_bits=8")
+    assert fixed["search"]["examined"] == 2 * 4 * 3 * 3
+    assert not {"engine", "micro-batch", "state bits"} & fixed["search"]["rows"][0]["settings"].keys()
+
+
+def test_will_7b_fit_on_my_card(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The shipped file is for several GPUs; asked about one, the plan is for one, says so, and finds what fits."""
+    monkeypatch.chdir(tmp_path)
+    config = str(REPO / "configs" / "llama_7b.yaml")
+    few = ["--vary", "state bits", "--vary", "micro-batch", "--vary", "support", "--vary", "recompute"]
+    asked = ["--config", config, "--device-memory", "NVIDIA GeForce RTX 4090", "--search", *few]
+    result = planned(monkeypatch, capsys, *asked, "--save", "plans")
+    assert result["assumed"] == {"parallel.engine": "ddp"} and result["device_memory_bytes"] == 24_564 << 20
+    found = result["search"]
+    assert found["refused"] == {} and found["examined"] == 3 * 7 * 3 * 4 and found["fitting"] > 50
+    assert {row["settings"]["micro-batch"] for row in found["rows"]} == {"1", "64"}
+    for row in found["rows"]:
+        saved = load_config(row["file"])
+        assert saved.parallel.engine == "ddp" and row["launch"] == f"sltrain train --config {row['file']}"
+        assert f"# start: {row['launch']}\n" in Path(row["file"]).read_text()
+        spare = result["device_memory_bytes"] - row["device_bytes"]
+        assert row["within_error"] == (spare < 0.05 * row["peak_bytes"])
+    assert plan(monkeypatch, *asked) == 0
+    captured = capsys.readouterr()
+    assert "On one rank this is planned for parallel.engine=ddp" in captured.out
+    assert "252/252 combinations examined" in captured.err.splitlines()
+    # Asked for by name, the engine stays; so it does where a single device needs another.
+    assert planned(monkeypatch, capsys, "--config", config, "parallel.engine=zero")["assumed"] == {}
+    offloaded = tmp_path / "offload.yaml"
+    offloaded.write_text("preset: llama_60m\nparallel: {engine: fsdp, cpu_offload: true}\n")
+    assert planned(monkeypatch, capsys, "--config", str(offloaded))["assumed"] == {}
+    assert planned(monkeypatch, capsys, "--config", config, "--ranks", "2")["assumed"] == {}
+
+
+def test_rows_within_the_error_of_the_limit_are_marked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    search = ["--config", SMALL, *ONE_RANK, "--search", "--vary", "state bits"]
+    rows = planned(monkeypatch, capsys, *search)["search"]["rows"]
+    needs = max(row["device_bytes"] for row in rows)
+    memory = ["--device-memory", f"{needs}B"]
+    assert [row["within_error"] for row in planned(monkeypatch, capsys, *search, *memory)["search"]["rows"]] == [True]
+    capsys.readouterr()
+    assert plan(monkeypatch, *search, *memory, "--html", str(tmp_path / "x.html")) == 0
+    out = capsys.readouterr().out
+    assert "~ marks rows that have less to spare than the estimate's error" in out and "to spare" in out
+    assert re.search(r"~[\d.]+ [kMG]?B", out) and "~ marks rows" in (tmp_path / "x.html").read_text()
+    smaller = ["--device-memory", f"{min(row['device_bytes'] for row in rows) - 1}B"]
+    assert plan(monkeypatch, *search, *smaller) == 0
+    assert "What is missing is less than the estimate's error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (1, "sltrain train --config 'my plans/a.yaml'"),
+        (4, "torchrun --standalone --nproc-per-node 4 -m sltrain_dist train --config 'my plans/a.yaml'"),
+        (
+            16,
+            "torchrun --nnodes 2 --nproc-per-node 8 --node-rank I --master-addr HOST0 --master-port 29500 "
+            "-m sltrain_dist train --config 'my plans/a.yaml'",
+        ),
+    ],
+)
+def test_launch_lines(ranks: int, expected: str) -> None:
+    assert launch_line("my plans/a.yaml", ranks) == expected
+
+
+@pytest.mark.parametrize("width", [36, 60])
+def test_narrow_terminals_cut_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    search = ["--search", "--vary", "state bits", "--vary", "recompute", "--device-memory", "RTX 4090"]
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, *search) == 0
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "…" not in out and max(map(len, out.splitlines())) <= width
+    assert re.search(r"  forward ◀ [\d.]+  ", out) and re.search(r"to spare [\d.]+ GB", out)
+    assert plan(monkeypatch, "--config", SMALL, "--accounting", "paper") == 0
+    assert "…" not in capsys.readouterr().out
 
 
 def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.planner.answer import Answer
+from sltrain_dist.planner.answer import Answer, answer
 from sltrain_dist.planner.labels import GROUPS
 from sltrain_dist.planner.page import page
 from sltrain_dist.planner.reference import reference_estimate
@@ -40,6 +40,13 @@ def known() -> Answer:
     return Answer(
         config, 1, 500_000_000, reference_estimate(config), changes, found, rows, ["a/plan-01.yaml", "b.yaml"]
     )
+
+
+@pytest.fixture(scope="module")
+def estimated() -> Answer:
+    """A run of this code on several ranks, whose update has all five phases, short and long ones."""
+    settings = {"preset": "llama_60m", "parallel": {"engine": "fsdp"}, "train": {"micro_batch": 8}}
+    return answer(build_config(settings), 8, 10 * 10**9)
 
 
 class Reader(HTMLParser):
@@ -104,6 +111,7 @@ class Seen:
     background: str
     colour: str
     heights: list[int]
+    touching: list[str]
 
 
 MEASURE = """
@@ -115,7 +123,17 @@ frame.onload = () => {
     return box.width > 0 && getComputedStyle(each).position !== "absolute" && !each.closest("svg, thead")
       && (box.right > root.clientWidth + 1 || box.left < -1);
   }).map(each => each.tagName + ": " + each.textContent.slice(0, 40));
+  const labels = [...page.querySelectorAll(".plot span, .phases span, .legend li")].map(each => {
+    const text = page.createRange();
+    text.selectNodeContents(each);
+    return {name: each.textContent, box: text.getBoundingClientRect()};
+  });
+  const touching = labels.flatMap((a, index) => labels.slice(index + 1).filter(b =>
+    a.box.left < b.box.right + 4 && b.box.left < a.box.right + 4
+      && a.box.top < b.box.bottom && b.box.top < a.box.bottom
+  ).map(b => a.name + " | " + b.name));
   document.querySelector("pre").textContent = JSON.stringify({
+    touching,
     scroll_width: root.scrollWidth, cut, background: style.backgroundColor, colour: style.color,
     heights: [...page.querySelectorAll("section")].map(each => Math.round(each.getBoundingClientRect().height)),
   });
@@ -163,6 +181,12 @@ def test_in_a_browser(known: Answer, tmp_path: Path, width: int, scheme: str) ->
     dark, light = sorted((luminance(seen.background), luminance(seen.colour)))
     assert (light + 0.05) / (dark + 0.05) > 7  # WCAG's AAA
     assert (luminance(seen.background) < luminance(seen.colour)) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("width", [320, 360, 414, 600, 720, 900, 1200])
+def test_labels_of_the_drawing_do_not_touch(estimated: Answer, tmp_path: Path, width: int) -> None:
+    seen = see(page(estimated), width, "light", tmp_path)
+    assert seen.touching == [] and seen.cut == [] and seen.scroll_width == width
 
 
 def test_the_browser_sees_what_is_too_wide(known: Answer, tmp_path: Path) -> None:
