@@ -78,6 +78,7 @@ def test_deepspeed_launcher(uninterrupted: Path) -> None:
     assert len(evaluations) == 1 + STEPS // 10
     assert evaluations[-1] < evaluations[0] - 1
     assert saved_steps(uninterrupted) == [20, 40, 60]
+    assert not (uninterrupted.parent / "extensions").exists(), "DeepSpeed compiled what training does not need"
 
 
 def test_stopped_under_ddp_then_killed_and_resumed_under_zero(
