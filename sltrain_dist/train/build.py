@@ -120,6 +120,8 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         world_size=env.world_size,
         source_sizes=corpus.source_sizes,
         state=None if reader is None else reader.state["data"],
+        # A rank whose worker is stuck says so before the others' collectives time out.
+        timeout_s=config.parallel.timeout_s * (1.0 if env.world_size == 1 else 0.9),
     )
     check_agreement(env, {"supports": supports, **loader.order})
     tracker = RunTracker(
