@@ -15,6 +15,7 @@ wanted="$(cat setup.cfg constraints.txt pyproject.toml | cksum) [$extras]"
 if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
     exit 0
 fi
+echo "setup: installing into .venv what is missing; the first time minutes, because PyTorch's CUDA build is gigabytes" >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt)
 # Torch by its exact version and first: DeepSpeed's installation looks at it, and an open range would bring
