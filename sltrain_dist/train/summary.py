@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     lines.append(
         f"train on from here:  the same command with {budget}   (the learning rate follows the longer schedule)"
     )
-    lines.append(f"use the model:       sltrain export {run_dir} --output DIR")
+    lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"
     )
