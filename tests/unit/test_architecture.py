@@ -38,6 +38,7 @@ TORCH_FREE = {
     "models.count",
     "optim.schedule",
     "optim.state_layout",
+    "parallel.launchers",
     "parallel.partition",
     "parallel.communication",
     "parallel.reaper",
