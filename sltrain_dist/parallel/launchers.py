@@ -20,19 +20,17 @@ def launchers_of(process: Process | None) -> Iterator[Process]:
             yield process
 
 
-def lost_launcher(launchers: tuple[Process, ...] | None = None) -> str | None:
-    """A sentence about a launcher that is gone; None if all are there.
-
-    Args:
-        launchers: The nearest first. None: those that were there when this process began.
-    """
-    for launcher in _AT_START if launchers is None else launchers:
+def lost_launcher() -> str | None:
+    """A sentence about a launcher above this process that is gone; None if all are there."""
+    if _ORPHAN is not None:
+        return f"the deepspeed command that has started process {_ORPHAN.pid} is gone"
+    for launcher in _AT_START:
         if not launcher.runs:
             return f"the launcher of this process is gone ({launcher.name}, process {launcher.pid})"
-        if launcher.is_started_by_deepspeed and launcher.is_adopted:
-            return f"the deepspeed command that has started process {launcher.pid} is gone"
     return None
 
 
 _AT_START = tuple(launchers_of(Process.of(os.getpid())))
 """Found when this module is imported, which is before torch is: one that is lost meanwhile is missed as well."""
+_ORPHAN = next((each for each in _AT_START[-1:] if each.is_started_by_deepspeed and each.is_adopted), None)
+"""DeepSpeed's launcher on this host, where the command was killed even before that."""
