@@ -256,7 +256,7 @@ class ParallelConfig(Section):
     """zero: more keys of DeepSpeed's configuration, nested as there. A key that is made from another setting
     of this configuration is refused."""
     timeout_s: Seconds = 1800
-    """Seconds after which a collective that got no answer ends the run."""
+    """Seconds after which a collective that got no answer, or a data worker that sends nothing, ends the run."""
 
 
 class TrainConfig(Section):
@@ -337,9 +337,9 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Whether to track with MLflow. A failing tracker is reported once and never stops training."""
     mlflow_uri: str | None = None
-    """MLflow tracking server. Null: the SQLite file run_dir/mlflow.db."""
-    experiment: str = "sltrain"
-    """MLflow experiment."""
+    """MLflow tracking server. Null: $MLFLOW_TRACKING_URI, or without it the SQLite file run_dir/mlflow.db."""
+    experiment: str | None = None
+    """MLflow experiment. Null: $MLFLOW_EXPERIMENT_NAME or $MLFLOW_EXPERIMENT_ID, or without them sltrain."""
     run_name: str | None = None
     """MLflow run name. Null: the name of run_dir."""
 

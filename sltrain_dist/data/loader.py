@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +60,7 @@ class TrainLoader:
         world_size: Number of ranks; divides `global_batch`.
         source_sizes: With `data.weights`: how many of the shards belong to each source, in order.
         state: Where to go on: what :func:`merge_states` returned, for any number of ranks. None: from the start.
+        timeout_s: Seconds of waiting for a worker after which it counts as stuck.
 
     Attributes:
         order: Everything that decides which documents come when, such as hashes of the shard list and of the
@@ -82,6 +84,7 @@ class TrainLoader:
         world_size: int,
         source_sizes: Sequence[int] = (),
         state: dict[str, Any] | None = None,
+        timeout_s: float = math.inf,
     ) -> None:
         if not shards:
             raise DataError("the training data has no shards; check data.source")
@@ -116,11 +119,28 @@ class TrainLoader:
             return
         for some in _contiguous_groups(shares, data.workers):
             states = {share.stream: self._states[share.stream] for share in some}
-            self._workers.append(Worker(Job(settings, tokenizer_path, some, states, data.prefetch)))
+            self._workers.append(Worker(Job(settings, tokenizer_path, some, states, data.prefetch), timeout_s))
         self._groups = self._workers
 
     def __iter__(self) -> TrainLoader:
         return self
+
+    def wait(self, asked: Callable[[], object]) -> bool:
+        """Waits for the workers to have the next update ready.
+
+        Args:
+            asked: Looked at a few times a second.
+
+        Returns:
+            Whether the next call of :meth:`__next__` has nothing to wait for, be it that it raises an error;
+            false as soon as `asked` is true.
+        """
+        if self._failure is None:
+            try:
+                return all(worker.wait(asked) for worker in self._workers)
+            except DataError as error:
+                self._failure = error
+        return True
 
     def __next__(self) -> TokenIds:
         """This rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
@@ -129,7 +149,7 @@ class TrainLoader:
         raised again by every later call.
 
         Raises:
-            DataError: A shard cannot be read, too many documents are unusable, or a worker died.
+            DataError: A shard cannot be read, too many documents are unusable, or a worker died or is stuck.
         """
         if self._failure is not None:
             raise self._failure

@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -28,10 +30,13 @@ from sltrain_dist.data.stream import StreamSettings, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError, SltrainError
 
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems and terminals send these to all processes of a job; only the trainer answers them."""
 _PARENT_CHECK_S = 1.0
 _EXIT_WAIT_S = 5.0
+_ASK_S = 0.2
+_START_S = 60.0
+"""More time for a worker's first update: on a busy machine its start takes seconds."""
 _PROGRAM = "from sltrain_dist.data.worker import main; main()"
 
 
@@ -56,14 +61,26 @@ class _Failure(NamedTuple):
     """For any other exception: a mistake of this program."""
 
 
+class _Death(NamedTuple):
+    """What comes last of a worker that has ended without saying why."""
+
+
+_Message = Update | _Failure | _Death
+
+
 class Worker:
     """A running worker, as its parent sees it.
 
+    A thread talks to it, because a worker can be stopped in the middle of a message, and the parent must not wait
+    for the rest without an end.
+
     Args:
         job: What to do.
+        timeout_s: Seconds of waiting for an update after which the worker counts as stuck.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, timeout_s: float) -> None:
+        self._timeout_s, self._patience_s = timeout_s, timeout_s + _START_S
         self._connection, theirs = Pipe(duplex=True)
         # Blocked signals stay blocked in a child: no moment is left at which one could end the worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
@@ -77,36 +94,67 @@ class Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        try:
-            self._connection.send(job)
-        except OSError:
-            raise self._death() from None
+        self._inbox: queue.Queue[_Message] = queue.Queue(1)
+        self._arrived: _Message | None = None
+        self._thread = threading.Thread(target=self._receive, args=(job,), daemon=True)
+        self._thread.start()
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
 
+    def wait(self, asked: Callable[[], object]) -> bool:
+        """Waits for the next update, or for what comes in its place.
+
+        Args:
+            asked: Looked at a few times a second.
+
+        Returns:
+            Whether it has come; false as soon as `asked` is true.
+
+        Raises:
+            DataError: Nothing has come for `timeout_s`.
+        """
+        waited_s = 0.0
+        while self._arrived is None:
+            if asked():
+                return False
+            try:
+                self._arrived = self._inbox.get(timeout=_ASK_S)
+            except queue.Empty:
+                waited_s += _ASK_S  # by no clock: those go on while this process is stopped together with its worker
+                if waited_s >= self._patience_s:
+                    raise self._silence(waited_s) from None
+        self._patience_s = self._timeout_s
+        return True
+
     def next_update(self) -> Update:
         """Waits for the next update.
 
         Raises:
-            DataError: The worker died.
+            DataError: The worker died, or nothing has come for `timeout_s`.
             SltrainError: What the worker raised.
         """
-        try:
-            message = self._connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
+        self.wait(lambda: False)
+        message, self._arrived = self._arrived, None
         if isinstance(message, Update):
             return message
-        failure: _Failure = message
-        if failure.error is not None:
-            raise failure.error
-        raise RuntimeError(f"a data worker failed:\n{failure.traceback}")
+        if not isinstance(message, _Failure):
+            raise self._death()
+        if message.error is not None:
+            raise message.error
+        raise RuntimeError(f"a data worker failed:\n{message.traceback}")
 
     def hang_up(self) -> None:
         """Tells the worker to end."""
+        if self._connection.closed:
+            return
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as end, suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
+        while self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._inbox.get(timeout=0.01)
         self._connection.close()
 
     def join(self) -> None:
@@ -117,6 +165,17 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
+    def _receive(self, job: Job) -> None:
+        """The thread: sends the job, and takes one update ahead of the one that waits in the inbox."""
+        message: _Message = _Death()
+        try:
+            self._connection.send(job)
+            while isinstance(message := self._connection.recv(), Update):
+                self._inbox.put(message)
+        except (EOFError, OSError):
+            message = _Death()
+        self._inbox.put(message)
+
     def _death(self) -> DataError:
         self.hang_up()
         self.join()
@@ -126,6 +185,24 @@ class Worker:
             f"the data worker with process id {self.pid} {how}; its output is above. If the machine ran out of memory, "
             "lower data.shuffle_block, data.prefetch or data.workers"
         )
+
+    def _silence(self, waited_s: float) -> DataError:
+        return DataError(
+            f"the data worker with process id {self.pid} has sent nothing for {waited_s:.0f} s (parallel.timeout_s): "
+            f"it {_activity(self.pid)}. Start the same command again to go on from the newest checkpoint; if reading "
+            "takes this long, set a larger parallel.timeout_s"
+        )
+
+
+def _activity(pid: int) -> str:
+    """What a process is doing, in the kernel's words."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "has ended"
+    if state in "Tt":
+        return f"is stopped by a signal or a debugger (kill -CONT {pid} would let it go on)"
+    return "is waiting for a disk or a file system" if state == "D" else "is still running, or waiting for its data"
 
 
 def _environment() -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 
 from sltrain_dist.errors import ConfigError, SltrainError
 from sltrain_dist.parallel import slurm, watchdog
-from sltrain_dist.parallel.launcher import rank_variables
+from sltrain_dist.parallel.rank_variables import rank_variables
 
 T = TypeVar("T")
 

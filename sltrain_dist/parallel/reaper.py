@@ -28,9 +28,10 @@ PATIENCE_S = 35.0
 _TERM_S = 3.0
 _POLL_S = 0.2
 _LAUNCHERS = re.compile(
-    r"(.*/)?torchrun|torch\.distributed\.run|.*torch/distributed/run\.py|deepspeed\.launcher\.launch"
+    r"(.*/)?(torchrun|deepspeed|ds|deepspeed\.pt)|torch\.distributed\.(run|launch)|.*torch/distributed/run\.py"
+    r"|deepspeed\.launcher\.(launch|runner)|.*deepspeed/launcher/(launch|runner)\.py"
 )
-"""In the beginning of a launcher's command line, as one whole argument."""
+"""The program of a launcher, or the module or script that Python runs."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,49 @@ class Process:
         return None if state in "ZX" else Process(pid, fields[18], tuple(command))
 
     @property
+    def name(self) -> str:
+        """The launcher's program or module; empty if it is something else, which may have one as an argument."""
+        words = iter(self.command)
+        program = next(words, "")
+        if program.rpartition("/")[2].startswith("python"):
+            for program in words:
+                if program in ("-X", "-W"):
+                    next(words, "")
+                elif not program.startswith("-"):
+                    break
+        return program if _LAUNCHERS.fullmatch(program) else ""
+
+    @property
     def is_launcher(self) -> bool:
-        """Whether it is torchrun or DeepSpeed's launcher on a host, and not a shell, say."""
-        return any(_LAUNCHERS.fullmatch(argument) for argument in self.command[:5])
+        """Whether it is torchrun or one of DeepSpeed's launchers, and not a shell, say."""
+        return self.name != ""
+
+    @property
+    def is_started_by_deepspeed(self) -> bool:
+        """Whether it is the launcher that the `deepspeed` command starts on a host."""
+        return self.name.endswith(("launcher.launch", "launcher/launch.py"))
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the process that has started it has ended: children are born into their parent's session."""
+        parent = self.parent()
+        with suppress(ProcessLookupError):
+            session = os.getsid(self.pid)
+            return session != self.pid and (parent is None or os.getsid(parent.pid) != session)
+        return False
 
     @property
     def runs(self) -> bool:
         """Whether it still does."""
         now = Process.of(self.pid)
         return now is not None and now.started == self.started
+
+    def parent(self) -> Process | None:
+        """The process that has started it, or to which it was given when that one ended."""
+        try:
+            return Process.of(int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1]))
+        except OSError:
+            return None
 
     def children(self) -> Iterator[Process]:
         """The processes that it has started."""

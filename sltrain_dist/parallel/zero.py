@@ -116,6 +116,9 @@ class ZeroEngine:
         except ImportError as error:
             raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use fsdp") from None
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On the CPU DeepSpeed would compile an extension that only its inference uses: minutes without a word, and a
+        # lock that outlives a killed process and blocks every later start. It builds nothing that is not listed here.
+        deepspeed.ops.__compatible_ops__ = {}
         # DeepSpeed calls collectives by names that torch 2.13 has renamed.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         self._env, self._stage, self._offload = env, config.parallel.zero_stage, config.parallel.cpu_offload

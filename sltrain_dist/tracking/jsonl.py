@@ -51,6 +51,11 @@ class JsonLines:
             os.ftruncate(self._file.fileno(), end)
             raise
 
+    def holds(self, step: int, key: str) -> bool:
+        """Whether there is a record of this update with this key."""
+        records = map(json.loads, self._path.read_bytes().splitlines())
+        return any(record["step"] == step and key in record for record in records)
+
     def close(self) -> None:
         """Closes the file. May be called twice."""
         self._file.close()

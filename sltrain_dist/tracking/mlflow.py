@@ -7,11 +7,13 @@ import logging
 import os
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 from sltrain_dist.config.schema import TrackingConfig
 
@@ -33,7 +35,7 @@ _ENVIRONMENT = {
 }
 """Defaults, for what the user's environment does not say."""
 
-_DATABASES = ("sqlite:", "mysql", "postgresql", "mssql")
+_DATABASES = ("sqlite", "mysql", "postgresql", "mssql")
 _THREAD = "sltrain-mlflow"
 _QUEUE_SIZE = 10_000
 _LINES_PER_REQUEST = 50
@@ -46,6 +48,45 @@ class _Line(NamedTuple):
     step: int
     time_ms: int
     metrics: dict[str, float]
+
+
+class Destination(NamedTuple):
+    """Where a run is tracked: as configured, else as MLflow's own variables say, else in the run directory."""
+
+    uri: str
+    """Tracking server or database."""
+    experiment: str
+    """Name of the experiment, or its id."""
+    by_id: bool
+    """Whether `experiment` is an id."""
+    database: Path | None
+    """The run's own SQLite file, where that is the destination."""
+    variables: tuple[str, ...]
+    """The variables that were followed."""
+
+    @staticmethod
+    def of(tracking: TrackingConfig, run_dir: Path, environ: Mapping[str, str] = os.environ) -> Destination:
+        """The destination of a run in `run_dir`."""
+        database = None
+        uri = tracking.mlflow_uri or environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            database = run_dir.resolve() / "mlflow.db"
+            uri = _sqlite_uri(database)
+        name, number = environ.get("MLFLOW_EXPERIMENT_NAME"), environ.get("MLFLOW_EXPERIMENT_ID")
+        by_id = not tracking.experiment and not name and bool(number)
+        experiment = tracking.experiment or name or number or "sltrain"
+        followed = (
+            ("MLFLOW_TRACKING_URI", not tracking.mlflow_uri and database is None),
+            ("MLFLOW_EXPERIMENT_NAME", not tracking.experiment and bool(name)),
+            ("MLFLOW_EXPERIMENT_ID", by_id),
+        )
+        return Destination(uri, experiment, by_id, database, tuple(name for name, holds in followed if holds))
+
+    def __str__(self) -> str:
+        """For people: the server, the experiment, and which variables say so; without passwords."""
+        experiment = f"experiment {'with id ' if self.by_id else ''}{self.experiment}"
+        why = f"  (from {', '.join(self.variables)})" if self.variables else ""
+        return f"{_without_password(self.uri)}, {experiment}{why}"
 
 
 class MlflowTracker:
@@ -61,7 +102,7 @@ class MlflowTracker:
     `resumed.<step>.<key>`.
 
     Args:
-        tracking: Server, experiment and run name.
+        tracking: Server, experiment and run name; see :class:`Destination`.
         run_dir: Where the database and artifacts are by default, and the run's id. Must exist.
         params: The configuration, flattened to dotted keys.
         resumed_step: The update that the run goes on after; 0 for a new run.
@@ -85,12 +126,14 @@ class MlflowTracker:
         self._params = {key: _without_password(str(value)) for key, value in params.items()}
         self._resumed_step = resumed_step
         self._warn = warn
-        self._uri = tracking.mlflow_uri or f"sqlite:///{self._run_dir / 'mlflow.db'}"
-        local = self._uri.startswith("sqlite:")
+        self._destination = Destination.of(tracking, run_dir)
+        self._uri = self._destination.uri
+        local = self._uri.startswith("sqlite")
         self._close_timeout_s = close_timeout_s if close_timeout_s is not None else 60.0 if local else 5.0
         self._queue: queue.Queue[_Line | Status] = queue.Queue(_QUEUE_SIZE)
         self._failure: str | None = None
         self._active = False
+        self._where: str | None = None
         self._complained_of_full_queue = False
         try:
             _import_mlflow(self._uri)
@@ -115,8 +158,12 @@ class MlflowTracker:
                 self._warn("MLflow is slower than training; lines that it cannot take are only in metrics.jsonl")
                 self._complained_of_full_queue = True
 
-    def close(self, status: Status) -> None:
-        """Ends the MLflow run, and waits a few seconds for what is queued. May be called twice."""
+    def close(self, status: Status) -> str | None:
+        """Ends the MLflow run, and waits a few seconds for what is queued. May be called twice.
+
+        Returns:
+            Where to look at the run, if MLflow has taken all of it.
+        """
         if self._active:
             deadline = time.monotonic() + self._close_timeout_s
             try:
@@ -127,8 +174,10 @@ class MlflowTracker:
             if self._thread.is_alive() and self._failure is None:
                 timeout = f"{self._close_timeout_s:.0f} s"
                 self._fail(TimeoutError(f"it has not taken everything within {timeout} after the end"))
+        tracked = self._active and self._failure is None
         self._report_failure()
         self._active = False
+        return self._where if tracked else None
 
     def _fail(self, error: BaseException) -> None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -153,6 +202,7 @@ class MlflowTracker:
                 self._send(client, run_id, lines)
                 if status is not None:
                     client.set_terminated(run_id, status)
+                    self._where = self._look(client, run_id)
                     return
         except Exception as error:  # MLflow's plugins and databases raise errors of any type
             self._fail(error)
@@ -224,14 +274,25 @@ class MlflowTracker:
         client.update_run(run_id, status="RUNNING")
         return run
 
+    def _look(self, client: Any, run_id: str) -> str:
+        """Where to look at the run: the command that shows a database, or the server's page."""
+        if self._uri.startswith(_DATABASES):
+            return f"mlflow ui --backend-store-uri {shlex.quote(_without_password(self._uri))}"
+        if self._uri.startswith("http"):
+            experiment = client.get_run(run_id).info.experiment_id
+            return f"{_without_password(self._uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        return f"run {run_id} in {_without_password(self._uri)}"
+
     def _experiment_id(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        name = self._tracking.experiment
+        name = self._destination.experiment
+        if self._destination.by_id:
+            return name
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             # A server has its own place for artifacts.
-            artifacts = None if self._tracking.mlflow_uri else (self._run_dir / "mlartifacts").as_uri()
+            artifacts = (self._run_dir / "mlartifacts").as_uri() if self._destination.database else None
             try:
                 return str(client.create_experiment(name, artifact_location=artifacts))
             except MlflowException as error:
@@ -258,11 +319,22 @@ def _is_not_ours(record: logging.LogRecord) -> bool:
     return record.threadName != _THREAD
 
 
+def _sqlite_uri(path: Path) -> str:
+    """A database file as a URI, in which `%`, `?` and `#` are escaped."""
+    escaped = re.sub("[%?#]", lambda special: quote(special[0]), str(path))
+    # MLflow makes the parent directory of what follows "sqlite:///", escaped as it stands; not with the driver's name.
+    return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
+
+
 def _check_sqlite_file(uri: str) -> None:
     """Opens a database file once: MLflow tries for minutes before it gives up on one that cannot be opened."""
-    if uri.startswith("sqlite:///"):
-        with Path(uri.removeprefix("sqlite:///").partition("?")[0]).open("ab"):
-            pass
+    if uri.startswith("sqlite"):
+        from sqlalchemy import make_url
+
+        path = make_url(uri).database
+        if path and path != ":memory:":
+            with Path(path).open("ab"):
+                pass
 
 
 def _without_password(text: str) -> str:

@@ -117,11 +117,16 @@ class RunTracker:
             self._record(record)
             self._console.evaluation(record)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether metrics.jsonl has an evaluation after this update, which the run has gone on from."""
+        return self._is_main and self._jsonl.holds(step, "eval_loss")
+
     def close(self, status: Status) -> None:
         """Ends the tracking: takes the bar away and waits a few seconds for MLflow. May be called twice."""
         if self._is_main:
-            if self._mlflow is not None:
-                self._mlflow.close(status)
+            where = self._mlflow.close(status) if self._mlflow is not None else None
+            if where is not None and status == "FINISHED":
+                self._console.note(f"look at the run:     {where}")
             self._console.close()
             self._jsonl.close()
 

@@ -105,6 +105,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     reader = open_checkpoint(config, env, store, say)
     notes = [] if reader is None else _compare(reader, config)
 
+    say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
     model = build_model(config, env.device)
     supports = supports_fingerprint(model)
     engine = build_engine(model, config, env)
@@ -120,6 +121,8 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         world_size=env.world_size,
         source_sizes=corpus.source_sizes,
         state=None if reader is None else reader.state["data"],
+        # A rank whose worker is stuck says so before the others' collectives time out.
+        timeout_s=config.parallel.timeout_s * (1.0 if env.world_size == 1 else 0.9),
     )
     check_agreement(env, {"supports": supports, **loader.order})
     tracker = RunTracker(
@@ -220,6 +223,7 @@ def prepare_corpus(
                 eval_source, subset=evaluation.subset, split=evaluation.split, key="eval.source", fetcher=fetcher
             )
         )
+        say(f"reading the evaluation data, up to eval.tokens = {evaluation.tokens:,} tokens")
         eval_rows = env.on_main(lambda: evaluation_rows(evaluation, data, eval_shards, tokenizer))
     source_sizes = [] if data.weights is None else [len(each) for each in resolved]
     return Corpus(shards, source_sizes, eval_rows, Path(tokenizer_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +30,25 @@ class EvalResult:
 
 
 def evaluate(
-    engine: Engine, rows: Rows, micro_batch: int, env: Environment, *, reset_attention: bool = False
+    engine: Engine,
+    rows: Rows,
+    micro_batch: int,
+    env: Environment,
+    *,
+    reset_attention: bool = False,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """Evaluates all rows, dealt to the ranks in turn; every label counts exactly once.
 
     Ranks that have fewer rows fill up with padding, because an engine's forward pass may be a collective.
+
+    Args:
+        engine: The engine.
+        rows: All rows, the same on every rank.
+        micro_batch: Rows of a forward pass.
+        env: This process among all.
+        reset_attention: Whether the documents of a row are told apart.
+        before_batch: Called before every batch, on all ranks equally often. What it raises ends the evaluation.
     """
     mine = rows[env.rank :: env.world_size]
     passes = -(-len(rows) // (env.world_size * micro_batch))
@@ -41,6 +56,7 @@ def evaluate(
     mine = np.concatenate((mine, filler))
     loss = torch.zeros((), dtype=torch.float64, device=env.device)
     for start in range(0, len(mine), micro_batch):
+        before_batch()
         watchdog.beat("evaluating")
         there = torch.from_numpy(mine[start : start + micro_batch]).to(env.device)
         loss += engine.evaluate(*to_batch(there, reset_attention=reset_attention))

@@ -6,6 +6,7 @@ loader, put into pinned memory and sent on a stream of their own, so that no upd
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,10 @@ class Loader(Protocol):
 
     def __next__(self) -> Rows:
         """The rows of the next update."""
+        ...
+
+    def wait(self, asked: Callable[[], object]) -> bool:
+        """Waits until :meth:`__next__` has nothing to wait for, and returns true; false as soon as `asked` is."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,6 +64,11 @@ class RowFeed:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._next: _Ahead | None = None
 
+    def wait(self, asked: Callable[[], object]) -> None:
+        """Waits for the rows that :meth:`take` will return, or until `asked` is true."""
+        if self._next is None:
+            self._loader.wait(asked)
+
     def take(self) -> FedRows:
         """The rows of the next update, for which the current stream waits.
 
@@ -72,13 +82,18 @@ class RowFeed:
         self._await(fed.sent)
         return fed
 
-    def prepare(self) -> None:
-        """Gets the rows that :meth:`take` will return. What goes wrong is for the update that needs them to say."""
+    def prepare(self, asked: Callable[[], object] = lambda: False) -> None:
+        """Gets the rows that :meth:`take` will return, unless `asked` is true before they have come.
+
+        What goes wrong is for the update that needs them to say.
+        """
         if not self._runs_ahead or self._next is not None:
             return
         state = self._loader.state_dict()
         outcome: FedRows | Exception
         try:
+            if not self._loader.wait(asked):
+                return
             outcome = self._send(next(self._loader))
         except Exception as error:  # whatever it is, `take` raises it
             outcome = error

@@ -27,6 +27,7 @@ from sltrain_dist.train.memory import MEASURED_UPDATE
 from sltrain_dist.train.sanity import check_update
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
+from sltrain_dist.train.stop import StopAgreed
 from sltrain_dist.train.summary import describe_traffic
 
 
@@ -38,6 +39,10 @@ class Clock:
     meter: Throughput = field(default_factory=Throughput)
     started: float = field(default_factory=time.monotonic)
     logged_step: int = 0
+    saved_step: int = 0
+    """The update that the newest checkpoint was saved after; 0: none."""
+    evaluated_step: int | None = None
+    """The update that was evaluated last, if that is known."""
     updates: int = 0
     """Updates of this process, the present one included."""
 
@@ -55,37 +60,41 @@ def fit(run: Run) -> Outcome:
         DataError: The data gave out, or is worse than allowed.
         CheckpointError: A checkpoint could not be written.
     """
-    train, state = run.config.train, run.state
-    if state.finished(train):
+    state = run.state
+    clock = Clock(state.elapsed_s, logged_step=state.step, saved_step=state.step)
+    if state.step and run.env.on_main(lambda: run.tracker.has_evaluation(state.step)):
+        clock.evaluated_step = state.step
+    if state.finished(run.config.train) and not _evaluation_is_due(run, clock):
         return Outcome(ExitCode.DONE, f"nothing left to do: {state.step} updates were made before", state.step)
-    clock = Clock(state.elapsed_s, logged_step=state.step)
-    reason = _stop_reason(run)
-    if reason:  # it came while the run was being built
-        return _stopped(run, reason)
-    if state.step == 0:
-        _evaluate(run, clock)
-    while not state.finished(train):
-        _update(run, clock)
-        finished = state.finished(train)
-        if finished or _due(run.config.eval.every, state.step):
-            _evaluate(run, clock)
-        reason = None if finished else _stop_reason(run)
-        if finished or reason or _due(run.config.checkpoint.every, state.step):
-            _save(run, clock)
-        if reason:
-            return _stopped(run, reason)
+    try:
+        _train(run, clock)
+    except StopAgreed as stop:
+        _save(run, clock)
+        run.stop.acknowledge()
+        return Outcome(ExitCode.STOPPED_EARLY, f"stopped early with everything saved: {stop}", state.step)
     run.stop.acknowledge()
     return Outcome(ExitCode.DONE, "done", state.step)
 
 
-def _stopped(run: Run, reason: str) -> Outcome:
-    run.stop.acknowledge()
-    return Outcome(ExitCode.STOPPED_EARLY, f"stopped early with everything saved: {reason}", run.state.step)
+def _train(run: Run, clock: Clock) -> None:
+    """Updates until the budget is used up. Saves before it evaluates, so that an evaluation can be cut short."""
+    while True:
+        finished = run.state.finished(run.config.train)
+        if finished or _due(run.config.checkpoint.every, run.state.step):
+            _save(run, clock)
+        if _evaluation_is_due(run, clock):
+            _evaluate(run, clock)
+        if finished:
+            return
+        watchdog.beat("waiting for training data")
+        with clock.meter.waiting_for_data():
+            run.feed.wait(run.stop.reason)
+        _check_stop(run)
+        _update(run, clock)
 
 
 def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
-    watchdog.beat("waiting for training data")
     with clock.meter.waiting_for_data():
         rows, sent = run.feed.take()
     progress = state.progress(config.train, config.optim.warmup_steps)
@@ -124,7 +133,7 @@ def _prepare_next(run: Run, clock: Clock) -> None:
     if run.state.step + 1 != run.config.train.steps:  # else nobody would take them
         watchdog.beat("getting the next update's rows")
         with clock.meter.waiting_for_data():
-            run.feed.prepare()
+            run.feed.prepare(run.stop.reason)
         watchdog.beat("in a forward and backward pass")
 
 
@@ -190,12 +199,25 @@ def _data_faults(run: Run) -> dict[str, int]:
     return {name: int(total) for name, total in zip(counts, totals, strict=True) if total}
 
 
+def _evaluation_is_due(run: Run, clock: Clock) -> bool:
+    """Whether this update is one to evaluate after and has not been, maybe because the run ended meanwhile."""
+    step = run.state.step
+    wanted = step == 0 or run.state.finished(run.config.train) or _due(run.config.eval.every, step)
+    return run.eval_rows is not None and wanted and clock.evaluated_step != step
+
+
 def _evaluate(run: Run, clock: Clock) -> None:
-    if run.eval_rows is None:
-        return
+    assert run.eval_rows is not None
     with clock.meter.excluded():
-        reset = run.config.data.reset_attention
-        result = evaluate(run.engine, run.eval_rows, run.eval_micro_batch, run.env, reset_attention=reset)
+        result = evaluate(
+            run.engine,
+            run.eval_rows,
+            run.eval_micro_batch,
+            run.env,
+            reset_attention=run.config.data.reset_attention,
+            before_batch=partial(_check_stop, run),
+        )
+    clock.evaluated_step = run.state.step
     run.perplexities.append((run.state.step, result.perplexity))
     run.tracker.evaluation(
         {
@@ -208,7 +230,10 @@ def _evaluate(run: Run, clock: Clock) -> None:
 
 
 def _save(run: Run, clock: Clock) -> None:
+    """Saves a checkpoint, unless this update's is there."""
     env, state = run.env, run.state
+    if clock.saved_step == state.step:
+        return
     with clock.meter.excluded():
         state.elapsed_s = clock.elapsed_s
         path = run.store.save(
@@ -223,14 +248,16 @@ def _save(run: Run, clock: Clock) -> None:
             to_yaml(run.config),
             run.tokenizer,
         )
+    clock.saved_step = state.step
     run.tracker.note(f"saved {path}")
 
 
-def _stop_reason(run: Run) -> str | None:
-    """Why to stop, agreed on by all ranks: a signal may have reached only one of them."""
+def _check_stop(run: Run) -> None:
+    """Raises StopAgreed on all ranks if any was asked to stop: a signal may have reached only one of them."""
     reason = run.stop.reason()
     (asked,) = run.env.sum([1.0 if reason else 0.0])  # one number; texts are sent only when there is one
-    return next(text for text in run.env.gather(reason) if text) if asked else None
+    if asked:
+        raise StopAgreed(next(text for text in run.env.gather(reason) if text))
 
 
 def _due(every: int, step: int) -> bool:

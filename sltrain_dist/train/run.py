@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,7 +20,7 @@ from sltrain_dist.config.rules import check_ranks, check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
 from sltrain_dist.parallel import watchdog
-from sltrain_dist.parallel.launcher import rank_variables
+from sltrain_dist.parallel.rank_variables import rank_variables
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
 from sltrain_dist.train.heap import keep_freed_memory
 from sltrain_dist.train.stop import StopRequest
@@ -96,20 +96,23 @@ def _leave(outcome: Outcome) -> NoReturn:
             print(f"the run has ended well, but another process of it has not: {error}", file=sys.stderr)
         watchdog.stop()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a closed terminal takes nothing any more
+            stream.flush()
     os._exit(int(outcome.code))
 
 
 def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
     config = load_config(config_path, overrides)
     check_trainable(config)
-    ranks = rank_variables()
-    check_ranks(config, ranks[1])
+    rank, world_size, local_rank = rank_variables()
+    check_ranks(config, world_size)
     from sltrain_dist.parallel import environment
     from sltrain_dist.train.agree import check_agreement, run_identity
 
-    watchdog.start(*ranks, config.parallel.timeout_s)
+    watchdog.start(rank, world_size, local_rank, config.parallel.timeout_s)
+    if rank == 0 and world_size > 1:
+        _print(f"waiting for {world_size} processes to meet, for up to {config.parallel.timeout_s} s")
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     if env.device.type == "cpu":
         keep_freed_memory()
@@ -136,7 +139,7 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
     stop = StopRequest(run_dir)
     stop.install()
     cleanup.callback(stop.restore)
-    run = build_run(config, env, run_dir, stop, lambda line: print(line, flush=True) if env.is_main else None)
+    run = build_run(config, env, run_dir, stop, _print if env.is_main else lambda line: None)
     status: Status = "FAILED"
     cleanup.callback(lambda: run.tracker.close(status))
     cleanup.callback(run.loader.close)
@@ -145,6 +148,12 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
     for line in closing_lines(config, run_dir, outcome, run.perplexities):
         run.tracker.note(line)
     return outcome
+
+
+def _print(line: str) -> None:
+    """Prints a line of progress before the tracker exists, unless its reader is gone."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _failure(joined: list[Path], code: ExitCode, reason: str) -> Outcome:

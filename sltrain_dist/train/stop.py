@@ -1,4 +1,4 @@
-"""Stopping on request: signals and the STOP file, acted on between two updates."""
+"""Stopping on request: signals, the STOP file, and a lost launcher, acted on between two updates or batches."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # not USR1, which NCCL catches
+from sltrain_dist.parallel.launchers import lost_launcher
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopAgreed(Exception):  # noqa: N818 (not an error)
+    """All ranks have agreed to stop here; says why."""
 
 
 class StopRequest:
-    """Notes that this process was asked to stop. The ranks agree on it at the next update's end.
+    """Notes that this process was asked to stop. The ranks agree on it between updates, and while they evaluate.
 
-    A second Ctrl-C interrupts at once, without saving.
+    A second Ctrl-C interrupts at once, without saving. Under `nohup` a closed terminal is no request.
 
     Args:
         run_dir: A file named STOP in it is a request too.
@@ -25,9 +31,10 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Handles SIGTERM, SIGINT and SIGUSR2 from now on."""
+        """Handles SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 from now on."""
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Gives the signals back to who had them."""
@@ -39,7 +46,7 @@ class StopRequest:
         """Why to stop, or None."""
         if self._signal:
             return self._signal
-        return f"{self._file} is there" if self._file.exists() else None
+        return f"{self._file} is there" if self._file.exists() else lost_launcher()
 
     def acknowledge(self) -> None:
         """Removes the STOP file, so that the run can be started again."""

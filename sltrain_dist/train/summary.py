@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sltrain_dist.parallel.partition import waiting_bytes
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
+from sltrain_dist.tracking.mlflow import Destination
 from sltrain_dist.train.exit import Outcome
 
 Sections = dict[str, list[tuple[str, str]]]
@@ -161,7 +163,7 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("metrics", str(run_dir / "metrics.jsonl")),
     ]
     if config.tracking.mlflow:
-        lines.append(("mlflow", config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"))
+        lines.append(("mlflow", str(Destination.of(config.tracking, run_dir))))
     return lines
 
 
@@ -174,16 +176,13 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     if outcome.code is not ExitCode.DONE:
         lines.append("go on: start the same command again")
         return lines
-    if config.tracking.mlflow:
-        uri = config.tracking.mlflow_uri or f"sqlite:///{run_dir / 'mlflow.db'}"
-        lines.append(f"look at the run:     mlflow ui --backend-store-uri {uri}")
     budget = (
         f"train.steps={2 * outcome.step}" if config.train.steps else f"train.tokens={2 * (config.train.tokens or 0)}"
     )
     lines.append(
         f"train on from here:  the same command with {budget}   (the learning rate follows the longer schedule)"
     )
-    lines.append(f"use the model:       sltrain export {run_dir} --output DIR")
+    lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"
     )

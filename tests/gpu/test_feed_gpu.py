@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ class Updates:
         self._last = rows_of(self.taken)
         self.taken += 1
         return self._last
+
+    def wait(self, asked: Callable[[], object]) -> bool:
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}

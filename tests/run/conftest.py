@@ -14,6 +14,8 @@ from sltrain_dist.data.tokenizer import train_tokenizer
 
 from .helpers import Corpus, documents, tiny_config, train_here, write_config, write_shard
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
@@ -52,7 +54,7 @@ class _as_a_process:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> None:
         self._threads = torch.get_num_threads()
-        self._handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+        self._handlers = {n: signal.getsignal(n) for n in _SIGNALS}
         self._random = torch.get_rng_state(), random.getstate()
         torch.set_num_threads(1)
 

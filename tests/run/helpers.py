@@ -204,8 +204,12 @@ def torchrun(config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> Pr
 def deepspeed(config: Path, run_dir: Path, *overrides: str) -> Process:
     """launch/pretrain.py under DeepSpeed's launcher, on two ranks."""
     port = free_port()  # its own choice is always 29500, where another run may be
+    # An empty place for extensions that DeepSpeed compiles, of which it must compile none.
+    nothing_built = ["env", f"TORCH_EXTENSIONS_DIR={run_dir.parent / 'extensions'}"]
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", str(port)]
-    return Process([*launcher, LAUNCH, *_arguments(config, run_dir, overrides)], run_dir.parent / run_dir.name)
+    return Process(
+        [*nothing_built, *launcher, LAUNCH, *_arguments(config, run_dir, overrides)], run_dir.parent / run_dir.name
+    )
 
 
 def free_port() -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.train import build, dry_run, loop
 from sltrain_dist.train.exit import claim, release
 
-from .helpers import final_tensors, metrics, outcome, saved_steps, train_here, trajectory
+from .helpers import final_tensors, last_step, metrics, outcome, saved_steps, train_here, trajectory
 
 Output = pytest.CaptureFixture[str]
 
@@ -114,6 +117,37 @@ def test_stop_file(finished: Path, tiny: Path, tmp_path: Path, monkeypatch: pyte
     assert train_here(tiny, tmp_path) == 0
     assert trajectory(tmp_path) == trajectory(finished)
     assert final_tensors(tmp_path) == final_tensors(finished)
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_stop_during_an_evaluation(
+    finished: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """It is cut short, after the update before it was saved, and is made when the run goes on; the last one as well."""
+    evaluate, batches = DDPEngine.evaluate, []
+
+    def evaluate_and_ask(engine: DDPEngine, *batch: torch.Tensor | None) -> torch.Tensor:
+        if last_step(tmp_path) == step:
+            batches.append(step)
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(engine, *batch)
+
+    monkeypatch.setattr(DDPEngine, "evaluate", evaluate_and_ask)
+    assert train_here(tiny, tmp_path) == 75
+    assert batches == [step], "the evaluation went on"
+    assert saved_steps(tmp_path) == sorted({2, 4, 6, step} - {0, *range(step + 1, 7)})
+    assert outcome(tmp_path) == {
+        "code": 75,
+        "reason": "stopped early with everything saved: received SIGTERM",
+        "step": step,
+    }
+    assert [line["step"] for line in metrics(tmp_path) if "eval_loss" in line] == list(range(0, step, 3))
+    monkeypatch.setattr(DDPEngine, "evaluate", evaluate)
+    assert train_here(tiny, tmp_path) == 0
+    assert trajectory(tmp_path) == trajectory(finished)
+    assert final_tensors(tmp_path) == final_tensors(finished)
+    assert train_here(tiny, tmp_path) == 0
+    assert outcome(tmp_path)["reason"].startswith("nothing left to do")
 
 
 def test_going_back_sets_later_checkpoints_aside(used: Path, tiny: Path) -> None:

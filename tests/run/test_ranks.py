@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from .helpers import (
     REPO,
+    TIMEOUT_S,
     Corpus,
     Process,
     deepspeed,
@@ -78,6 +81,7 @@ def test_deepspeed_launcher(uninterrupted: Path) -> None:
     assert len(evaluations) == 1 + STEPS // 10
     assert evaluations[-1] < evaluations[0] - 1
     assert saved_steps(uninterrupted) == [20, 40, 60]
+    assert not (uninterrupted.parent / "extensions").exists(), "DeepSpeed compiled what training does not need"
 
 
 def test_stopped_under_ddp_then_killed_and_resumed_under_zero(
@@ -109,6 +113,27 @@ def test_stopped_under_ddp_then_killed_and_resumed_under_zero(
     assert again[: len(killed)] == killed, "the updates after the checkpoint came out differently"
     assert_close(run_dir, uninterrupted)
     assert outcome(run_dir)["code"] == 0
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with torchrun(config, run_dir, "train.steps=100000", "eval.source=null", "checkpoint.every=0") as process:
+        process.until(lambda: last_step(run_dir) >= 3, "step 3")
+        ranks = process.children()
+        process.send(signal.SIGKILL)
+        process.wait()
+    try:
+        end = time.monotonic() + TIMEOUT_S
+        while outcome(run_dir)["code"] is None and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+    ended = outcome(run_dir)
+    assert (ended["code"], ended["step"]) == (75, last_step(run_dir))
+    assert "the launcher of this process is gone" in ended["reason"]
+    assert saved_steps(run_dir) == [last_step(run_dir)]
 
 
 def test_zero_on_two_ranks_goes_on_as_ddp_on_one(config: Path, uninterrupted: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Worker processes: the same rows as without, errors that arrive, and no process left behind."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def shards(tmp_path):
     ]
 
 
-def make_loader(shards, tokenizer, *, workers, rank=0, world_size=1, **changes):
+def make_loader(shards, tokenizer, *, workers, rank=0, world_size=1, timeout_s=math.inf, **changes):
     return TrainLoader(
         data_config(**{"streams": 5, "workers": workers, "batching": "pack", "seq_len": 16, **changes}),
         shards=shards,
@@ -43,6 +44,7 @@ def make_loader(shards, tokenizer, *, workers, rank=0, world_size=1, **changes):
         global_batch=12,
         rank=rank,
         world_size=world_size,
+        timeout_s=timeout_s,
     )
 
 
@@ -130,6 +132,43 @@ def test_a_killed_worker_is_an_error_at_once(shards, tokenizer):
         assert time.monotonic() - start < 5
 
 
+@pytest.fixture
+def frozen(shards, tokenizer):
+    """A loader that counts its workers as stuck after half a second, and one of them is stopped."""
+    # Messages longer than a socket's buffer: the worker is stopped in the middle of one.
+    with closing(make_loader(shards, tokenizer, workers=2, timeout_s=0.5, seq_len=40_000)) as loader:
+        next(loader)
+        pid = loader.worker_pids[1]
+        os.kill(pid, signal.SIGSTOP)
+        while loader.wait(lambda: False) and loader._failure is None:
+            next(loader)  # what has come over already
+        yield loader, pid
+
+
+def test_a_frozen_worker_is_an_error(frozen):
+    loader, pid = frozen
+    with pytest.raises(DataError, match=rf"process id {pid} has sent nothing for .* stopped by a signal .*-CONT {pid}"):
+        next(loader)
+    loader.close()
+    assert not is_running(pid)
+
+
+def test_waiting_for_a_frozen_worker_ends_when_asked_to_stop(shards, tokenizer):
+    """Nothing is lost by that: the rows come when the worker goes on."""
+    with (
+        closing(make_loader(shards, tokenizer, workers=2)) as loader,
+        closing(make_loader(shards, tokenizer, workers=0)) as expected,
+    ):
+        pid = loader.worker_pids[1]
+        os.kill(pid, signal.SIGSTOP)
+        while loader.wait(iter([False, False, True]).__next__):
+            assert np.array_equal(next(loader), next(expected))
+        assert loader.state_dict() == expected.state_dict()
+        os.kill(pid, signal.SIGCONT)
+        for _ in range(20):
+            assert np.array_equal(next(loader), next(expected))
+
+
 def test_a_worker_that_cannot_start_is_an_error(shards, tokenizer, monkeypatch, capfd):
     from sltrain_dist.data import worker
 
@@ -142,12 +181,13 @@ def test_a_worker_that_cannot_start_is_an_error(shards, tokenizer, monkeypatch, 
 
 
 def test_signals_to_the_whole_job_leave_workers_alone(shards, tokenizer):
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     with closing(make_loader(shards, tokenizer, workers=1)) as loader:
         (pid,) = loader.worker_pids
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in asked:
             os.kill(pid, number)  # at once, before its program has begun
         expected = next(loader)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in asked:
             os.kill(pid, number)
         for _ in range(200):
             next(loader)

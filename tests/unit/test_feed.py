@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ class Numbers:
     """Rows of the update's number, up to a last one."""
 
     def __init__(self, last: int = 100) -> None:
-        self.taken, self.last = 0, last
+        self.taken, self.last, self.slow = 0, last, False
+
+    def wait(self, asked: Callable[[], object]) -> bool:
+        return not (self.slow and asked())
 
     def __next__(self) -> Rows:
         if self.taken == self.last:
@@ -63,6 +67,19 @@ def test_an_error_waits_for_its_update() -> None:
         feed.take()
     with pytest.raises(DataError, match="no more"):
         feed.take()
+
+
+def test_rows_that_do_not_come_are_not_waited_for_when_asked_to_stop() -> None:
+    loader = Numbers()
+    feed = RowFeed(loader, CPU, ahead=True)
+    assert number(feed) == 1
+    loader.slow = True
+    feed.prepare(lambda: "SIGTERM")
+    feed.wait(lambda: "SIGTERM")
+    assert (loader.taken, feed.state_dict()) == (1, {"taken": 1}), "nothing was taken, and none will be missing"
+    feed.prepare()
+    loader.slow = False
+    assert (number(feed), feed.state_dict()) == (2, {"taken": 2})
 
 
 def test_nothing_is_ahead_on_the_cpu() -> None:

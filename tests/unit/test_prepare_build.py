@@ -272,8 +272,21 @@ def test_processes_that_build_at_once(site: Path, tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert len({(path, fingerprint) for path, _, fingerprint in found}) == 1
-    assert sorted(lines for _, lines, _ in found) == [0, 0, 3], "one builds, the others wait"
+    told = sorted(lines for _, lines, _ in found)
+    assert told[-1] == 3, "one builds"
+    assert told[1] <= 1, "the others wait, and say so if it is not done yet"
     assert not list((tmp_path / "cache").glob("*.tmp-*"))
+
+
+def test_a_long_build_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_REPORT_EVERY_S", 0.0)
+    documents = [Document(str(number), "url", "source") for number in range(3)]
+    lines: list[str] = []
+    assert list(build._reported(documents, lines.append)) == documents
+    assert lines == [f"{count} docstrings and descriptions so far" for count in (1, 2, 3)]
+    monkeypatch.setattr(build, "_REPORT_EVERY_S", 60.0)
+    assert list(build._reported(documents, lines.append)) == documents
+    assert len(lines) == 3
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 import sltrain_dist.tracking.mlflow as module
 from sltrain_dist.config.schema import TrackingConfig
-from sltrain_dist.tracking.mlflow import RUN_ID_FILE, MlflowTracker
+from sltrain_dist.tracking.mlflow import RUN_ID_FILE, Destination, MlflowTracker
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes at the end what the tracker sets for its process."""
     for key, value in module._ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(key, raising=False)
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def warnings() -> list[str]:
 def run_of(run_dir: Path) -> tuple[Any, Any]:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{run_dir / 'mlflow.db'}")
+    client = MlflowClient(Destination.of(TrackingConfig(), run_dir).uri)
     return client, client.get_run((run_dir / RUN_ID_FILE).read_text().strip())
 
 
@@ -41,7 +45,7 @@ def test_a_run_and_its_resumption(
     tmp_path: Path, warnings: list[str], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """One test for all that needs a database: making one takes seconds."""
-    run_dir = tmp_path / "my run"
+    run_dir = tmp_path / "my run? 25%25 #1"
     run_dir.mkdir()
     params = {"optim.lr": 1e-3, "data.source": ["a", "b"], "eval.source": None, "long": "x" * 7000}
     params |= {f"many.{i}": i for i in range(150)}
@@ -49,12 +53,18 @@ def test_a_run_and_its_resumption(
     first = MlflowTracker(TrackingConfig(), run_dir, params, resumed_step=0, warn=warnings.append)
     for step in range(1, 301):
         first.log(step, {"loss": 1.0 / step, "grad_norm": math.nan if step == 3 else 1.0})
-    first.close("FAILED")
-    first.close("FINISHED")  # the first status counts
+    where = first.close("FAILED")
+    assert first.close("FINISHED") is None  # the first status counts
+    assert [path.name for path in tmp_path.iterdir()] == [run_dir.name], "MLflow has written elsewhere"
+    assert (run_dir / "mlflow.db").is_file()
+    assert where is not None
+    *command, uri = shlex.split(where)
+    assert command == ["mlflow", "ui", "--backend-store-uri"]
     client, run = run_of(run_dir)
-    assert (run.info.run_name, run.info.status) == ("my run", "FAILED")
+    assert client.tracking_uri == uri
+    assert (run.info.run_name, run.info.status) == (run_dir.name, "FAILED")
     assert client.get_experiment(run.info.experiment_id).name == "sltrain"
-    assert Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " ")).parts[:-2] == (
+    assert Path(unquote(run.info.artifact_uri.removeprefix("file://"))).parts[:-2] == (
         *run_dir.parts,
         "mlartifacts",
     )
@@ -101,6 +111,51 @@ def test_a_run_and_its_resumption(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+NAMED = TrackingConfig(mlflow_uri="http://user:secret@mine", experiment="sltrain")
+
+
+@pytest.mark.parametrize(
+    ("tracking", "environ", "uri", "experiment", "said"),
+    [
+        (
+            TrackingConfig(),
+            {},
+            "sqlite:////runs/a/mlflow.db",
+            "sltrain",
+            "sqlite:////runs/a/mlflow.db, experiment sltrain",
+        ),
+        (
+            TrackingConfig(),
+            {"MLFLOW_TRACKING_URI": "http://h:5000", "MLFLOW_EXPERIMENT_NAME": "theirs", "MLFLOW_EXPERIMENT_ID": "7"},
+            "http://h:5000",
+            "theirs",
+            "http://h:5000, experiment theirs  (from MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)",
+        ),
+        (
+            TrackingConfig(mlflow_uri="http://mine"),
+            {"MLFLOW_TRACKING_URI": "http://h:5000", "MLFLOW_EXPERIMENT_ID": "7"},
+            "http://mine",
+            "7",
+            "http://mine, experiment with id 7  (from MLFLOW_EXPERIMENT_ID)",
+        ),
+        (
+            NAMED,
+            {"MLFLOW_TRACKING_URI": "http://h:5000", "MLFLOW_EXPERIMENT_NAME": "theirs", "MLFLOW_EXPERIMENT_ID": "7"},
+            "http://user:secret@mine",
+            "sltrain",
+            "http://***@mine, experiment sltrain",
+        ),
+        (TrackingConfig(), {"MLFLOW_TRACKING_URI": ""}, "sqlite:////runs/a/mlflow.db", "sltrain", None),
+    ],
+)
+def test_what_is_configured_wins_over_mlflows_own_variables(
+    tracking: TrackingConfig, environ: dict[str, str], uri: str, experiment: str, said: str | None
+) -> None:
+    destination = Destination.of(tracking, Path("/runs/a"), environ)
+    assert (destination.uri, destination.experiment) == (uri, experiment)
+    assert said is None or str(destination) == said
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """Accepts connections and never answers."""
@@ -122,7 +177,7 @@ def use(tracking: TrackingConfig, run_dir: Path, warnings: list[str], **more: An
         tracker.log(step, {"loss": 1.0})
         longest = max(longest, time.perf_counter() - start)
     start = time.perf_counter()
-    tracker.close("FINISHED")
+    assert tracker.close("FINISHED") is None, "there is nothing to look at"
     return max(longest, time.perf_counter() - start)
 
 

@@ -32,6 +32,7 @@ EVALUATION = {"step": 10, "eval_loss": 5.0, "eval_perplexity": 148.4, "eval_toke
 
 class FakeMlflow:
     made: list[FakeMlflow]
+    where: str | None
 
     def __init__(self, tracking: TrackingConfig, run_dir: Path, params: Any, *, resumed_step: int, warn: Any) -> None:
         self.params, self.resumed_step = params, resumed_step
@@ -41,13 +42,14 @@ class FakeMlflow:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.calls.append((step, metrics))
 
-    def close(self, status: str) -> None:
+    def close(self, status: str) -> str | None:
         self.calls.append(status)
+        return FakeMlflow.where
 
 
 @pytest.fixture(autouse=True)
 def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeMlflow.made = []
+    FakeMlflow.made, FakeMlflow.where = [], None
     monkeypatch.setattr(module, "MlflowTracker", FakeMlflow)
 
 
@@ -103,12 +105,37 @@ def test_other_ranks_do_nothing(tmp_path: Path) -> None:
     assert FakeMlflow.made == []
 
 
+@pytest.mark.parametrize(
+    ("where", "status", "said"),
+    [("mlflow ui X", "FINISHED", True), ("mlflow ui X", "KILLED", False), (None, "FINISHED", False)],
+)
+def test_where_to_look_is_said_last_and_only_if_the_run_is_there(
+    tmp_path: Path, where: str | None, status: Any, said: bool
+) -> None:
+    tracker, text = make(tmp_path)
+    FakeMlflow.where = where
+    tracker.note("done")
+    tracker.close(status)
+    assert text.getvalue().endswith("look at the run:     mlflow ui X\n" if said else "done\n")
+
+
 def test_mlflow_off(tmp_path: Path) -> None:
     tracker, _ = make(tmp_path, tracking=TrackingConfig(mlflow=False))
     tracker.train(TRAIN)
     tracker.close("FINISHED")
     assert FakeMlflow.made == []
     assert len(records(tmp_path)) == 1
+
+
+def test_whether_a_resumed_run_has_been_evaluated(tmp_path: Path) -> None:
+    for resumed_step in (0, 10):
+        tracker, _ = make(tmp_path, resumed_step=resumed_step)
+        assert tracker.has_evaluation(10) is (resumed_step == 10)
+        tracker.evaluation(EVALUATION)
+        tracker.train(TRAIN | {"step": 20})
+        assert tracker.has_evaluation(10)
+        assert not tracker.has_evaluation(20)
+        tracker.close("KILLED")
 
 
 def test_resume_continues_the_metrics(tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.models.loss import IGNORE
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.schedule import Progress, learning_rate
+from sltrain_dist.parallel import launchers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.reaper import Process
 from sltrain_dist.tracking.console import format_count
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
@@ -197,6 +199,25 @@ class TestEvaluate:
             return counting.passes
 
         assert on_ranks(3, on_rank) == [2, 2, 2]
+
+    def test_can_be_cut_short_before_any_batch(self) -> None:
+        class EnoughError(Exception):
+            pass
+
+        def on_rank(env: Environment) -> int:
+            calls = 0
+
+            def before_batch() -> None:
+                nonlocal calls
+                calls += 1
+                if env.sum([float(env.rank == 1 and calls == 3)]) == [1.0]:
+                    raise EnoughError
+
+            with pytest.raises(EnoughError):
+                evaluate(engine(), uneven_rows(20), 2, env, before_batch=before_batch)
+            return calls
+
+        assert on_ranks(2, on_rank) == [3, 3]
 
     def test_leaves_gradients_alone(self) -> None:
         trained = engine()
@@ -413,11 +434,29 @@ class TestStop:
         yield stop
         stop.restore()
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
     def test_signal(self, stop: StopRequest, number: signal.Signals) -> None:
         assert stop.reason() is None
         signal.raise_signal(number)
         assert stop.reason() == f"received {number.name}"
+
+    def test_under_nohup_a_closed_terminal_is_no_request(self, tmp_path: Path) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            stop = StopRequest(tmp_path)
+            stop.install()
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason() is None
+            stop.restore()
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_lost_launcher(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        stop = StopRequest(tmp_path)
+        assert stop.reason() is None
+        monkeypatch.setattr(launchers, "_AT_START", (Process(1, "another one", ("torchrun",)),))
+        assert stop.reason() == "the launcher of this process is gone (torchrun, process 1)"
 
     def test_second_interrupt(self, stop: StopRequest) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -426,7 +465,7 @@ class TestStop:
             signal.raise_signal(signal.SIGINT)
 
     def test_signals_are_given_back(self, tmp_path: Path) -> None:
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         before = [signal.getsignal(number) for number in numbers]
         stop = StopRequest(tmp_path)
         stop.install()

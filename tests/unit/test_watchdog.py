@@ -138,6 +138,14 @@ def launcher(tmp_path: Path) -> Iterator[tuple[reaper.Process, reaper.Process]]:
             process.kill()
 
 
+def dies(process: reaper.Process) -> bool:
+    """Whether a process that was killed goes, for which a busy machine takes its time."""
+    end = time.monotonic() + LONG_S
+    while process.runs and time.monotonic() < end:
+        time.sleep(0.01)
+    return not process.runs
+
+
 def run_rank(launcher: reaper.Process, code: str) -> subprocess.CompletedProcess[str]:
     """A rank that tells its reaper about itself; returns when both have ended."""
     return subprocess.run(
@@ -156,8 +164,8 @@ def test_a_launcher_that_outlives_its_ranks(launcher: tuple[reaper.Process, reap
     assert process.is_launcher
     assert not other_rank.is_launcher
     seen = run_rank(process, last_words)
-    assert not process.runs
-    assert not other_rank.runs
+    assert dies(process)
+    assert dies(other_rank)
     assert f"rank 0 on h1 has ended 0 s ago, but its launcher (process {process.pid}) has not" in seen.stderr
 
 
@@ -174,7 +182,7 @@ def test_a_frozen_rank(launcher: tuple[reaper.Process, reaper.Process]) -> None:
     seen = run_rank(process, "os.kill(os.getpid(), 19)")
     assert seen.returncode == -signal.SIGKILL
     assert "rank 0 on h1 has been frozen for 2 s" in seen.stderr
-    assert not process.runs
+    assert dies(process)
 
 
 def test_a_launcher_that_ends_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +202,11 @@ def test_a_launcher_that_ends_by_itself(capfd: pytest.CaptureFixture[str]) -> No
         ("python -m torch.distributed.run --nnodes 2", True),
         ("/venv/bin/python /venv/bin/torchrun --nnodes 2", True),
         ("/venv/bin/python -u -m deepspeed.launcher.launch --world_info=x", True),
+        ("/venv/bin/python3.11 /venv/bin/deepspeed --num_gpus 8", True),
+        ("python -W ignore -m deepspeed.launcher.runner", True),
         ("bash train.sh torchrun.yaml", False),
+        ("timeout 3600 torchrun --nnodes 2", False),
+        ("python submit.py torchrun", False),
         ("slurmstepd: [5.0]", False),
         ("python launch/pretrain.py --config x.yaml run_dir=torchrun/x", False),
     ],

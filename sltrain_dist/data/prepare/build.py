@@ -36,6 +36,7 @@ _EMBEDDED_SHARDS = 4
 _EMBEDDED_RULES = Rules(min_sentences=2, curly="line")
 """Docstrings are short, and what is left of code in them should not cost the prose around it."""
 _LEFTOVER_AGE_S = 24 * 3600
+_REPORT_EVERY_S = 10.0
 _VALIDATION_SHARE = (0.05, 0.08)
 """Wanted and largest share of the embedded corpus's text that is held out for validation."""
 
@@ -96,12 +97,12 @@ def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Re
     directory = cache / f"{EMBEDDED}-{installation.fingerprint()}"
     tokenizer = None if vocab_size is None else directory / f"tokenizer-{vocab_size}.model"
     if not (is_complete(directory) and (tokenizer is None or tokenizer.is_file())):
-        with _lock(cache, directory.name):
+        with _lock(cache, directory.name, report):
             if not is_complete(directory):
                 _remove_leftovers(directory)
                 build_corpus_of_packages(installation, directory, report=report)
             if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
-                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus")
+                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; a minute or a few")
                 try:
                     # bpe: unigram takes ten times as long, packs 1 % better, and cannot find 32,000 pieces here.
                     train_tokenizer(_texts(directory), tokenizer, vocab_size=vocab_size, model_type="bpe")
@@ -130,8 +131,9 @@ def build_corpus_of_packages(
     """
     report = report or (lambda line: None)
     dropped: Counter[str] = Counter()
-    report("reading docstrings and descriptions of the installed packages")
-    documents = list(_embedded_documents(installation, dropped))
+    report("reading docstrings and descriptions of the installed packages, once for all runs; a minute or a few")
+    raw = _reported(raw_documents(find_packages(installation)), report)
+    documents = list(_cleaned(raw, dropped))
     if len({document.source for document in documents}) < 2:
         raise DataError(
             "two packages with prose are needed, one of them for validation; set data.source to your own text"
@@ -206,10 +208,20 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltrain_dist"
 
 
-def _embedded_documents(installation: Installation, dropped: Counter[str]) -> Iterator[Document]:
+def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
+    """Passes documents on, and reports every few seconds how many there have been."""
+    last = time.monotonic()
+    for count, document in enumerate(documents, start=1):
+        if time.monotonic() - last >= _REPORT_EVERY_S:
+            report(f"{count} docstrings and descriptions so far")
+            last = time.monotonic()
+        yield document
+
+
+def _cleaned(documents: Iterable[Document], dropped: Counter[str]) -> Iterator[Document]:
     cleaner = Cleaner(_EMBEDDED_RULES, dropped)
     deduplicator = Deduplicator(_EMBEDDED_RULES.min_sentences, dropped)
-    for document in raw_documents(find_packages(installation)):
+    for document in documents:
         text = cleaner.clean(prose(document.text))
         if text and (text := deduplicator.keep(text)):
             yield Document(text, document.url, document.source)
@@ -278,7 +290,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 @contextmanager
-def _lock(cache: Path, name: str) -> Iterator[None]:
+def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
     """Waits until no other process builds `name`, so that they do not all do the same work."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -290,5 +302,9 @@ def _lock(cache: Path, name: str) -> Iterator[None]:
     with file:
         # Some cluster file systems have no locks. Results are renamed into place, hence right without one too.
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                report(f"waiting for another process that makes the embedded corpus in {cache}; a minute or a few")
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
