@@ -122,7 +122,7 @@ def test_prepare_data_with_a_tokenizer(
         (["prepare-data", "-o", "out"], 2, "either --input"),
         (["prepare-data", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
         (["prepare-data", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
-        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 2, "no file matches"),
+        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 3, "no file matches"),
         (["prepare-data", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
         (["prepare-data", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
         (["train-tokenizer", "-o", "t.model"], 2, "give --input"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sltrain_dist.data.documents import Fault, Tally, encode_documents, parse
+from sltrain_dist.data.documents import Fault, Tally, Text, encode_documents, parse
 from tests.unit.data_helpers import NumberTokenizer
 
 
@@ -19,7 +19,12 @@ from tests.unit.data_helpers import NumberTokenizer
         (b"garbage", Fault.NOT_JSON),
         (b'{"text": "cut of', Fault.NOT_JSON),
         (b"[" * 100_000, Fault.NOT_JSON),
-        (b'{"text": 1' + b"0" * 5000 + b"}", Fault.NOT_JSON),
+        (b'{"text": 1' + b"0" * 5000 + b"}", Fault.NO_TEXT),
+        (b'{"text": "a", "id": 1' + b"0" * 5000 + b"}", "a"),
+        (b'\xef\xbb\xbf{"text": "a"}\n', "a"),
+        (b"\xef\xbb\xbf\n", Fault.EMPTY),
+        (Fault.TOO_LONG, Fault.TOO_LONG),
+        (Text(b"\xef\xbb\xbfa"), "\ufeffa"),
         (b'{"title": "a"}', Fault.NO_TEXT),
         (b'{"text": null}', Fault.NO_TEXT),
         (b'{"text": ["a"]}', Fault.NO_TEXT),

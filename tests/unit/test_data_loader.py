@@ -273,7 +273,7 @@ def test_bad_lines_before_the_resume_still_count(tmp_path):
 def test_a_stream_without_documents(tmp_path):
     shards = write_numbered(tmp_path, [3])
     (loader,) = make_loaders(data_config(streams=4), shards, 1)
-    with pytest.raises(DataError, match=r"stream 3 of 4 found no usable document.*lower data\.streams"):
+    with pytest.raises(DataError, match=r"stream 3 of 4 has no document in .*shard-000\.jsonl.*Set data\.streams"):
         next(loader)
     all_bad = write_shard(tmp_path / "bad.jsonl", [], raw=[b"garbage"] * 30)
     (loader,) = make_loaders(data_config(streams=4, max_bad_fraction=1.0), [all_bad], 1)
