@@ -193,8 +193,9 @@ def _changed_files(
     before, now = str(saved[key]), str(order[key])
     if not len(before) == len(now) == CONTENT_DIGITS * len(names):
         return ["the number of files"]
-    pieces = ((text[i : i + CONTENT_DIGITS] for i in range(0, len(text), CONTENT_DIGITS)) for text in (before, now))
-    return [name for name, a, b in zip(names, *pieces, strict=True) if a != b and UNKNOWN not in (a, b)]
+    spans = [slice(start, start + CONTENT_DIGITS) for start in range(0, len(now), CONTENT_DIGITS)]
+    pairs = [(before[span], now[span]) for span in spans]
+    return [name for name, (a, b) in zip(names, pairs, strict=True) if a != b and UNKNOWN not in (a, b)]
 
 
 def _show(key: str, value: Any) -> str:

@@ -68,17 +68,15 @@ class Tally:
         if self.example is not None:
             shard, line, fault = self.example
             example = f"; for example line {line + 1} of {shard} ({fault.value})"
-        remedy = f"check data.text_field={text_field!r}, or raise data.max_bad_fraction"
+        remedies = ["Repair or leave out the file", f"check data.text_field={text_field!r}"]
         if self.faults[Fault.NOT_JSON] == self.documents:
-            remedy = (
-                "documents are JSON lines, one object with a text a line: make them of plain text with "
-                f"`sltrain prepare-data`; or {remedy}"
-            )
-        elif self.faults[Fault.TOO_LONG]:
-            remedy = f"raise data.max_document_bytes, {remedy}"
+            remedies[1] = "make JSON lines of plain text with `sltrain prepare-data`"
+        if self.faults[Fault.TOO_LONG]:
+            remedies.append("raise data.max_document_bytes")
         return DataError(
             f"{where}: {sum(self.faults.values())} of {self.documents} documents cannot be used ({causes}), more than "
-            f"data.max_bad_fraction={max_bad_fraction} allows{example}. Repair or leave out the file, {remedy}"
+            f"data.max_bad_fraction={max_bad_fraction} allows{example}. {', '.join(remedies)}, or raise "
+            "data.max_bad_fraction"
         )
 
 

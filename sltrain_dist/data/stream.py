@@ -197,8 +197,8 @@ class StreamBase(ABC, Generic[Piece]):
             )
         causes = ", ".join(f"{fault.value}: {count}" for fault, count in state.tally().faults.items() if count)
         return DataError(
-            f"data stream {self._number} of {self._settings.streams} cannot use any of the {state.documents} documents "
-            f"in {where} ({causes}): every stream needs one at least. Repair the files, check "
+            f"data stream {self._number} of {self._settings.streams} has no usable document among the "
+            f"{state.documents} in {where} ({causes}): every stream needs one at least. Repair the files, check "
             f"data.text_field={self._settings.text_field!r}, or lower data.streams, so that each has more documents"
         )
 

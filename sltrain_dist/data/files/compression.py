@@ -7,6 +7,7 @@ The standard library's readers differ from these: `gzip` refuses a file with gar
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import logging
@@ -93,6 +94,11 @@ def decompressed(file: IO[bytes], codec: str, name: str) -> io.BufferedReader:
     return io.BufferedReader(_Reader(file, _FORMATS[codec], name), _BUFFER_BYTES)
 
 
+@functools.cache  # every stream reads the file, and every epoch
+def _warn_of_garbage(name: str) -> None:
+    _log.warning("%s: the garbage after its compressed data is ignored", name)
+
+
 class _Reader(io.RawIOBase):
     def __init__(self, file: IO[bytes], form: _Format, name: str) -> None:
         self._file = file
@@ -137,7 +143,7 @@ class _Reader(io.RawIOBase):
         while data and len(data) < _MAGIC_BYTES and (more := self._file.read(_READ_BYTES)):
             data += more
         if data and self._format.magic is not None and not self._format.magic.match(data):
-            _log.warning("%s: the garbage after its compressed data is ignored", self._name)
+            _warn_of_garbage(self._name)
             data = b""
         self._ended = not data
         if data:
