@@ -16,6 +16,7 @@ from sltrain_dist.data.files.kinds import (
     is_of_split,
     is_training,
     kind_of,
+    printable,
 )
 from sltrain_dist.errors import DataError
 
@@ -78,9 +79,10 @@ def document_files(files: Sequence[str], directory: str, split: str, report: Rep
             f"{base_name(held_out[0])}; to use them for split {split!r} all the same, name them with a glob"
         )
     if other := sorted(base_name(file) for file in set(documents) - set(chosen)):
+        names = printable(", ".join(other[:3])) + (", …" if len(other) > 3 else "")
         report(
-            f"{directory}: {len(other)} files are of another split than {split!r} by their names and left out: "
-            f"{', '.join(other[:3])}{', …' if len(other) > 3 else ''}; a glob would name them"
+            f"{printable(directory)}: left out {len(other)} files whose names say that they are not of split "
+            f"{split!r}: {names}; a glob would name them"
         )
     return chosen
 
@@ -97,7 +99,8 @@ def matching_files(files: Sequence[str], pattern: str, split: str, report: Repor
     found = [file for file in files if not is_metadata(file)]
     held_out = [file for file in found if is_held_out(file)]
     if is_training(split) and 0 < len(held_out) < len(found):
-        report(f"{pattern} matches held-out data by its name too, which is used for training: {base_name(held_out[0])}")
+        example = printable(base_name(held_out[0]))
+        report(f"{printable(pattern)} matches held-out data too, by its name, and trains on it: {example}")
     return found
 
 

@@ -94,5 +94,10 @@ def base_name(name: str) -> str:
     return without_query(name).rstrip("/").rpartition("/")[2]
 
 
+def printable(name: str) -> str:
+    """A path with those of its bytes escaped that are not UTF-8, which Python keeps as surrogates."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _synonyms(split: str) -> set[str]:
     return next((words for words in _SPLIT_WORDS.values() if split in words), {split})

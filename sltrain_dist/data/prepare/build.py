@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sltrain_dist.data.files.kinds import base_name
+from sltrain_dist.data.files.kinds import base_name, printable
 from sltrain_dist.data.files.opening import num_bytes
 from sltrain_dist.data.prepare.clean import Cleaner, Deduplicator, Rules, unwrap
 from sltrain_dist.data.prepare.embedded import Installation, find_installation, find_packages, raw_documents
-from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, printable, read_documents
+from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
 from sltrain_dist.data.prepare.markup import prose
 from sltrain_dist.data.prepare.shards import (
     Manifest,

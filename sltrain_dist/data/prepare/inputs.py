@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sltrain_dist.data.documents import Fault, Record, Text, parse_json
 from sltrain_dist.data.files.directory import Report
-from sltrain_dist.data.files.kinds import DOCUMENTS, MAX_DOCUMENT_BYTES, Kind, base_name, kind_of
+from sltrain_dist.data.files.kinds import DOCUMENTS, MAX_DOCUMENT_BYTES, Kind, base_name, kind_of, printable
 from sltrain_dist.data.files.opening import opened, reading_error
 from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import read_documents as read_records
@@ -98,11 +98,6 @@ def read_documents(shard: str, options: InputOptions | None = None) -> Iterator[
         found = _text_and_url(record, f"{name}, line {index + 1}", options)
         if found is not None:
             yield Document(found[0], found[1] or f"file:{name}#{index}", name)
-
-
-def printable(name: str) -> str:
-    """A file name with the bytes escaped that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _texts(shard: str, options: InputOptions) -> Iterator[str]:
