@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from sltrain_dist import cli
 from sltrain_dist.errors import CheckpointError
@@ -81,6 +82,28 @@ def test_train_tokenizer(
     out = capsys.readouterr().out
     assert Tokenizer(output).vocab_size == 300
     assert "300 pieces" in out and "bytes per token" in out and Tokenizer(output).fingerprint in out
+
+
+def test_every_command_reads_zstd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also in UTF-16 and in Latin-1, with the encoding given."""
+    model, latin = str(tmp_path / "t.model"), str(tmp_path / "latin.txt")
+    rows = [json.dumps({"text": SENTENCES.format(f"{a}{b}")}) for a in ("red", "blue", "old") for b in range(9)]
+    shard = tmp_path / "x.jsonl.zst"
+    shard.write_bytes(zstd.compress("\n".join(rows).encode("utf-16")))
+    Path(latin).write_bytes((SENTENCES.format("vieux café") * 3).encode("latin-1"))
+    arguments = ("train-tokenizer", "-o", model, "--vocab-size", "300", "-i")
+    assert _run(monkeypatch, *arguments, str(shard)) == 0
+    assert _run(monkeypatch, *arguments, latin) == 3
+    assert "latin.txt is not UTF-8 text" in capsys.readouterr().err
+    assert _run(monkeypatch, *arguments, latin, "-i", latin, "--encoding", "nonsense") == 2
+    assert _run(monkeypatch, "prepare-data", "-i", str(shard), "-o", str(tmp_path / "corpus")) == 0
+    assert _run(monkeypatch, "prepare-data", "-i", latin, "-o", str(tmp_path / "x"), "--no-clean") == 3
+    tokens = ("prepare-data", "-i", str(shard), "-o", str(tmp_path / "tokens"), "--tokenizer", model)
+    assert _run(monkeypatch, *tokens, "--encoding", "latin-1") == 2
+    assert _run(monkeypatch, *tokens) == 0
+    assert "documents  27" in capsys.readouterr().out
 
 
 def test_prepare_data_with_a_tokenizer(

@@ -1,4 +1,4 @@
-"""Single files as people have them: compressed, encoded, named and laid out in every way that their own tools accept."""
+"""Single files as people have them: compressed, encoded and named in every way that their own tools accept."""
 
 import bz2
 import gzip
@@ -126,7 +126,9 @@ def test_a_large_window_names_its_remedy(tmp_path):
         list(read_documents(str(tmp_path / "x.jsonl.zst"), "text"))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("suffix", ["", ".zst"])
 def test_unicode_in_any_form(tmp_path, encoding, suffix):
     lines = [json.dumps({"text": f"Ж{number} \U0001f600\u2028\u0a0a"}, ensure_ascii=False) for number in range(5000)]

@@ -50,8 +50,8 @@ class InputOptions:
         try:
             if self.encoding is not None:
                 codecs.getincrementaldecoder(self.encoding)()
-                b"".decode(self.encoding)
-        except (LookupError, UnicodeError):
+                "a".encode(self.encoding)  # which codecs for other things than text refuse
+        except (LookupError, ValueError):
             raise ConfigError(
                 f"--encoding {self.encoding}: Python knows no such encoding of text; utf-8, utf-16, latin-1 and cp1252 "
                 "are some"
@@ -112,10 +112,13 @@ def _texts(shard: str, options: InputOptions) -> Iterator[str]:
                         "the file out"
                     )
                 yield unit
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
+        why = str(error)
+        if isinstance(error, UnicodeDecodeError):  # whose position is that in a piece of the file
+            why = f"{error.reason}: byte 0x{error.object[error.start]:02x}"
         raise DataError(
-            f"{printable(shard)} is not {error.encoding} text ({error.reason}: byte 0x{error.object[error.start]:02x}"
-            "); say what it is with --encoding, such as latin-1, cp1252 or utf-16, or leave the file out"
+            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); say what it is with --encoding, such "
+            "as latin-1, cp1252 or utf-16-le, or leave the file out"
         ) from None
     except _TooLongError:
         raise DataError(
