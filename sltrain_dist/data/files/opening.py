@@ -81,6 +81,8 @@ def reading_error(shard: str, done: int, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"the shard {shard} is not there (any more); put it back, or correct the source")
     message = f"cannot read the shard {shard} {where}: {describe(error)}"
+    if isinstance(error, UnicodeError):
+        return DataError(f"{message}. Its text is not in the encoding that its beginning, or --encoding, says")
     if "requires too much memory" in str(error):  # zstd
         return DataError(f"{message}. It was compressed with a window of more than 128 MiB: repeat that without --long")
     if codec_of(shard) is not None or is_table:

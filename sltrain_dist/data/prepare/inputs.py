@@ -117,8 +117,8 @@ def _texts(shard: str, options: InputOptions) -> Iterator[str]:
         if isinstance(error, UnicodeDecodeError):  # whose position is that in a piece of the file
             why = f"{error.reason}: byte 0x{error.object[error.start]:02x}"
         raise DataError(
-            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); say what it is with --encoding, such "
-            "as latin-1, cp1252 or utf-16-le, or leave the file out"
+            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); say what it is with --encoding, "
+            "such as latin-1, cp1252 or utf-16-le, or leave the file out"
         ) from None
     except _TooLongError:
         raise DataError(
