@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sltrain_dist.data.documents import Fault, Tally, Text, encode_documents, parse
+from sltrain_dist.data.documents import Fault, Tally, Text, _start, encode_documents, parse
 from sltrain_dist.data.tokenizer import Tokenizer
 from tests.unit.data_helpers import NumberTokenizer
 
@@ -77,6 +77,7 @@ HARD = [
     "中文没有空格" * 3000,
     ("word" + "\u3000" + "\u200b " * 3 + "e\u0301 " + "\u00a0" * 2) * 2000,
     "     " * 4000 + "end " * 2000,
+    "hello" + " " * 40 + "x",
     "\n".join(["line of text"] * 3000),
     "a" * 20_000,
     "\U0001f600\ufe0f " * 3000 + "\x00\x01 " * 100,
@@ -97,6 +98,15 @@ def test_a_prefix_has_the_tokens_of_the_whole_text(shared_data, model, max_token
     for number, ids in encoded.items():
         assert ids[:max_tokens].tolist() == whole[number][:max_tokens].tolist(), texts[number][:50]
         assert (len(ids) < max_tokens) == (len(whole[number]) < max_tokens)
+
+
+def test_where_a_text_may_be_cut():
+    """Before the first of several spaces, after what normalization does not take for one."""
+    assert _start("ab  cd ef", 5) == "ab"
+    assert _start("ab\u200b cd", 6) == "ab\u200b cd"
+    assert _start("中文 ab cd", 5) == "中文"
+    assert _start("short", 5) == "short"
+    assert _start("  no place", 3) == "  no place"
 
 
 def test_a_vocabulary_that_reaches_beyond_spaces_reads_all(shared_data, monkeypatch):
