@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from sltrain_dist.config.paths import path_option
+from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.planner.command import plan
 from sltrain_dist.streams import replace_unprintable
@@ -54,13 +55,24 @@ InputOption = Annotated[
         "-i",
         parser=path_option("--input", str),
         metavar="PATH",
-        help="File or glob (quote it); may be repeated. Text files and JSON lines, or .gz.",
+        help="File, directory, glob (quote it), URL or Hub dataset; may be repeated. Text files and JSON lines (also "
+        ".gz, .bz2, .xz, .zst), Parquet, Arrow.",
     ),
 ]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to make.")
 ]
-TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
+TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON lines, or column of a table.")]
+EncodingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Encoding of text files and JSON lines, such as latin-1, cp1252 or utf-16-le. Default: UTF-8, or UTF-16 "
+        "and UTF-32 where a file's beginning says so."
+    ),
+]
+MaxDocumentBytesOption = Annotated[
+    int, typer.Option(min=1, help="Longest document in bytes, as data.max_document_bytes in training.")
+]
 
 
 @app.callback()
@@ -122,6 +134,8 @@ def prepare_data(
         bool, typer.Option("--dedup/--no-dedup", help="Drop repeated documents and three-sentence spans.")
     ] = True,
     min_sentences: Annotated[int, typer.Option(min=1, help="Sentences that a page must keep.")] = 3,
+    encoding: EncodingOption = None,
+    max_document_bytes: MaxDocumentBytesOption = MAX_DOCUMENT_BYTES,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -141,15 +155,15 @@ def prepare_data(
 
     Without --tokenizer: a corpus that is cleaned, deduplicated and split, in C4's format (gzipped JSON lines).
 
-    With --tokenizer: token shards, for data.source, of JSON lines that --input names as data.source would (files,
-    directories, globs, URLs or a Hub dataset). The same command goes on where an interrupted one stopped.
+    With --tokenizer: token shards, for data.source, of the documents that --input names as data.source would. The same
+    command goes on where an interrupted one stopped.
     """
     from sltrain_dist.data.prepare import build
     from sltrain_dist.data.prepare import embedded as packages
+    from sltrain_dist.data.prepare.inputs import InputOptions
 
     options = build.PrepareOptions(
-        txt_unit=txt_unit.value,
-        text_field=text_field,
+        inputs=InputOptions(txt_unit.value, text_field, encoding, max_document_bytes),
         unwrap=unwrap,
         clean=clean,
         dedup=dedup,
@@ -158,12 +172,15 @@ def prepare_data(
         num_shards=shards,
     )
     if tokenizer is not None:
-        if not inputs or embedded or options != build.PrepareOptions(text_field=text_field) or name != "corpus":
+        plain = build.PrepareOptions(InputOptions(text_field=text_field, max_document_bytes=max_document_bytes))
+        if not inputs or embedded or options != plain or name != "corpus":
             raise ConfigError(
-                "--tokenizer takes --input, --output, --text-field, --subset, --split, --max-bad-fraction and "
-                "--processes; to clean text too, prepare it first without --tokenizer"
+                "--tokenizer takes --input, --output, --text-field, --max-document-bytes, --subset, --split, "
+                "--max-bad-fraction and --processes; to clean text too, prepare it first without --tokenizer"
             )
-        _prepare_tokens(inputs, output, tokenizer, text_field, subset, split, max_bad_fraction, processes)
+        _prepare_tokens(
+            inputs, output, tokenizer, text_field, max_document_bytes, subset, split, max_bad_fraction, processes
+        )
         return
     if (subset, split, max_bad_fraction, processes) != (None, "train", 0.01, 1):
         raise ConfigError("--subset, --split, --max-bad-fraction and --processes go with --tokenizer only")
@@ -197,6 +214,7 @@ def _prepare_tokens(
     output: Path,
     tokenizer: Path,
     text_field: str,
+    max_document_bytes: int,
     subset: str | None,
     split: str,
     max_bad_fraction: float,
@@ -206,8 +224,10 @@ def _prepare_tokens(
     from sltrain_dist.data.retry import Fetcher
     from sltrain_dist.data.source import resolve_source
 
-    fetcher = Fetcher(report=lambda line: typer.echo(line, err=True))
-    shards = resolve_source(inputs, subset=subset, split=split, key="--input", fetcher=fetcher)
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    shards = resolve_source(inputs, subset=subset, split=split, key="--input", fetcher=Fetcher(report=say), report=say)
     with progress_bar("tokenizing", len(shards)) as report:
         manifest = prepare_tokens(
             shards,
@@ -215,6 +235,7 @@ def _prepare_tokens(
             tokenizer,
             text_field=text_field,
             max_bad_fraction=max_bad_fraction,
+            max_document_bytes=max_document_bytes,
             processes=processes,
             report=lambda done, shard: report(done, f"{shard.name}: {shard.documents:,} documents"),
         )
@@ -245,6 +266,8 @@ def train_tokenizer(
         float, typer.Option(min=0.9, max=1, help="Share of the text's characters that get pieces of their own.")
     ] = 0.9995,
     text_field: TextFieldOption = "text",
+    encoding: EncodingOption = None,
+    max_document_bytes: MaxDocumentBytesOption = MAX_DOCUMENT_BYTES,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
 ) -> None:
     """Trains a lossless SentencePiece model (byte fallback, no normalisation) and reports how it does.
@@ -257,11 +280,12 @@ def train_tokenizer(
 
     if not inputs:
         raise ConfigError("give --input: files or globs of text or JSON lines to train on")
-    paths = files.find_inputs(inputs)
+    # A document is only the unit of sampling here, and whole text files would be a coarse one.
+    options = files.InputOptions("paragraph", text_field, encoding, max_document_bytes)
     with status_line() as report:
-        report(f"training {vocab_size} pieces on {len(paths)} file(s)")
-        # A document is only the unit of sampling here, and whole text files would be a coarse one.
-        documents = (d for p in paths for d in files.read_documents(p, text_field=text_field, txt_unit="paragraph"))
+        shards = files.find_inputs(inputs, report)
+        report(f"training {vocab_size} pieces on {len(shards)} file(s)")
+        documents = (document for shard in shards for document in files.read_documents(shard, options))
         result = tokenizer.train_tokenizer(
             (document.text for document in documents),
             output,

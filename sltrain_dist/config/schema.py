@@ -132,7 +132,8 @@ class DataConfig(Section):
     source: str | list[str] = "embedded"
     """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
     directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list. Files are
-    JSON lines (also compressed) or Parquet. Or one directory of token shards, made by
+    JSON lines (also compressed), Parquet or Arrow. A directory means its files of data.split, by their names or by
+    the manifest of `sltrain prepare-data`. Or one directory of token shards, made by
     `sltrain prepare-data --tokenizer`, read in the order of their text."""
     weights: list[PositiveFloat] | None = None
     """With a list as source: the share of every update's rows that comes from each of its entries, relative to
@@ -141,9 +142,12 @@ class DataConfig(Section):
     subset: str | None = None
     """Configuration of a Hub dataset, such as en for allenai/c4."""
     split: str = "train"
-    """Split of a Hub dataset, or of the embedded corpus."""
+    """Split of a Hub dataset, of a directory, or of the embedded corpus. A file or a glob has none."""
     text_field: str = "text"
-    """Key of the document's text in each JSON line, or column of a Parquet file."""
+    """Key of the document's text in each JSON line, or column of a Parquet or Arrow file."""
+    max_document_bytes: PositiveInt = 32 << 20
+    """Longer documents (bytes of a JSON line; of the text in Parquet and Arrow) count as unusable, and are never held
+    in memory whole. Part of the data order. 32 MiB: above any book, below what a damaged file can become."""
     tokenizer: str = "embedded"
     """A SentencePiece model file. "embedded": trained on the embedded corpus, with model.vocab_size pieces."""
     seq_len: Memory[Annotated[int, Field(ge=2, le=2**24)]] = 256
@@ -304,7 +308,7 @@ class EvalConfig(Section):
     subset: str | None = None
     """Configuration of a Hub dataset."""
     split: str = "validation"
-    """Split of a Hub dataset, or of the embedded corpus."""
+    """Split of a Hub dataset, of a directory, or of the embedded corpus. A file or a glob has none."""
     every: CountOrZero = 1000
     """Updates between evaluations. 0: only before the first and after the last update."""
     tokens: PositiveInt = 10_000_000

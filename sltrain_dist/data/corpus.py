@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data.documents import Encoder, Fault, Record, TokenIds, encode_documents, parse
+from sltrain_dist.data.files.identity import FileIdentity, check_unchanged
 from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import read_documents
 from sltrain_dist.data.token_shards import ShardReader, TokenManifest
 
 Order = npt.NDArray[np.int64]
 
-
+NO_FILES: Mapping[str, FileIdentity] = MappingProxyType({})
+"""Nothing is known of any file."""
 _OPEN_SHARDS = 64
 """Token shards that are kept open for the streams that have parts of them."""
 
@@ -52,6 +55,7 @@ def open_corpus(
     text_field: str,
     max_tokens: int | None,
     fetcher: Fetcher,
+    max_document_bytes: int,
 ) -> Corpus:
     """The documents of token shards, or of text.
 
@@ -62,23 +66,33 @@ def open_corpus(
         text_field: Key of the text in each JSON line.
         max_tokens: How many leading tokens of a document matter; None: all. More may come.
         fetcher: Decides about failures to read remote text.
+        max_document_bytes: Longer documents are unusable; those of token shards were so when they were prepared.
     """
     if prepared is not None:
         return TokenCorpus(prepared)
-    return TextCorpus(shards, tokenizer, text_field, max_tokens, fetcher)
+    return TextCorpus(shards, tokenizer, text_field, max_tokens, fetcher, max_document_bytes)
 
 
 class TextCorpus:
-    """Files of JSON lines or Parquet. See :func:`open_corpus`."""
+    """Files of JSON lines or tables. See :func:`open_corpus`; `files` is what local ones must be like."""
 
     def __init__(
-        self, shards: Sequence[str], tokenizer: Encoder, text_field: str, max_tokens: int | None, fetcher: Fetcher
+        self,
+        shards: Sequence[str],
+        tokenizer: Encoder,
+        text_field: str,
+        max_tokens: int | None,
+        fetcher: Fetcher,
+        max_document_bytes: int,
+        files: Mapping[str, FileIdentity] = NO_FILES,
     ) -> None:
         self._shards = shards
         self._tokenizer = tokenizer
         self._text_field = text_field
         self._max_tokens = max_tokens
         self._fetcher = fetcher
+        self._max_document_bytes = max_document_bytes
+        self._files = files
 
     def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TextBlock]:
         """See :class:`Corpus`."""
@@ -91,7 +105,16 @@ class TextCorpus:
         return ((index, parse(record, self._text_field)) for index, record in self._read(shard))
 
     def _read(self, shard: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, Record]]:
-        return read_documents(self._shards[shard], self._text_field, first, step, self._fetcher)
+        name = self._shards[shard]
+        return read_documents(
+            name,
+            self._text_field,
+            first,
+            step,
+            self._fetcher,
+            max_bytes=self._max_document_bytes,
+            expected=self._files.get(name),
+        )
 
     def encode(self, lines: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, TokenIds | Fault]]:
         """Token ids of documents."""
@@ -115,10 +138,12 @@ class TokenCorpus:
 
     Args:
         manifest: The manifest of their directory.
+        files: What its files must be like, by path.
     """
 
-    def __init__(self, manifest: TokenManifest) -> None:
+    def __init__(self, manifest: TokenManifest, files: Mapping[str, FileIdentity] = NO_FILES) -> None:
         self._manifest = manifest
+        self._files = files
         self._readers: dict[int, ShardReader] = {}
 
     def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[TokenBlock]:
@@ -126,6 +151,9 @@ class TokenCorpus:
         reader = self._reader(shard)
         documents = np.arange(first, reader.documents, step)
         for start in range(0, len(documents), size):
+            # Here, because reading a part of a mapped file that is not there any more kills the process.
+            for path in self._manifest.files(shard):
+                check_unchanged(path, self._files.get(path))
             yield TokenBlock(reader, documents[start : start + size])
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:

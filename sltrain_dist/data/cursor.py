@@ -7,11 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sltrain_dist.data.files.identity import CONTENT_DIGITS, UNKNOWN
+from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.data.stream import StreamSettings, StreamState
 from sltrain_dist.errors import CheckpointError
 
 _VERSION = 1
 _BYTES = "bytes of data.source"
+_CONTENTS = "contents of data.source"
+"""Of each shard of the text in order, :data:`CONTENT_DIGITS` digits of its content."""
+_TOKENS = "contents of the token shards"
+"""The same of each of their files."""
+_MAY_BE_UNKNOWN = {_BYTES, _CONTENTS, _TOKENS}
+"""Compared where both sides know them: data may move between the Hub, a disk and token shards."""
 
 
 def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
@@ -19,7 +27,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
     return {
         "seed": settings.seed,
         "data.source": _source_fingerprint(settings.shards),
-        _BYTES: _bytes_of(settings.shards) if settings.prepared is None else settings.prepared.source_bytes,
+        **_contents(settings),
         "data.text_field": settings.text_field,
         "data.tokenizer": tokenizer_fingerprint,
         "data.seq_len": settings.seq_len,
@@ -29,6 +37,11 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
         # Only where they say something: cursors from before there were such settings stay valid.
         **({"data.weights": _mixture(settings)} if settings.mixture else {}),
         **({"data.reset_attention": True} if settings.mark else {}),
+        **(
+            {"data.max_document_bytes": settings.max_document_bytes}
+            if settings.max_document_bytes != MAX_DOCUMENT_BYTES
+            else {}
+        ),
     }
 
 
@@ -49,9 +62,15 @@ def make_cursor(order: Mapping[str, str | int], updates: int, states: Mapping[in
 
 
 def read_cursor(
-    cursor: Mapping[str, Any], order: Mapping[str, str | int], streams: Sequence[int]
+    cursor: Mapping[str, Any], order: Mapping[str, str | int], streams: Sequence[int], settings: StreamSettings
 ) -> tuple[int, dict[int, StreamState]]:
     """Number of updates, and the positions of the given streams.
+
+    Args:
+        cursor: What :func:`make_cursor` made.
+        order: What this run reads, see :func:`data_order`.
+        streams: Which streams' positions are wanted.
+        settings: What `order` was made of, for the names of files.
 
     Raises:
         CheckpointError: The cursor belongs to other data or another order, is damaged, or lacks a stream.
@@ -59,11 +78,15 @@ def read_cursor(
     _check_form(cursor)
     saved = cursor["order"]
     differing = [key for key in {**saved, **order} if saved.get(key) != order.get(key)]
-    if _BYTES in differing and not (saved.get(_BYTES) and order.get(_BYTES)):
-        differing.remove(_BYTES)  # one of them is unknown: the data has moved between the Hub and a disk
+    differing = [key for key in differing if key not in _MAY_BE_UNKNOWN or (saved.get(key) and order.get(key))]
+    changed = {key: _changed_files(key, saved, order, settings) for key in (_CONTENTS, _TOKENS) if key in differing}
+    differing = [key for key in differing if changed.get(key) != []]
     if differing:
         changes = ", ".join(
-            f"{key} ({_show(key, saved.get(key))}, now {_show(key, order.get(key))})" for key in differing
+            f"{key} (changed: {', '.join(changed[key][:3])}{' and others' if len(changed[key]) > 3 else ''})"
+            if key in changed
+            else f"{key} ({_show(key, saved.get(key))}, now {_show(key, order.get(key))})"
+            for key in differing
         )
         raise CheckpointError(
             f"the checkpoint's place in the data has no meaning in this run, because these differ: {changes}. "
@@ -124,7 +147,9 @@ def _source_fingerprint(shards: Sequence[str]) -> str:
     while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
         common += 1
     names = "\n".join("/".join(names[common:]) for names in parts)
-    return f"{len(shards)} files, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    # Names need not be UTF-8: Python keeps their bytes as surrogates.
+    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
+    return f"{len(shards)} files, {digest.hexdigest()[:16]}"
 
 
 def _mixture(settings: StreamSettings) -> str:
@@ -132,13 +157,45 @@ def _mixture(settings: StreamSettings) -> str:
     return ", ".join(f"{source.weight / total:.6g} of {source.shards} files" for source in settings.mixture)
 
 
-def _bytes_of(shards: Sequence[str]) -> int:
-    """Size of all shards, so that rebuilt ones of the same names are noticed; 0 where some are not local.
+def _contents(settings: StreamSettings) -> dict[str, str | int]:
+    """What is in the text and in token shards, so that rebuilt files of the same names are noticed.
 
-    (Their content is not hashed: that would read all of the data at every start.)
+    Unknown are the size of text that is not all local (0), and the content of what is not local.
     """
-    paths = [Path(shard) for shard in shards]
-    return sum(path.stat().st_size for path in paths) if all(path.is_file() for path in paths) else 0
+    files, prepared = settings.files, settings.prepared
+    if prepared is None:
+        local = [files[shard] for shard in settings.shards if shard in files]
+        return {
+            _BYTES: sum(file.size for file in local) if len(local) == len(settings.shards) else 0,
+            _CONTENTS: "".join(files[shard].content if shard in files else UNKNOWN for shard in settings.shards),
+        }
+    digests = {
+        str(Path(prepared.directory) / name): digest
+        for shard in prepared.shards
+        for name, (_, digest) in shard.files.items()
+    }
+    tokens = (
+        hashlib.sha256(f"{digests[path]} {files[path].content}".encode()).hexdigest()[:CONTENT_DIGITS]
+        if path in files
+        else UNKNOWN
+        for path in prepared.all_files()
+    )
+    return {_BYTES: prepared.source_bytes, _CONTENTS: "".join(prepared.job.contents), _TOKENS: "".join(tokens)}
+
+
+def _changed_files(
+    key: str, saved: Mapping[str, Any], order: Mapping[str, str | int], settings: StreamSettings
+) -> list[str]:
+    """The files whose contents differ and are known on both sides."""
+    names = list(settings.shards)
+    if key == _TOKENS and settings.prepared is not None:
+        names = settings.prepared.all_files()
+    before, now = str(saved[key]), str(order[key])
+    if not len(before) == len(now) == CONTENT_DIGITS * len(names):
+        return ["the number of files"]
+    spans = [slice(start, start + CONTENT_DIGITS) for start in range(0, len(now), CONTENT_DIGITS)]
+    pairs = [(before[span], now[span]) for span in spans]
+    return [name for name, (a, b) in zip(names, pairs, strict=True) if a != b and UNKNOWN not in (a, b)]
 
 
 def _show(key: str, value: Any) -> str:

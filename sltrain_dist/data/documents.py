@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ _CHUNK_DOCUMENTS = 64
 _CHUNK_BYTES = 1 << 20
 """Documents are tokenized in chunks, for speed, bounded so that the first row does not wait for long."""
 _CHARS_PER_TOKEN = 8
-_MARGIN = 32
+_JSON = json.JSONDecoder(parse_int=float)
+"""Integers of any length are numbers of JSON; Python's own are bounded to 4300 digits. No number is used here."""
 
 
 class Fault(Enum):
@@ -36,6 +37,8 @@ class Fault(Enum):
     """The line is not UTF-8, or its text is a sequence of characters that UTF-8 has no form for."""
     EMPTY = "empty"
     """A blank line, a blank text, or one that the tokenizer has no tokens for."""
+    TOO_LONG = "too_long"
+    """The line, or the text in a table, has more bytes than `data.max_document_bytes`."""
 
 
 @dataclass
@@ -65,10 +68,15 @@ class Tally:
         if self.example is not None:
             shard, line, fault = self.example
             example = f"; for example line {line + 1} of {shard} ({fault.value})"
+        remedies = ["Repair or leave out the file", f"check data.text_field={text_field!r}"]
+        if self.faults[Fault.NOT_JSON] == self.documents:
+            remedies[1] = "make JSON lines of plain text with `sltrain prepare-data`"
+        if self.faults[Fault.TOO_LONG]:
+            remedies.append("raise data.max_document_bytes")
         return DataError(
             f"{where}: {sum(self.faults.values())} of {self.documents} documents cannot be used ({causes}), more than "
-            f"data.max_bad_fraction={max_bad_fraction} allows{example}. Repair or leave out the file, check "
-            f"data.text_field={text_field!r}, or raise data.max_bad_fraction"
+            f"data.max_bad_fraction={max_bad_fraction} allows{example}. {', '.join(remedies)}, or raise "
+            "data.max_bad_fraction"
         )
 
 
@@ -76,8 +84,8 @@ class Text(bytes):
     """A document's text in UTF-8, as a column of a table gives it."""
 
 
-Record = bytes | None
-"""A document as its file has it: a :class:`Text`, None for a missing one, or any other bytes: a JSON line."""
+Record = bytes | Fault
+"""A document as its file has it: a :class:`Text`, any other bytes: a JSON line, or why it could not be read."""
 
 
 class Encoder(Protocol):
@@ -86,26 +94,27 @@ class Encoder(Protocol):
     eos_id: int
     fingerprint: str
 
+    @property
+    def breaks_at_spaces(self) -> bool:
+        """Whether the tokens of a text up to a space are always the first of the whole text's tokens."""
+
     def encode(self, texts: list[str]) -> list[TokenIds]:
         """Ids of each text, without special tokens."""
 
 
 def parse(record: Record, text_field: str) -> str | Fault:
     """The text of one document, or why there is none."""
-    if record is None:
-        return Fault.NO_TEXT
-    try:
-        decoded = record.decode("utf-8")
-    except UnicodeDecodeError:
-        return Fault.INVALID_UTF8
-    if not decoded.strip():
-        return Fault.EMPTY
+    if isinstance(record, Fault):
+        return record
     if isinstance(record, Text):
-        return decoded
-    try:
-        content = json.loads(decoded)
-    except (ValueError, RecursionError):
-        return Fault.NOT_JSON
+        try:
+            decoded = record.decode()
+        except UnicodeDecodeError:
+            return Fault.INVALID_UTF8
+        return decoded if decoded.strip() else Fault.EMPTY
+    content = parse_json(record)
+    if isinstance(content, Fault):
+        return content
     text = content.get(text_field) if isinstance(content, dict) else None
     if not isinstance(text, str):
         return Fault.NO_TEXT
@@ -119,6 +128,23 @@ def parse(record: Record, text_field: str) -> str | Fault:
     return text
 
 
+def parse_json(line: bytes) -> Any:
+    """The value of a JSON line, or the :class:`Fault` for which there is none.
+
+    A byte-order mark is no part of it: files begin with one, and where files were joined, so do later lines.
+    """
+    try:
+        decoded = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Fault.INVALID_UTF8
+    if not decoded.strip():
+        return Fault.EMPTY
+    try:
+        return _JSON.decode(decoded)
+    except (ValueError, RecursionError):
+        return Fault.NOT_JSON
+
+
 def encode_documents(
     records: Iterable[tuple[int, Record]], tokenizer: Encoder, text_field: str, max_tokens: int | None
 ) -> Iterator[tuple[int, TokenIds | Fault]]:
@@ -128,13 +154,14 @@ def encode_documents(
         records: Documents and their indices, as :func:`sltrain_dist.data.source.read_documents` yields them.
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON object.
-        max_tokens: How many leading tokens of a document matter; None: all. More may come.
+        max_tokens: How many leading tokens of a document matter; None: all. More may come, and these are the same
+            for any value.
     """
     chunk: list[tuple[int, Record]] = []
     size = 0
     for index, record in records:
         chunk.append((index, record))
-        size += len(record or b"")
+        size += 0 if isinstance(record, Fault) else len(record)
         if len(chunk) == _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
             yield from _encode_chunk(chunk, tokenizer, text_field, max_tokens)
             chunk, size = [], 0
@@ -157,14 +184,29 @@ def _encode_chunk(
 def _encode_texts(texts: list[str], tokenizer: Encoder, max_tokens: int | None) -> list[TokenIds]:
     """Token ids of the texts; with `max_tokens`, of so much of each text as gives that many tokens.
 
-    A tokenizer decides locally, so that cutting a text changes its last tokens only: a prefix that has
-    `_MARGIN` tokens more than needed is enough. Books would otherwise cost several times what they need.
+    Books would otherwise cost several times what they need.
     """
-    if max_tokens is None:
+    if max_tokens is None or not tokenizer.breaks_at_spaces:
         return tokenizer.encode(texts)
     limit = max_tokens * _CHARS_PER_TOKEN
-    encoded = tokenizer.encode([text[:limit] for text in texts])
-    short = [i for i, text in enumerate(texts) if len(text) > limit and len(encoded[i]) < max_tokens + _MARGIN]
-    for i, ids in zip(short, tokenizer.encode([texts[i] for i in short]), strict=True):
-        encoded[i] = ids
+    starts = [_start(text, limit) for text in texts]
+    encoded = tokenizer.encode(starts)
+    while short := [i for i, text in enumerate(texts) if len(encoded[i]) < max_tokens and len(starts[i]) < len(text)]:
+        limit *= 4
+        for i in short:
+            starts[i] = _start(texts[i], limit)
+        for i, ids in zip(short, tokenizer.encode([starts[i] for i in short]), strict=True):
+            encoded[i] = ids
     return encoded
+
+
+def _start(text: str, limit: int) -> str:
+    """The text up to a space, at most `limit` characters; all of it if it is shorter or has no such place.
+
+    The character before the space is one that normalization keeps, so that it is not taken for a space itself.
+    """
+    end = limit if len(text) > limit else 0
+    while (end := text.rfind(" ", 0, end)) > 0:
+        if text[end - 1].isalnum() or "!" <= text[end - 1] <= "~":
+            return text[:end]
+    return text

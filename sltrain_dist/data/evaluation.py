@@ -61,11 +61,11 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
 def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[TokenIds]:
     tally = Tally()
     max_tokens = data.seq_len if data.batching == "pad" else None
-    prepared = manifest_for(shards, tokenizer, data.text_field)
+    prepared = manifest_for(shards, tokenizer, data.text_field, data.max_document_bytes)
     if prepared is not None:
         shards = [name for name, _ in prepared.job.sources]
     fetcher = Fetcher(RetryPolicy.of(data))
-    corpus = open_corpus(shards, prepared, tokenizer, data.text_field, max_tokens, fetcher)
+    corpus = open_corpus(shards, prepared, tokenizer, data.text_field, max_tokens, fetcher, data.max_document_bytes)
     for number, shard in enumerate(shards):
         blocks = corpus.blocks(number, 0, 1, _BLOCK)
         for line, result in chain.from_iterable(block.documents(np.arange(len(block))) for block in blocks):

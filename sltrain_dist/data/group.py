@@ -53,7 +53,7 @@ class StreamGroup:
         if settings.prepared is None:
             self._streams = [Stream(settings, tokenizer, share.stream, states[share.stream]) for share in shares]
         else:
-            corpus = TokenCorpus(settings.prepared)
+            corpus = TokenCorpus(settings.prepared, settings.files)
             self._streams = [TokenStream(settings, corpus, share.stream, states[share.stream]) for share in shares]
 
     def next_update(self) -> Update:

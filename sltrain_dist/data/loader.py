@@ -17,6 +17,7 @@ from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
+from sltrain_dist.data.files.identity import identify
 from sltrain_dist.data.group import StreamGroup, Update
 from sltrain_dist.data.retry import Cause, RetryPolicy
 from sltrain_dist.data.stream import StreamSettings, StreamState, WeightedSource
@@ -90,7 +91,8 @@ class TrainLoader:
             raise DataError("the training data has no shards; check data.source")
         self.stats = LoaderStats()
         tokenizer = Tokenizer(tokenizer_path)
-        prepared = manifest_for(shards, tokenizer, data.text_field)
+        prepared = manifest_for(shards, tokenizer, data.text_field, data.max_document_bytes)
+        files = shards if prepared is None else prepared.all_files()
         settings = StreamSettings(
             shards=tuple(shards) if prepared is None else tuple(name for name, _ in prepared.job.sources),
             text_field=data.text_field,
@@ -104,13 +106,15 @@ class TrainLoader:
             retry=RetryPolicy.of(data),
             mixture=() if prepared is not None else _mixture(data, source_sizes, len(shards), global_batch),
             mark=data.reset_attention,
+            max_document_bytes=data.max_document_bytes,
+            files=identify(files),
         )
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)
         self._updates = 0
         self._states = {share.stream: StreamState() for share in shares}
         if state is not None:
-            self._updates, self._states = read_cursor(state, self.order, list(self._states))
+            self._updates, self._states = read_cursor(state, self.order, list(self._states), settings)
         self._failure: Exception | None = None
         self._workers: list[Worker] = []
         self._groups: list[StreamGroup] | list[Worker]

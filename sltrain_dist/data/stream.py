@@ -15,6 +15,8 @@ from sltrain_dist.data import order
 from sltrain_dist.data.batching import Batching, make_rows
 from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
+from sltrain_dist.data.files.identity import FileIdentity
+from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.data.token_shards import TokenManifest
 from sltrain_dist.errors import CheckpointError, DataError
@@ -51,6 +53,10 @@ class StreamSettings:
     """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
     mark: bool = False
     """Whether documents' first tokens carry `batching.BEGIN`."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Longer documents are unusable."""
+    files: Mapping[str, FileIdentity] = field(default_factory=dict)
+    """What the local files that are read were like at the start, by path."""
 
 
 class StreamState(NamedTuple):
@@ -73,6 +79,7 @@ class StreamState(NamedTuple):
     no_text: int = 0
     invalid_utf8: int = 0
     empty: int = 0
+    too_long: int = 0
 
     def tally(self, example: tuple[str, int, Fault] | None = None) -> Tally:
         """The counts of this epoch."""
@@ -91,6 +98,7 @@ class StreamState(NamedTuple):
     def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
         """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
         expected = set(cls._fields)
+        values = {"too_long": 0, **values}  # not in cursors from before there was such a cause
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
             raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
         return cls(**values)
@@ -174,12 +182,25 @@ class StreamBase(ABC, Generic[Piece]):
             for unit in units[state.unit :]:
                 state = yield from self._unit(unit, state)
             if state.documents == state.tally().faults.total():
-                raise DataError(
-                    f"stream {self._number} of {settings.streams} found no usable document in its share of the source "
-                    f"({state.documents} documents, all unusable, in {len(units)} parts of files): lower data.streams, "
-                    "of which each needs at least one document, or check the source"
-                )
+                raise self._nothing_usable(state, units)
             state = StreamState(rows=state.rows, epoch=state.epoch + 1)
+
+    def _nothing_usable(self, state: StreamState, units: list[order.Unit]) -> DataError:
+        """The error after an epoch without a usable document, which would be followed by others of the same kind."""
+        names = list(dict.fromkeys(self._settings.shards[unit.shard] for unit in units))
+        where = f"its share of the source, parts of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
+        if state.documents == 0:
+            return DataError(
+                f"data stream {self._number} of {self._settings.streams} has no document in {where}: every stream "
+                "needs one at least. Set data.streams to no more than there are documents, or check whether the files "
+                "are empty"
+            )
+        causes = ", ".join(f"{fault.value}: {count}" for fault, count in state.tally().faults.items() if count)
+        return DataError(
+            f"data stream {self._number} of {self._settings.streams} has no usable document among the "
+            f"{state.documents} in {where} ({causes}): every stream needs one at least. Repair the files, check "
+            f"data.text_field={self._settings.text_field!r}, or lower data.streams, so that each has more documents"
+        )
 
     def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Piece, None, StreamState]:
         """The documents of one unit from a position in it onwards; returns the position after it."""
@@ -242,7 +263,15 @@ class Stream(StreamBase[_Document]):
     def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
         max_tokens = settings.seq_len if settings.batching == "pad" else None
         fetcher = Fetcher(settings.retry)
-        corpus = TextCorpus(settings.shards, tokenizer, settings.text_field, max_tokens, fetcher)
+        corpus = TextCorpus(
+            settings.shards,
+            tokenizer,
+            settings.text_field,
+            max_tokens,
+            fetcher,
+            settings.max_document_bytes,
+            settings.files,
+        )
         super().__init__(settings, corpus, number, state)
         self.retries = fetcher.retries
         self._eos_id = tokenizer.eos_id

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data.documents import Encoder, Fault
+from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import ConfigError, DataError
 
 MANIFEST = "token_shards.json"
@@ -45,6 +46,11 @@ class TokenJob:
     """Fingerprint of the tokenizer."""
     vocab_size: int
     eos_id: int
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Documents of more bytes are unusable."""
+    contents: tuple[str, ...] = ()
+    """What each shard of the text source holds, see :mod:`sltrain_dist.data.files.identity`. Empty where an earlier
+    version made the token shards, which did not look."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -79,6 +85,14 @@ class TokenManifest:
     """Values of :class:`Fault`, in the order of the numbers in the index files."""
     shards: tuple[TokenShard, ...]
     """One for each shard of the source; empty while the preparation is not finished."""
+
+    def files(self, shard: int) -> list[str]:
+        """Paths of a shard's files."""
+        return [str(Path(self.directory) / f"{self.shards[shard].name}.{suffix}") for suffix in ("tokens", "index")]
+
+    def all_files(self) -> list[str]:
+        """Paths of all shards' files, in order."""
+        return [path for number in range(len(self.shards)) for path in self.files(number)]
 
     @property
     def source_bytes(self) -> int:
@@ -122,7 +136,13 @@ def read_manifest(directory: Path) -> TokenManifest:
         job = values["job"]
         return TokenManifest(
             directory=str(directory.absolute()),
-            job=TokenJob(**{**job, "sources": tuple((name, size) for name, size in job["sources"])}),
+            job=TokenJob(
+                **{
+                    **job,
+                    "sources": tuple((name, size) for name, size in job["sources"]),
+                    "contents": tuple(job.get("contents", ())),
+                }
+            ),
             causes=tuple(values["causes"]),
             shards=tuple(map(shard_from_dict, values["shards"])),
         )
@@ -152,11 +172,13 @@ def open_manifest(directory: Path) -> TokenManifest:
     return manifest
 
 
-def manifest_for(shards: Sequence[str], tokenizer: Encoder, text_field: str) -> TokenManifest | None:
+def manifest_for(
+    shards: Sequence[str], tokenizer: Encoder, text_field: str, max_document_bytes: int
+) -> TokenManifest | None:
     """The manifest, if `shards` (see :func:`sltrain_dist.data.source.resolve_source`) are token shards; else None.
 
     Raises:
-        ConfigError: They were made with another tokenizer, or of another field.
+        ConfigError: They were made with another tokenizer, of another field, or with another limit of length.
         DataError: The preparation is not finished, or the manifest cannot be read.
     """
     if len(shards) != 1 or Path(shards[0]).name != MANIFEST:
@@ -175,6 +197,11 @@ def manifest_for(shards: Sequence[str], tokenizer: Encoder, text_field: str) -> 
         raise ConfigError(
             f"the token shards in {manifest.directory} were made of the field {made_with.text_field!r}; set "
             f"data.text_field={made_with.text_field}, or prepare the text again"
+        )
+    if made_with.max_document_bytes != max_document_bytes:
+        raise ConfigError(
+            f"the token shards in {manifest.directory} hold documents of up to {made_with.max_document_bytes} bytes; "
+            f"set data.max_document_bytes={made_with.max_document_bytes}, or prepare the text again"
         )
     return manifest
 

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,16 @@ class Tokenizer:
         """
         rows: list[npt.NDArray[np.int32]] = self._processor.encode_as_numpy(texts, num_threads=1)
         return rows
+
+    @cached_property
+    def breaks_at_spaces(self) -> bool:
+        """Whether the tokens of a text up to a space are always the first of the whole text's tokens.
+
+        That is so if no piece continues beyond a space, and a space is known: unknown characters make one piece with
+        their unknown neighbours.
+        """
+        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return "▁" in pieces and not any(re.search("[^▁]▁", piece) for piece in pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special pieces become nothing."""

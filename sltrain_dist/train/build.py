@@ -210,7 +210,9 @@ def prepare_corpus(
     # With weights, each entry is a source of its own; a configuration with weights has a list.
     sources = [train_source] if data.weights is None else list(train_source)
     resolved = env.on_main(
-        lambda: [resolve_source(each, subset=data.subset, split=data.split, fetcher=fetcher) for each in sources]
+        lambda: [
+            resolve_source(each, subset=data.subset, split=data.split, fetcher=fetcher, report=say) for each in sources
+        ]
     )
     shards = [shard for each in resolved for shard in each]
     if len(set(shards)) < len(shards):
@@ -220,7 +222,12 @@ def prepare_corpus(
     if eval_source is not None and with_evaluation:
         eval_shards = env.on_main(
             lambda: resolve_source(
-                eval_source, subset=evaluation.subset, split=evaluation.split, key="eval.source", fetcher=fetcher
+                eval_source,
+                subset=evaluation.subset,
+                split=evaluation.split,
+                key="eval.source",
+                fetcher=fetcher,
+                report=say,
             )
         )
         say(f"reading the evaluation data, up to eval.tokens = {evaluation.tokens:,} tokens")

@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
+from sltrain_dist.data.prepare.build import PrepareOptions, prepare_files
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.token_shards import MANIFEST
 from sltrain_dist.errors import DataError
 
 from ..unit.test_token_shards import verify
-from .helpers import Corpus, Process, documents, outcome, train_here, trajectory, write_shard
+from .helpers import Corpus, Process, documents, metrics, outcome, train_here, trajectory, write_shard
 
 SLTRAIN = [sys.executable, "-m", "sltrain_dist.cli"]
 
@@ -49,6 +51,30 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
     for name in names:
         assert (output / name).read_bytes() == (whole / name).read_bytes(), name
     assert verify(monkeypatch, output) == 0
+
+
+def test_a_run_on_a_prepared_corpus(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its directory is training data and validation data at once; a shard that is replaced is noticed at the resume."""
+    texts = tmp_path / "x.jsonl.zst"
+    texts.write_bytes(zstd.compress("".join(json.dumps({"text": text}) + "\n" for text in documents("x", 90)).encode()))
+    corpus = tmp_path / "mine"
+    options = PrepareOptions(clean=False, dedup=False, validation_fraction=0.2, num_shards=1)
+    kept = prepare_files([str(texts)], corpus, options)
+    source = (f"data.source={corpus}", f"eval.source={corpus}", "data.workers=1")
+    assert train_here(tiny, tmp_path / "run", *source, "train.steps=4") == 0
+    lines = metrics(tmp_path / "run")
+    read = json.loads(next((tmp_path / "run" / "checkpoints").glob("step_*/state.json")).read_text())["data"]
+    assert read["order"]["data.source"].startswith("1 files")
+    assert 0 < lines[-1]["eval_tokens"] < 24 * (kept.splits["validation"].documents + 1)
+    (shard,) = corpus.glob("*train*")
+    content = bytearray(shard.read_bytes())
+    content[4] ^= 1  # the date in gzip's header
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert train_here(tiny, tmp_path / "run", *source, "train.steps=6") == 5
+    error = capsys.readouterr().err
+    assert f"contents of data.source (changed: {shard})" in error
+    assert outcome(tmp_path / "run")["code"] == 5
 
 
 def test_a_run_on_token_shards_is_the_run_on_their_text(

@@ -24,6 +24,7 @@ class NumberTokenizer:
     eos_id = 0
     vocab_size = 1 << 16
     fingerprint = "0123456789abcdef"
+    breaks_at_spaces = True
 
     def __init__(self, path=None):
         pass

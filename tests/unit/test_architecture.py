@@ -79,6 +79,7 @@ LEAVES = {
     "parallel.communication",
     "data.order",
     "checkpoint.manifest",
+    "planner.device",
     "planner.estimate",
     "planner.result",
 }

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from sltrain_dist import cli
 from sltrain_dist.errors import CheckpointError
@@ -175,6 +176,28 @@ def test_train_tokenizer(
     assert "300 pieces" in out and "bytes per token" in out and Tokenizer(output).fingerprint in out
 
 
+def test_every_command_reads_zstd(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also in UTF-16 and in Latin-1, with the encoding given."""
+    model, latin = str(tmp_path / "t.model"), str(tmp_path / "latin.txt")
+    rows = [json.dumps({"text": SENTENCES.format(f"{a}{b}")}) for a in ("red", "blue", "old") for b in range(9)]
+    shard = tmp_path / "x.jsonl.zst"
+    shard.write_bytes(zstd.compress("\n".join(rows).encode("utf-16")))
+    Path(latin).write_bytes((SENTENCES.format("vieux café") * 3).encode("latin-1"))
+    arguments = ("train-tokenizer", "-o", model, "--vocab-size", "300", "-i")
+    assert _run(monkeypatch, *arguments, str(shard)) == 0
+    assert _run(monkeypatch, *arguments, latin) == 3
+    assert "latin.txt is not UTF-8 text" in capsys.readouterr().err
+    assert _run(monkeypatch, *arguments, latin, "-i", latin, "--encoding", "nonsense") == 2
+    assert _run(monkeypatch, "prepare-data", "-i", str(shard), "-o", str(tmp_path / "corpus")) == 0
+    assert _run(monkeypatch, "prepare-data", "-i", latin, "-o", str(tmp_path / "x"), "--no-clean") == 3
+    tokens = ("prepare-data", "-i", str(shard), "-o", str(tmp_path / "tokens"), "--tokenizer", model)
+    assert _run(monkeypatch, *tokens, "--encoding", "latin-1") == 2
+    assert _run(monkeypatch, *tokens) == 0
+    assert "documents  27" in capsys.readouterr().out
+
+
 def test_prepare_data_with_a_tokenizer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
 ) -> None:
@@ -214,7 +237,7 @@ def test_prepare_data_with_a_tokenizer(
         (["prepare-data", "-o", "out"], 2, "either --input"),
         (["prepare-data", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
         (["prepare-data", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
-        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 2, "no file matches"),
+        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 3, "no file matches"),
         (["prepare-data", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
         (["prepare-data", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
         (["train-tokenizer", "-o", "t.model"], 2, "give --input"),

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -81,7 +82,20 @@ def test_real_c4(shared_data, t5):
         assert t5.decode(ids)[:20] == text[:20] or 2 in ids  # 2: unknown, as T5 has no byte fallback
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+    ],
+    ids=str,
+)
 def test_parquet_is_read_as_lines_are(tmp_path, kind, monkeypatch):
     texts = [str(number) for number in range(1, 41)]
     table = write_table(tmp_path / "x.parquet", texts, kind)
@@ -112,6 +126,29 @@ def test_unsuitable_parquet(tmp_path):
         list(read_documents(path, "text"))
     with pytest.raises(DataError, match=r"column 'id' of .*x\.parquet holds int64"):
         list(read_documents(path, "id"))
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns of the name 'text'; rename"):
+        list(read_documents(str(tmp_path / "twice.parquet"), "text"))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", None, "long text", ""], pa.dictionary(pa.int32(), pa.large_string())),
+        pa.DictionaryArray.from_arrays([0, None, 1, 2], pa.array(["a", "long text", ""], pa.string_view())),
+        pc.run_end_encode(pa.array(["a", None, "long text", ""])),
+        pa.ExtensionArray.from_storage(pa.json_(), pa.array(["a", None, "long text", ""])),
+        pa.array(["a", None, "long text", ""], pa.binary_view()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_every_type_of_strings_in_arrow(tmp_path, column):
+    table = pa.table({"text": column})
+    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table)
+    found = [record for _, record in read_documents(str(tmp_path / "x.arrow"), "text", max_bytes=8)]
+    assert found == [b"a", Fault.NO_TEXT, Fault.TOO_LONG, b""]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

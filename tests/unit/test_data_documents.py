@@ -1,11 +1,15 @@
 """From lines to token ids: every unusable line has its cause, every usable one its tokens."""
 
+import gzip
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sltrain_dist.data.documents import Fault, Tally, encode_documents, parse
+from sltrain_dist.data.documents import Fault, Tally, Text, _start, encode_documents, parse
+from sltrain_dist.data.tokenizer import Tokenizer
 from tests.unit.data_helpers import NumberTokenizer
 
 
@@ -19,7 +23,12 @@ from tests.unit.data_helpers import NumberTokenizer
         (b"garbage", Fault.NOT_JSON),
         (b'{"text": "cut of', Fault.NOT_JSON),
         (b"[" * 100_000, Fault.NOT_JSON),
-        (b'{"text": 1' + b"0" * 5000 + b"}", Fault.NOT_JSON),
+        (b'{"text": 1' + b"0" * 5000 + b"}", Fault.NO_TEXT),
+        (b'{"text": "a", "id": 1' + b"0" * 5000 + b"}", "a"),
+        (b'\xef\xbb\xbf{"text": "a"}\n', "a"),
+        (b"\xef\xbb\xbf\n", Fault.EMPTY),
+        (Fault.TOO_LONG, Fault.TOO_LONG),
+        (Text(b"\xef\xbb\xbfa"), "\ufeffa"),
         (b'{"title": "a"}', Fault.NO_TEXT),
         (b'{"text": null}', Fault.NO_TEXT),
         (b'{"text": ["a"]}', Fault.NO_TEXT),
@@ -61,6 +70,59 @@ def test_only_a_prefix_is_tokenized_where_that_is_enough():
     assert spy.characters < 1.1 * len(sparse)
 
 
+HARD = [
+    "_" * 9000,
+    "_" * 9000 + " and then words " * 3000,
+    "ab_" * 3000 + " x" * 3000,
+    "中文没有空格" * 3000,
+    ("word" + "\u3000" + "\u200b " * 3 + "e\u0301 " + "\u00a0" * 2) * 2000,
+    "     " * 4000 + "end " * 2000,
+    "hello" + " " * 40 + "x",
+    "\n".join(["line of text"] * 3000),
+    "a" * 20_000,
+    "\U0001f600\ufe0f " * 3000 + "\x00\x01 " * 100,
+]
+
+
+@pytest.mark.parametrize("model", ["t5-32k", "mistral-v1-32k"])
+@pytest.mark.parametrize("max_tokens", [2, 64, 700])
+def test_a_prefix_has_the_tokens_of_the_whole_text(shared_data, model, max_tokens):
+    """For every document, also where tokens depend on what is far away."""
+    tokenizer = Tokenizer(shared_data / "tokenizers" / f"{model}.model")
+    with gzip.open(shared_data / "text" / "wiki-en-2018.00000.json.gz") as file:
+        texts = [*HARD, *(json.loads(line)["text"] for line in itertools.islice(file, 100))]
+    lines = [(number, json.dumps({"text": text}).encode()) for number, text in enumerate(texts)]
+    encoded = dict(encode_documents(lines, tokenizer, "text", max_tokens))
+    whole = tokenizer.encode(texts)
+    assert tokenizer.breaks_at_spaces
+    for number, ids in encoded.items():
+        assert ids[:max_tokens].tolist() == whole[number][:max_tokens].tolist(), texts[number][:50]
+        assert (len(ids) < max_tokens) == (len(whole[number]) < max_tokens)
+
+
+def test_where_a_text_may_be_cut():
+    """Before the first of several spaces, after what normalization does not take for one."""
+    assert _start("ab  cd ef", 5) == "ab"
+    assert _start("ab\u200b cd", 6) == "ab\u200b cd"
+    assert _start("中文 ab cd", 5) == "中文"
+    assert _start("short", 5) == "short"
+    assert _start("  no place", 3) == "  no place"
+
+
+def test_a_vocabulary_that_reaches_beyond_spaces_reads_all(shared_data, monkeypatch):
+    tokenizer = Tokenizer(shared_data / "tokenizers" / "t5-32k.model")
+    for pieces, expected in ((["▁", "a▁b"], False), (["a"], False), (["▁", "▁▁", "▁a"], True)):
+        vocabulary = SimpleNamespace(id_to_piece=lambda ids, pieces=pieces: pieces)
+        monkeypatch.setattr(tokenizer, "_processor", vocabulary)
+        tokenizer.__dict__.pop("breaks_at_spaces", None)
+        assert tokenizer.breaks_at_spaces == expected
+    spy = NumberTokenizer()
+    spy.breaks_at_spaces = False
+    text = "7 " * 50_000
+    ((_, ids),) = encode_documents([(0, json.dumps({"text": text}).encode())], spy, "text", 64)
+    assert len(ids) == 50_000
+
+
 def test_tally_names_counts_cause_and_line():
     tally = Tally()
     for line in range(100):
@@ -71,3 +133,13 @@ def test_tally_names_counts_cause_and_line():
     assert "3 of 100 documents" in message
     assert "not_json: 2, empty: 1" in message
     assert "line 41 of s.json (not_json)" in message
+    assert "prepare-data" not in message
+
+
+def test_the_remedy_fits_the_cause():
+    text, long = Tally(), Tally()
+    for line in range(5):
+        text.add("s", line, Fault.NOT_JSON)
+        long.add("s", line, Fault.TOO_LONG if line else "text")
+    assert "make JSON lines of plain text with `sltrain prepare-data`" in str(text.error("here", 0, "text"))
+    assert "raise data.max_document_bytes" in str(long.error("here", 0, "text"))

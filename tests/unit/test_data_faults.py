@@ -1,6 +1,7 @@
 """Bad networks and bad files: the rows are those of a good one, or the run stops and names the shard."""
 
 import gzip
+import os
 import random
 import urllib.error
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -155,6 +157,25 @@ def test_a_shard_that_is_truncated_on_the_server(server, expected):
     with pytest.raises(DataError, match=r"b\.json\.gz after \d+ lines: EOFError"):
         for row in expected:
             assert np.array_equal(next(loader), row)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_zstd_over_a_network_that_fails(server, ranges):
+    """Cut in each of several frames, it goes on at the byte where it stopped."""
+    lines = [b'{"text": "%s"}\n' % os.urandom(400).hex().encode() for _ in range(900)]
+    frames = [zstd.compress(b"".join(lines[start : start + 300])) for start in (0, 300, 600)]
+    server.files["x.jsonl.zst"] = b"".join(frames)
+    server.ranges = ranges
+    # Without ranges, each answer begins anew and so must reach further than the one before.
+    shares = (0.3, 0.5, 0.5) if ranges else (0.3, 0.6, 0.9)
+    server.plan["x.jsonl.zst"] = [cut(shares[0]), cut(shares[1]), status(503), cut(shares[2])]
+    fetcher = Fetcher(RetryPolicy(wait_s=0))
+    found = [line for _, line in read_documents(server.address("x.jsonl.zst"), "text", fetcher=fetcher)]
+    assert found == lines
+    assert sum(fetcher.retries.values()) == 4
+    server.files["x.jsonl.zst"] = b"".join(frames)[:-9]
+    with pytest.raises(DataError, match=r"x\.jsonl\.zst after \d+ lines: EOFError"):
+        list(read_documents(server.address("x.jsonl.zst"), "text"))
 
 
 def test_going_on_reads_only_what_is_missing(server, expected):

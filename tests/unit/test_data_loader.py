@@ -1,5 +1,6 @@
 """Every document once an epoch, the same global batches for any ranks, exact continuation, faults that stop."""
 
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -169,6 +170,65 @@ def test_a_cursor_of_other_data_is_refused(tmp_path, monkeypatch):
         make_loaders(data_config(), shards, 1, state=state)
 
 
+def test_a_resume_names_the_file_whose_content_has_changed(tmp_path):
+    """Not that it has another date or another place, as in a copy."""
+    shards = write_numbered(tmp_path, [40, 50])
+    state = saved(make_loaders(data_config(), shards, 1))
+    Path(shards[0]).rename(tmp_path / "x")
+    write_numbered(tmp_path, [40, 50])
+    os.utime(shards[1], (1, 1))
+    (tmp_path / "copy").mkdir()
+    for directory in (tmp_path, tmp_path / "copy"):
+        make_loaders(data_config(), write_numbered(directory, [40, 50]), 1, state=state)
+    content = Path(shards[1]).read_bytes()
+    Path(shards[1]).write_bytes(content[:-9] + b'5"}\n\n\n\n\n\n\n'[:9])
+    assert Path(shards[1]).stat().st_size == len(content)
+    with pytest.raises(CheckpointError, match=r"contents of data\.source \(changed: [^,]*shard-001\.jsonl\)"):
+        make_loaders(data_config(), shards, 1, state=state)
+    # Cursors from before contents were looked at.
+    del state["order"]["contents of data.source"]
+    for stream in state["streams"].values():
+        del stream["too_long"]
+    make_loaders(data_config(), shards, 1, state=state)
+
+
+@pytest.mark.parametrize("change", ["replaced", "overwritten", "truncated", "removed"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_changes_in_mid_run_stops_it(tmp_path, change, workers, shared_data, monkeypatch):
+    monkeypatch.undo()
+    tokenizer = shared_data / "tokenizers" / "t5-32k.model"
+    shards = write_numbered(tmp_path, [40, 50])
+    (loader,) = make_loaders(data_config(workers=workers, prefetch=1), shards, 1, tokenizer_path=tokenizer)
+    next(loader)
+    path = Path(shards[1])
+    content = path.read_bytes().replace(b"9", b"8")
+    if change == "replaced":
+        (tmp_path / "new").write_bytes(content)
+        (tmp_path / "new").rename(path)
+    elif change == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content if change == "overwritten" else content[:100])
+    with pytest.raises(DataError, match=r"shard-001\.jsonl (has changed since the run began|is not there)"):
+        for _ in range(60):
+            next(loader)
+    loader.close()
+
+
+def test_documents_that_are_too_long_are_counted(tmp_path):
+    texts = [str(number) for number in range(1, 60)]
+    shard = write_shard(tmp_path / "x.jsonl", [*texts, "7 " * 100, *texts])
+    config = data_config(max_document_bytes=100, max_bad_fraction=0.1)
+    loaders = make_loaders(config, [shard], 1)
+    rows = global_batches(loaders, 30)
+    assert loaders[0].stats.bad["too_long"] > 0
+    assert not ((rows == 7).sum(axis=-1) > 1).any()
+    with pytest.raises(CheckpointError, match=r"data\.max_document_bytes \(100, now None\)"):
+        make_loaders(data_config(max_bad_fraction=0.1), [shard], 1, state=saved(loaders))
+    with pytest.raises(DataError, match=r"too_long: 1\).*raise data\.max_document_bytes"):
+        global_batches(make_loaders(data_config(max_document_bytes=100, max_bad_fraction=0), [shard], 1), 30)
+
+
 def test_merging_checks_the_ranks(tmp_path):
     shards = write_numbered(tmp_path, [40, 50])
     loaders = make_loaders(data_config(), shards, 4)
@@ -273,7 +333,7 @@ def test_bad_lines_before_the_resume_still_count(tmp_path):
 def test_a_stream_without_documents(tmp_path):
     shards = write_numbered(tmp_path, [3])
     (loader,) = make_loaders(data_config(streams=4), shards, 1)
-    with pytest.raises(DataError, match=r"stream 3 of 4 found no usable document.*lower data\.streams"):
+    with pytest.raises(DataError, match=r"stream 3 of 4 has no document in .*shard-000\.jsonl.*Set data\.streams"):
         next(loader)
     all_bad = write_shard(tmp_path / "bad.jsonl", [], raw=[b"garbage"] * 30)
     (loader,) = make_loaders(data_config(streams=4, max_bad_fraction=1.0), [all_bad], 1)

@@ -77,7 +77,7 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, entry, message):
 
 def test_unsuitable_files_are_refused(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(DataError, match=r"a\.csv is neither Parquet nor a file of JSON lines"):
+    with pytest.raises(DataError, match=r"a\.csv is neither Parquet, nor Arrow, nor a file of JSON lines"):
         resolve_source(str(tmp_path / "a.csv"))
     with pytest.raises(DataError, match="holds no"):
         resolve_source(str(tmp_path))
@@ -299,11 +299,11 @@ def test_wrong_checksum_and_not_gzip_at_all(archive):
     (directory / "crc.json.gz").write_bytes(content[:-8] + bytes(8))
     (directory / "text.json.gz").write_bytes(b'{"text": "not compressed"}\n')
     (directory / "nothing.json.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"crc\.json\.gz after 5000 lines: BadGzipFile"):
+    with pytest.raises(DataError, match=r"crc\.json\.gz after \d+ lines: BadGzipFile.*data check"):
         contents(str(directory / "crc.json.gz"))
     with pytest.raises(DataError, match=r"text\.json\.gz at its start: BadGzipFile"):
         contents(str(directory / "text.json.gz"))
-    with pytest.raises(DataError, match="has no bytes"):
+    with pytest.raises(DataError, match=r"nothing\.json\.gz at its start: EOFError.*truncated"):
         contents(str(directory / "nothing.json.gz"))
     (directory / "empty.json").write_bytes(b"")
     assert contents(str(directory / "empty.json")) == []
@@ -312,13 +312,6 @@ def test_wrong_checksum_and_not_gzip_at_all(archive):
 def test_vanished_shard(tmp_path):
     with pytest.raises(DataError, match=r"gone\.json is not there"):
         contents(str(tmp_path / "gone.json"))
-
-
-def test_missing_codec(tmp_path, monkeypatch):
-    monkeypatch.delitem(source.codecs, "zstd", raising=False)
-    (tmp_path / "x.json.zst").touch()
-    with pytest.raises(DataError, match="pip install zstandard"):
-        contents(str(tmp_path / "x.json.zst"))
 
 
 class FlakyFileSystem(AbstractFileSystem):

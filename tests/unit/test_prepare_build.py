@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -10,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 
 from sltrain_dist.data.prepare import build, embedded, shards
 from sltrain_dist.data.prepare.build import PrepareOptions, build_corpus_of_packages, build_embedded, prepare_files
 from sltrain_dist.data.prepare.embedded import docstrings, find_installation, find_packages, raw_documents
-from sltrain_dist.data.prepare.inputs import Document, find_inputs, read_documents
+from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
 from sltrain_dist.data.prepare.shards import MANIFEST, Manifest, is_complete, new_directory, write_corpus
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError
@@ -326,13 +332,14 @@ def test_files_of_all_kinds(tmp_path: Path) -> None:
     (tmp_path / "in" / "b.jsonl").write_text(row + "\n\n")
     (tmp_path / "in" / "deep" / "c.json.gz").write_bytes(gzip.compress(json.dumps({"body": _page("d")}).encode()))
     paths = find_inputs([str(tmp_path / "in" / "**"), str(tmp_path / "in" / "a.txt")])
-    assert [path.name for path in paths] == ["a.txt", "b.jsonl", "c.json.gz"]
-    documents = [d for p in paths for d in read_documents(p, text_field="body", txt_unit="paragraph")]
+    assert [Path(path).name for path in paths] == ["a.txt", "b.jsonl", "c.json.gz"]
+    inputs = InputOptions(text_field="body", txt_unit="paragraph")
+    documents = [d for p in paths for d in read_documents(p, inputs)]
     assert [d.url for d in documents] == ["file:a.txt#0", "file:a.txt#1", "https://c", "file:c.json.gz#0"]
     assert [d.text for d in documents] == [_page(s) for s in "abcd"]
     assert len(list(read_documents(paths[0]))) == 1
 
-    options = PrepareOptions(text_field="body", validation_fraction=0.5, num_shards=2, txt_unit="paragraph")
+    options = PrepareOptions(inputs, validation_fraction=0.5, num_shards=2)
     manifest = prepare_files([str(tmp_path / "in" / "**")], tmp_path / "out", options, name="mine")
     kept = [row["text"] for split in ("train", "validation") for row in _rows(tmp_path / "out", split)]
     assert sorted(kept) == sorted(_page(s).replace("\nMenu\n", "") for s in "abcd")
@@ -393,32 +400,121 @@ def test_wrapped_text_needs_unwrap(tmp_path: Path) -> None:
         (b'{"body": "x"}\n', r"line 1: no text under 'text' \(there is: body\)"),
         (b"[1]\n", r"line 1: no text .*there is: list"),
         (b'{"text": 3}\n', "line 1: no text"),
-        (b'{"text": "\xff"}\n', "cannot read"),
+        (b'{"text": "\xff"}\n', "line 1: not UTF-8; .*--encoding"),
     ],
 )
 def test_bad_json(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        list(read_documents(tmp_path / "x.jsonl"))
+        list(read_documents(str(tmp_path / "x.jsonl")))
+
+
+def _kept(directory: Path, *patterns: str, **options: Any) -> list[str]:
+    """The documents of a corpus made of the patterns without any rules."""
+    prepared = PrepareOptions(InputOptions(**options), clean=False, dedup=False)
+    prepare_files([str(directory / pattern) for pattern in patterns], directory / "out", prepared)
+    return sorted(row["text"] for split in ("train", "validation") for row in _rows(directory / "out", split))
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "encoding"),
+    [
+        ("Un café.".encode("latin-1"), r"x\.txt is not UTF-8 text \(.*byte 0xe9\); .*--encoding", "latin-1"),
+        ("Un cafe.".encode("utf-16-le"), r"x\.txt holds NUL characters.*--encoding", "utf-16-le"),
+        ("Un café.".encode("cp1252"), "is not utf-16 text", None),
+        (b"\0\1\2" * 99, "holds NUL characters", None),
+        (b"\x80\x81\xfe", "is not UTF-8 text", None),
+    ],
+)
+def test_text_that_is_not_utf_8(tmp_path: Path, content: bytes, message: str, encoding: str | None) -> None:
+    """Refused with its name, and read in its own encoding where that is given."""
+    (tmp_path / "x.txt").write_bytes(content)
+    (tmp_path / "y.txt").write_bytes(content)
+    wrong = "utf-16" if "utf-16 text" in message else None
+    for unit in ("file", "paragraph"):
+        with pytest.raises(DataError, match=message):
+            _kept(tmp_path, "*.txt", encoding=wrong, txt_unit=unit)
+    assert not (tmp_path / "out").exists()
+    if encoding is not None:
+        assert _kept(tmp_path, "*.txt", encoding=encoding) == [content.decode(encoding)] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_no_text(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.txt").write_bytes("Éins.\r\nZwei.\rDrei.".encode(encoding))
+    row = json.dumps({"text": "Vier ü."}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_bytes(f"{row}\n\n{row}\n".encode(encoding))
+    assert _kept(tmp_path, "x.*") == ["Vier ü.", "Vier ü.", "Éins.\nZwei.\nDrei."]
+
+
+def test_json_lines_in_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes('{"text": "é"}\n{"text": "ü"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"x\.jsonl, line 1: not UTF-8; .*--encoding"):
+        _kept(tmp_path, "x.jsonl")
+    assert _kept(tmp_path, "x.jsonl", encoding="latin-1") == ["é", "ü"]
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "hex", "utf-8\0"])
+def test_encodings_that_are_none(encoding: str) -> None:
+    with pytest.raises(ConfigError, match="--encoding"):
+        InputOptions(encoding=encoding)
+
+
+def test_every_compression_and_tables(tmp_path: Path) -> None:
+    row = json.dumps({"text": "a", "number": 10**4000}).replace("0" * 4000, "0" * 5000).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(row) + zstd.compress(b"\n" + row.replace(b'"a"', b'"b"')))
+    (tmp_path / "c.txt.zst").write_bytes(zstd.compress(b"c"))
+    (tmp_path / "d.txt.xz").write_bytes(lzma.compress(b"d") + bytes(4))
+    (tmp_path / "e.text.bz2").write_bytes(bz2.compress(b"e"))
+    pq.write_table(pa.table({"text": pa.array(["f", "g"], pa.string_view())}), tmp_path / "f.parquet")
+    assert _kept(tmp_path, ".") == ["a", "b", "c", "d", "e", "f", "g"]
+    (tmp_path / "c.txt.zst").write_bytes(zstd.compress(b"c" * 1000)[:-3])
+    with pytest.raises(DataError, match=r"c\.txt\.zst.*truncated"):
+        list(read_documents(str(tmp_path / "c.txt.zst")))
+
+
+def test_the_limit_of_length(tmp_path: Path) -> None:
+    options = [InputOptions(unit, max_document_bytes=30) for unit in ("file", "paragraph")]
+    (tmp_path / "x.txt").write_text("é" * 14 + "\n\n" + "ü" * 15)
+    with pytest.raises(DataError, match=r"x\.txt has a document of more than 30 bytes.*--txt-unit paragraph"):
+        list(read_documents(str(tmp_path / "x.txt"), options[0]))
+    assert [len(d.text) for d in read_documents(str(tmp_path / "x.txt"), options[1])] == [15, 15]
+    (tmp_path / "x.txt").write_text("ü" * 16)
+    with pytest.raises(DataError, match="more than 30 bytes"):
+        list(read_documents(str(tmp_path / "x.txt"), options[1]))
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "' + "a" * 30 + '"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: more than 30 bytes"):
+        list(read_documents(str(tmp_path / "x.jsonl"), options[0]))
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.txt", b"caf\xea.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(name[:3])
+    lines: list[str] = []
+    options = PrepareOptions(clean=False, dedup=False)
+    manifest = prepare_files([str(tmp_path / "*.txt")], tmp_path / "out", options, report=lines.append)
+    assert manifest.inputs == [{"file": "caf\\udce9.txt", "bytes": 3}, {"file": "caf\\udcea.txt", "bytes": 3}]
+    assert [row["url"] for row in _rows(tmp_path / "out", "train")] == ["file:caf\\udcea.txt#0"]
+    assert all(line.isascii() for line in lines)
 
 
 def test_damaged_gzip_and_lone_surrogates(tmp_path: Path) -> None:
     compressed = gzip.compress(b'{"text": "' + random.Random(0).randbytes(500).hex().encode() + b'"}\n')
     (tmp_path / "cut.json.gz").write_bytes(compressed[:-40])
     with pytest.raises(DataError, match=r"cannot read .*cut\.json\.gz"):
-        list(read_documents(tmp_path / "cut.json.gz"))
+        list(read_documents(str(tmp_path / "cut.json.gz")))
     (tmp_path / "half.jsonl").write_text('{"text": "half \\ud800 a pair"}\n')
-    assert [d.text for d in read_documents(tmp_path / "half.jsonl")] == ["half ? a pair"]
+    assert [d.text for d in read_documents(str(tmp_path / "half.jsonl"))] == ["half ? a pair"]
 
 
 def test_inputs_and_outputs_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no file matches"):
+    with pytest.raises(DataError, match=r"no file matches.*check --input"):
         find_inputs([str(tmp_path / "*.txt")])
-    with pytest.raises(ConfigError, match=r"name its files"):
+    with pytest.raises(DataError, match="holds no"):
         find_inputs([str(tmp_path)])
-    (tmp_path / "x.parquet").write_text("")
+    (tmp_path / "x.log").write_text("")
     with pytest.raises(ConfigError, match="unknown kind of file"):
-        find_inputs([str(tmp_path / "x.parquet")])
+        find_inputs([str(tmp_path / "x.log")])
     pattern = _write_txt(tmp_path / "in", 3)
     with pytest.raises(ConfigError, match="exists already"):
         prepare_files([pattern], tmp_path / "in", PrepareOptions())

@@ -1,6 +1,7 @@
 """Token shards: the rows of the text they were made of, restarts, damage, and the wrong tokenizer."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,66 @@ def test_what_is_stored(text, prepared, tmp_path):
         MANIFEST,
         *(f"{number:05d}.{suffix}" for number in range(4) for suffix in ("tokens", "index")),
     }
+
+
+def test_files_that_change_in_mid_run_or_before_a_resume(prepared, tmp_path):
+    config = data_config(max_bad_fraction=0.5)
+    (loader,) = make_loaders(config, prepared, 1)
+    next(loader)
+    state = saved([loader])
+    path = tmp_path / "tokens" / "00003.tokens"
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(DataError, match=r"00003\.tokens has changed since the run began"):
+        for _ in range(60):
+            next(loader)
+    with pytest.raises(CheckpointError, match=r"contents of the token shards \(changed: [^,]*00003\.tokens\)"):
+        make_loaders(config, prepared, 1, state=state)
+    path.write_bytes(content)
+    (loader,) = make_loaders(config, prepared, 1, state=state)
+    global_batches([loader], 20)  # by then all files are mapped
+    os.truncate(path, 2)  # a read beyond the end of a mapped file would kill the process
+    with pytest.raises(DataError, match=r"00003\.tokens has changed since the run began: 2 bytes"):
+        for _ in range(60):
+            next(loader)
+
+
+def test_text_that_has_changed_since_it_was_prepared(text, prepared, tmp_path):
+    """It is neither gone on with, nor does a run change over to it."""
+    config = data_config(max_bad_fraction=0.5)
+    state = saved(make_loaders(config, prepared, 1))
+    make_loaders(config, text, 1, state=state)
+    path = Path(text[2])
+    path.write_bytes(path.read_bytes()[:-5] + b'1"}\n\n')
+    with pytest.raises(CheckpointError, match=r"contents of data\.source \(changed: [^,]*shard-002\.jsonl\)"):
+        make_loaders(config, text, 1, state=state)
+    with pytest.raises(ConfigError, match="other text"):
+        prepare(text, tmp_path / "tokens")
+
+
+def test_token_shards_of_an_earlier_version(text, prepared, tmp_path):
+    """Without contents, a limit of length, and a number for its cause."""
+    manifest = json.loads(Path(prepared[0]).read_text())
+    del manifest["job"]["contents"], manifest["job"]["max_document_bytes"]
+    manifest["causes"].remove("too_long")
+    Path(prepared[0]).write_text(json.dumps(manifest))
+    config = data_config(max_bad_fraction=0.5)
+    state = saved(make_loaders(config, text, 1))
+    make_loaders(config, prepared, 1, state=state)
+    prepare(text, tmp_path / "tokens")
+
+
+def test_the_limit_of_length_is_that_of_the_text(tmp_path):
+    shard = write_shard(tmp_path / "x.jsonl", ["1 2", "3 " * 50, *map(str, range(4, 30))])
+    prepare([shard], tmp_path / "tokens", max_document_bytes=60)
+    (manifest,) = resolve_source(str(tmp_path / "tokens"))
+    config = data_config(max_document_bytes=60, max_bad_fraction=0.5)
+    of_text, of_tokens = (make_loaders(config, [source], 1) for source in (shard, manifest))
+    np.testing.assert_array_equal(global_batches(of_tokens, 9), global_batches(of_text, 9))
+    assert of_tokens[0].stats.bad == of_text[0].stats.bad
+    assert of_text[0].stats.bad["too_long"] > 0
+    with pytest.raises(ConfigError, match=r"set data\.max_document_bytes=60"):
+        make_loaders(data_config(max_bad_fraction=0.5), [manifest], 1)
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path, monkeypatch):

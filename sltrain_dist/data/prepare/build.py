@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from sltrain_dist.data.files.kinds import base_name, printable
+from sltrain_dist.data.files.opening import num_bytes
 from sltrain_dist.data.prepare.clean import Cleaner, Deduplicator, Rules, unwrap
 from sltrain_dist.data.prepare.embedded import Installation, find_installation, find_packages, raw_documents
-from sltrain_dist.data.prepare.inputs import Document, TxtUnit, find_inputs, read_documents
+from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
 from sltrain_dist.data.prepare.markup import prose
 from sltrain_dist.data.prepare.shards import (
     Manifest,
@@ -55,10 +57,8 @@ class EmbeddedCorpus:
 class PrepareOptions:
     """How a user's documents are prepared."""
 
-    txt_unit: TxtUnit = "file"
-    """What a document is in a text file."""
-    text_field: str = "text"
-    """Key of the text in JSON lines."""
+    inputs: InputOptions = field(default_factory=InputOptions)
+    """How the files are read."""
     unwrap: bool = False
     """Join the lines of a paragraph, for text files that are wrapped at a fixed width."""
     clean: bool = True
@@ -166,25 +166,26 @@ def prepare_files(
     so that neither is empty.
 
     Args:
-        patterns: Files and globs of text and JSON lines.
+        patterns: What to read: plain text, or documents as `data.source` names them.
         output: Directory to make. It must not exist or be empty.
         options: What is done to the documents.
         name: How the shards' names begin.
         report: Called with a line of text for each file.
 
     Raises:
-        ConfigError: The output exists, or a pattern matches nothing.
-        DataError: A file cannot be read, or no two documents are left.
+        ConfigError: The output exists, or a file is of an unknown kind.
+        DataError: A pattern matches nothing, a file cannot be read, or no two documents are left.
     """
     refuse_existing(output)
-    paths = find_inputs(patterns)
+    report = report or (lambda line: None)
+    shards = find_inputs(patterns, report)
     dropped: Counter[str] = Counter()
     with new_directory(output) as temporary:
-        documents = _prepared(_read_all(paths, options, report or (lambda line: None)), options, dropped)
+        documents = _prepared(_read_all(shards, options, report), options, dropped)
         manifest = write_corpus(
             temporary,
             _split(documents, options.validation_fraction),
-            Manifest(name, [{"file": path.name, "bytes": path.stat().st_size} for path in paths]),
+            Manifest(name, [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]),
             num_shards=options.num_shards,
             dropped=dropped,
         )
@@ -242,10 +243,10 @@ def _validation_packages(documents: list[Document]) -> set[str]:
     return chosen or {min(sizes, key=lambda package: (sizes[package], package))}
 
 
-def _read_all(paths: list[Path], options: PrepareOptions, report: Report) -> Iterator[Document]:
-    for number, path in enumerate(paths, start=1):
-        report(f"{number}/{len(paths)} {path.name}")
-        yield from read_documents(path, text_field=options.text_field, txt_unit=options.txt_unit)
+def _read_all(shards: list[str], options: PrepareOptions, report: Report) -> Iterator[Document]:
+    for number, shard in enumerate(shards, start=1):
+        report(f"{number}/{len(shards)} {printable(base_name(shard))}")
+        yield from read_documents(shard, options.inputs)
 
 
 def _prepared(documents: Iterable[Document], options: PrepareOptions, dropped: Counter[str]) -> Iterator[Document]:

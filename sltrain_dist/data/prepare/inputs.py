@@ -1,22 +1,24 @@
-"""Documents, and how they are read from a user's text and JSON files."""
+"""Documents, and how they are read from a user's files of text, JSON lines and tables."""
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import zlib
+import codecs
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Literal, cast
+from typing import Any, Literal
 
+from sltrain_dist.data.documents import Fault, Record, Text, parse_json
+from sltrain_dist.data.files.directory import Report
+from sltrain_dist.data.files.kinds import DOCUMENTS, MAX_DOCUMENT_BYTES, Kind, base_name, kind_of, printable
+from sltrain_dist.data.files.opening import opened, reading_error
+from sltrain_dist.data.retry import Fetcher
+from sltrain_dist.data.source import read_documents as read_records
+from sltrain_dist.data.source import resolve_source
 from sltrain_dist.errors import ConfigError, DataError
 
 TxtUnit = Literal["file", "paragraph"]
-
-_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-_TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,84 +32,167 @@ class Document:
     """What the manifest counts it under: a Python package, or a file."""
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that the patterns name, sorted, each once. `**` descends into directories.
+@dataclass(frozen=True)
+class InputOptions:
+    """How files are read."""
+
+    txt_unit: TxtUnit = "file"
+    """What a document is in a text file: the whole file, or the lines between two blank lines."""
+    text_field: str = "text"
+    """Key of the text in each JSON line, or column of a table. In JSON, a string under `url` is kept."""
+    encoding: str | None = None
+    """Encoding of text and JSON lines. None: UTF-8, or UTF-16 or UTF-32 where a file's beginning says so."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Longer documents are an error."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if there is no such encoding."""
+        try:
+            if self.encoding is not None:
+                codecs.getincrementaldecoder(self.encoding)()
+                "a".encode(self.encoding)  # which codecs for other things than text refuse
+        except (LookupError, ValueError):
+            raise ConfigError(
+                f"--encoding {self.encoding}: Python knows no such encoding of text; utf-8, utf-16, latin-1 and cp1252 "
+                "are some"
+            ) from None
+
+
+def find_inputs(patterns: Sequence[str], report: Report = lambda line: None) -> list[str]:
+    """The files that the patterns name, as `data.source` names them, and plain text; sorted, each once.
 
     Raises:
-        ConfigError: A pattern matches nothing, or a file is of an unknown kind.
+        DataError: A pattern matches nothing.
+        ConfigError: A file is of an unknown kind, or of token shards.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207
-        files = [Path(name) for name in names if Path(name).is_file()]
-        if not files:
-            hint = f"; name its files, as in {pattern}/*.txt" if Path(pattern).is_dir() else ""
-            raise ConfigError(f"--input {pattern}: no such file, and no file matches{hint}")
-        found.update(files)
-    for path in found:
-        if _kind(path) not in (*_JSON_SUFFIXES, *_TEXT_SUFFIXES):
+    shards = resolve_source(list(patterns), key="--input", report=report, with_text=True)
+    for shard in shards:
+        if base_name(shard) == "token_shards.json":
+            raise ConfigError(f"--input {shard} is of token shards; give the text that they were made of")
+        if kind_of(shard) not in {Kind.PLAIN_TEXT, *DOCUMENTS}:
             raise ConfigError(
-                f"--input {path}: unknown kind of file; text files end in {', '.join(_TEXT_SUFFIXES)}, JSON lines in "
-                f"{', '.join(_JSON_SUFFIXES)}, either with or without .gz"
+                f"--input {shard}: unknown kind of file; text files end in .txt, .text or .md, JSON lines in .json, "
+                ".jsonl or .ndjson, each also with .gz, .bz2, .xz or .zst; tables in .parquet or .arrow"
             )
-    return sorted(found)
+    return shards
 
 
-def read_documents(path: Path, *, text_field: str = "text", txt_unit: TxtUnit = "file") -> Iterator[Document]:
-    """The documents of a text file or of a file of JSON lines, gzipped or not.
+def read_documents(shard: str, options: InputOptions | None = None) -> Iterator[Document]:
+    """The documents of a file.
 
     Args:
-        path: A file that :func:`find_inputs` accepts.
-        text_field: Key of the text in each JSON line. A string under `url` is kept.
-        txt_unit: What a document is in a text file: the whole file, or the lines between two blank lines.
+        shard: One of :func:`find_inputs`'s.
+        options: How it is read.
 
     Raises:
-        DataError: The file cannot be read, or a line is not a JSON object with text. The message names it.
+        DataError: The file cannot be read, is not in the encoding, or a line has no text. The message names it.
     """
+    options = options or InputOptions()
+    name = printable(base_name(shard))
+    if kind_of(shard) is Kind.PLAIN_TEXT:
+        for number, text in enumerate(_texts(shard, options)):
+            yield Document(text, f"file:{name}#{number}", name)
+        return
+    records = read_records(shard, options.text_field, max_bytes=options.max_document_bytes, encoding=options.encoding)
+    for index, record in records:
+        found = _text_and_url(record, f"{name}, line {index + 1}", options)
+        if found is not None:
+            yield Document(found[0], found[1] or f"file:{name}#{index}", name)
+
+
+def _texts(shard: str, options: InputOptions) -> Iterator[str]:
     try:
-        # Bytes that are not UTF-8 are likelier in text files than a text not worth reading.
-        errors = "strict" if _kind(path) in _JSON_SUFFIXES else "replace"
-        with cast(
-            IO[str], (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors=errors)
-        ) as file:
-            if _kind(path) in _JSON_SUFFIXES:
-                yield from _json_documents(file, path.name, text_field)
-            else:
-                for number, text in enumerate(_paragraphs(file) if txt_unit == "paragraph" else [file.read()]):
-                    yield Document(text, f"file:{path.name}#{number}", path.name)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
+        with opened(shard, Fetcher(), encoding=options.encoding) as file, _as_text(file) as text:
+            units = _paragraphs(text, options) if options.txt_unit == "paragraph" else _whole(text, options)
+            for unit in units:
+                if "\0" in unit:
+                    raise DataError(
+                        f"{printable(shard)} holds NUL characters, so it is not text, or not in "
+                        f"{options.encoding or 'UTF-8'}; say what it is with --encoding, such as utf-16-le, or leave "
+                        "the file out"
+                    )
+                yield unit
+    except UnicodeError as error:
+        why = str(error)
+        if isinstance(error, UnicodeDecodeError):  # whose position is that in a piece of the file
+            why = f"{error.reason}: byte 0x{error.object[error.start]:02x}"
+        raise DataError(
+            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); say what it is with --encoding, "
+            "such as latin-1, cp1252 or utf-16-le, or leave the file out"
+        ) from None
+    except _TooLongError:
+        raise DataError(
+            f"{printable(shard)} has a document of more than {options.max_document_bytes:,} bytes; split it, take "
+            "--txt-unit paragraph, or raise --max-document-bytes (and data.max_document_bytes in training)"
+        ) from None
+    # Any file system's plug-in and any decompressor may be at work here, each with exceptions of its own.
+    except Exception as error:
+        raise reading_error(shard, 0, error) from error
 
 
-def _kind(path: Path) -> str:
-    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
-    return suffixes[-1].lower() if suffixes else ""
+class _TooLongError(Exception):
+    """A document has more bytes than accepted."""
 
 
-def _paragraphs(file: IO[str]) -> Iterator[str]:
+@contextmanager
+def _as_text(file: io.BufferedReader) -> Iterator[io.TextIOWrapper]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    try:
+        yield text
+    finally:
+        text.detach()  # or it would close the file, which is not its own
+
+
+def _whole(file: io.TextIOWrapper, options: InputOptions) -> Iterator[str]:
+    text = file.read(options.max_document_bytes + 1)
+    if len(text.encode()) > options.max_document_bytes:
+        raise _TooLongError
+    yield text
+
+
+def _paragraphs(file: io.TextIOWrapper, options: InputOptions) -> Iterator[str]:
     lines: list[str] = []
-    for line in file:
+    size = 0
+    while line := file.readline(options.max_document_bytes + 1):
         if line.strip():
             lines.append(line)
+            size += len(line.encode())
+            if size > options.max_document_bytes:
+                raise _TooLongError
         elif lines:
             yield "".join(lines)
-            lines = []
+            lines, size = [], 0
     if lines:
         yield "".join(lines)
 
 
-def _json_documents(file: IO[str], name: str, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
+def _text_and_url(record: Record, where: str, options: InputOptions) -> tuple[str, str | None] | None:
+    """The text of one document, and where it says that it comes from; None for a blank line."""
+    if isinstance(record, Text):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}, line {number}: not JSON ({error}); one object a line is expected") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{name}, line {number}: no text under {text_field!r} (there is: {keys}); see --text-field")
-        # JSON can escape half of a surrogate pair, which no UTF-8 file can hold.
-        text = row[text_field].encode("utf-8", "replace").decode()
-        url = row.get("url")
-        yield Document(text, url if isinstance(url, str) else f"file:{name}#{number - 1}", name)
+            return record.decode(), None
+        except UnicodeDecodeError:
+            record = Fault.INVALID_UTF8
+    row: Any = record if isinstance(record, Fault) else parse_json(record)
+    if row is Fault.EMPTY:
+        return None
+    if row is Fault.NOT_JSON:
+        raise DataError(f"{where}: not JSON; one object a line is expected")
+    if row is Fault.INVALID_UTF8:
+        raise DataError(f"{where}: not UTF-8; say what it is with --encoding, such as latin-1 or cp1252")
+    if row is Fault.TOO_LONG:
+        raise DataError(
+            f"{where}: more than {options.max_document_bytes:,} bytes; take it out, or raise --max-document-bytes (and "
+            "data.max_document_bytes in training)"
+        )
+    text = row.get(options.text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = ", ".join(row) if isinstance(row, dict) else "no text" if row is Fault.NO_TEXT else type(row).__name__
+        raise DataError(f"{where}: no text under {options.text_field!r} (there is: {keys}); see --text-field")
+    url = row.get("url")
+    return _encodable(text), _encodable(url) if isinstance(url, str) else None
+
+
+def _encodable(text: str) -> str:
+    """A text without halves of surrogate pairs, which JSON can escape and no UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode()

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sltrain_dist import __version__
+from sltrain_dist.data.files.kinds import MANIFEST
 from sltrain_dist.data.prepare.inputs import Document
 from sltrain_dist.errors import DataError
 
 Split = Literal["train", "validation"]
 
-MANIFEST = "manifest.json"
 _FORMAT = 1
 _TIMESTAMP = "1970-01-01T00:00:00Z"
 """C4's field for the time of the crawl. There was none, and the time of preparation would change the bytes."""

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from sltrain_dist.data.documents import SAMPLE, Fault, Tally, encode_documents
+from sltrain_dist.data.files.identity import UNKNOWN, FileIdentity, identify
+from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.files.opening import num_bytes
 from sltrain_dist.data.retry import Fetcher
-from sltrain_dist.data.source import num_bytes, read_documents
+from sltrain_dist.data.source import read_documents
 from sltrain_dist.data.token_shards import (
     MANIFEST,
     TEMPORARY,
@@ -55,6 +58,8 @@ class _Task:
     number: int
     tokenizer_path: Path
     job: TokenJob
+    expected: FileIdentity | None = None
+    """What the text's file was like when the preparation began, if it is local."""
 
     @property
     def name(self) -> str:
@@ -68,6 +73,7 @@ def prepare_tokens(
     *,
     text_field: str = "text",
     max_bad_fraction: float = 0.01,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
     processes: int = 1,
     report: Report | None = None,
 ) -> TokenManifest:
@@ -82,6 +88,7 @@ def prepare_tokens(
         tokenizer_path: The SentencePiece model file.
         text_field: Key of the text in each JSON line.
         max_bad_fraction: Largest accepted share of unusable documents.
+        max_document_bytes: Longer documents are unusable.
         processes: Shards to make at the same time, each in a process of its own. 1: in this process.
         report: Called for each finished shard.
 
@@ -93,8 +100,17 @@ def prepare_tokens(
         raise ConfigError(f"{shards[0]} is of token shards already; give the text that they were made of")
     tokenizer = Tokenizer(tokenizer_path)
     sources = tuple((shard, _size(shard)) for shard in shards)
-    job = TokenJob(sources, text_field, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
-    tasks = [_Task(output, number, tokenizer_path, job) for number in range(len(shards))]
+    files = identify(shards)
+    job = TokenJob(
+        sources,
+        text_field,
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        max_document_bytes,
+        tuple(files[shard].content if shard in files else UNKNOWN for shard in shards),
+    )
+    tasks = [_Task(output, number, tokenizer_path, job, files.get(shard)) for number, shard in enumerate(shards)]
     try:
         with _claimed(output):
             finished = _start(output, job)
@@ -150,10 +166,11 @@ def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
     records: list[TokenShard] = []
     if is_prepared(output):
         earlier = read_manifest(output)
-        if earlier.job != job or earlier.causes != _CAUSES:
+        same_job = earlier.job == (job if earlier.job.contents else replace(job, contents=()))
+        if not same_job or earlier.causes != _CAUSES[: len(earlier.causes)]:
             raise ConfigError(
-                f"{output} holds token shards of other text, another text field or another tokenizer; choose another "
-                "directory or remove it"
+                f"{output} holds token shards of other text, another text field, another limit of length or another "
+                "tokenizer; choose another directory or remove it"
             )
         records = list(earlier.shards)
     elif any(not path.name.startswith(".") for path in output.iterdir()):
@@ -217,7 +234,8 @@ def _make_shard(task: _Task) -> TokenShard:
     tokens = _DurableFile(task.directory / f"{task.name}.tokens")
     index = _DurableFile(task.directory / f"{task.name}.index")
     with tokens as tokens_file, index as index_file:
-        for _, result in encode_documents(read_documents(source, job.text_field), tokenizer, job.text_field, None):
+        records = read_documents(source, job.text_field, max_bytes=job.max_document_bytes, expected=task.expected)
+        for _, result in encode_documents(records, tokenizer, job.text_field, None):
             if isinstance(result, Fault):
                 lengths.append(0)
                 causes.append(1 + _CAUSES.index(result.value))

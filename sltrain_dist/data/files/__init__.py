@@ -1,0 +1,1 @@
+"""How a single file of documents is recognised, decompressed and decoded."""

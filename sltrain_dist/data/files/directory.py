@@ -1,0 +1,120 @@
+"""Which files of a directory are the documents of a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sltrain_dist.data.files.kinds import (
+    DOCUMENTS,
+    MANIFEST,
+    Kind,
+    base_name,
+    is_held_out,
+    is_metadata,
+    is_of_split,
+    is_training,
+    kind_of,
+    printable,
+)
+from sltrain_dist.errors import DataError
+
+Report = Callable[[str], object]
+"""Told in a line what a user should know."""
+
+
+def corpus_files(directory: Path, split: str) -> list[str] | None:
+    """The shards of a split in a directory that `sltrain prepare-data` has made; None if it is no such directory.
+
+    Raises:
+        DataError: It has no such split, or a shard is missing or of another size.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not manifest["tool"].startswith("sltrain_dist"):
+            return None
+        name, sizes, splits = manifest["name"], dict(manifest["files"]), list(manifest["splits"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    files = [file for file in sizes if file.startswith(f"{name}-{split}.")]
+    if not files:
+        raise DataError(f"the corpus in {directory} has no split {split!r}, it has {splits}")
+    for file in files:
+        path = directory / file
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != sizes[file]:
+            found = "is missing" if actual is None else f"has {actual:,} bytes instead of {sizes[file]:,}"
+            raise DataError(f"{path} {found}; copy it again, or make the corpus anew with `sltrain prepare-data`")
+    return [str((directory / file).absolute()) for file in files]
+
+
+def document_files(files: Sequence[str], directory: str, split: str, report: Report, *, with_text: bool) -> list[str]:
+    """The documents of a split among the files of a directory. Hidden files, metadata and other formats are not.
+
+    A training split is every file whose name does not say that it is held out. Another split is the files named so,
+    or else those that are held out, or else all: a directory of its own needs no such names.
+
+    Args:
+        files: Paths or URLs of the files in it.
+        directory: The directory, for messages.
+        split: Name of the split.
+        report: Told which files are left out because they belong to another split.
+        with_text: Whether plain text is wanted too.
+
+    Raises:
+        DataError: There are none.
+    """
+    documents = [file for file in files if _is_wanted(file, with_text=with_text)]
+    if not documents:
+        raise DataError(_nothing_in(files, directory))
+    held_out = [file for file in documents if is_held_out(file)]
+    if is_training(split):
+        chosen = [file for file in documents if file not in set(held_out)]
+    else:
+        chosen = [file for file in documents if is_of_split(file, split)] or held_out or documents
+    if not chosen:
+        raise DataError(
+            f"all documents in the directory {directory!r} are held-out data by their names, such as "
+            f"{base_name(held_out[0])}; to use them for split {split!r} all the same, name them with a glob"
+        )
+    if other := sorted(base_name(file) for file in set(documents) - set(chosen)):
+        names = printable(", ".join(other[:3])) + (", …" if len(other) > 3 else "")
+        report(
+            f"{printable(directory)}: left out {len(other)} files whose names say that they are not of split "
+            f"{split!r}: {names}; a glob would name them"
+        )
+    return chosen
+
+
+def matching_files(files: Sequence[str], pattern: str, split: str, report: Report) -> list[str]:
+    """What a glob means of the files that match it: not hidden files or metadata.
+
+    Args:
+        files: Paths or URLs.
+        pattern: The glob, for messages.
+        split: The split that it stands for.
+        report: Told if a training split has held-out files among others.
+    """
+    found = [file for file in files if not is_metadata(file)]
+    held_out = [file for file in found if is_held_out(file)]
+    if is_training(split) and 0 < len(held_out) < len(found):
+        example = printable(base_name(held_out[0]))
+        report(f"{printable(pattern)} matches held-out data too, by its name, and trains on it: {example}")
+    return found
+
+
+def _is_wanted(file: str, *, with_text: bool) -> bool:
+    kind = kind_of(file)
+    return not is_metadata(file) and (kind in DOCUMENTS or (with_text and kind is Kind.PLAIN_TEXT))
+
+
+def _nothing_in(files: Sequence[str], directory: str) -> str:
+    place = directory.rstrip("/")
+    message = (
+        f"the directory {directory!r} holds no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst), *.parquet or "
+        f"*.arrow with documents among its {len(files)} files"
+    )
+    if any(kind_of(file) is Kind.PLAIN_TEXT for file in files):
+        return f"{message}; make documents of its plain text: `sltrain prepare-data --input {place} --output DIR`"
+    return f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"

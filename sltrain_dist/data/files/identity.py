@@ -1,0 +1,76 @@
+"""Whether a local file is still the one that a run began with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from sltrain_dist.data.files.kinds import is_url
+from sltrain_dist.errors import DataError
+
+_HASHED_BYTES = 1 << 16
+"""Bytes at each end of a file that its content is told by: hashing all would read all data at every start."""
+CONTENT_DIGITS = 8
+UNKNOWN = "-" * CONTENT_DIGITS
+"""Stands for the content of a file that is not local."""
+
+
+class FileIdentity(NamedTuple):
+    """What is known of a file's content."""
+
+    size: int
+    """In bytes."""
+    content: str
+    """Hexadecimal digits over the size and the two ends of the file; equal for copies on other hosts."""
+    status: tuple[int, ...]
+    """Changes whenever the file does on its host, and sometimes when it does not."""
+
+
+def identify(paths: Iterable[str]) -> dict[str, FileIdentity]:
+    """The identities of those of the paths that are local files."""
+    return {path: _identity(path) for path in paths if not is_url(path) and Path(path).is_file()}
+
+
+def check_unchanged(path: str, expected: FileIdentity | None, descriptor: int | None = None) -> None:
+    """Compares a file with what it was. Its content is looked at only where its status has changed.
+
+    Args:
+        path: The file.
+        expected: What it was; None: anything.
+        descriptor: The open file to look at, where that might not be the one of this name any more.
+
+    Raises:
+        DataError: It has changed, or is missing.
+    """
+    if expected is None:
+        return
+    try:
+        if _status(os.stat(path if descriptor is None else descriptor)) == expected.status:  # noqa: PTH116
+            return
+        found = _identity(path if descriptor is None else descriptor)
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there any more; put it back, or correct the source") from None
+    if found.content != expected.content:
+        raise DataError(
+            f"{path} has changed since the run began: {found.size:,} bytes, content {found.content}, instead of "
+            f"{expected.size:,} bytes, content {expected.content}. Put the file back as it was, or begin a new run "
+            "(another run_dir)"
+        )
+
+
+def _identity(path: str | int) -> FileIdentity:
+    with open(path, "rb", closefd=isinstance(path, str), buffering=0) as file:
+        descriptor = file.fileno()
+        before = os.fstat(descriptor)
+        digest = hashlib.sha256(str(before.st_size).encode())
+        digest.update(os.pread(descriptor, _HASHED_BYTES, 0))
+        tail = max(_HASHED_BYTES, before.st_size - _HASHED_BYTES)
+        digest.update(os.pread(descriptor, _HASHED_BYTES, tail))
+        return FileIdentity(before.st_size, digest.hexdigest()[:CONTENT_DIGITS], _status(before))
+
+
+def _status(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
