@@ -20,7 +20,9 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode, SltrainError
 from sltrain_dist.parallel import environment, watchdog
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.tracking.console import log_line
 from sltrain_dist.tracking.mlflow import Status
+from sltrain_dist.tracking.tracker import LOG
 from sltrain_dist.train.agree import check_agreement, run_identity
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
 from sltrain_dist.train.heap import keep_freed_memory
@@ -115,7 +117,13 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
     stop = StopRequest(run_dir)
     stop.install()
     cleanup.callback(stop.restore)
-    run = build_run(config, env, run_dir, stop, lambda line: print(line, flush=True) if env.is_main else None)
+
+    def say(line: str) -> None:
+        if env.is_main:
+            print(line, flush=True)
+            log_line(run_dir / LOG, line)
+
+    run = build_run(config, env, run_dir, stop, say)
     status: Status = "FAILED"
     cleanup.callback(lambda: run.tracker.close(status))
     cleanup.callback(run.loader.close)

@@ -64,7 +64,7 @@ def test_goes_on_to_the_bit_and_refuses_another_form(
     assert train_here(config, tmp_path / "run", *INT8, resume) == 0
     newest = [list_checkpoints(run_dir / "checkpoints")[-1] for run_dir in (tmp_path / "run", finished_int8)]
     assert [step for step, _ in newest] == [30, 30]
-    tensors = [read_manifest(path)["files"]["tensors-00000-of-00001.safetensors"] for _, path in newest]
+    tensors = [read_manifest(path).files["tensors-00000-of-00001.safetensors"] for _, path in newest]
     assert tensors[0] == tensors[1]
     assert train_here(config, tmp_path / "other", *INT8, "reparam.weight_bits=16", resume) == 5
     assert "reparam.weight_bits: 8 → 16" in capsys.readouterr().err

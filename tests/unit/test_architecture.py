@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sltrain_dist"
 
 LAYERS = (
     {"errors"},
+    {"files"},
     {"config"},
     {"numerics"},
     {"sparse_lowrank", "data", "optim", "tracking"},
@@ -27,6 +28,7 @@ LAYERS = (
 
 TORCH_FREE = {
     "errors",
+    "files",
     "config.schema",
     "config.presets",
     "config.load",
@@ -44,6 +46,7 @@ TORCH_FREE = {
     "parallel.slurm",
     "parallel.watchdog",
     "checkpoint.manifest",
+    "checkpoint.contents",
     "data.order",
     "planner.result",
     "planner.units",

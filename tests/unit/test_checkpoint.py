@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.checkpoint import manifest, store
-from sltrain_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, read_manifest
+from sltrain_dist.checkpoint.contents import damage
+from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
-from sltrain_dist.errors import CheckpointError
+from sltrain_dist.errors import CheckpointError, StorageError
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk
 
@@ -57,7 +58,9 @@ def newest(directory: Path, *, ranks: int = 1) -> tuple[Path | None, list[str]]:
 
     def on_rank(env: Environment) -> tuple[Path | None, list[str]]:
         said: list[str] = []
-        return CheckpointStore(directory, env, 9).newest(said.append), said
+        checkpoints = CheckpointStore(directory, env, 9)
+        checkpoints.recover(said.append)
+        return checkpoints.newest(said.append), said
 
     answers = on_ranks(ranks, on_rank)
     assert all(answer == answers[0] for answer in answers)
@@ -95,10 +98,10 @@ class TestRanges:
 
     def test_a_gap_between_pieces(self, tmp_path: Path) -> None:
         gap = [Chunk("w", (6,), 0, torch.ones(2)), Chunk("w", (6,), 4, torch.ones(2))]
-        reader = CheckpointReader(CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, ""))
-        assert reader.read("w", 4, 2).tolist() == [1, 1]
-        with pytest.raises(CheckpointError, match="does not hold"):
-            reader.read("w", 1, 4)
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, "")
+        assert damage(path) == f"{path} is damaged: nothing holds elements 2 to 3 of w"
+        with pytest.raises(CheckpointError, match="nothing holds elements 2 to 3 of w"):
+            CheckpointReader(path)
 
     def test_tokenizer(self, tmp_path: Path) -> None:
         (tmp_path / "t5.model").write_bytes(b"pieces")
@@ -110,8 +113,8 @@ class TestRanges:
     def test_state_and_configuration(self, tmp_path: Path) -> None:
         reader = CheckpointReader(save(tmp_path, 12, ranks=2))
         assert reader.state == {"counters": {"step": 12}}
-        assert reader.config_yaml == "seed: 1\n"
-        assert read_manifest(reader.path)["step"] == 12
+        assert (reader.path / "config.yaml").read_text() == "seed: 1\n"
+        assert reader.step == read_manifest(reader.path).step == 12
 
 
 class Killed(BaseException):
@@ -349,7 +352,7 @@ class TestDamage:
     def test_ranks_share_the_reading_and_agree(self, tmp_path: Path, ranks: int) -> None:
         save(tmp_path, 3)
         path = save(tmp_path, 6, ranks=3)
-        files = sorted(read_manifest(path)["files"])
+        files = sorted(read_manifest(path).files)
         assert len(files) == 5
         for file in files:
             content = (path / file).read_bytes()
@@ -357,7 +360,7 @@ class TestDamage:
             found, said = newest(tmp_path, ranks=ranks)
             assert found == tmp_path / checkpoint_name(3)
             assert str(path / file) in said[0]
-            problems = [damage(path, part=part, parts=ranks) for part in range(ranks)]
+            problems = [changed_file(path, part=part, parts=ranks) for part in range(ranks)]
             assert len([problem for problem in problems if problem is not None]) == 1
             (path / file).write_bytes(content)
         assert newest(tmp_path, ranks=ranks) == (path, [])
@@ -365,7 +368,7 @@ class TestDamage:
     def test_reader_of_damaged_files(self, tmp_path: Path) -> None:
         path = save(tmp_path, 6)
         (path / "tensors-00000-of-00001.safetensors").write_bytes(b"no")
-        with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
+        with pytest.raises(CheckpointError, match=f"{path}/tensors-00000-of-00001.safetensors cannot be read"):
             CheckpointReader(path)
 
 
@@ -382,12 +385,12 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(store, "save_file", full_disk)
 
     def on_rank(env: Environment) -> str:
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(StorageError) as caught:
             CheckpointStore(tmp_path, env, 1).save(6, pieces(TENSORS, env.rank, 2), {}, "")
         return str(caught.value)
 
     messages = on_ranks(2, on_rank)
     assert messages[0] == messages[1]
-    assert f"rank {failing} could not write the checkpoint" in messages[0]
-    assert "No space left on device" in messages[0]
+    assert f"rank {failing}: the checkpoint in {tmp_path} cannot be written (No space left on device)" in messages[0]
+    assert entries(tmp_path) == [checkpoint_name(3)]
     assert newest(tmp_path, ranks=2) == (tmp_path / checkpoint_name(3), [])
