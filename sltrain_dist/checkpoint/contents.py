@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, RootModel
 from safetensors import SafetensorError, safe_open
 
-from sltrain_dist.checkpoint.manifest import STATE, Manifest, changed_file, read_manifest
-from sltrain_dist.errors import CheckpointError
+from sltrain_dist.checkpoint.manifest import CONFIG, STATE, changed_file, read_manifest
+from sltrain_dist.config.load import load_config
+from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import open_regular, parse_model, read_model
+from sltrain_dist.models.count import is_int8, parameter_shapes
 
 _Shapes = RootModel[dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]]]]
 _Object = RootModel[dict[str, Any]]
@@ -125,9 +127,23 @@ def damage(directory: Path) -> str | None:
 def senseless(directory: Path) -> str | None:
     """Says what files that are as the manifest says cannot be read as, or returns None. Reads no tensor."""
     try:
-        manifest: Manifest = read_manifest(directory)
         read_state(directory)
-        TensorFiles(directory, manifest.tensor_files, "numpy")
+        opened = TensorFiles(directory, read_manifest(directory).tensor_files, "numpy")
     except CheckpointError as error:
         return str(error)
+    missing = _missing_parameter(directory, opened.tensors)
+    return f"{directory} is damaged: it lacks {missing}" if missing else None
+
+
+def _missing_parameter(directory: Path, tensors: Mapping[str, SavedTensor]) -> str | None:
+    """The first parameter of the model that is not there in its shape, or None."""
+    try:
+        config = load_config(directory / CONFIG)
+    except ConfigError:  # of another version, perhaps: who resumes or exports is told, and the values can be read
+        return None
+    for parameter, shape in parameter_shapes(config.model, config.reparam):
+        for ending in (".codes", ".scales") if is_int8(parameter, config.reparam) else ("",):
+            name = f"model.{parameter}{ending}"
+            if name not in tensors or (ending != ".scales" and tensors[name].shape != shape):
+                return f"{name} of shape {shape}"
     return None

@@ -266,6 +266,7 @@ def test_a_checkpoint_of_rebuilt_token_shards_is_refused(prepared):
     state = saved(make_loaders(config, prepared, 1))
     manifest = json.loads(Path(prepared[0]).read_text())
     manifest["job"]["sources"][0][1] += 1
+    del manifest["checksum"]  # as in older manifests
     Path(prepared[0]).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"bytes of data\.source"):
         make_loaders(config, prepared, 1, state=state)
