@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,8 +254,8 @@ class CheckpointStore:
         for path, _ in hidden:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.exists():
-                path.unlink()
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             if path.exists():
                 problems.append(f"{path} is left of a checkpoint and cannot be deleted; delete it at will")
         return problems

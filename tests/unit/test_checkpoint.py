@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from sltrain_dist.checkpoint import manifest, store
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
-from sltrain_dist.errors import CheckpointError, StorageError
+from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk
 
@@ -256,6 +257,101 @@ class TestKeep:
         save(tmp_path, 6, keep=1)
         assert entries(tmp_path) == ["notes.txt", "step_00000001.bak", "step_00000006", "step_1"]
 
+    def test_multiples_of_keep_every_are_kept_for_good(self, tmp_path: Path) -> None:
+        checkpoints = CheckpointStore(tmp_path, SINGLE, keep=2, keep_every=20)
+        for step in (5, 10, 20, 25, 40, 45, 50, 55):
+            checkpoints.save(step, pieces(TENSORS, 0, 1), {}, "")
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 40, 50, 55]
+
+
+class TestLeftovers:
+    """What an earlier save has left behind does not stop the next, and goes."""
+
+    NAMES = (".incomplete-step_00000006", ".incomplete-step_00000006-0123abcd", ".deleted-step_00000003", ".replaced-x")
+
+    def test_they_go_at_the_start(self, tmp_path: Path) -> None:
+        save(tmp_path, 3)
+        for name in self.NAMES:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "state.json").touch()
+        assert newest(tmp_path, ranks=2) == (tmp_path / checkpoint_name(3), [])
+        assert entries(tmp_path) == [".replaced-x", checkpoint_name(3)], "what is not ours is left alone"
+
+    @pytest.mark.parametrize("kind", [Path.mkdir, Path.touch])
+    def test_one_that_cannot_be_removed_is_a_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[Path], None]
+    ) -> None:
+        """As on NFS, where a file that another process has open keeps its directory."""
+        save(tmp_path, 3)
+        stuck = [tmp_path / name for name in (".deleted-step_00000003", ".incomplete-step_00000006")]
+        for path in stuck:
+            kind(path)
+        monkeypatch.setattr(store.shutil, "rmtree", lambda path, **options: None)
+        monkeypatch.setattr(Path, "unlink", lambda path, **options: None)
+        said: list[str] = []
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(6, pieces(TENSORS, 0, 1), {}, "", warn=said.append)
+        assert damage(path) is None
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [6]
+        assert len(said) == 3, "the two, and the checkpoint of step 3"
+        assert all("cannot be deleted; delete it at will" in line for line in said)
+        assert newest(tmp_path)[0] == path
+
+    def test_a_save_whose_old_ones_cannot_be_renamed_is_a_save(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 3)
+        rename = Path.rename
+
+        def refusing(path: Path, target: Path) -> Path:
+            if target.name.startswith(".deleted-"):
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", refusing)
+        said: list[str] = []
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(6, pieces(TENSORS, 0, 1), {}, "", warn=said.append)
+        assert damage(path) is None
+        assert said == ["an old checkpoint cannot be deleted: [Errno 1] Operation not permitted"]
+
+
+class TestFinite:
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e20])
+    @pytest.mark.parametrize("name", ["model.w", "optim.w.exp_avg"])
+    def test_nothing_is_saved_that_no_run_could_go_on_from(self, tmp_path: Path, name: str, bad: float) -> None:
+        """On whichever rank. 1e20 is finite, but its square is not: too large for a weight."""
+        save(tmp_path, 3, ranks=2)
+        tensors = {key: tensor.clone() for key, tensor in TENSORS.items()}
+        tensors[name][4, 6] = bad
+
+        def on_rank(env: Environment) -> str:
+            try:
+                CheckpointStore(tmp_path, env, 9).save(6, pieces(tensors, env.rank, 2), {}, "")
+            except DivergedError as error:
+                return str(error)
+            return "saved"
+
+        said = on_ranks(2, on_rank)
+        assert said[0] == said[1]
+        if (name, bad) == ("optim.w.exp_avg", 1e20):
+            assert said[0] == "saved"
+        else:
+            assert f"{name} is not finite, or close to it, and no checkpoint of it was saved" in said[0]
+            assert entries(tmp_path) == [checkpoint_name(3)]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_all_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "t5.model").write_bytes(b"pieces")
+    before = os.umask(umask)
+    try:
+        path = CheckpointStore(tmp_path / "x", SINGLE, 1).save(1, pieces(TENSORS, 0, 1), {}, "", tmp_path / "t5.model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+
 
 class TestGoingBack:
     def test_later_ones_are_renamed_and_kept(self, tmp_path: Path) -> None:
@@ -269,6 +365,16 @@ class TestGoingBack:
         assert newest(tmp_path) == (tmp_path / checkpoint_name(10), [])
         save(tmp_path, 20, keep=1)
         assert entries(tmp_path) == [*sorted(path.name for path in renamed[0]), checkpoint_name(20)]
+
+    def test_names_do_not_collide(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Twice within a second, as after the clock was set back."""
+        monkeypatch.setattr(store.time, "strftime", lambda _: "20260101T000000")
+        for _ in range(3):
+            for step in (10, 20):
+                save(tmp_path, step)
+            CheckpointStore(tmp_path, SINGLE, 1).abandon_after(10)
+        name = "abandoned-step_00000020-20260101T000000"
+        assert entries(tmp_path) == [name, f"{name}.2", f"{name}.3", checkpoint_name(10)]
 
     def test_nothing_is_later(self, tmp_path: Path) -> None:
         save(tmp_path, 10)

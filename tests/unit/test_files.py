@@ -106,27 +106,19 @@ class Listed(SealedModel):
 LISTED = Listed(name="a b", count=3, sizes={"x": 1, "y": 20})
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """But for white space, where it changes nothing."""
+def test_every_flipped_bit_is_found() -> None:
     content = LISTED.sealed().encode()
     assert parse_model(content, Listed).model_dump(exclude={"checksum"}) == LISTED.model_dump(exclude={"checksum"})
-    found = 0
     for place in range(len(content)):
         for bit in range(8):
             flipped = bytearray(content)
             flipped[place] ^= 1 << bit
-            try:
-                parsed = parse_model(bytes(flipped), Listed)
-            except ValueError as error:
-                assert "\n" not in str(error)
-                found += 1
-            else:
-                assert chr(content[place]).isspace()
-                assert parsed.model_dump(exclude={"checksum"}) == LISTED.model_dump(exclude={"checksum"})
-    assert found > 7 * len(content)
+            with pytest.raises(ValueError) as caught:
+                parse_model(bytes(flipped), Listed)
+            assert "\n" not in str(caught.value)
 
 
-def test_a_manifest_of_before_checksums(tmp_path: Path) -> None:
+def test_a_manifest_of_before_checksums() -> None:
     values = json.loads(LISTED.sealed())
     del values["checksum"]
     assert parse_model(json.dumps(values), Listed).count == 3
