@@ -7,13 +7,15 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, StorageError
-from sltrain_dist.files import TEMPORARY, make_directory, storage_message, sync_path, write_whole
+from sltrain_dist.files import TEMPORARY, has_its_name, make_directory, storage_message, sync_path, write_whole
 
 EXIT = "exit.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -74,11 +76,12 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> str | None:
     Returns:
         What another rank gave as the reason, or None if this one's was written.
     """
-    present = _read(run_dir)
-    if present.get("code") is not None:  # claim() has taken away what earlier runs said
-        return str(present.get("reason"))
-    _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
-    return None
+    with _alone(run_dir / EXIT):
+        present = _read(run_dir)
+        if present.get("code") is not None:  # claim() has taken away what earlier runs said
+            return str(present.get("reason"))
+        _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
+        return None
 
 
 def write_failed_start(run_dir: Path, outcome: Outcome) -> None:
@@ -95,6 +98,19 @@ def release(run_dir: Path) -> None:
     descriptor = _held.pop(run_dir.resolve(), None)
     if descriptor is not None:
         os.close(descriptor)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other ranks from reading and replacing a file at the same time, where the file system can lock."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            locked = False
+            while not locked:
+                file = stack.enter_context(path.open("r+b"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                locked = has_its_name(file, path)  # else another rank has replaced it in the meantime
+        yield
 
 
 def _lock(run_dir: Path) -> bool:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,13 @@ def test_a_damaged_exit_json_is_replaced(run_dir: Path) -> None:
         (run_dir / "exit.json").write_text(content)
         write_outcome(run_dir, DONE)
         assert said(run_dir)["code"] == (3 if content.endswith("3}") else 0)
+
+
+def test_of_several_ranks_one_says_why(run_dir: Path) -> None:
+    """However close together they are."""
+    claim(run_dir)
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = [Outcome(ExitCode.DATA, f"rank {rank}", rank) for rank in range(8)]
+        others = list(pool.map(lambda outcome: write_outcome(run_dir, outcome), outcomes))
+    assert others.count(None) == 1
+    assert {other for other in others if other is not None} == {said(run_dir)["reason"]}
