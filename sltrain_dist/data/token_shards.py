@@ -118,12 +118,7 @@ class _Stored(SealedModel):
         if self.shards and len(self.shards) != len(self.job.sources):
             raise ValueError(f"it lists {len(self.shards)} shards, made of {len(self.job.sources)}")
         for shard in self.shards:
-            sizes = {
-                f"{shard.name}.tokens": self.job.dtype.itemsize * shard.tokens,
-                f"{shard.name}.index": 8 * (shard.documents + 1) + shard.documents,
-            }
-            if {name: size for name, (size, _) in shard.files.items()} != sizes:
-                raise ValueError(f"shard {shard.name} has files of other sizes than its tokens and documents take")
+            _check_sizes(shard, self.job)
         return self
 
 
@@ -150,15 +145,28 @@ def read_manifest(directory: Path) -> TokenManifest:
     return TokenManifest(str(directory.absolute()), stored.job, stored.causes, stored.shards)
 
 
-def read_record(path: Path) -> TokenShard | None:
-    """What a shard of a preparation that goes on has become; None where that cannot be read.
+def _check_sizes(shard: TokenShard, job: TokenJob) -> None:
+    sizes = {
+        f"{shard.name}.tokens": job.dtype.itemsize * shard.tokens,
+        f"{shard.name}.index": 8 * (shard.documents + 1) + shard.documents,
+    }
+    if {name: size for name, (size, _) in shard.files.items()} != sizes:
+        raise ValueError(f"shard {shard.name} has files of other sizes than its tokens and documents take")
 
-    It is made again then.
+
+def read_record(path: Path, job: TokenJob) -> TokenShard | None:
+    """What a shard of a preparation that goes on has become; None where that cannot be read, so that it is made again.
+
+    Args:
+        path: The shard's record.
+        job: What the shards are made of.
     """
     try:
-        return read_model(path, _Record).root
+        shard = read_model(path, _Record).root
+        _check_sizes(shard, job)
     except (OSError, ValueError):
         return None
+    return shard
 
 
 def write_record(path: Path, shard: TokenShard) -> None:

@@ -165,8 +165,7 @@ class TestConfiguration:
         assert "choose another" in error
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("lr", ["1e10", "1e20", "1e38"])
+@pytest.mark.parametrize(("lr", "engine"), [("1e10", "ddp"), ("1e20", "fsdp"), ("1e38", "ddp")])
 def test_what_has_blown_up_is_not_saved(tiny: Path, tmp_path: Path, capsys: Output, lr: str, engine: str) -> None:
     """Exit code 4. The update itself was finite, but the next would not have been, nor that of any later start."""
     run_dir = tmp_path / "run"

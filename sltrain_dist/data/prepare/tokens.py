@@ -158,7 +158,7 @@ def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
         records = list(earlier.shards)
     elif any(not path.name.startswith(".") for path in output.iterdir()):
         raise ConfigError(f"{output} exists already and holds no token shards; choose another directory or remove it")
-    records += filter(None, map(read_record, output.glob("*.shard.json")))
+    records += filter(None, (read_record(path, job) for path in output.glob("*.shard.json")))
     numbers = {f"{number:05d}": number for number in range(len(job.sources))}
     whole = {numbers[shard.name]: shard for shard in records if shard.name in numbers and damage(output, shard) is None}
     if len(whole) < len(job.sources):
