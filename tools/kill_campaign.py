@@ -46,7 +46,6 @@ from tests.run.helpers import (
 ENGINES = {"single": ("ddp", 1), "fsdp": ("fsdp", 2), "zero": ("zero", 2)}
 """`parallel.engine` and number of ranks."""
 MOMENTS = ("start", "update", "save")
-STEPS = 40
 EVERY = 3
 TIMEOUT_S = 300.0
 """Only a hang gets there."""
@@ -140,7 +139,7 @@ def _alive(group: int) -> bool:
     return False
 
 
-def campaign(engine: str, kills: int, rng: random.Random, config: Path, directory: Path) -> Result:
+def campaign(engine: str, kills: int, rng: random.Random, config: Path, directory: Path, steps: int) -> Result:
     """Kills runs of an engine so many times, and lets the last one come to its end."""
     result = Result()
     whole = directory / f"{engine}-whole"
@@ -152,7 +151,7 @@ def campaign(engine: str, kills: int, rng: random.Random, config: Path, director
     if any(ranks.wait()):
         result.problems.append(f"the uninterrupted run failed; see {whole.with_suffix('.log')}")
         return result
-    update_s = (time.monotonic() - began - start_s) / STEPS
+    update_s = (time.monotonic() - began - start_s) / steps
     while not result.problems and (result.kills < kills or not result.runs):
         run_dir = directory / f"{engine}-{result.runs}"
         _break_and_finish(engine, kills, rng, config, run_dir, (start_s, update_s), result)
@@ -220,7 +219,7 @@ def _compare(run_dir: Path, whole: Path) -> str | None:
     return None if final_tensors(run_dir) == final_tensors(whole) else f"{run_dir} has other final tensors"
 
 
-def prepare(directory: Path) -> Path:
+def prepare(directory: Path, steps: int) -> Path:
     """Text, tokenizer and configuration of the runs."""
     for shard in range(3):
         write_shard(directory / f"c4-train.{shard:05d}-of-00003.json.gz", documents(f"train-{shard}", 60))
@@ -232,7 +231,7 @@ def prepare(directory: Path) -> Path:
         directory / "tokenizer.model",
     )
     values = tiny_config(
-        corpus, train={"steps": STEPS, "micro_batch": 2}, eval={"every": 10}, checkpoint={"every": EVERY, "keep": 2}
+        corpus, train={"steps": steps, "micro_batch": 2}, eval={"every": 10}, checkpoint={"every": EVERY, "keep": 2}
     )
     return write_config(directory / "config.yaml", values)
 
@@ -241,6 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="over all engines together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=int, default=40, help="updates of a run")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     arguments = parser.parse_args()
@@ -257,11 +257,11 @@ def main() -> int:
     began = time.monotonic()
     results: dict[str, Result] = {}
     directory = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
-    config = prepare(directory)
+    config = prepare(directory, arguments.steps)
     for index, engine in enumerate(arguments.engines):
         share = (arguments.kills + index) // len(arguments.engines)
         rng = random.Random(f"{arguments.seed}:{engine}")
-        results[engine] = campaign(engine, share, rng, config, directory)
+        results[engine] = campaign(engine, share, rng, config, directory, arguments.steps)
         if not arguments.json:
             print(f"{engine}: {asdict(results[engine])}", flush=True)
     good = all(not result.problems for result in results.values())

@@ -11,10 +11,11 @@ from .helpers import REPO, Process
 
 def test_runs_killed_at_random_moments_are_as_if_never_killed(tmp_path: Path) -> None:
     tool = REPO / "tools" / "kill_campaign.py"
-    with Process([sys.executable, tool, "--kills", "4", "--engines", "single", "--json"], tmp_path / "tool") as process:
+    options = ["--kills", "3", "--steps", "12", "--engines", "single", "--json"]
+    with Process([sys.executable, tool, *options], tmp_path / "tool") as process:
         assert process.wait() == 0, process.stdout + process.stderr
         report = json.loads(process.stdout)
     single = report["engines"]["single"]
-    assert (report["kills"], report["all_equal"], single["problems"]) == (4, True, [])
-    assert sum(single["by_moment"].values()) == 4
+    assert (report["kills"], report["all_equal"], single["problems"]) == (3, True, [])
+    assert sum(single["by_moment"].values()) == 3
     assert single["runs"] == single["equal"] >= 1
