@@ -6,8 +6,8 @@
     srun --ntasks-per-node N python launch/pretrain.py --config FILE [section.key=value …]
     python launch/pretrain.py --config FILE [section.key=value …]
 
-Exit codes: 0 done, 1 a crash or another process lost, 2 configuration, 3 data, 4 diverged, 5 checkpoint, 75 stopped
-early with everything saved. Launchers lose them; `run_dir/exit.json` does not.
+Exit codes: 0 done, 1 a crash or another process lost, 2 configuration, 3 data, 4 diverged, 5 checkpoint, 6 storage
+(nothing can be written), 75 stopped early with everything saved. Launchers lose them; `run_dir/exit.json` does not.
 """
 
 import argparse

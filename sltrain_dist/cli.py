@@ -342,16 +342,20 @@ def verify(
 
     The exit code is 5 if a checkpoint is damaged, and 3 if token shards are.
     """
-    from sltrain_dist.checkpoint.manifest import damage, list_directories
+    from sltrain_dist.checkpoint.contents import damage
+    from sltrain_dist.checkpoint.manifest import list_directories
     from sltrain_dist.data.token_shards import is_prepared
 
     if is_prepared(path):
         _verify_tokens(path)
         return
     found = [kept for _, kept in list_directories(path / "checkpoints")] or [path]
-    problems = {checkpoint: damage(checkpoint) for checkpoint in found}
-    _print_table("Checkpoints", {str(checkpoint): problem or "whole" for checkpoint, problem in problems.items()})
-    damaged = [checkpoint.name for checkpoint, problem in problems.items() if problem]
+    damaged = []
+    for checkpoint in found:  # whole lines, however narrow the terminal: a path that is cut cannot be copied
+        problem = damage(checkpoint)
+        typer.echo(f"{checkpoint.name}: {problem or 'whole'}")
+        if problem is not None:
+            damaged.append(checkpoint.name)
     if damaged:
         raise CheckpointError(f"damaged: {', '.join(damaged)}")
 
@@ -367,7 +371,7 @@ def _verify_tokens(path: Path) -> None:
             report(number, shard.name)
     if problems:
         raise DataError(f"damaged: {'; '.join(problems)}. The `sltrain prepare-data` that made them makes them anew")
-    _print_table("Token shards", {str(path): "whole"})
+    typer.echo(f"{path}: whole")
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
-from sltrain_dist.checkpoint.store import TOKENIZER, CheckpointReader
-from sltrain_dist.config.load import load_config
+from sltrain_dist.checkpoint.contents import damage
+from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
+from sltrain_dist.checkpoint.store import CheckpointReader, save_tensors
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer import Tokenizer
-from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.errors import CheckpointError, ConfigError, DataError
+from sltrain_dist.files import make_directory, sync_path, write_synced, writing
 from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.held import load_values
@@ -52,7 +52,8 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
 
     Raises:
         CheckpointError: The checkpoint is damaged, or was made with other supports than this version draws.
-        ConfigError: The output is there already, or cannot be written.
+        ConfigError: The output is there already.
+        StorageError: The output cannot be written; nothing of it is left.
     """
     if output.exists():
         raise ConfigError(f"{output} is there already; choose another --output, or remove it")
@@ -61,18 +62,20 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
     if problem is not None:
         raise CheckpointError(problem)
     reader = CheckpointReader(checkpoint)
-    config = load_config(checkpoint / "config.yaml")
+    config = reader.config()
+    hugging_face = _hugging_face_config(config, dtype) | _special_ids(checkpoint / TOKENIZER)
     temporary = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
-        hugging_face = _hugging_face_config(config, dtype) | _special_ids(checkpoint / TOKENIZER)
-        (temporary / "config.json").write_text(json.dumps(hugging_face, indent=2) + "\n")
-        shutil.copyfile(checkpoint / TOKENIZER, temporary / TOKENIZER)
-        temporary.rename(output)
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error}") from None
+        with writing(f"the model {output}"):
+            make_directory(temporary)
+            parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
+            write_synced(temporary / "config.json", json.dumps(hugging_face, indent=2) + "\n")
+            shutil.copyfile(checkpoint / TOKENIZER, temporary / TOKENIZER)
+            sync_path(temporary / TOKENIZER)
+            sync_path(temporary)
+            temporary.rename(output)
+            sync_path(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return parameters
@@ -86,7 +89,7 @@ def _write_tensors(
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        save_tensors(directory / f"part-{len(files)}", pending, {"format": "pt"})
         files.append(list(pending))
         sizes.append(sum(t.nbytes for t in pending.values()))
         pending.clear()
@@ -105,7 +108,7 @@ def _write_tensors(
             (directory / f"part-{index}").rename(directory / file_name)
             home.update(dict.fromkeys(names, file_name))
         index_json = {"metadata": {"total_size": sum(sizes)}, "weight_map": home}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n")
+        write_synced(directory / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n")
     return sum(sizes) // dtype.itemsize
 
 
@@ -126,7 +129,7 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             supports.append((module.name, module.support.fingerprint()))
         yield f"{name}.weight", module.dense_weight()
         module.to("meta")
-    if join_fingerprints(supports) != reader.state["supports"]:
+    if join_fingerprints(supports) != reader.state.get("supports"):
         raise CheckpointError(
             f"{reader.path} was made with other supports than this version draws for the same seed; "
             "export with the version that saved it"
@@ -142,7 +145,10 @@ def _special_ids(tokenizer: Path) -> dict[str, int | None]:
     """Ids that generation needs. Absent ones are null: left out, Hugging Face would take LLaMA's."""
     if not tokenizer.is_file():
         raise CheckpointError(f"{tokenizer.parent} was saved without its tokenizer")
-    model = Tokenizer(tokenizer)
+    try:
+        model = Tokenizer(tokenizer)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     ids = {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id, "pad_token_id": model.pad_id}
     return {name: number if number >= 0 else None for name, number in ids.items()}
 

@@ -1,4 +1,4 @@
-"""What makes a directory a checkpoint: `manifest.json`, with size and SHA-256 of every file (stdlib only).
+"""What makes a directory a checkpoint: `manifest.json`, with size and SHA-256 of every file. Imports no torch.
 
 Layout of `<run_dir>/checkpoints/step_XXXXXXXX/`:
 
@@ -7,22 +7,71 @@ Layout of `<run_dir>/checkpoints/step_XXXXXXXX/`:
     config.yaml                          the resolved configuration
     tokenizer.model                      the SentencePiece model that the run was trained with
     manifest.json                        written last; a directory without it is not a checkpoint
+
+Only files that the manifest lists are ever read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sltrain_dist.errors import CheckpointError
+from sltrain_dist.files import FileName, NumBytes, SealedModel, Sha256, read_model, sha256_of, write_synced
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step_(\d{8,})")
+STATE = "state.json"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.model"
+_NAME = re.compile(r"step_(\d{8,18})", re.ASCII)
+
+
+class FileEntry(BaseModel):
+    """Size and SHA-256 of a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: NumBytes
+    sha256: Sha256
+
+
+class _Version(BaseModel):
+    """All that is asked of a manifest of another format."""
+
+    format: int
+
+
+class Manifest(SealedModel):
+    """The content of `manifest.json`."""
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    step: Annotated[int, Field(ge=0, lt=1 << 63)]
+    """Updates made."""
+    files: dict[FileName, FileEntry]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        num_tensors = max(1, len(self.tensor_files))
+        expected = [STATE, CONFIG, *(tensor_file(rank, num_tensors) for rank in range(num_tensors))]
+        for name in expected:
+            if name not in self.files:
+                raise ValueError(f"it does not list {name}")
+        return self
+
+    @property
+    def tensor_files(self) -> list[str]:
+        """Names of the files of tensors, in order of their ranks."""
+        return sorted(name for name in self.files if name.startswith("tensors-"))
+
+
+def tensor_file(rank: int, world_size: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
@@ -36,46 +85,56 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def list_directories(directory: Path) -> list[tuple[int, Path]]:
-    """As :func:`list_checkpoints`, with directories that only look like checkpoints: theirs went missing."""
+    """As :func:`list_checkpoints`, with directories that only look like checkpoints: theirs went missing.
+
+    Raises:
+        CheckpointError: The directory is there and cannot be read.
+    """
     if not directory.is_dir():
         return []
-    matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
+    try:
+        matches = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir() if path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror or error}") from None
     return sorted((int(match.group(1)), path) for match, path in matches if match)
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file."""
-    with path.open("rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file.
+
+    Raises:
+        OSError: It cannot be read, or is not a regular file.
+    """
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
-def write_manifest(directory: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+def write_manifest(directory: Path, step: int, files: Mapping[str, FileEntry]) -> None:
     """Writes the manifest of a directory whose other files are complete."""
-    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True)
-    write_synced(directory / MANIFEST, text + "\n")
+    write_synced(directory / MANIFEST, Manifest(format=FORMAT, step=step, files=dict(files)).sealed())
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Manifest:
     """Reads and checks the manifest itself.
 
     Raises:
-        CheckpointError: There is none, or it is damaged or of an unknown format.
+        CheckpointError: There is none, or it is damaged, of an unknown format, or of another step than the directory.
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
-        known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
-        int(manifest["step"])
-    except FileNotFoundError:
+        found = read_model(path, _Version).format
+        if found != FORMAT:
+            raise CheckpointError(f"{path} has format {found}; this version reads format {FORMAT}")
+        manifest = read_model(path, Manifest)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{directory} is not a checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from None
-    if not known:
-        raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if (match := _NAME.fullmatch(directory.name)) and int(match.group(1)) != manifest.step:
+        raise CheckpointError(f"{path} is damaged: it is of step {manifest.step}, and not of its directory's")
     return manifest
 
 
-def damage(directory: Path, *, part: int = 0, parts: int = 1) -> str | None:
+def changed_file(directory: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """Compares the files with the manifest and says what is wrong, or returns None.
 
     Args:
@@ -84,33 +143,17 @@ def damage(directory: Path, *, part: int = 0, parts: int = 1) -> str | None:
         parts: Number of shares.
     """
     try:
-        files = read_manifest(directory)["files"]
+        files = read_manifest(directory).files
     except CheckpointError as error:
         return str(error)
     for name in sorted(files)[part::parts]:
         path = directory / name
         try:
-            if path.stat().st_size != files[name]["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-            if file_entry(path) != files[name]:
+            size = path.stat().st_size
+            if size != files[name].bytes:
+                return f"{path} has {size} bytes instead of {files[name].bytes}"
+            if sha256_of(path) != files[name].sha256:
                 return f"{path} does not have the SHA-256 that the manifest names"
         except OSError as error:
-            return f"{path} cannot be read: {error.strerror}"
+            return f"{path} cannot be read: {error.strerror or error}"
     return None
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_path(path: Path) -> None:
-    """Waits until a file's content, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -324,6 +324,9 @@ class CheckpointConfig(Section):
     """Updates between checkpoints. 0: only at the end."""
     keep: PositiveInt = 3
     """Newest checkpoints to keep; older ones are deleted after a newer one is complete."""
+    keep_every: CountOrZero = 0
+    """Updates between checkpoints that are kept for good, beside the newest: one is saved after every multiple of
+    it. 0: none, so that a run whose loss went up unnoticed has only checkpoints of that."""
     resume: str = "auto"
     """auto: go on from the newest complete checkpoint in run_dir, if there is one. never: start anew, and
     refuse a run_dir that already holds checkpoints. Else: the path of a checkpoint, or of a run_dir (its

@@ -12,41 +12,44 @@ that a position means the same document as in the text.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from sltrain_dist.data.documents import Encoder, Fault
 from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import ConfigError, DataError
+from sltrain_dist.files import FileName, NumBytes, SealedModel, Sha256, read_model, sha256_of
 
 MANIFEST = "token_shards.json"
 TEMPORARY = ".tmp"
 """Suffix of files that are being written."""
 _FORMAT = 1
-_HASH_CHUNK_BYTES = 1 << 20
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
 @dataclass(frozen=True)
 class TokenJob:
     """What token shards are made of and how: equal for equal content."""
 
-    sources: tuple[tuple[str, int], ...]
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    sources: tuple[tuple[str, _Count], ...]
     """Path or URL, and size in bytes, of each shard of the text source, in order; 0 where it is not known."""
     text_field: str
     tokenizer: str
     """Fingerprint of the tokenizer."""
-    vocab_size: int
-    eos_id: int
-    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    vocab_size: Annotated[int, Field(gt=0, lt=1 << 32)]
+    eos_id: _Count
+    max_document_bytes: _Count = MAX_DOCUMENT_BYTES
     """Documents of more bytes are unusable."""
     contents: tuple[str, ...] = ()
     """What each shard of the text source holds, see :mod:`sltrain_dist.data.files.identity`. Empty where an earlier
@@ -62,15 +65,17 @@ class TokenJob:
 class TokenShard:
     """What one shard of the source has become."""
 
-    name: str
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    name: FileName
     """Name of its files, without suffix."""
-    documents: int = 0
+    documents: _Count = 0
     """Unusable ones included."""
-    tokens: int = 0
+    tokens: _Count = 0
     """Stored ids, an eos for each usable document included."""
-    faults: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, _Count] = field(default_factory=dict)
     """Unusable documents by cause."""
-    files: dict[str, tuple[int, str]] = field(default_factory=dict)
+    files: dict[FileName, tuple[NumBytes, Sha256]] = field(default_factory=dict)
     """Size in bytes and SHA-256 of each file."""
 
 
@@ -102,19 +107,37 @@ class TokenManifest:
 
     def to_json(self) -> str:
         """The manifest's file."""
-        return (
-            json.dumps(
-                {
-                    "format": _FORMAT,
-                    "dtype": self.job.dtype.name,
-                    "causes": self.causes,
-                    "job": asdict(self.job),
-                    "shards": [asdict(shard) for shard in self.shards],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        return _Stored(
+            format=_FORMAT, dtype=self.job.dtype.name, causes=self.causes, job=self.job, shards=self.shards
+        ).sealed()
+
+
+class _Stored(SealedModel):
+    """The content of a manifest's file."""
+
+    format: int
+    dtype: str
+    causes: tuple[str, ...]
+    job: TokenJob
+    shards: tuple[TokenShard, ...]
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.format != _FORMAT:
+            raise ValueError(f"it is of format {self.format}; this program reads format {_FORMAT}")
+        if self.dtype != self.job.dtype.name:
+            raise ValueError(f"it has ids of type {self.dtype} for {self.job.vocab_size} pieces")
+        for cause in self.causes:
+            Fault(cause)
+        if self.shards and len(self.shards) != len(self.job.sources):
+            raise ValueError(f"it lists {len(self.shards)} shards, made of {len(self.job.sources)}")
+        for shard in self.shards:
+            _check_sizes(shard, self.job)
+        return self
+
+
+class _Record(RootModel[TokenShard]):
+    """A shard's own file, while the preparation goes on."""
 
 
 def is_prepared(directory: Path) -> bool:
@@ -130,29 +153,39 @@ def read_manifest(directory: Path) -> TokenManifest:
     """
     path = directory / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != _FORMAT:
-            raise DataError(f"{path} is of format {values['format']}; this program reads format {_FORMAT}")
-        job = values["job"]
-        return TokenManifest(
-            directory=str(directory.absolute()),
-            job=TokenJob(
-                **{
-                    **job,
-                    "sources": tuple((name, size) for name, size in job["sources"]),
-                    "contents": tuple(job.get("contents", ())),
-                }
-            ),
-            causes=tuple(values["causes"]),
-            shards=tuple(map(shard_from_dict, values["shards"])),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the manifest {path} cannot be read: {type(error).__name__}: {error}") from None
+        stored = read_model(path, _Stored)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the manifest {path} cannot be read: {error}") from None
+    return TokenManifest(str(directory.absolute()), stored.job, stored.causes, stored.shards)
 
 
-def shard_from_dict(values: dict[str, Any]) -> TokenShard:
-    """The inverse of `dataclasses.asdict`, after JSON."""
-    return TokenShard(**{**values, "files": {name: (size, digest) for name, (size, digest) in values["files"].items()}})
+def _check_sizes(shard: TokenShard, job: TokenJob) -> None:
+    sizes = {
+        f"{shard.name}.tokens": job.dtype.itemsize * shard.tokens,
+        f"{shard.name}.index": 8 * (shard.documents + 1) + shard.documents,
+    }
+    if {name: size for name, (size, _) in shard.files.items()} != sizes:
+        raise ValueError(f"shard {shard.name} has files of other sizes than its tokens and documents take")
+
+
+def read_record(path: Path, job: TokenJob) -> TokenShard | None:
+    """What a shard of a preparation that goes on has become; None where that cannot be read, so that it is made again.
+
+    Args:
+        path: The shard's record.
+        job: What the shards are made of.
+    """
+    try:
+        shard = read_model(path, _Record).root
+        _check_sizes(shard, job)
+    except (OSError, ValueError):
+        return None
+    return shard
+
+
+def write_record(path: Path, shard: TokenShard) -> None:
+    """Writes what :func:`read_record` reads."""
+    write_durably(path, _Record(shard).model_dump_json().encode())
 
 
 def open_manifest(directory: Path) -> TokenManifest:
@@ -234,7 +267,7 @@ def damage(directory: Path, shard: TokenShard, *, hashes: bool = True) -> str | 
             actual = path.stat().st_size
             if actual != size:
                 return f"{path} has {actual} bytes instead of {size}"
-            if hashes and _sha256(path) != digest:
+            if hashes and sha256_of(path) != digest:
                 return f"the content of {path} has changed: its SHA-256 is not that of the manifest"
         except FileNotFoundError:
             return f"{path} is missing"
@@ -285,14 +318,6 @@ def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         return np.empty(0, dtype)  # nothing cannot be mapped
     # A plain array over the map: slicing np.memmap itself takes ten times as long.
     return np.asarray(np.memmap(path, dtype, mode="r")).view(np.ndarray)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_durably(path: Path, content: bytes) -> None:

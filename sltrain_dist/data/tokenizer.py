@@ -168,7 +168,7 @@ def _load(model: bytes, path: Path) -> Any:
         processor.LoadFromSerializedProto(model)
         if processor.vocab_size() > 0:
             return processor
-    except (RuntimeError, OSError):
+    except (RuntimeError, OSError, ValueError):  # a UnicodeDecodeError where the error message quotes the damage
         pass
     raise DataError(
         f"{path} is not a SentencePiece model ({len(model)} bytes); data.tokenizer names a file such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -13,6 +14,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from sltrain_dist.files import has_its_name, make_directory
 
 Value = float | int | str | None
 
@@ -59,7 +62,8 @@ class Console:
         self._screen = screen or Screen()
         self._now = now
         self._total, self._unit = total, unit
-        self._log: TextIO | None = log_path.open("a", encoding="utf-8", buffering=1)
+        self._log_path = log_path
+        self._log: TextIO | None = _open_log(log_path)
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._details: dict[str, Value] = {}
@@ -114,6 +118,12 @@ class Console:
             "bold",
         )
 
+    def sync(self) -> None:
+        """Waits until the log file is on the disk."""
+        if self._log is not None:
+            with suppress(OSError):  # told at the next line
+                os.fsync(self._log.fileno())
+
     def close(self) -> None:
         """Leaves the bar as it is, gives the cursor back, and closes the log file. May be called twice."""
         if self._bar is not None:
@@ -152,13 +162,16 @@ class Console:
             self._show(lambda: self._screen.print(Text(message, style), soft_wrap=True))
 
     def _write(self, lines: Sequence[str], *, echo: bool) -> None:
-        stamp = self._now().strftime("%Y-%m-%d %H:%M:%S")
+        stamp = self._now().strftime(_STAMP)
         text = "".join(f"{stamp}  {line}\n" for message in lines for line in message.split("\n"))
         if echo:
             # Past rich, which would break lines at 80 columns when there is no terminal to measure.
             self._show(lambda: (self._screen.file.write(text), self._screen.file.flush()))
         if self._log is not None:
             try:
+                if not has_its_name(self._log, self._log_path):
+                    self._log.close()
+                    self._log = _open_log(self._log_path)
                 self._log.write(text)
             except OSError as error:
                 self._close_log()
@@ -181,6 +194,18 @@ class Console:
                 log.close()
 
 
+def _open_log(path: Path) -> TextIO:
+    make_directory(path.parent)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def log_line(path: Path, message: str) -> None:
+    """Appends a line to a log file that no :class:`Console` has open yet."""
+    with suppress(OSError), _open_log(path) as log:  # the console will say so, in the run that begins
+        log.write(f"{datetime.now():{_STAMP}}  {message}\n")
+
+
+_STAMP = "%Y-%m-%d %H:%M:%S"
 _LINE = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu")
 _BAR = ("loss", "tokens_per_s", "mfu", "lr")  # has to fit into 80 columns
 

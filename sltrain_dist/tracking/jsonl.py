@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from sltrain_dist.files import has_its_name, make_directory, sync_path, write_whole
 
 
 class JsonLines:
@@ -21,16 +22,18 @@ class JsonLines:
         resumed_step: The run goes on after this update: lines of later updates are dropped (they are about
             to be made again), and so is a line that a killed process left unfinished. 0: the run starts
             anew, and nothing is kept.
+        warn: Told when the file has been deleted or replaced while it was being written: the lines so far are lost
+            then, and those that follow go into a new one.
 
     Raises:
         OSError: The file cannot be read or written.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        self._path = path
+    def __init__(self, path: Path, resumed_step: int = 0, warn: Callable[[str], None] = print) -> None:
+        self._path, self._warn = path, warn
         if path.exists():
             _drop_after(path, resumed_step)
-        self._file = path.open("ab", buffering=0)
+        self._open()
 
     def write(self, record: Mapping[str, float | int | str | None]) -> None:
         """Appends one record.
@@ -42,6 +45,10 @@ class JsonLines:
             OSError: The line could not be written; nothing of it is left in the file.
         """
         assert isinstance(record.get("step"), int), "a record without a step could not be dropped on resume"
+        if not has_its_name(self._file, self._path):
+            self._file.close()
+            self._open()
+            self._warn(f"{self._path} has been deleted or replaced: its lines before update {record['step']} are lost")
         line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -56,9 +63,30 @@ class JsonLines:
         records = map(json.loads, self._path.read_bytes().splitlines())
         return any(record["step"] == step and key in record for record in records)
 
+    def sync(self) -> None:
+        """Waits until all lines are on the disk.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Closes the file. May be called twice."""
-        self._file.close()
+        """Waits until all lines are on the disk, and closes the file. May be called twice.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        if not self._file.closed:
+            try:
+                self.sync()
+            finally:
+                self._file.close()
+
+    def _open(self) -> None:
+        make_directory(self._path.parent)
+        self._file = self._path.open("ab", buffering=0)
+        sync_path(self._path.parent)
 
 
 def _finite(value: float | int | str | None) -> float | int | str | None:
@@ -73,18 +101,7 @@ def _drop_after(path: Path, step: int) -> None:
         kept = [line for line in old if _keep(line, step)]
     if sum(map(len, kept)) == path.stat().st_size:
         return
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    new = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        new.chmod(path.stat().st_mode)
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    write_whole(path, b"".join(kept))
 
 
 def _keep(line: bytes, step: int) -> bool:
@@ -92,6 +109,6 @@ def _keep(line: bytes, step: int) -> bool:
         return False
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sltrain_dist.config.schema import TrackingConfig
-from sltrain_dist.errors import ConfigError
+from sltrain_dist.files import writing
 from sltrain_dist.tracking.console import Console, Screen, Sections, Value
 from sltrain_dist.tracking.jsonl import JsonLines
 from sltrain_dist.tracking.meters import Clock, Eta
 from sltrain_dist.tracking.mlflow import MlflowTracker, Status
+
+LOG = "log.txt"
 
 
 class RunTracker:
@@ -31,7 +33,7 @@ class RunTracker:
         clock: Seconds of a clock that never goes back, for the time that is left.
 
     Raises:
-        ConfigError: `run_dir` cannot be written.
+        StorageError: `run_dir` cannot be written.
     """
 
     def __init__(
@@ -54,18 +56,16 @@ class RunTracker:
         total = total_tokens if total_steps is None else total_steps
         self._eta = Eta(total, clock) if total is not None else None
         self._jsonl_failed = False
-        try:
+        with writing(f"run_dir = {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
             self._console = Console(
-                run_dir / "log.txt",
+                run_dir / LOG,
                 tracking.progress,
                 total=total,
                 unit="tokens" if self._by_tokens else "steps",
                 screen=screen,
             )
-            self._jsonl = JsonLines(run_dir / "metrics.jsonl", resumed_step)
-        except OSError as error:
-            raise ConfigError(f"run_dir = {str(run_dir)!r} cannot be written: {error}") from None
+            self._jsonl = JsonLines(run_dir / "metrics.jsonl", resumed_step, self.warn)
         self._mlflow = (
             MlflowTracker(tracking, run_dir, config_flat, resumed_step=resumed_step, warn=self.warn)
             if tracking.mlflow
@@ -127,23 +127,33 @@ class RunTracker:
             where = self._mlflow.close(status) if self._mlflow is not None else None
             if where is not None and status == "FINISHED":
                 self._console.note(f"look at the run:     {where}")
+            self._on_disk(self._jsonl.close)
             self._console.close()
-            self._jsonl.close()
+
+    def sync(self) -> None:
+        """Waits until the lines so far are on the disk: before a checkpoint is, which no line may be older than."""
+        if self._is_main:
+            self._on_disk(self._jsonl.sync)
+            self._console.sync()
 
     @property
     def _eta_s(self) -> float | None:
         return self._eta.seconds if self._eta is not None else None
 
     def _record(self, record: Mapping[str, Value]) -> None:
-        try:
-            self._jsonl.write(record)
-        except OSError as error:
-            if not self._jsonl_failed:
-                self.warn(f"lines are missing from metrics.jsonl: {error}")
-                self._jsonl_failed = True
+        self._on_disk(lambda: self._jsonl.write(record))
         step = record["step"]
         assert isinstance(step, int)
         if self._mlflow is not None:
             known = {name: value for name, value in record.items() if isinstance(value, int | float)}
             known.pop("step")
             self._mlflow.log(step, known)
+
+    def _on_disk(self, write: Callable[[], None]) -> None:
+        """Tells once that lines could not be written."""
+        try:
+            write()
+        except OSError as error:
+            if not self._jsonl_failed:
+                self.warn(f"lines are missing from metrics.jsonl: {error}")
+                self._jsonl_failed = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
-from sltrain_dist.config.load import load_config, to_yaml
+from sltrain_dist.config.load import to_yaml
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
@@ -18,6 +19,7 @@ from sltrain_dist.data.source import resolve_source
 from sltrain_dist.data.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.files import write_whole, writing
 from sltrain_dist.models.build import build_model, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.blocks import prepare_blocks
@@ -33,7 +35,7 @@ from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
 from sltrain_dist.train.feed import RowFeed
 from sltrain_dist.train.memory import MemoryWatch
-from sltrain_dist.train.state import TrainState, check_resumable, flatten, restore_rng
+from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
 from sltrain_dist.train.summary import summarise
@@ -72,6 +74,10 @@ class Run:
     stop: StopRequest
     supports: str
     memory: MemoryWatch
+    rows: Rows | None = None
+    """This rank's rows of the last update."""
+    loss: float = math.nan
+    """Of the last update."""
     perplexities: list[tuple[int, float]] = field(default_factory=list)
     """(step, perplexity) of the evaluations that this process made."""
     traffic: Traffic | None = None
@@ -101,7 +107,8 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     """
     micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say)
-    store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep)
+    store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep, config.checkpoint.keep_every)
+    store.recover(say)
     reader = open_checkpoint(config, env, store, say)
     notes = [] if reader is None else _compare(reader, config)
 
@@ -134,7 +141,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         is_main=env.is_main,
         resumed_step=state.step,
     )
-    env.on_main(lambda: (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8"))
+    env.on_main(lambda: _write_config(run_dir, config))
     memory = MemoryWatch(config, env, predict)
     tracker.summary({**summarise(config, env, run_dir, corpus.num_shards, state.step), "Memory": memory.summary()})
     for warning in without_effect(config):
@@ -273,17 +280,22 @@ def _named_checkpoint(
 
 
 def _compare(reader: CheckpointReader, config: Config) -> list[str]:
-    return check_resumable(load_config(reader.path / "config.yaml"), config, str(reader.path))
+    return check_resumable(reader.config(), config, str(reader.path))
 
 
 def _restore(reader: CheckpointReader, engine: Engine, env: Environment, supports: str) -> TrainState:
-    if reader.state["supports"] != supports:
+    saved = read_saved(reader.state, reader.step, str(reader.path))
+    if saved.supports != supports:
         raise CheckpointError(
-            f"{reader.path} was made with other supports (fingerprint {reader.state['supports']}, here {supports}), "
+            f"{reader.path} was made with other supports (fingerprint {saved.supports}, here {supports}), "
             "although seed and model agree: this version draws them differently; resume with the version that saved it"
         )
-    state = TrainState(**reader.state["counters"])
-    engine.load(reader.read, state.step)
-    if len(reader.state["rng"]) == env.world_size:
-        restore_rng(reader.state["rng"][env.rank], env.device)
-    return state
+    engine.load(reader.read, saved.counters.step)
+    if len(saved.rng) == env.world_size:
+        restore_rng(saved.rng[env.rank], env.device)
+    return saved.counters
+
+
+def _write_config(run_dir: Path, config: Config) -> None:
+    with writing(f"run_dir = {run_dir}"):
+        write_whole(run_dir / "config.yaml", to_yaml(config))

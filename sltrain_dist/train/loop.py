@@ -22,7 +22,7 @@ from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memor
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
-from sltrain_dist.train.guard import check_finite
+from sltrain_dist.train.guard import check_finite, check_savable, not_learning
 from sltrain_dist.train.memory import MEASURED_UPDATE
 from sltrain_dist.train.sanity import check_update
 from sltrain_dist.train.state import rng_state
@@ -56,9 +56,9 @@ def fit(run: Run) -> Outcome:
     """Trains until the budget is used up or a stop is requested; evaluates and saves on the way.
 
     Raises:
-        DivergedError: The loss or the gradient norm is not finite.
+        DivergedError: The loss, the gradient norm, or what would have been saved is not finite.
         DataError: The data gave out, or is worse than allowed.
-        CheckpointError: A checkpoint could not be written.
+        StorageError: A checkpoint could not be written.
     """
     state = run.state
     clock = Clock(state.elapsed_s, logged_step=state.step, saved_step=state.step)
@@ -80,7 +80,8 @@ def _train(run: Run, clock: Clock) -> None:
     """Updates until the budget is used up. Saves before it evaluates, so that an evaluation can be cut short."""
     while True:
         finished = run.state.finished(run.config.train)
-        if finished or _due(run.config.checkpoint.every, run.state.step):
+        checkpoint, step = run.config.checkpoint, run.state.step
+        if finished or _due(checkpoint.every, step) or _due(checkpoint.keep_every, step):
             _save(run, clock)
         if _evaluation_is_due(run, clock):
             _evaluate(run, clock)
@@ -117,7 +118,8 @@ def _update(run: Run, clock: Clock) -> None:
         check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
         engine.update()
     run.memory.report(run.tracker)
-    state.grad_norm = grad_norm
+    run.rows, run.loss, state.grad_norm = rows, loss, grad_norm
+    state.first_loss = loss if state.first_loss is None else state.first_loss
     watchdog.warmed_up()
     state.advance(tokens, config.optim.warmup_steps)
     if config.train.sanity_checks:
@@ -235,6 +237,8 @@ def _save(run: Run, clock: Clock) -> None:
     if clock.saved_step == state.step:
         return
     with clock.meter.excluded():
+        check_savable(run.engine, run.rows, run.config, env, state.step)
+        run.tracker.sync()
         state.elapsed_s = clock.elapsed_s
         path = run.store.save(
             state.step,
@@ -247,9 +251,12 @@ def _save(run: Run, clock: Clock) -> None:
             },
             to_yaml(run.config),
             run.tokenizer,
+            warn=run.tracker.warn,
         )
     clock.saved_step = state.step
     run.tracker.note(f"saved {path}")
+    if said := not_learning(run.loss, state, run.config):
+        run.tracker.warn(said)
 
 
 def _check_stop(run: Run) -> None:

@@ -132,6 +132,8 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
 
 def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) -> Outcome:
     # Here, because a wrong configuration should not wait for these to be imported.
+    from sltrain_dist.tracking.console import log_line
+    from sltrain_dist.tracking.tracker import LOG
     from sltrain_dist.train.build import build_run
     from sltrain_dist.train.loop import fit
     from sltrain_dist.train.summary import closing_lines
@@ -139,7 +141,13 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
     stop = StopRequest(run_dir)
     stop.install()
     cleanup.callback(stop.restore)
-    run = build_run(config, env, run_dir, stop, _print if env.is_main else lambda line: None)
+
+    def say(line: str) -> None:
+        if env.is_main:
+            _print(line)
+            log_line(run_dir / LOG, line)
+
+    run = build_run(config, env, run_dir, stop, say)
     status: Status = "FAILED"
     cleanup.callback(lambda: run.tracker.close(status))
     cleanup.callback(run.loader.close)

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.errors import CheckpointError
+from sltrain_dist.files import first_problem
 from sltrain_dist.optim.schedule import Progress
 
 _FIXED_SECTIONS = ("model", "reparam")
@@ -31,6 +33,7 @@ class TrainState:
         warmup_tokens: `tokens` at the end of the warm-up.
         elapsed_s: Seconds spent, over all resumed parts.
         grad_norm: Gradient norm of the last update, which per-layer updates clip by; None before the first.
+        first_loss: Loss of the first update, before anything was learned; None before it.
     """
 
     step: int = 0
@@ -38,6 +41,7 @@ class TrainState:
     warmup_tokens: int = 0
     elapsed_s: float = 0.0
     grad_norm: float | None = None
+    first_loss: float | None = None
 
     def advance(self, tokens: int, warmup_steps: int) -> None:
         """Counts one update."""
@@ -67,6 +71,38 @@ class TrainState:
         return asdict(self)
 
 
+class Saved(BaseModel):
+    """What a checkpoint holds of a run besides tensors."""
+
+    counters: TrainState
+    data: dict[str, Any]
+    """The loader's cursor, which checks its content."""
+    rng: list[dict[str, str]]
+    """By rank, see :func:`rng_state`."""
+    supports: str
+    """Fingerprint of all supports."""
+
+
+def read_saved(state: Mapping[str, Any], step: int, where: str) -> Saved:
+    """Checks what a checkpoint holds besides tensors.
+
+    Args:
+        state: See :meth:`sltrain_dist.checkpoint.store.CheckpointStore.save`.
+        step: Updates made, by the manifest.
+        where: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: It is of another form, or of another step.
+    """
+    try:
+        saved = Saved.model_validate(state)
+    except ValidationError as error:
+        raise CheckpointError(f"{where} is damaged: state.json: {first_problem(error)}") from None
+    if saved.counters.step != step:
+        raise CheckpointError(f"{where} is damaged: state.json is of step {saved.counters.step}, and not of {step}")
+    return saved
+
+
 def rng_state(device: torch.device) -> dict[str, str]:
     """The random-number states of this process, as text."""
     state = {"torch": _encode(torch.get_rng_state()), "python": repr(random.getstate())}
@@ -76,11 +112,18 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
-    """Takes random-number states over; a state of another kind of device is left out."""
-    torch.set_rng_state(_decode(state["torch"]))
-    random.setstate(ast.literal_eval(state["python"]))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+    """Takes random-number states over; a state of another kind of device is left out.
+
+    Raises:
+        CheckpointError: They are none.
+    """
+    try:
+        torch.set_rng_state(_decode(state["torch"]))
+        random.setstate(ast.literal_eval(state["python"]))
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(_decode(state["cuda"]), device)
+    except (KeyError, TypeError, ValueError, SyntaxError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's random-number states cannot be read: {error!r}") from None
 
 
 def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:

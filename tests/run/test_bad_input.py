@@ -165,15 +165,45 @@ class TestConfiguration:
         assert "choose another" in error
 
 
+@pytest.mark.parametrize(("lr", "engine"), [("1e10", "ddp"), ("1e20", "fsdp"), ("1e38", "ddp")])
+def test_what_has_blown_up_is_not_saved(tiny: Path, tmp_path: Path, capsys: Output, lr: str, engine: str) -> None:
+    """Exit code 4. The update itself was finite, but the next would not have been, nor that of any later start."""
+    run_dir = tmp_path / "run"
+    overrides = ("train.steps=3", "checkpoint.every=1", "optim.warmup_steps=0", f"parallel.engine={engine}")
+    assert train_here(tiny, run_dir, *overrides, "train.steps=1") == 0
+    error = fails(tiny, run_dir, capsys, 4, *overrides, "optim.clip=0", f"optim.lr={lr}")
+    assert "no checkpoint of it was saved" in error
+    assert "ower optim.lr" in error
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]
+    assert outcome(run_dir)["step"] == 1
+    assert train_here(tiny, run_dir, *overrides) == 0, "the same command with a better learning rate goes on"
+    assert saved_steps(run_dir) == [1, 2, 3]
+
+
 def test_divergence(tiny: Path, tmp_path: Path, capsys: Output) -> None:
     """Exit code 4, and the update that would have spoiled the weights is not made."""
-    overrides = ("optim.name=sgd", "optim.lr=1e30", "optim.clip=0", "optim.warmup_steps=0", "checkpoint.every=1")
-    error = fails(tiny, tmp_path / "run", capsys, 4, *overrides)
-    steps = saved_steps(tmp_path / "run")
-    assert f"update {steps[-1] + 1} has loss" in error
-    assert f"step_{steps[-1]:08d}" in error
+    run_dir, overrides = (
+        tmp_path / "run",
+        ("optim.clip=0", "optim.warmup_steps=0", "optim.lr=1e10", "checkpoint.every=0"),
+    )
+    error = fails(tiny, run_dir, capsys, 4, *overrides)
+    assert "update 2 has loss nan" in error
+    assert "was not made; there is no checkpoint yet" in error
     assert "Lower optim.lr" in error
-    assert outcome(tmp_path / "run")["step"] == steps[-1]
+    assert not saved_steps(run_dir)
+
+
+def test_a_run_that_learns_nothing_is_told_so_and_what_was_good_is_kept(tiny: Path, tmp_path: Path) -> None:
+    """Its loss stays finite, and its checkpoints would push the good ones out."""
+    overrides = ("train.steps=9", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.keep_every=4")
+    assert train_here(tiny, tmp_path / "good", *overrides, "eval.source=null") == 0
+    assert saved_steps(tmp_path / "good") == [4, 8, 9]
+    assert "no better than" not in (tmp_path / "good" / "log.txt").read_text()
+    assert train_here(tiny, tmp_path / "bad", *overrides, "eval.source=null", "optim.lr=1e6") == 0
+    assert saved_steps(tmp_path / "bad") == [4, 8, 9]
+    log = (tmp_path / "bad" / "log.txt").read_text()
+    assert "warning: after 9 updates the loss is 5.768, no better than at the start (5.794) or than guessing" in log
+    assert "the newest 2 checkpoints are kept, and those of every 4 updates" in log
 
 
 class Mistake(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -134,7 +136,8 @@ def test_stop_during_an_evaluation(
 
     monkeypatch.setattr(DDPEngine, "evaluate", evaluate_and_ask)
     assert train_here(tiny, tmp_path) == 75
-    assert batches == [step], "the evaluation went on"
+    looked = [step] if step == 3 else []  # at the weights, before they are saved; of the others they are saved already
+    assert batches == [step, *looked], "the evaluation went on"
     assert saved_steps(tmp_path) == sorted({2, 4, 6, step} - {0, *range(step + 1, 7)})
     assert outcome(tmp_path) == {
         "code": 75,
@@ -238,6 +241,75 @@ def test_utilisation_is_reported_where_the_peak_is_known(
         assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops_per_token / 1e9)
 
 
+def test_a_save_that_cannot_be_written(finished: Path, tiny: Path, tmp_path: Path, capsys: Output) -> None:
+    """Exit code 6. It leaves nothing, and the same command goes on as if nothing had been, once there is space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert train_here(tiny, tmp_path, "train.steps=2") == 0
+    (tmp_path / "checkpoints" / ".incomplete-step_00000006").touch()
+    for _ in range(2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # less than the tensors take
+        try:
+            assert train_here(tiny, tmp_path) == 6
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        error = capsys.readouterr().err
+        assert f"error: the checkpoint in {tmp_path}/checkpoints cannot be written (" in error
+        assert "free space or quota" in error
+        assert "Traceback" not in error
+        assert (outcome(tmp_path)["code"], outcome(tmp_path)["step"]) == (6, 2)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert train_here(tiny, tmp_path) == 0
+    assert final_tensors(tmp_path) == final_tensors(finished)
+
+
+def test_a_run_directory_that_is_deleted_while_the_run_goes_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """It is said, and what follows is written anew."""
+    make_update, run_dir = loop._update, tmp_path / "run"
+
+    def update_and_delete(run: build.Run, clock: loop.Clock) -> None:
+        if run.state.step == 3:
+            shutil.rmtree(run_dir)
+        make_update(run, clock)
+
+    monkeypatch.setattr(loop, "_update", update_and_delete)
+    assert train_here(tiny, run_dir, "eval.source=null") == 0
+    said = f"warning: {run_dir}/metrics.jsonl has been deleted or replaced: its lines before update 4 are lost"
+    assert capsys.readouterr().out.count(said) == 1
+    assert said in (run_dir / "log.txt").read_text()
+    assert [line["step"] for line in metrics(run_dir)] == [4, 5, 6]
+    assert saved_steps(run_dir) == [4, 6]
+    assert outcome(run_dir)["code"] == 0
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the metrics may not end before the newest checkpoint."""
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def syncing(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renaming(path: Path, target: Path) -> Path:
+        order.append(f"→ {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    assert train_here(tiny, tmp_path / "run", "train.steps=2", "eval.source=null") == 0
+    saved = order.index("→ step_00000002")
+    assert {"metrics.jsonl", "log.txt", "state.json", "tokenizer.model", "config.yaml"} <= set(order[:saved])
+    assert "tensors-00000-of-00001.safetensors" in order[:saved]
+    assert order[saved - 1].startswith(".incomplete-step_00000002"), "the names of its files"
+    assert order[saved + 1] == "checkpoints", "its own name"
+    assert {"run", tmp_path.name} <= set(order[:saved]), "the directories that it is in"
+    assert any(name.startswith(".exit.json") for name in order[saved:])
+
+
 class TestResume:
     def test_never_refuses_a_used_run_dir(self, used: Path, tiny: Path, capsys: Output) -> None:
         before = trajectory(used)
@@ -309,6 +381,7 @@ class TestDamage:
         printed = capsys.readouterr().out
         assert f"checkpoint passed over: {named}" in printed
         assert f"resumed from {checkpoint(used, 4)}" in printed
+        assert f"checkpoint passed over: {named}" in (used / "log.txt").read_text()
         assert trajectory(used) == trajectory(finished)
         assert final_tensors(used) == final_tensors(finished), "the damaged one was replaced"
 

@@ -112,7 +112,7 @@ def test_goes_on_to_the_bit_and_refuses_another_form(
     assert train_here(config, tmp_path / "parts", *form, *schedule) == 0
     whole, parts = (list_checkpoints(tmp_path / name / "checkpoints")[-1][1] for name in ("whole", "parts"))
     tensors = "tensors-00000-of-00001.safetensors"
-    assert read_manifest(whole)["files"][tensors] == read_manifest(parts)["files"][tensors]
+    assert read_manifest(whole).files[tensors] == read_manifest(parts).files[tensors]
     assert "optim.lm_head.weight.exp_avg.codes" in CheckpointReader(whole).shapes
     assert metrics(tmp_path / "parts")[-1]["step"] == 8
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "sltrain_dist"
 
 LAYERS = (
     {"errors", "streams"},
+    {"files"},
     {"config"},
     {"numerics"},
     {"sparse_lowrank", "data", "optim", "tracking"},
@@ -29,6 +30,7 @@ LAYERS = (
 TORCH_FREE = {
     "errors",
     "streams",
+    "files",
     "config.paths",
     "config.strict_yaml",
     "config.schema",
@@ -50,6 +52,7 @@ TORCH_FREE = {
     "parallel.slurm",
     "parallel.watchdog",
     "checkpoint.manifest",
+    "checkpoint.contents",
     "data.order",
     "train.run",
     "planner.result",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.checkpoint import manifest, store
-from sltrain_dist.checkpoint.manifest import checkpoint_name, damage, list_checkpoints, read_manifest
+from sltrain_dist.checkpoint.contents import damage
+from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
-from sltrain_dist.errors import CheckpointError
+from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk
 
@@ -57,7 +59,9 @@ def newest(directory: Path, *, ranks: int = 1) -> tuple[Path | None, list[str]]:
 
     def on_rank(env: Environment) -> tuple[Path | None, list[str]]:
         said: list[str] = []
-        return CheckpointStore(directory, env, 9).newest(said.append), said
+        checkpoints = CheckpointStore(directory, env, 9)
+        checkpoints.recover(said.append)
+        return checkpoints.newest(said.append), said
 
     answers = on_ranks(ranks, on_rank)
     assert all(answer == answers[0] for answer in answers)
@@ -95,10 +99,10 @@ class TestRanges:
 
     def test_a_gap_between_pieces(self, tmp_path: Path) -> None:
         gap = [Chunk("w", (6,), 0, torch.ones(2)), Chunk("w", (6,), 4, torch.ones(2))]
-        reader = CheckpointReader(CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, ""))
-        assert reader.read("w", 4, 2).tolist() == [1, 1]
-        with pytest.raises(CheckpointError, match="does not hold"):
-            reader.read("w", 1, 4)
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, "")
+        assert damage(path) == f"{path} is damaged: nothing holds elements 2 to 3 of w"
+        with pytest.raises(CheckpointError, match="nothing holds elements 2 to 3 of w"):
+            CheckpointReader(path)
 
     def test_tokenizer(self, tmp_path: Path) -> None:
         (tmp_path / "t5.model").write_bytes(b"pieces")
@@ -110,8 +114,8 @@ class TestRanges:
     def test_state_and_configuration(self, tmp_path: Path) -> None:
         reader = CheckpointReader(save(tmp_path, 12, ranks=2))
         assert reader.state == {"counters": {"step": 12}}
-        assert reader.config_yaml == "seed: 1\n"
-        assert read_manifest(reader.path)["step"] == 12
+        assert (reader.path / "config.yaml").read_text() == "seed: 1\n"
+        assert reader.step == read_manifest(reader.path).step == 12
 
 
 class Killed(BaseException):
@@ -253,6 +257,101 @@ class TestKeep:
         save(tmp_path, 6, keep=1)
         assert entries(tmp_path) == ["notes.txt", "step_00000001.bak", "step_00000006", "step_1"]
 
+    def test_multiples_of_keep_every_are_kept_for_good(self, tmp_path: Path) -> None:
+        checkpoints = CheckpointStore(tmp_path, SINGLE, keep=2, keep_every=20)
+        for step in (5, 10, 20, 25, 40, 45, 50, 55):
+            checkpoints.save(step, pieces(TENSORS, 0, 1), {}, "")
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 40, 50, 55]
+
+
+class TestLeftovers:
+    """What an earlier save has left behind does not stop the next, and goes."""
+
+    NAMES = (".incomplete-step_00000006", ".incomplete-step_00000006-0123abcd", ".deleted-step_00000003", ".replaced-x")
+
+    def test_they_go_at_the_start(self, tmp_path: Path) -> None:
+        save(tmp_path, 3)
+        for name in self.NAMES:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "state.json").touch()
+        assert newest(tmp_path, ranks=2) == (tmp_path / checkpoint_name(3), [])
+        assert entries(tmp_path) == [".replaced-x", checkpoint_name(3)], "what is not ours is left alone"
+
+    @pytest.mark.parametrize("kind", [Path.mkdir, Path.touch])
+    def test_one_that_cannot_be_removed_is_a_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[Path], None]
+    ) -> None:
+        """As on NFS, where a file that another process has open keeps its directory."""
+        save(tmp_path, 3)
+        stuck = [tmp_path / name for name in (".deleted-step_00000003", ".incomplete-step_00000006")]
+        for path in stuck:
+            kind(path)
+        monkeypatch.setattr(store.shutil, "rmtree", lambda path, **options: None)
+        monkeypatch.setattr(Path, "unlink", lambda path, **options: None)
+        said: list[str] = []
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(6, pieces(TENSORS, 0, 1), {}, "", warn=said.append)
+        assert damage(path) is None
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [6]
+        assert len(said) == 3, "the two, and the checkpoint of step 3"
+        assert all("cannot be deleted; delete it at will" in line for line in said)
+        assert newest(tmp_path)[0] == path
+
+    def test_a_save_whose_old_ones_cannot_be_renamed_is_a_save(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save(tmp_path, 3)
+        rename = Path.rename
+
+        def refusing(path: Path, target: Path) -> Path:
+            if target.name.startswith(".deleted-"):
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", refusing)
+        said: list[str] = []
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(6, pieces(TENSORS, 0, 1), {}, "", warn=said.append)
+        assert damage(path) is None
+        assert said == ["an old checkpoint cannot be deleted: [Errno 1] Operation not permitted"]
+
+
+class TestFinite:
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e20])
+    @pytest.mark.parametrize("name", ["model.w", "optim.w.exp_avg"])
+    def test_nothing_is_saved_that_no_run_could_go_on_from(self, tmp_path: Path, name: str, bad: float) -> None:
+        """On whichever rank. 1e20 is finite, but its square is not: too large for a weight."""
+        save(tmp_path, 3, ranks=2)
+        tensors = {key: tensor.clone() for key, tensor in TENSORS.items()}
+        tensors[name][4, 6] = bad
+
+        def on_rank(env: Environment) -> str:
+            try:
+                CheckpointStore(tmp_path, env, 9).save(6, pieces(tensors, env.rank, 2), {}, "")
+            except DivergedError as error:
+                return str(error)
+            return "saved"
+
+        said = on_ranks(2, on_rank)
+        assert said[0] == said[1]
+        if (name, bad) == ("optim.w.exp_avg", 1e20):
+            assert said[0] == "saved"
+        else:
+            assert f"{name} is not finite, or close to it, and no checkpoint of it was saved" in said[0]
+            assert entries(tmp_path) == [checkpoint_name(3)]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_all_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "t5.model").write_bytes(b"pieces")
+    before = os.umask(umask)
+    try:
+        path = CheckpointStore(tmp_path / "x", SINGLE, 1).save(1, pieces(TENSORS, 0, 1), {}, "", tmp_path / "t5.model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+
 
 class TestGoingBack:
     def test_later_ones_are_renamed_and_kept(self, tmp_path: Path) -> None:
@@ -266,6 +365,16 @@ class TestGoingBack:
         assert newest(tmp_path) == (tmp_path / checkpoint_name(10), [])
         save(tmp_path, 20, keep=1)
         assert entries(tmp_path) == [*sorted(path.name for path in renamed[0]), checkpoint_name(20)]
+
+    def test_names_do_not_collide(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Twice within a second, as after the clock was set back."""
+        monkeypatch.setattr(store.time, "strftime", lambda _: "20260101T000000")
+        for _ in range(3):
+            for step in (10, 20):
+                save(tmp_path, step)
+            CheckpointStore(tmp_path, SINGLE, 1).abandon_after(10)
+        name = "abandoned-step_00000020-20260101T000000"
+        assert entries(tmp_path) == [name, f"{name}.2", f"{name}.3", checkpoint_name(10)]
 
     def test_nothing_is_later(self, tmp_path: Path) -> None:
         save(tmp_path, 10)
@@ -349,7 +458,7 @@ class TestDamage:
     def test_ranks_share_the_reading_and_agree(self, tmp_path: Path, ranks: int) -> None:
         save(tmp_path, 3)
         path = save(tmp_path, 6, ranks=3)
-        files = sorted(read_manifest(path)["files"])
+        files = sorted(read_manifest(path).files)
         assert len(files) == 5
         for file in files:
             content = (path / file).read_bytes()
@@ -357,7 +466,7 @@ class TestDamage:
             found, said = newest(tmp_path, ranks=ranks)
             assert found == tmp_path / checkpoint_name(3)
             assert str(path / file) in said[0]
-            problems = [damage(path, part=part, parts=ranks) for part in range(ranks)]
+            problems = [changed_file(path, part=part, parts=ranks) for part in range(ranks)]
             assert len([problem for problem in problems if problem is not None]) == 1
             (path / file).write_bytes(content)
         assert newest(tmp_path, ranks=ranks) == (path, [])
@@ -365,7 +474,7 @@ class TestDamage:
     def test_reader_of_damaged_files(self, tmp_path: Path) -> None:
         path = save(tmp_path, 6)
         (path / "tensors-00000-of-00001.safetensors").write_bytes(b"no")
-        with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
+        with pytest.raises(CheckpointError, match=f"{path}/tensors-00000-of-00001.safetensors cannot be read"):
             CheckpointReader(path)
 
 
@@ -382,12 +491,12 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(store, "save_file", full_disk)
 
     def on_rank(env: Environment) -> str:
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(StorageError) as caught:
             CheckpointStore(tmp_path, env, 1).save(6, pieces(TENSORS, env.rank, 2), {}, "")
         return str(caught.value)
 
     messages = on_ranks(2, on_rank)
     assert messages[0] == messages[1]
-    assert f"rank {failing} could not write the checkpoint" in messages[0]
-    assert "No space left on device" in messages[0]
+    assert f"rank {failing}: the checkpoint in {tmp_path} cannot be written (No space left on device)" in messages[0]
+    assert entries(tmp_path) == [checkpoint_name(3)]
     assert newest(tmp_path, ranks=2) == (tmp_path / checkpoint_name(3), [])

@@ -288,7 +288,7 @@ class TestMessages:
             ("source=x", "source = 'x': unknown key; did you mean data.source or eval.source?"),
             ("Train.steps=3", "Train = {'steps': 3}: unknown key; did you mean train?"),
             ("hiden_size=3", "hiden_size = 3: unknown key; did you mean model.hidden_size?"),
-            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; there are: every, keep, resume"),
+            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; there are: every, keep, keep_every, resume"),
             # wrong types
             ("optim.lr=fast", "optim.lr = 'fast': should be a number"),
             ("optim.lr=null", "optim.lr = null: should be a number"),

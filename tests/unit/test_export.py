@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sltrain_dist import cli
+from sltrain_dist.checkpoint import store
 from sltrain_dist.checkpoint.export import export_dense
 from sltrain_dist.checkpoint.manifest import MANIFEST, file_entry, write_manifest
 from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import to_yaml
 from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
-from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.errors import CheckpointError, ConfigError, StorageError
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
@@ -30,10 +33,10 @@ def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Modul
     model = warmed(config)
     engine = DDPEngine(model, config.optim, ENV)
     state = {"supports": supports_fingerprint(model)}
-    store = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
+    checkpoints = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
     tokenizer = tmp_path / "tokenizer.model"
     train_tokenizer((f"word {i} is here" for i in range(200)), tokenizer, vocab_size=280, model_type="bpe")
-    return model, store.save(3, engine.chunks(), state, to_yaml(config), tokenizer)
+    return model, checkpoints.save(3, engine.chunks(), state, to_yaml(config), tokenizer)
 
 
 @pytest.mark.parametrize("method", ["sltrain", "lowrank", "full"])
@@ -81,6 +84,42 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_all_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    _, checkpoint = saved(tmp_path)
+    before = os.umask(umask)
+    try:
+        export_dense(checkpoint, tmp_path / "hf", shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert len(modes) > 5
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = saved(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(StorageError, match=r"the model .*hf cannot be written \(.*No space left on device") as caught:
+        export_dense(checkpoint, tmp_path / "hf")
+    assert caught.value.exit_code == 6
+    assert not list(tmp_path.glob("*hf*"))
+
+
+def test_a_damaged_tokenizer_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    _, checkpoint = saved(tmp_path)
+    (checkpoint / "tokenizer.model").write_bytes(b"no model")
+    files = {p.name: file_entry(p) for p in checkpoint.iterdir() if p.name != MANIFEST}
+    write_manifest(checkpoint, 3, files)
+    with pytest.raises(CheckpointError, match="is not a SentencePiece model"):
+        export_dense(checkpoint, tmp_path / "hf")
+    assert not list(tmp_path.glob("*hf*"))
+
+
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["sltrain", *arguments])
@@ -91,11 +130,14 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     _, checkpoint = saved(tmp_path)
     assert run("export", str(tmp_path / "run"), "-o", str(tmp_path / "hf")) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+    capsys.readouterr()
     assert run("verify", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == "step_00000003: whole\n"
     tensors = next(checkpoint.glob("tensors-*"))
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
     tensors.write_bytes(data)
-    capsys.readouterr()
     assert run("verify", str(tmp_path / "run")) == 5
-    assert "damaged: step_00000003" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "damaged: step_00000003" in captured.err
+    assert str(tensors) in captured.out, "in one piece, however long"

@@ -17,7 +17,7 @@ from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.prepare import tokens as tokens_module
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.source import resolve_source
-from sltrain_dist.data.token_shards import MANIFEST, ShardReader, open_manifest
+from sltrain_dist.data.token_shards import MANIFEST, ShardReader, open_manifest, read_manifest
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data_helpers import (
     BATCHINGS,
@@ -174,9 +174,9 @@ def test_text_that_has_changed_since_it_was_prepared(text, prepared, tmp_path):
 
 
 def test_token_shards_of_an_earlier_version(text, prepared, tmp_path):
-    """Without contents, a limit of length, and a number for its cause."""
+    """Without contents, a limit of length, a number for its cause, and a checksum."""
     manifest = json.loads(Path(prepared[0]).read_text())
-    del manifest["job"]["contents"], manifest["job"]["max_document_bytes"]
+    del manifest["job"]["contents"], manifest["job"]["max_document_bytes"], manifest["checksum"]
     manifest["causes"].remove("too_long")
     Path(prepared[0]).write_text(json.dumps(manifest))
     config = data_config(max_bad_fraction=0.5)
@@ -327,6 +327,63 @@ def test_a_checkpoint_of_rebuilt_token_shards_is_refused(prepared):
     state = saved(make_loaders(config, prepared, 1))
     manifest = json.loads(Path(prepared[0]).read_text())
     manifest["job"]["sources"][0][1] += 1
+    del manifest["checksum"]  # as in older manifests
     Path(prepared[0]).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"bytes of data\.source"):
         make_loaders(config, prepared, 1, state=state)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.update(shards=None),
+        lambda m: m.update(shards=m["shards"][1:]),
+        lambda m: m.update(dtype="uint32"),
+        lambda m: m.update(causes=["none"]),
+        lambda m: m.update(jbo=m.pop("job")),
+        lambda m: m["job"].update(vocab_size=-1),
+        lambda m: m["job"].update(sources=[["x"]]),
+        lambda m: m["shards"][0].update(name="../../x"),
+        lambda m: m["shards"][0].update(tokens=1e400),
+        lambda m: m["shards"][0].update(tokens=m["shards"][0]["tokens"] + 1),
+        lambda m: m["shards"][0].update(files={}),
+        lambda m: m["shards"][0]["files"].update({"/dev/zero": [0, "0" * 64]}),
+        lambda m: m["shards"][0]["files"].update({"a\0": None}),
+    ],
+)
+def test_manifests_that_make_no_sense(monkeypatch, capsys, prepared, edit):
+    """As of a version that knew no checksums: only their sense can give them away."""
+    path = Path(prepared[0])
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    path.write_text(json.dumps(values))
+    assert verify(monkeypatch, path.parent) == 0
+    edit(values)
+    path.write_text(json.dumps(values))
+    assert verify(monkeypatch, path.parent) == 3
+    error = capsys.readouterr().err
+    assert f"the manifest {path} cannot be read" in error and "Traceback" not in error
+
+
+def test_a_flipped_bit_of_the_manifest(prepared):
+    path = Path(prepared[0])
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(DataError, match="cannot be read"):
+            read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[" * 100_000, b'{"name": "00001"}'])
+def test_a_shards_record_that_is_damaged_is_made_again(text, prepared, content):
+    """As after a preparation that was killed."""
+    directory = Path(prepared[0]).parent
+    whole = (directory / MANIFEST).read_bytes()
+    values = {**json.loads(whole), "shards": []}
+    del values["checksum"]
+    (directory / MANIFEST).write_text(json.dumps(values))
+    (directory / "00001.shard.json").write_bytes(content)
+    prepare(text, directory)
+    assert (directory / MANIFEST).read_bytes() == whole

@@ -93,6 +93,23 @@ def test_sample_is_bounded_and_uniform() -> None:
     assert counts.min() > 2 and counts.max() < 36
 
 
+def test_models_that_are_damaged(tmp_path: Path) -> None:
+    """Cut, and with flipped bits: SentencePiece quotes some of them in messages that are not UTF-8."""
+    path = tmp_path / "good.model"
+    train_tokenizer((f"word {i} is here" for i in range(200)), path, vocab_size=280, model_type="bpe")
+    content, refused = path.read_bytes(), 0
+    for place in range(0, len(content), 29):
+        flipped = bytearray(content)
+        flipped[place] ^= 0x80
+        for damaged in (flipped, content[:place]):
+            (tmp_path / "bad.model").write_bytes(damaged)
+            try:
+                Tokenizer(tmp_path / "bad.model").encode(["word 7 is here"])
+            except DataError:
+                refused += 1
+    assert refused > len(content) / 29
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model at all, but text\n" * 20, b'{"version": "1.0"}'])
 def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.model"

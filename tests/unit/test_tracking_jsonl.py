@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,27 @@ def test_a_line_that_does_not_fit_leaves_nothing(path: Path) -> None:
 def test_a_record_needs_its_step(path: Path) -> None:
     with pytest.raises(AssertionError, match="step"):
         JsonLines(path).write({"loss": 1.0})
+
+
+@pytest.mark.parametrize("how", ["file", "directory", "replaced"])
+def test_a_file_that_is_deleted_is_told_of_and_begun_anew(tmp_path: Path, how: str) -> None:
+    path, said = tmp_path / "run" / "metrics.jsonl", list[str]()
+    lines = JsonLines(path, warn=said.append)
+    lines.write({"step": 1})
+    if how == "directory":
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+    if how == "replaced":
+        path.write_text('{"step": 0}\n')
+    lines.write({"step": 2})
+    lines.write({"step": 3})
+    assert said == [f"{path} has been deleted or replaced: its lines before update 2 are lost"]
+    assert steps(path) == ([0, 2, 3] if how == "replaced" else [2, 3])
+    lines.close()
+
+
+def test_a_line_that_is_nested_deeply_is_dropped(path: Path) -> None:
+    path.write_text('{"step": 10}\n{"step": 11, "x": ' + "[" * 100_000 + "\n")
+    write(path, 20, resumed_step=18)
+    assert steps(path) == [10, 20]

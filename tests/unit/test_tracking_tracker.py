@@ -11,7 +11,7 @@ import pytest
 
 import sltrain_dist.tracking.tracker as module
 from sltrain_dist.config.schema import TrackingConfig
-from sltrain_dist.errors import ConfigError
+from sltrain_dist.errors import StorageError
 from sltrain_dist.tracking.console import Screen
 from sltrain_dist.tracking.tracker import RunTracker
 
@@ -171,7 +171,7 @@ def test_bar_on_a_terminal(tmp_path: Path) -> None:
 
 def test_run_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run_dir = '.*file/x' cannot be written"):
+    with pytest.raises(StorageError, match=r"run_dir = .*file/x cannot be written"):
         make(tmp_path / "file" / "x")
 
 

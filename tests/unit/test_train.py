@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -37,12 +38,13 @@ from sltrain_dist.tracking.console import format_count
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
 from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
-from sltrain_dist.train.guard import check_finite
+from sltrain_dist.train.guard import check_finite, not_learning
 from sltrain_dist.train.state import (
     TrainState,
     changed_settings,
     check_resumable,
     flatten,
+    read_saved,
     restore_rng,
     rng_state,
 )
@@ -505,3 +507,53 @@ def test_summary(tmp_path: Path) -> None:
     assert shown["budget"] == "10 updates, 4 made"
     assert "every 5 updates" in shown["checkpoints"]
     assert shown["run directory"] == str(tmp_path)
+
+
+SAVED = {"counters": {"step": 3, "tokens": 60}, "data": {}, "rng": [{"torch": "", "python": ""}], "supports": "ab"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"counters": None}, "counters: "),
+        ({"counters": {"step": "late"}}, "counters.step: "),
+        ({"counters": {"step": 4}}, "state.json is of step 4, and not of 3"),
+        ({"data": []}, "data: "),
+        ({"rng": {}}, "rng: "),
+        ({"rng": [None]}, "rng.0: "),
+        ({"supports": 3}, "supports: "),
+    ],
+)
+def test_a_saved_state_that_makes_no_sense(change: dict[str, Any], said: str) -> None:
+    saved = read_saved(SAVED, 3, "here")
+    assert saved.counters == TrainState(step=3, tokens=60)
+    with pytest.raises(CheckpointError, match=f"here is damaged: .*{re.escape(said)}"):
+        read_saved({**SAVED, **change}, 3, "here")
+    for name in SAVED:
+        with pytest.raises(CheckpointError, match=f"state.json: {name}: Field required"):
+            read_saved({key: value for key, value in SAVED.items() if key != name}, 3, "here")
+
+
+@pytest.mark.parametrize("state", [{}, {"torch": "AAAA", "python": "(1, 2)"}, {"torch": "", "python": "("}])
+def test_random_number_states_that_are_none(state: dict[str, str]) -> None:
+    with pytest.raises(CheckpointError, match="random-number states cannot be read"):
+        restore_rng(state, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("step", "first", "loss", "told"),
+    [
+        (30, 4.0, 3.5, False),
+        (30, 4.0, math.log(VOCABULARY), True),  # dead: it predicts nothing
+        (30, 2.0, 2.1, True),  # begun from another run, and worse since
+        (30, None, 4.0, True),  # from a checkpoint that does not say how it began
+        (1, 4.0, 4.0, False),
+        (10, 4.0, 4.1, False),  # of the warm-up
+    ],
+)
+def test_what_is_told_of_a_run_that_learns_nothing(step: int, first: float | None, loss: float, told: bool) -> None:
+    said = not_learning(loss, TrainState(step=step, first_loss=first), config(optim={"warmup_steps": 10}))
+    assert (said is not None) is told
+    if said is not None:
+        assert f"after {step} updates the loss is {loss:.3f}" in said
+        assert "checkpoint.keep_every" in said

@@ -115,7 +115,7 @@ def is_complete(directory: Path) -> bool:
         return manifest["format"] == _FORMAT and all(
             (directory / name).stat().st_size == size for name, size in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
 import threading
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +34,10 @@ from sltrain_dist.data.token_shards import (
     is_prepared,
     put_in_place,
     read_manifest,
-    shard_from_dict,
+    read_record,
     temporary_for,
     write_durably,
+    write_record,
 )
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError
@@ -175,13 +175,13 @@ def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
         records = list(earlier.shards)
     elif any(not path.name.startswith(".") for path in output.iterdir()):
         raise ConfigError(f"{output} exists already and holds no token shards; choose another directory or remove it")
-    for path in output.glob("*.shard.json"):
-        records.append(shard_from_dict(json.loads(path.read_text(encoding="utf-8"))))
-    whole = {int(shard.name): shard for shard in records if damage(output, shard) is None}
+    records += filter(None, (read_record(path, job) for path in output.glob("*.shard.json")))
+    numbers = {f"{number:05d}": number for number in range(len(job.sources))}
+    whole = {numbers[shard.name]: shard for shard in records if shard.name in numbers and damage(output, shard) is None}
     if len(whole) < len(job.sources):
         # From here on nobody takes the directory for finished; what is whole is known by records of its own.
         for number, shard in whole.items():
-            _write_record(output / f"{number:05d}.shard.json", shard)
+            write_record(output / f"{number:05d}.shard.json", shard)
         write_durably(output / MANIFEST, TokenManifest(str(output), job, _CAUSES, ()).to_json().encode())
     return whole
 
@@ -253,7 +253,7 @@ def _make_shard(task: _Task) -> TokenShard:
         faults={cause: causes.count(1 + number) for number, cause in enumerate(_CAUSES) if 1 + number in causes},
         files={file.path.name: (file.size, file.digest) for file in (tokens, index)},
     )
-    _write_record(_record(task), shard)
+    write_record(_record(task), shard)
     return shard
 
 
@@ -295,10 +295,6 @@ class _DurableFile:
 
 def _record(task: _Task) -> Path:
     return task.directory / f"{task.name}.shard.json"
-
-
-def _write_record(path: Path, shard: TokenShard) -> None:
-    write_durably(path, json.dumps(asdict(shard)).encode())
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""What the files of a checkpoint hold: which ranges of which tensors, and the run's state. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, RootModel
+from safetensors import SafetensorError, safe_open
+
+from sltrain_dist.checkpoint.manifest import CONFIG, STATE, changed_file, read_manifest
+from sltrain_dist.config.load import load_config
+from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.files import open_regular, parse_model, read_model
+from sltrain_dist.models.count import is_int8, parameter_shapes
+
+_Shapes = RootModel[dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]]]]
+_Object = RootModel[dict[str, Any]]
+
+
+class Range(NamedTuple):
+    """A saved range of a flattened tensor."""
+
+    start: int
+    stop: int
+    file: int
+    """Which of the files of tensors it is in."""
+    key: str
+    """Its name there."""
+
+
+@dataclass
+class SavedTensor:
+    """A tensor in a checkpoint, in the ranges that ranks have saved."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it."""
+    ranges: list[Range] = field(default_factory=list)
+    """In order. They cover every element once."""
+
+
+class TensorFiles:
+    """The files of tensors of a checkpoint, opened.
+
+    Args:
+        directory: The checkpoint.
+        names: Its files of tensors, as its manifest lists them.
+        framework: safetensors' name for what tensors are returned as.
+
+    Attributes:
+        files: safetensors' handles, in the order of `names`.
+        tensors: What they hold, by name.
+
+    Raises:
+        CheckpointError: A file cannot be read, or the ranges of a tensor do not cover it exactly.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str], framework: Literal["pt", "numpy"]) -> None:
+        self.files: list[Any] = []
+        self.tensors: dict[str, SavedTensor] = {}
+        for name in names:
+            path = directory / name
+            try:
+                open_regular(path).close()
+                self._add(safe_open(path, framework=framework))
+            except (OSError, ValueError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
+        for name, tensor in self.tensors.items():
+            tensor.ranges.sort()
+            if gap := _gap(tensor):
+                raise CheckpointError(f"{directory} is damaged: {gap} of {name}")
+
+    def _add(self, file: Any) -> None:
+        metadata = file.metadata() or {}
+        shapes = parse_model(metadata.get("shapes", ""), _Shapes).root
+        for name, shape in shapes.items():
+            known = self.tensors.setdefault(name, SavedTensor(tuple(shape), ""))
+            if known.shape != tuple(shape):
+                raise ValueError(f"{name} has the shape {shape} here and {list(known.shape)} in another file")
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            name, _, start = key.rpartition("@")
+            piece = file.get_slice(key)
+            shape, dtype = piece.get_shape(), str(piece.get_dtype())
+            if name not in shapes or not (start.isascii() and start.isdigit() and len(start) < 18) or len(shape) != 1:
+                raise ValueError(f"{key!r} is not a range of a tensor with a known shape")
+            tensor = self.tensors[name]
+            tensor.dtype = tensor.dtype or dtype
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name} is of type {dtype} here and {tensor.dtype} elsewhere")
+            tensor.ranges.append(Range(int(start), int(start) + shape[0], len(self.files), key))
+        self.files.append(file)
+
+
+def _gap(tensor: SavedTensor) -> str | None:
+    """Which elements are not covered exactly once, or None."""
+    reached = 0
+    for each in tensor.ranges:
+        if each.start != reached:
+            what = "nothing holds" if each.start > reached else "two ranges hold"
+            return f"{what} elements {min(reached, each.start)} to {max(reached, each.start) - 1}"
+        reached = each.stop
+    numel = prod(tensor.shape)
+    return None if reached == numel else f"{reached} elements are saved, and not {numel},"
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The run's state in a checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return read_model(directory / STATE, _Object).root
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / STATE} cannot be read: {error}") from None
+
+
+def damage(directory: Path) -> str | None:
+    """Says what is wrong with a checkpoint, or returns None: files that differ from the manifest, or make no sense."""
+    return changed_file(directory) or senseless(directory)
+
+
+def senseless(directory: Path) -> str | None:
+    """Says what files that are as the manifest says cannot be read as, or returns None. Reads no tensor."""
+    try:
+        read_state(directory)
+        opened = TensorFiles(directory, read_manifest(directory).tensor_files, "numpy")
+    except CheckpointError as error:
+        return str(error)
+    missing = _missing_parameter(directory, opened.tensors)
+    return f"{directory} is damaged: it lacks {missing}" if missing else None
+
+
+def _missing_parameter(directory: Path, tensors: Mapping[str, SavedTensor]) -> str | None:
+    """The first parameter of the model that is not there in its shape, or None."""
+    try:
+        config = load_config(directory / CONFIG)
+    except ConfigError:  # of another version, perhaps: who resumes or exports is told, and the values can be read
+        return None
+    for parameter, shape in parameter_shapes(config.model, config.reparam):
+        for ending in (".codes", ".scales") if is_int8(parameter, config.reparam) else ("",):
+            name = f"model.{parameter}{ending}"
+            if name not in tensors or (ending != ".scales" and tensors[name].shape != shape):
+                return f"{name} of shape {shape}"
+    return None
