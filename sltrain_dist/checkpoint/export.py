@@ -122,7 +122,6 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         for key, parameter in module.named_parameters():
             load_values(reader.read, f"{name}.{key}", parameter)
         if isinstance(module, SLLinear):
-            module.support.reset()
             supports.append((module.name, module.support.fingerprint()))
         yield f"{name}.weight", module.dense_weight()
         module.to("meta")
