@@ -16,7 +16,7 @@ from sltrain_dist.checkpoint.manifest import damage, list_checkpoints
 from sltrain_dist.checkpoint.store import TOKENIZER, CheckpointReader
 from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
@@ -67,9 +67,8 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
     try:
         temporary.mkdir(parents=True)
         parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
-        hugging_face = _hugging_face_config(config, dtype) | _special_ids(checkpoint / TOKENIZER)
+        hugging_face = _hugging_face_config(config, dtype) | _write_tokenizer(checkpoint, temporary, config)
         (temporary / "config.json").write_text(json.dumps(hugging_face, indent=2) + "\n")
-        shutil.copyfile(checkpoint / TOKENIZER, temporary / TOKENIZER)
         temporary.rename(output)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error}") from None
@@ -137,13 +136,14 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             yield name, plain(whole.detach(), torch.float32).float()
 
 
-def _special_ids(tokenizer: Path) -> dict[str, int | None]:
-    """Ids that generation needs. Absent ones are null: left out, Hugging Face would take LLaMA's."""
-    if not tokenizer.is_file():
-        raise CheckpointError(f"{tokenizer.parent} was saved without its tokenizer")
-    model = Tokenizer(tokenizer)
-    ids = {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id, "pad_token_id": model.pad_id}
-    return {name: number if number >= 0 else None for name, number in ids.items()}
+def _write_tokenizer(checkpoint: Path, directory: Path, config: Config) -> dict[str, int | None]:
+    """Writes the tokenizer's files and returns its special ids. Absent ones are null: left out, Hugging Face would take
+    LLaMA's."""
+    model = checkpoint / TOKENIZER
+    if not model.is_file():
+        raise CheckpointError(f"{checkpoint} was saved without its tokenizer")
+    shutil.copyfile(model, directory / TOKENIZER)
+    return write_tokenizer(model, directory, max_length=config.data.seq_len)
 
 
 def _hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:
