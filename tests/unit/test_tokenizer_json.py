@@ -32,8 +32,11 @@ def exported(model: Path, directory: Path) -> Any:
 
 def train(tmp_path: Path, model_type: str) -> Path:
     path = tmp_path / f"{model_type}.model"
-    texts = [f"The {i}th walk in the park was a long one; nobody had walked {i * 7} miles." for i in range(300)]
-    train_tokenizer(texts, path, vocab_size=290, model_type=model_type)
+    words = "walking park nobody miles other further together weather rather station nation motion".split()
+    texts = [
+        f"The {words[i % 12]} and the {words[i * 5 % 11]} were {i} in all; {words[i % 7]}ness." for i in range(300)
+    ]
+    train_tokenizer(texts, path, vocab_size=310, model_type=model_type)
     return path
 
 
@@ -41,12 +44,12 @@ def train(tmp_path: Path, model_type: str) -> Path:
 def test_our_own_tokenizers(model_type: str, tmp_path: Path) -> None:
     model = train(tmp_path, model_type)
     ours, theirs = Tokenizer(model), exported(model, tmp_path / "hf")
-    texts = [*TEXTS, "Nobody walks 77 miles in the park."]
+    texts = [*TEXTS, "nobody was walking 77 miles in the park"]
     ids = [row.tolist() for row in ours.encode(texts)]
     assert theirs(texts)["input_ids"] == ids
     assert [theirs.decode(row) for row in ids] == [ours.decode(row) for row in ids]
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (None, 1, 2, 0)
-    assert len(theirs) == ours.vocab_size == 290
+    assert len(theirs) == ours.vocab_size == 310
     batch = theirs(["in", "in the park"], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}  # a LLaMA takes no other
     assert batch["input_ids"][0][0] == 0
