@@ -12,6 +12,8 @@ from sltrain_dist.errors import CheckpointError
 
 _VERSION = 1
 _BYTES = "bytes of data.source"
+_ABSENT = {"data.truncate": "text"}
+"""What a setting was where the order does not name it."""
 
 
 def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
@@ -29,6 +31,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
         # Only where they say something: cursors from before there were such settings stay valid.
         **({"data.weights": _mixture(settings)} if settings.mixture else {}),
         **({"data.reset_attention": True} if settings.mark else {}),
+        **({"data.truncate": settings.truncate} if (settings.batching, settings.truncate) == ("pad", "eos") else {}),
     }
 
 
@@ -142,4 +145,5 @@ def _bytes_of(shards: Sequence[str]) -> int:
 
 
 def _show(key: str, value: Any) -> str:
+    value = _ABSENT.get(key) if value is None else value
     return f"{value}" if key in ("data.source", "data.tokenizer") else f"{value!r}"

@@ -101,6 +101,7 @@ class TrainLoader:
             retry=RetryPolicy.of(data),
             mixture=() if prepared is not None else _mixture(data, source_sizes, len(shards), global_batch),
             mark=data.reset_attention,
+            truncate=data.truncate,
         )
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)

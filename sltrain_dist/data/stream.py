@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from sltrain_dist.data import order
-from sltrain_dist.data.batching import Batching, make_rows
+from sltrain_dist.data.batching import Batching, Truncate, make_rows
 from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
@@ -51,6 +51,8 @@ class StreamSettings:
     """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
     mark: bool = False
     """Whether documents' first tokens carry `batching.BEGIN`."""
+    truncate: Truncate = "text"
+    """For pad: what ends a row that its document is too long for."""
 
 
 class StreamState(NamedTuple):
@@ -272,6 +274,7 @@ class Stream(StreamBase[_Document]):
             settings.batching,
             seq_len=settings.seq_len,
             eos_id=self._eos_id,
+            truncate=settings.truncate,
             offset=state.token,
             mark=settings.mark,
         )
