@@ -1,8 +1,7 @@
 """Supports: the fixed positions of the sparse part S, computed from a key, never saved or sent.
 
-A support is a module so that what it keeps follows the layer to its device and its key travels in state dicts. It has
-no parameters. Its buffers are computed from the key and are in no state dict; what is there instead is the key and a
-fingerprint of the positions, 24 bytes (:meth:`Support.get_extra_state`).
+A support is a module so that its buffers follow the layer to its device. They are computed, and in no state dict: what is
+there instead are the key and a fingerprint of the positions (:meth:`Support.get_extra_state`).
 
 Products with S are taken in an *arranged* form, by default features × tokens, where what belongs to one feature
 is contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
@@ -85,8 +84,7 @@ class Products(Protocol):
 
 
 SLICE = 512
-"""Most tokens at a time in products with scattered positions, where a number has two bytes; fewer where it has
-more: then the features of a wide layer fit a core's cache."""
+"""Most tokens at a time in products with scattered positions, in two bytes a number; fewer in more, to fit a cache."""
 
 
 class Support(nn.Module):
@@ -96,8 +94,8 @@ class Support(nn.Module):
         m: Rows of W (out_features).
         n: Columns of W (in_features).
         density: δ.
-        seed: Makes the positions a function of (seed, name), for exact reproduction. None: their key is drawn from
-            torch's default generator, so that every support is another one and `torch.manual_seed` repeats them all.
+        seed: Makes the positions a function of (seed, name), for exact reproduction. None: a key is drawn from torch's
+            default generator.
         name: The layer's construction name, such as model.layers.0.self_attn.q_proj.
 
     Attributes:
@@ -125,6 +123,7 @@ class Support(nn.Module):
             raise ValueError(f"density = {density} leaves no position in a {m}×{n} layer; raise it, or drop S")
         self.keys = None if seed is None else self._make_keys(seed)
         self.filled = True
+        self._fingerprint: str | None = None
 
     def reset(self) -> None:
         """Draws a new key where the seed is None, and computes the positions, on the device where the buffers are."""
@@ -139,7 +138,7 @@ class Support(nn.Module):
     def _fill(self) -> None:
         assert self.keys is not None
         self._compute(*self.keys)
-        self.filled = True
+        self.filled, self._fingerprint = True, None
 
     @abstractmethod
     def _compute(self, key: int, shift: int) -> None:
@@ -156,8 +155,8 @@ class Support(nn.Module):
     def check_filled(self) -> None:
         """Raises a RuntimeError where there are no positions yet; see :attr:`filled`."""
         if not self.filled:
-            why = "to_empty() gave it memory that nothing has been written to"
-            raise RuntimeError(f"the layer has no positions yet: {why}. Call reset_parameters(), or load a state dict")
+            advice = "after to_empty(), call reset_parameters() or load a state dict"
+            raise RuntimeError(f"the layer has no positions yet; {advice}")
 
     def indices(self) -> Tensor:
         """Flat positions i·n + c in the order of V.flatten(), int64, on the layer's device."""
@@ -240,23 +239,20 @@ class Support(nn.Module):
         return f"{self.kind}, nnz={self.nnz}"
 
     def get_extra_state(self) -> Tensor:
-        """What a state dict holds of the support: keys and fingerprint, (24,) uint8, on the support's device.
-
-        Bytes, because state dicts are cast as a whole, and even bfloat16 holds 0 … 255 exactly. Of one size and on the
-        parameters' device, because torch.distributed.checkpoint loads in place. Zeros where there are no positions yet.
-        """
+        """The keys and a fingerprint of the positions, (24,) uint8; zeros where there are no positions yet."""
+        # Bytes, because state dicts are cast as a whole, and even bfloat16 holds 0 … 255 exactly. Of one size and on the
+        # parameters' device, because torch.distributed.checkpoint loads in place.
         device = next(self.buffers()).device
         if self.keys is None or not self._has_values():
             return torch.zeros(_STATE.size, dtype=torch.uint8, device=device)
-        state = _STATE.pack(*self.keys, bytes.fromhex(self.fingerprint()))
+        state = _STATE.pack(*self.keys, self._fingerprint_bytes())
         return torch.frombuffer(bytearray(state), dtype=torch.uint8).to(device)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes the keys of a state dict over where the seed is None, and compares the positions.
 
         Raises:
-            ValueError: The state is of other positions, or was saved before there were any. The support stays as it
-                was.
+            ValueError: It is of other positions, or was saved before there were any. The support stays as it was.
         """
         if state.is_meta or isinstance(state, FakeTensor):
             return  # it says nothing, like the parameters beside it
@@ -267,7 +263,7 @@ class Support(nn.Module):
         if self.seed is None and self.keys != (key, shift):
             self.keys = key, shift
             self._fill()
-        if not self._has_values() or bytes.fromhex(self.fingerprint()) == saved:
+        if not self._has_values() or self._fingerprint_bytes() == saved:
             return
         or_free = ", or with seed=None, which takes the saved positions over"
         if self.seed is None:
@@ -305,6 +301,11 @@ class Support(nn.Module):
             if self.filled:
                 self._fill()
         return self
+
+    def _fingerprint_bytes(self) -> bytes:
+        """The fingerprint, computed once: a state dict must not cost a pass over all positions."""
+        self._fingerprint = self._fingerprint or self.fingerprint()
+        return bytes.fromhex(self._fingerprint)
 
     def _has_values(self) -> bool:
         """Whether the buffers hold numbers: not on the meta device, nor as fake tensors."""
