@@ -1,7 +1,7 @@
 """Supports: the fixed positions of the sparse part S, computed from a key, never saved or sent.
 
-A support is a module so that its buffers follow the layer to its device. They are computed, and in no state dict: what is
-there instead are the key and a fingerprint of the positions (:meth:`Support.get_extra_state`).
+A support is a module so that its buffers follow the layer to its device. They are computed, and in no state dict: that
+holds the key and a fingerprint of the positions (:meth:`Support.get_extra_state`).
 
 Products with S are taken in an *arranged* form, by default features × tokens, where what belongs to one feature
 is contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
@@ -155,8 +155,7 @@ class Support(nn.Module):
     def check_filled(self) -> None:
         """Raises a RuntimeError where there are no positions yet; see :attr:`filled`."""
         if not self.filled:
-            advice = "after to_empty(), call reset_parameters() or load a state dict"
-            raise RuntimeError(f"the layer has no positions yet; {advice}")
+            raise RuntimeError("no positions yet: after to_empty(), call reset_parameters() or load a state dict")
 
     def indices(self) -> Tensor:
         """Flat positions i·n + c in the order of V.flatten(), int64, on the layer's device."""
@@ -240,8 +239,8 @@ class Support(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The keys and a fingerprint of the positions, (24,) uint8; zeros where there are no positions yet."""
-        # Bytes, because state dicts are cast as a whole, and even bfloat16 holds 0 … 255 exactly. Of one size and on the
-        # parameters' device, because torch.distributed.checkpoint loads in place.
+        # Bytes, because state dicts are cast as a whole, and even bfloat16 holds 0 … 255 exactly. Of one size and on
+        # the parameters' device, because torch.distributed.checkpoint loads in place.
         device = next(self.buffers()).device
         if self.keys is None or not self._has_values():
             return torch.zeros(_STATE.size, dtype=torch.uint8, device=device)
