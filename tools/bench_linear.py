@@ -99,7 +99,8 @@ def make_layers(method: str, group: Group, rank: int, density: float, alpha: flo
     support, path = METHODS.get(method, ("random", "materialize"))
     layers = []
     for name in group.names:
-        layer = SLLinear(group.n, group.m, rank, density, alpha, support=support, path=path, name=f"x.{name}", **to)
+        key = {"name": f"x.{name}", "seed": 0}  # of one seed, so that blocks permutes their common input once
+        layer = SLLinear(group.n, group.m, rank, density, alpha, support=support, path=path, **key, **to)
         nn.init.normal_(layer.B, std=0.02)
         layers.append(Published(layer) if method == "published" else layer)
     return layers

@@ -15,7 +15,7 @@ from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
 from sltrain_dist.checkpoint.store import CheckpointReader, save_tensors
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.tokenizer import Tokenizer
+from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from sltrain_dist.files import make_directory, sync_path, write_synced, writing
 from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
@@ -63,16 +63,15 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
         raise CheckpointError(problem)
     reader = CheckpointReader(checkpoint)
     config = reader.config()
-    hugging_face = _hugging_face_config(config, dtype) | _special_ids(checkpoint / TOKENIZER)
     temporary = output.with_name(f".{output.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with writing(f"the model {output}"):
             make_directory(temporary)
+            special_ids = _write_tokenizer(checkpoint, temporary, config)
             parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
+            hugging_face = _hugging_face_config(config, dtype) | special_ids
             write_synced(temporary / "config.json", json.dumps(hugging_face, indent=2) + "\n")
-            shutil.copyfile(checkpoint / TOKENIZER, temporary / TOKENIZER)
-            sync_path(temporary / TOKENIZER)
             sync_path(temporary)
             temporary.rename(output)
             sync_path(output.parent)
@@ -125,7 +124,6 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         for key, parameter in module.named_parameters():
             load_values(reader.read, f"{name}.{key}", parameter)
         if isinstance(module, SLLinear):
-            module.support.reset()
             supports.append((module.name, module.support.fingerprint()))
         yield f"{name}.weight", module.dense_weight()
         module.to("meta")
@@ -141,16 +139,20 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             yield name, plain(whole.detach(), torch.float32).float()
 
 
-def _special_ids(tokenizer: Path) -> dict[str, int | None]:
-    """Ids that generation needs. Absent ones are null: left out, Hugging Face would take LLaMA's."""
-    if not tokenizer.is_file():
-        raise CheckpointError(f"{tokenizer.parent} was saved without its tokenizer")
+def _write_tokenizer(checkpoint: Path, directory: Path, config: Config) -> dict[str, int | None]:
+    """Writes the tokenizer's files and returns its special ids. Absent ones are null: left out, Hugging Face would take
+    LLaMA's."""
+    model = checkpoint / TOKENIZER
+    if not model.is_file():
+        raise CheckpointError(f"{checkpoint} was saved without its tokenizer")
+    shutil.copyfile(model, directory / TOKENIZER)
     try:
-        model = Tokenizer(tokenizer)
+        special_ids = write_tokenizer(model, directory, max_length=config.data.seq_len)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    ids = {"bos_token_id": model.bos_id, "eos_token_id": model.eos_id, "pad_token_id": model.pad_id}
-    return {name: number if number >= 0 else None for name, number in ids.items()}
+    for path in directory.iterdir():
+        sync_path(path)
+    return special_ids
 
 
 def _hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _preset(
             "num_heads": heads,
         },
         "reparam": {"method": "sltrain", "rank": rank, "density": density, "alpha": alpha, "support": "random"},
-        "data": {"seq_len": 256, "batching": "pad"},
+        "data": {"seq_len": 256, "batching": "pad", "truncate": "eos"},
         "optim": {
             "name": "adamw",
             "lr": lr,

@@ -339,6 +339,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
             config.reparam.method in ("lowrank", "relora", "galore"),
             ("reparam.density", "reparam.support", *applied),
         ),
+        ("data.batching=pack", config.data.batching == "pack", ("data.truncate",)),
         ("reparam.path=factored", config.reparam.path == "factored", ("reparam.row_block_bytes",)),
         ("parallel.engine=ddp", parallel.engine == "ddp", ("parallel.shard",)),
         (

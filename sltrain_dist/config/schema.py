@@ -154,6 +154,10 @@ class DataConfig(Section):
     """Tokens in a row."""
     batching: Literal["pad", "pack"] = "pad"
     """pad: one document a row, truncated and padded, as in the paper. pack: documents joined, rows filled."""
+    truncate: Literal["text", "eos"] = "text"
+    """With pad: what ends the row of a document that is longer than it. text: the document's text. eos: the
+    end-of-sequence token in the row's last place, as in the published code and so in the paper's presets. Part of the
+    data order: rows, and evaluation's too, differ in their last label."""
     reset_attention: Memory[bool] = False
     """With pack: whether attention and positions start anew at every document's first token, which then is not
     predicted, so that the documents of a row know nothing of each other. false: they attend to what comes before."""

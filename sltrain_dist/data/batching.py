@@ -21,6 +21,7 @@ BEGIN = 1 << 30
 eos: a tokenizer may give it to a text that spells it."""
 
 Batching = Literal["pad", "pack"]
+Truncate = Literal["text", "eos"]
 
 
 class Row(NamedTuple):
@@ -40,6 +41,7 @@ def make_rows(
     *,
     seq_len: int,
     eos_id: int,
+    truncate: Truncate = "text",
     offset: int = 0,
     rest: bool = False,
     mark: bool = False,
@@ -51,23 +53,26 @@ def make_rows(
         batching: pad: one document a row, see :func:`pad_rows`. pack: see :func:`pack_rows`.
         seq_len: Tokens that a model reads of a row.
         eos_id: The token that ends a document.
+        truncate: For pad: what ends a row that its document is too long for.
         offset: For pack: the first token to use of the first document; a `Row.offset` of an earlier call.
         rest: For pack: whether what is left at the end makes a last, padded row.
         mark: For pack: whether documents' first tokens carry :data:`BEGIN`.
     """
     if batching == "pad":
-        return pad_rows(documents, seq_len=seq_len, eos_id=eos_id)
+        return pad_rows(documents, seq_len=seq_len, eos_id=eos_id, truncate=truncate)
     return pack_rows(documents, seq_len=seq_len, eos_id=eos_id, offset=offset, rest=rest, mark=mark)
 
 
-def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int) -> Iterator[Row]:
+def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, truncate: Truncate = "text") -> Iterator[Row]:
     """One row for each document: its ids and eos, cut or padded to `seq_len` tokens.
 
-    The last column is padding too, so that the row has the shape of a packed one.
+    A row that is cut ends with the document's text, or with eos, as `truncate` says. The last column is padding too, so
+    that the row has the shape of a packed one.
     """
+    most = seq_len if truncate == "text" else seq_len - 1
     for finished, ids in enumerate(documents, start=1):
         row = np.full(seq_len + 1, PADDING, dtype=np.int32)
-        length = min(len(ids), seq_len)
+        length = min(len(ids), most)
         row[:length] = ids[:length]
         if length < seq_len:
             row[length] = eos_id

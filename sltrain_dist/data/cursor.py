@@ -20,6 +20,8 @@ _TOKENS = "contents of the token shards"
 """The same of each of their files."""
 _MAY_BE_UNKNOWN = {_BYTES, _CONTENTS, _TOKENS}
 """Compared where both sides know them: data may move between the Hub, a disk and token shards."""
+_ABSENT = {"data.truncate": "text"}
+"""What a setting was where the order does not name it."""
 
 
 def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
@@ -42,6 +44,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
             if settings.max_document_bytes != MAX_DOCUMENT_BYTES
             else {}
         ),
+        **({"data.truncate": settings.truncate} if (settings.batching, settings.truncate) == ("pad", "eos") else {}),
     }
 
 
@@ -199,4 +202,5 @@ def _changed_files(
 
 
 def _show(key: str, value: Any) -> str:
+    value = _ABSENT.get(key) if value is None else value
     return f"{value}" if key in ("data.source", "data.tokenizer") else f"{value!r}"

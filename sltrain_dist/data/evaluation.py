@@ -46,6 +46,7 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
         data.batching,
         seq_len=data.seq_len,
         eos_id=tokenizer.eos_id,
+        truncate=data.truncate,
         rest=True,
         mark=data.reset_attention,
     ):

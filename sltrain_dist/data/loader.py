@@ -108,6 +108,7 @@ class TrainLoader:
             mark=data.reset_attention,
             max_document_bytes=data.max_document_bytes,
             files=identify(files),
+            truncate=data.truncate,
         )
         shares = order.rank_shares(rank, world_size, global_batch, settings.streams)
         self.order = data_order(settings, tokenizer.fingerprint)

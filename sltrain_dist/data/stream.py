@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from sltrain_dist.data import order
-from sltrain_dist.data.batching import Batching, make_rows
+from sltrain_dist.data.batching import Batching, Truncate, make_rows
 from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.files.identity import FileIdentity
@@ -57,6 +57,8 @@ class StreamSettings:
     """Longer documents are unusable."""
     files: Mapping[str, FileIdentity] = field(default_factory=dict)
     """What the local files that are read were like at the start, by path."""
+    truncate: Truncate = "text"
+    """For pad: what ends a row that its document is too long for."""
 
 
 class StreamState(NamedTuple):
@@ -301,6 +303,7 @@ class Stream(StreamBase[_Document]):
             settings.batching,
             seq_len=settings.seq_len,
             eos_id=self._eos_id,
+            truncate=settings.truncate,
             offset=state.token,
             mark=settings.mark,
         )

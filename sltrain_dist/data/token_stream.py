@@ -72,6 +72,8 @@ class TokenStream(StreamBase[_Run]):
             for row, (start, end) in zip(rows[filled:], spans, strict=False):
                 length = min(end - start, seq_len)
                 row[:length] = run.tokens[start : start + length]
+                if self._settings.truncate == "eos":
+                    row[length - 1] = run.tokens[end - 1]
             filled += stop - self._at
             self.documents_read += stop - self._at
             self._at = stop

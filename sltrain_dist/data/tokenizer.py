@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from sltrain_dist.errors import ConfigError, DataError
 
@@ -97,6 +98,16 @@ class Tokenizer:
     def byte_fallbacks(self, ids: npt.NDArray[np.int32]) -> int:
         """How many of the ids are pieces that stand for a single byte of an unknown character."""
         return sum(map(self._processor.is_byte, ids.tolist()))
+
+
+def read_model(path: Path) -> Any:
+    """The parsed ModelProto of a SentencePiece model file.
+
+    Raises:
+        DataError: As :class:`Tokenizer`.
+    """
+    Tokenizer(path)  # for its errors
+    return sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,12 @@ class Head(DenseLinear):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding (arXiv 2104.09864), in float32.
 
-    A buffer that is computed, not saved; it grows when a longer sequence comes.
+    Buffers that are computed, and in no state dict. They are for `length` positions; a longer sequence is an error.
+
+    Args:
+        head_dim: Width of one attention head; even.
+        theta: Base of the frequencies.
+        length: Positions in the table, in tokens.
     """
 
     cos: Tensor
@@ -125,7 +130,10 @@ class RotaryEmbedding(nn.Module):
         Args:
             length: Of the sequences.
             dtype: Of the result.
-            positions: (batch, length), int64, below `length`. None: 0, 1, … in every sequence.
+            positions: (batch, length), int64, below the table's length. None: 0, 1, … in every sequence.
+
+        Raises:
+            ValueError: The sequences are longer than the table.
         """
         if length > self.length:
             raise ValueError(f"a sequence of {length} tokens is longer than the model was built for: {self.length}")

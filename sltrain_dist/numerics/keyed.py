@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.splitmix import key64
+
+
+def draw_seed() -> int:
+    """A seed drawn from torch's default generator, which `torch.manual_seed` sets."""
+    with _disable_current_modes():  # a fake tensor's number could not be read
+        return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
 def fill_(

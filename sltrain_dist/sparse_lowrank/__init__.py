@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from sltrain_dist.sparse_lowrank.blocks import BlockSupport
     from sltrain_dist.sparse_lowrank.functional import sl_linear
     from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+    from sltrain_dist.sparse_lowrank.random import RandomSupport
     from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
-    from sltrain_dist.sparse_lowrank.support import RandomSupport
 
 __all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "StratifiedSupport", "sl_linear"]
 
@@ -20,7 +20,7 @@ _HOME = {
     "sl_linear": "functional",
     "LowRankLinear": "linear",
     "SLLinear": "linear",
-    "RandomSupport": "support",
+    "RandomSupport": "random",
     "StratifiedSupport": "stratified",
     "BlockSupport": "blocks",
 }

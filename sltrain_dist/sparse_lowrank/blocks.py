@@ -62,7 +62,7 @@ class BlockSupport(Support):
     is the permutation, as lists of places: O(n).
 
     Args: as of :class:`Support`, and
-        device: Where the permutation lives. On "meta" it is computed by :meth:`reset`.
+        device: Where the permutation lives. That of "meta" is computed when it gets memory (`to_empty`).
         order: How it is made.
 
     Attributes:
@@ -86,7 +86,7 @@ class BlockSupport(Support):
         n: int,
         density: float,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         name: str = "",
         device: torch.device | str | None = None,
         order: Order = "random",
@@ -94,8 +94,7 @@ class BlockSupport(Support):
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
         self.windows = num_windows(n, self.k)
-        self.shift = first_window(name, self.windows)
-        self.runs = window_runs(m, self.windows, self.shift)
+        self._set_runs(first_window(name, self.windows))
         self.order = order
         sizes = {
             "window_inputs": self.windows * self.k,
@@ -108,17 +107,25 @@ class BlockSupport(Support):
         if device.type != "meta":
             self.reset()
 
-    def reset(self) -> None:
-        """Computes the permutation in place, on the device where the buffers are."""
-        inputs = make_order(self.order, key64(self.seed, f"{input_key(self.name)}.inputs"), self.n, self.windows)
+    def _make_keys(self, seed: int) -> tuple[int, int]:
+        windows = num_windows(self.n, self.values_shape[1])
+        return key64(seed, f"{input_key(self.name)}.inputs"), first_window(self.name, windows)
+
+    def _set_runs(self, shift: int) -> None:
+        self.shift = shift % self.windows  # that of another size of layer may be larger; its fingerprint is refused
+        self.runs = window_runs(self.m, self.windows, self.shift)
+
+    def _compute(self, key: int, shift: int) -> None:
+        self._set_runs(shift)
+        inputs = make_order(self.order, key, self.n, self.windows)
 
         # Permuted input at every place of every window; the first time that it comes is its place.
         starts = np.asarray(window_starts(self.n, self.k))
         permuted = (starts[:, None] + np.arange(self.k)).ravel()
         first_places = np.unique(permuted, return_index=True)[1]
-        self._fill(self.window_inputs, inputs[permuted])
-        self._fill(self.input_places, first_places[np.argsort(inputs)])
-        self._fill(self.second_places, np.setdiff1d(np.arange(permuted.size), first_places))
+        self._write(self.window_inputs, inputs[permuted])
+        self._write(self.input_places, first_places[np.argsort(inputs)])
+        self._write(self.second_places, np.setdiff1d(np.arange(permuted.size), first_places))
 
     def columns(self, first: int, last: int) -> Tensor:
         """Columns of rows first … last − 1, int32 (rows, k)."""
@@ -139,11 +146,13 @@ class BlockSupport(Support):
     def shares_inputs(self, other: Support) -> bool:
         if not isinstance(other, BlockSupport):
             return False
-        if (self.n, self.k, self.seed, self.order) != (other.n, other.k, other.seed, other.order):
+        if (self.n, self.k, self.order) != (other.n, other.k, other.order):
             return False
-        # While torch compiles, layers that are applied together must be of one module, as the models' are: a name in
-        # the trace would have every decoder block compiled anew, up to torch's limit of eight.
-        return torch.compiler.is_compiling() or input_key(self.name) == input_key(other.name)
+        if torch.compiler.is_compiling():
+            # Layers of one seed that are applied together must be of one module, as the models' are: a name or a key
+            # in the trace would have every decoder block compiled anew, up to torch's limit of eight.
+            return self.seed is not None and self.seed == other.seed
+        return self.keys is not None and other.keys is not None and self.keys[0] == other.keys[0]
 
     def products(self, x: Tensor) -> Products:
         return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
@@ -238,7 +247,7 @@ class BlockSupport(Support):
         return _side_by_side(new(outputs.shape[0], self.windows * self.k), self.k)
 
     @staticmethod
-    def _fill(buffer: Tensor, values: npt.NDArray[np.int64]) -> None:
+    def _write(buffer: Tensor, values: npt.NDArray[np.int64]) -> None:
         buffer.copy_(torch.from_numpy(values))
 
 

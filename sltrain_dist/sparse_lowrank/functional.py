@@ -74,6 +74,7 @@ def sl_linear(
 
     Raises:
         ValueError: Shapes or types do not fit together.
+        RuntimeError: A support has no positions yet, see :attr:`Support.filled`.
     """
     return sl_linear_shared(x, [Operand(B, A, V, support, scale, bias, path, row_block_bytes)])[0]
 
@@ -93,6 +94,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
 
     Raises:
         ValueError: Shapes or types do not fit together.
+        RuntimeError: A support has no positions yet, see :attr:`Support.filled`.
     """
     dtype = _compute_dtype(x, operands)
     for operand in operands:
@@ -161,6 +163,7 @@ def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:
 
 def _check_shapes(x: Tensor, operand: Operand) -> None:
     B, A, V, support, bias = operand.B, operand.A, operand.V, operand.support, operand.bias
+    support.check_filled()
     m, n = B.shape[0], A.shape[1]
     if B.shape[1] != A.shape[0]:
         raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not have one rank")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.int8_weight import plain
-from sltrain_dist.numerics.keyed import fill_
+from sltrain_dist.numerics.keyed import draw_seed, fill_
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.convert import fit
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.sparse_lowrank.functional import Operand, sl_linear_shared
 from sltrain_dist.sparse_lowrank.materialize import build_rows
+from sltrain_dist.sparse_lowrank.random import RandomSupport
 from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
-from sltrain_dist.sparse_lowrank.support import RandomSupport, Support
+from sltrain_dist.sparse_lowrank.support import Support
 
 SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSupport]] = {
     "random": RandomSupport,
@@ -32,6 +33,9 @@ SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSuppor
 class SLLinear(nn.Module):
     """A linear layer with the weight W = (alpha/rank)·BA + S (SLTrain, arXiv 2406.02214).
 
+    A state dict holds B, A, V, the bias, and in 24 bytes the key that the positions of S are computed from. A layer
+    without a seed takes the key of a state dict over; one with a seed refuses a state dict of other positions.
+
     Args:
         in_features: n.
         out_features: m.
@@ -43,9 +47,14 @@ class SLLinear(nn.Module):
             a cost model, for the number of tokens at hand.
         row_block_bytes: Most bytes of W, or of its gradient, that "materialize" forms at a time. None: all.
         bias: Whether there is a bias, which starts at 0.
-        name: The layer's construction name; it keys the support and the initial values.
-        seed: Seed of the run.
-        device: Where the parameters live. On "meta" nothing is computed until :meth:`reset_parameters`.
+        name: The layer's construction name; with a seed, it keys the support and the initial values. Layers of one seed
+            with the support `blocks`, whose names differ only in the last part, such as "attn.q" and "attn.k", share
+            the permutation of their inputs.
+        seed: Makes the support and the initial values functions of (seed, name), for exact reproduction. None: they
+            are drawn from torch's default generator, as `nn.Linear`'s are, so that layers differ, and
+            `torch.manual_seed` repeats them. Processes that train one model must then set it alike.
+        device: Where the parameters live. On "meta" nothing is drawn or computed until :meth:`reset_parameters`, or
+            until a state dict is loaded.
         dtype: Type of the parameters.
 
     Attributes:
@@ -55,6 +64,7 @@ class SLLinear(nn.Module):
 
     Raises:
         ValueError: An argument is out of range.
+        RuntimeError: On use, after `to_empty` without `reset_parameters` or a state dict, where the seed is None.
     """
 
     def __init__(
@@ -70,7 +80,7 @@ class SLLinear(nn.Module):
         row_block_bytes: int | None = None,
         bias: bool = False,
         name: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,7 +103,7 @@ class SLLinear(nn.Module):
         self.V = nn.Parameter(torch.empty(self.support.values_shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         if not self.B.is_meta:
-            self.reset_parameters()
+            self._reset_values()
 
     @property
     def scale(self) -> float:
@@ -101,15 +111,34 @@ class SLLinear(nn.Module):
         return self.alpha / self.rank
 
     def reset_parameters(self) -> None:
-        """Sets the support and the initial values, in place, keyed by (seed, name)."""
+        """Sets the initial values, in place: those of (seed, name), or newly drawn ones and positions with them."""
+        if self.seed is None:
+            self.support.reset()  # with a seed its positions never change
+        self._reset_values()
+
+    def _reset_values(self) -> None:
         bound = 1 / math.sqrt(self.in_features)
-        self.support.reset()
+        seed = draw_seed() if self.seed is None else self.seed
         with torch.no_grad():
             self.B.zero_()
-            fill_(self.A, self.seed, f"{self.name}.A", uniform=bound)
-            fill_(self.V, self.seed, f"{self.name}.V", uniform=bound)
+            fill_(self.A, seed, f"{self.name}.A", uniform=bound)
+            fill_(self.V, seed, f"{self.name}.V", uniform=bound)
             if self.bias is not None:
                 self.bias.zero_()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        error_msgs = args[-1]
+        key = f"{prefix}support._extra_state"
+        if self.seed is None and f"{prefix}V" in state_dict and key not in state_dict:
+            error_msgs.append(
+                f"{prefix}V: the state dict has values but not the key of their positions, {key}; make the layer with "
+                "the name and the seed that the saved one had, and load with strict=False"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        device = self.V.device
+        if device != next(self.support.buffers()).device:  # assign=True has put parameters in place of meta ones
+            self.support.to_empty(device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""
@@ -122,6 +151,7 @@ class SLLinear(nn.Module):
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """W as a new (m, n) tensor of the parameters' type."""
+        self.support.check_filled()
         B, A, V = (plain(parameter, parameter.dtype) for parameter in (self.B, self.A, self.V))
         return build_rows(B, A, V, self.support, self.scale, B.dtype, 0, self.out_features)
 
@@ -149,7 +179,7 @@ class SLLinear(nn.Module):
         support: SupportKind = "random",
         path: Path = "auto",
         name: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         sweeps: int = 1,
     ) -> SLLinear:
         """A layer whose W is close to a dense weight; see :func:`sltrain_dist.sparse_lowrank.convert.fit`.
@@ -162,8 +192,8 @@ class SLLinear(nn.Module):
             bias: (m,) or None.
             support: How the positions of S are chosen.
             path: How W is applied.
-            name: Keys the support.
-            seed: Keys the support.
+            name: Keys the support, with a seed.
+            seed: As of :class:`SLLinear`.
             sweeps: Alternations between the low-rank and the sparse part.
 
         Raises:
@@ -215,7 +245,7 @@ class LowRankLinear(nn.Module):
         alpha: float,
         *,
         name: str = "",
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -234,11 +264,12 @@ class LowRankLinear(nn.Module):
         return self.alpha / self.rank
 
     def reset_parameters(self) -> None:
-        """Sets the initial values, in place, keyed by (seed, name)."""
+        """Sets the initial values, in place: those of (seed, name), or newly drawn ones."""
+        seed = draw_seed() if self.seed is None else self.seed
         with torch.no_grad():
-            fill_(self.A, self.seed, f"{self.name}.A", uniform=1 / math.sqrt(self.in_features))
+            fill_(self.A, seed, f"{self.name}.A", uniform=1 / math.sqrt(self.in_features))
             # var(W) = s²·r·var(B)·var(A) = 1/(3n) with var(A) = 1/(3n) asks for var(B) = 1/(s²·r).
-            fill_(self.B, self.seed, f"{self.name}.B", uniform=math.sqrt(3 / self.rank) / self.scale)
+            fill_(self.B, seed, f"{self.name}.B", uniform=math.sqrt(3 / self.rank) / self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""

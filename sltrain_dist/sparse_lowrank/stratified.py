@@ -47,12 +47,12 @@ def stratified_column(key: int, i: int, j: int, n: int, k: int) -> int:
 class StratifiedSupport(Support):
     """k = max(1, ⌊δn + ½⌋) values a row, one in each of k equal stretches of columns, chosen by a hash.
 
-    Nothing is stored: the positions are functions of (seed, name, row, slot), the same to the bit in Python
+    Nothing is stored: the positions are functions of (key, row, slot), the same to the bit in Python
     (:func:`stratified_column`), in torch on any device, and in the Triton kernels.
 
     Args: as of :class:`Support`, and
-        device: Where :meth:`indices` computes, until the module is moved. On "meta" the key is computed by
-            :meth:`reset`.
+        device: Where :meth:`indices` computes, until the module is moved. The key of "meta" is computed when it gets
+            memory (`to_empty`).
 
     Attributes:
         key: (1,) int64, the layer's 32-bit key. A tensor, because a number would be a constant of compiled
@@ -64,7 +64,14 @@ class StratifiedSupport(Support):
     key: Tensor
 
     def __init__(
-        self, m: int, n: int, density: float, *, seed: int = 0, name: str = "", device: torch.device | str | None = None
+        self,
+        m: int,
+        n: int,
+        density: float,
+        *,
+        seed: int | None = None,
+        name: str = "",
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
@@ -73,9 +80,11 @@ class StratifiedSupport(Support):
         if device.type != "meta":
             self.reset()
 
-    def reset(self) -> None:
-        """Computes the key in place, on the device where the buffer is."""
-        self.key.fill_(stratified_key(self.seed, self.name))
+    def _make_keys(self, seed: int) -> tuple[int, int]:
+        return stratified_key(seed, self.name), 0
+
+    def _compute(self, key: int, shift: int) -> None:
+        self.key.fill_(key)
 
     def columns(self, first: int, last: int) -> Tensor:
         """Columns of rows first … last − 1, int64 (rows, k)."""

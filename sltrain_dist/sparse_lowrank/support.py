@@ -1,7 +1,7 @@
-"""Supports: the fixed positions of the sparse part S, computed from (seed, layer name), never saved or sent.
+"""Supports: the fixed positions of the sparse part S, computed from a key, never saved or sent.
 
-A support is a module only so that what it keeps follows the layer to its device; it has no parameters, and
-its buffers are not part of a checkpoint. What a checkpoint holds instead is the seed and a fingerprint.
+A support is a module so that its buffers follow the layer to its device. They are computed, and in no state dict: that
+holds the key and a fingerprint of the positions (:meth:`Support.get_extra_state`).
 
 Products with S are taken in an *arranged* form, by default features × tokens, where what belongs to one feature
 is contiguous: gathering features is then copying rows, and a row of S adds up rows. Each support has its own
@@ -11,18 +11,23 @@ arrangement; layers that share their input arrange it once.
 from __future__ import annotations
 
 import hashlib
+import struct
 from abc import abstractmethod
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
-from sltrain_dist.numerics.splitmix import integers, key64
-from sltrain_dist.sparse_lowrank.layout import column_bytes, nonzeros, position_bytes, values_shape
+from sltrain_dist.numerics.keyed import draw_seed
+from sltrain_dist.numerics.splitmix import key64
+from sltrain_dist.sparse_lowrank.layout import nonzeros, position_bytes, values_shape
+
+_STATE = struct.Struct(">QQ8s")
+"""What a state dict holds of a support: its two keys and the fingerprint of its positions."""
 
 Weights = tuple[Tensor, ...]
 """What a product needs of the positions and values: made once in a call, for all slices of its tokens."""
@@ -79,23 +84,26 @@ class Products(Protocol):
 
 
 SLICE = 512
-"""Most tokens at a time in products with scattered positions, where a number has two bytes; fewer where it has
-more: then the features of a wide layer fit a core's cache."""
+"""Most tokens at a time in products with scattered positions, in two bytes a number; fewer in more, to fit a cache."""
 
 
 class Support(nn.Module):
-    """What all supports have in common.
+    """The positions of S in an (m, n) weight: what all supports have in common.
 
     Args:
         m: Rows of W (out_features).
         n: Columns of W (in_features).
         density: δ.
-        seed: Seed of the run.
+        seed: Makes the positions a function of (seed, name), for exact reproduction. None: a key is drawn from torch's
+            default generator.
         name: The layer's construction name, such as model.layers.0.self_attn.q_proj.
 
     Attributes:
         nnz: Number of positions.
         values_shape: Shape of V: (nnz,) for random, else (m, k), V[i] belonging to output i.
+        keys: What the positions are computed from: a key, and for `blocks` the first window. None on the meta device
+            where the seed is None, until :meth:`reset` or a state dict.
+        filled: False where `to_empty` gave memory to a support whose keys are None: using it is an error.
 
     Raises:
         ValueError: The density is outside (0, 1], or leaves no position.
@@ -104,7 +112,7 @@ class Support(nn.Module):
     kind: SupportKind
     keeps_arranged = False
 
-    def __init__(self, m: int, n: int, density: float, *, seed: int = 0, name: str = "") -> None:
+    def __init__(self, m: int, n: int, density: float, *, seed: int | None = None, name: str = "") -> None:
         super().__init__()
         if not 0 < density <= 1:
             raise ValueError(f"density = {density} is outside (0, 1]")
@@ -113,10 +121,28 @@ class Support(nn.Module):
         self.values_shape = values_shape(m, n, density, self.kind)
         if self.nnz == 0:
             raise ValueError(f"density = {density} leaves no position in a {m}×{n} layer; raise it, or drop S")
+        self.keys = None if seed is None else self._make_keys(seed)
+        self.filled = True
+        self._fingerprint: str | None = None
+
+    def reset(self) -> None:
+        """Draws a new key where the seed is None, and computes the positions, on the device where the buffers are."""
+        if self.seed is None:
+            self.keys = self._make_keys(draw_seed())
+        self._fill()
+
+    def _make_keys(self, seed: int) -> tuple[int, int]:
+        """The keys of (seed, the layer's name)."""
+        return key64(seed, self.name), 0
+
+    def _fill(self) -> None:
+        assert self.keys is not None
+        self._compute(*self.keys)
+        self.filled, self._fingerprint = True, None
 
     @abstractmethod
-    def reset(self) -> None:
-        """Computes what is kept, in place, on the device where the buffers are."""
+    def _compute(self, key: int, shift: int) -> None:
+        """Writes what follows from the keys into the buffers, in place."""
 
     @abstractmethod
     def row_positions(self, first: int, last: int) -> Tensor:
@@ -126,12 +152,19 @@ class Support(nn.Module):
     def row_values(self, first: int, last: int) -> slice:
         """Where V.flatten() has the values of rows first … last − 1."""
 
+    def check_filled(self) -> None:
+        """Raises a RuntimeError where there are no positions yet; see :attr:`filled`."""
+        if not self.filled:
+            raise RuntimeError("no positions yet: after to_empty(), call reset_parameters() or load a state dict")
+
     def indices(self) -> Tensor:
         """Flat positions i·n + c in the order of V.flatten(), int64, on the layer's device."""
+        self.check_filled()
         return self.row_positions(0, self.m).long()
 
     def fingerprint(self) -> str:
         """16 hex digits over the shape and the positions that are in use on this device."""
+        self.check_filled()
         dtype = torch.int32 if position_bytes(self.m, self.n) == 4 else torch.int64
         digest = hashlib.sha256(f"{self.kind}:{self.m}:{self.n}:".encode())
         digest.update(self.row_positions(0, self.m).detach().cpu().to(dtype).numpy().tobytes())
@@ -207,6 +240,79 @@ class Support(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.kind}, nnz={self.nnz}"
 
+    def get_extra_state(self) -> Tensor:
+        """The keys and a fingerprint of the positions, (24,) uint8; zeros where there are no positions yet."""
+        # Bytes, because state dicts are cast as a whole, and even bfloat16 holds 0 … 255 exactly. Of one size and on
+        # the parameters' device, because torch.distributed.checkpoint loads in place.
+        device = next(self.buffers()).device
+        if self.keys is None or not self._has_values():
+            return torch.zeros(_STATE.size, dtype=torch.uint8, device=device)
+        state = _STATE.pack(*self.keys, self._fingerprint_bytes())
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8).to(device)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes the keys of a state dict over where the seed is None, and compares the positions.
+
+        Raises:
+            ValueError: It is of other positions, or was saved before there were any. The support stays as it was.
+        """
+        if state.is_meta or isinstance(state, FakeTensor):
+            return  # it says nothing, like the parameters beside it
+        key, shift, saved = _STATE.unpack(bytes(state.to("cpu", torch.uint8).tolist()))
+        if saved == bytes(len(saved)):
+            raise ValueError("it was saved before the layer had positions; call reset_parameters() before saving")
+        before = self.keys, self.filled
+        if self.seed is None and self.keys != (key, shift):
+            self.keys = key, shift
+            self._fill()
+        if not self._has_values() or self._fingerprint_bytes() == saved:
+            return
+        or_free = ", or with seed=None, which takes the saved positions over"
+        if self.seed is None:
+            self.keys, self.filled = before
+            if self.keys is not None:
+                self._fill()
+            or_free = ""
+        raise ValueError(
+            f"its positions (fingerprint {saved.hex()}) are not those of this layer ({self.m}×{self.n}, {self.kind}, "
+            f"{self.nnz} positions, seed={self.seed}, name={self.name!r}); make the layer as the saved one was made "
+            f"(shape, density, support, name and seed){or_free}"
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        error_msgs = args[-1]
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except ValueError as error:  # reported with all others, as torch reports sizes that do not fit
+            error_msgs.append(f"{prefix.rstrip('.') or 'support'}: the state dict does not fit: {error}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the buffers where `fn` moves tensors (`to`, `cuda`, `to_empty` …), and keeps what they hold."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        was_meta, is_meta = (any(b is not None and b.is_meta for b in bs.values()) for bs in (before, self._buffers))
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None or new is old:
+                continue
+            # Not what `fn` made: to_empty's memory holds nothing, and type() casts positions, too.
+            new = torch.empty_like(old, device=new.device) if was_meta or is_meta else old.to(new.device)
+            self._buffers[name] = new
+        if was_meta and not is_meta:
+            self.filled = self.keys is not None
+            if self.filled:
+                self._fill()
+        return self
+
+    def _fingerprint_bytes(self) -> bytes:
+        """The fingerprint, computed once: a state dict must not cost a pass over all positions."""
+        self._fingerprint = self._fingerprint or self.fingerprint()
+        return bytes.fromhex(self._fingerprint)
+
+    def _has_values(self) -> bool:
+        """Whether the buffers hold numbers: not on the meta device, nor as fake tensors."""
+        return not any(buffer.is_meta or isinstance(buffer, FakeTensor) for buffer in self.buffers())
+
     def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
         positions = self.row_positions(0, self.m)
         if position_bytes(self.m, self.n) == 4:
@@ -245,84 +351,3 @@ def _first_of_each(ordered: Tensor, count: int) -> Tensor:
     """Where 0 … count − 1 begin in a sorted tensor, in its type."""
     values = torch.arange(count, device=ordered.device, dtype=ordered.dtype)
     return torch.searchsorted(ordered, values, out_int32=ordered.dtype == torch.int32)
-
-
-def random_positions(m: int, n: int, nnz: int, seed: int, name: str) -> npt.NDArray[np.signedinteger]:
-    """Draws `nnz` of the m·n flat positions, uniformly and without replacement.
-
-    Draws from the keyed stream are taken one after another, and repeated positions ignored, until `nnz` are
-    distinct; by symmetry every set is equally likely. Above a density of one half the positions that are
-    left out are drawn instead.
-
-    Returns:
-        Sorted positions i·n + c; int32, or int64 where m·n ≥ 2^31.
-    """
-    size, key = m * n, key64(seed, name)
-    draw = min(nnz, size - nnz)
-    taken = np.zeros(size, dtype=np.bool_)
-    counter, distinct = 0, 0
-    while distinct < draw:  # each round asks for exactly what is missing, so it can never take too many
-        taken[integers(key, counter, draw - distinct, size)] = True
-        counter += draw - distinct
-        distinct = int(np.count_nonzero(taken))
-    if draw < nnz:
-        np.logical_not(taken, out=taken)
-    dtype = np.int32 if position_bytes(m, n) == 4 else np.int64
-    return np.flatnonzero(taken).astype(dtype)
-
-
-class RandomSupport(Support):
-    """The paper's support: exactly int(δ·m·n) positions, uniform without replacement (arXiv 2406.02214).
-
-    What is kept are the columns and each row's number of values, half of what flat positions take; these are put
-    together again where they are used, in an eighth of the time that adding values at them takes (docs/operator.md).
-
-    Args: as of :class:`Support`, and
-        device: Where the columns live. On "meta" they are computed by :meth:`reset`.
-
-    Attributes:
-        columns: (nnz,) in the order of the positions, int16 (int32 where n > 2^15).
-        row_counts: (m,) int32, values of every row.
-    """
-
-    kind = "random"
-    columns: Tensor
-    row_counts: Tensor
-
-    def __init__(
-        self, m: int, n: int, density: float, *, seed: int = 0, name: str = "", device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(m, n, density, seed=seed, name=name)
-        dtype = torch.int16 if column_bytes(n) == 2 else torch.int32
-        device = torch.device(device or torch.get_default_device())
-        self.register_buffer("columns", torch.empty(self.nnz, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("row_counts", torch.empty(m, dtype=torch.int32, device=device), persistent=False)
-        # Values before each row, on the host, for row blocks; until the positions exist, what is expected.
-        self._before_row: list[int] = [self.nnz * i // m for i in range(m + 1)]
-        if device.type != "meta":
-            self.reset()
-
-    def reset(self) -> None:
-        """Computes the positions in place, on the device where the buffers are."""
-        positions = random_positions(self.m, self.n, self.nnz, self.seed, self.name)
-        before_row = np.searchsorted(positions, np.arange(self.m + 1, dtype=np.int64) * self.n)
-        self._before_row = before_row.tolist()
-        self.columns.copy_(torch.from_numpy(positions % self.n))
-        self.row_counts.copy_(torch.from_numpy(np.diff(before_row)))
-
-    def row_positions(self, first: int, last: int) -> Tensor:
-        dtype = torch.int32 if position_bytes(self.m, self.n) == 4 else torch.int64
-        starts = torch.arange(last - first, dtype=dtype, device=self.columns.device).mul_(self.n)
-        return self._by_row(starts, first, last).add_(self.columns[self.row_values(first, last)])
-
-    def row_values(self, first: int, last: int) -> slice:
-        return slice(self._before_row[first], self._before_row[last])
-
-    def _by_row(self, numbers: Tensor, first: int, last: int) -> Tensor:
-        """Each row's number, for each of its values."""
-        values = self.row_values(first, last)
-        return numbers.repeat_interleave(self.row_counts[first:last], output_size=values.stop - values.start)
-
-    def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(self.m, dtype=torch.int32, device=self.columns.device)
-        return self._by_row(rows, 0, self.m), self.columns.int()

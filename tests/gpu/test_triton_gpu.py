@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_gradients_of_a_layer_follow_differences(dtype: torch.dtype) -> None:
     """Along a direction, the loss changes as the gradients say: differences in float64, gradients by the kernels."""
     assert triton_cases.DEVICE == "cuda"
-    layer = SLLinear(512, 384, 32, 0.05, 48, support="blocks", path="factored", name="a.q", device="cuda")
+    layer = SLLinear(512, 384, 32, 0.05, 48, support="blocks", path="factored", name="a.q", seed=0, device="cuda")
     layer.B.data = made(384, 32, dtype=torch.float32, seed=1)
     layer = layer.to(dtype)
     x, g = made(1000, 512, dtype=dtype, seed=2).requires_grad_(), made(1000, 384, dtype=dtype, seed=3)
@@ -28,7 +28,8 @@ def test_gradients_of_a_layer_follow_differences(dtype: torch.dtype) -> None:
     layer(x).backward(g)
     leaves = [x, *layer.parameters()]
     names = [None, *(name for name, _ in layer.named_parameters())]
-    reference = SLLinear(512, 384, 32, 0.05, 48, support="blocks", name="a.q", device="cuda", dtype=torch.float64)
+    to = {"device": "cuda", "dtype": torch.float64}
+    reference = SLLinear(512, 384, 32, 0.05, 48, support="blocks", name="a.q", seed=0, **to)
 
     def loss(moved: int, step: torch.Tensor) -> torch.Tensor:
         values = [leaf.detach().double() for leaf in leaves]

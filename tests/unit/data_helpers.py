@@ -12,6 +12,7 @@ from sltrain_dist.data.stream import StreamSettings
 
 BATCHINGS = {
     "pad": {"batching": "pad"},
+    "pad, eos": {"batching": "pad", "truncate": "eos"},
     "pack": {"batching": "pack"},
     "marked": {"batching": "pack", "reset_attention": True},
 }

@@ -92,6 +92,7 @@ ONLY_IN = {
     "deepspeed": {"parallel.zero"},
     "mlflow": {"tracking.mlflow"},
     "sentencepiece": {"data.tokenizer"},
+    "tokenizers": {"data.tokenizer_json"},
     "datasets": {"data.source"},
     "triton": {"sparse_lowrank.triton_kernels"},
 }

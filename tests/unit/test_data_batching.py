@@ -24,6 +24,15 @@ def test_pad_rows():
     assert count_tokens(np.stack([row.tokens for row in rows])) == 2 + 4 + 4 + 4
 
 
+def test_a_row_that_is_cut_ends_with_eos_where_that_is_asked_for():
+    documents = [np.arange(2, 2 + length, dtype=np.int32) for length in (1, 3, 4, 9)]
+    rows = list(make_rows(documents, "pad", seq_len=4, eos_id=EOS, truncate="eos"))
+    assert np.array_equal(
+        [row.tokens for row in rows],
+        [[2, 1, -1, -1, -1], [2, 3, 4, 1, -1], [2, 3, 4, 1, -1], [2, 3, 4, 1, -1]],
+    )
+
+
 @given(documents_strategy, st.integers(2, 17))
 def test_pack_predicts_every_token_once(documents, seq_len):
     rows = [row.tokens for row in pack_rows(documents, seq_len=seq_len, eos_id=EOS, rest=True)]

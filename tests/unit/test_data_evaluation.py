@@ -69,6 +69,7 @@ def test_every_rank_count_evaluates_every_token_once(tmp_path, batching, ranks):
     documents = [[number] * length(number) + [0] for number in range(1, sum(sizes) + 1)]
     pieces = {
         "pad": [document[: config.seq_len] for document in documents],
+        "pad, eos": [[*document[: config.seq_len - 1], 0][: len(document)] for document in documents],
         "pack": [[token for document in documents for token in document]],
         "marked": documents,
     }[batching]

@@ -142,6 +142,7 @@ def test_data_may_move(tmp_path):
         ({"seq_len": 16}, r"data\.seq_len \(8, now 16\)"),
         ({"batching": "pack"}, r"data\.batching \('pad', now 'pack'\)"),
         ({"batching": "pack", "reset_attention": True}, r"'pack'\), data\.reset_attention \(None, now True\)"),
+        ({"truncate": "eos"}, r"data\.truncate \('text', now 'eos'\)"),
         ({"streams": 5}, r"data\.streams \(6, now 5\)"),
         ({"shuffle_block": 9, "text_field": "body"}, r"data\.text_field .*, data\.shuffle_block \(4, now 9\)"),
     ],
@@ -151,6 +152,17 @@ def test_a_cursor_of_another_order_is_refused(tmp_path, change, message):
     state = saved(make_loaders(data_config(), shards, 1))
     with pytest.raises(CheckpointError, match=message):
         make_loaders(data_config(**change), shards, 1, state=state)
+
+
+def test_a_cursor_of_another_way_to_cut_is_refused_for_padded_rows_only(tmp_path):
+    """A cursor from before there was `data.truncate` is one of text."""
+    shards = write_numbered(tmp_path, [40, 50])
+    eos = saved(make_loaders(data_config(truncate="eos"), shards, 1))
+    assert "data.truncate" not in saved(make_loaders(data_config(), shards, 1))["order"]
+    with pytest.raises(CheckpointError, match=r"data\.truncate \('eos', now 'text'\)"):
+        make_loaders(data_config(), shards, 1, state=eos)
+    packed = saved(make_loaders(data_config(batching="pack", truncate="eos"), shards, 1))
+    make_loaders(data_config(batching="pack"), shards, 1, state=packed)
 
 
 def test_a_cursor_of_other_data_is_refused(tmp_path, monkeypatch):

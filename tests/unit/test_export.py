@@ -52,6 +52,12 @@ def test_logits_survive(tmp_path: Path, method: str, shard_bytes: int) -> None:
         torch.testing.assert_close(loaded(ids).logits, model(ids), rtol=0, atol=1e-5)
     assert loaded.config.eos_token_id == Tokenizer(tmp_path / "hf" / "tokenizer.model").eos_id
     assert loaded.config.bos_token_id is None
+    assert loaded.config.pad_token_id == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (
+        tokenizer("word 7 is here")["input_ids"]
+        == Tokenizer(tmp_path / "tokenizer.model").encode(["word 7 is here"])[0].tolist()
+    )
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 3
 

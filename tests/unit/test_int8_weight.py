@@ -197,7 +197,7 @@ class TestOperator:
         self, support: SupportKind, path: Path, block: int | None, dtype: torch.dtype
     ) -> None:
         base = SLLinear(
-            59, 101, 7, 0.1, 14.0, support=support, path=path, row_block_bytes=block, name="a.q", dtype=dtype
+            59, 101, 7, 0.1, 14.0, support=support, path=path, row_block_bytes=block, name="a.q", seed=0, dtype=dtype
         )
         base.B.data = made((101, 7), dtype, 1)
         layer, reference = quantized(base)

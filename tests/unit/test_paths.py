@@ -36,7 +36,8 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def make(kind: SupportKind, m: int, n: int, r: int, dtype: torch.dtype, name: str = "a.q", **kwargs: Any) -> SLLinear:
-    layer = SLLinear(n, m, r, kwargs.pop("density", 0.1), 1.5 * r, support=kind, name=name, dtype=dtype, **kwargs)
+    kwargs = {"density": 0.1, "seed": 0, **kwargs}
+    layer = SLLinear(n, m, r, alpha=1.5 * r, support=kind, name=name, dtype=dtype, **kwargs)
     with torch.no_grad():  # B and bias start at 0, which hides errors
         nn.init.normal_(layer.B, std=0.3, generator=torch.Generator().manual_seed(2))
         if layer.bias is not None:
@@ -352,7 +353,7 @@ def test_compiles_without_graph_breaks(kind: SupportKind, plan: Plan, force: Any
 def test_fake_tensors_have_the_real_shapes(kind: SupportKind, plan: Plan, force: Any) -> None:
     force(plan)
     with FakeTensorMode():
-        layer = SLLinear(300, 33, 5, 0.1, 1.0, support=kind, name="a.q", row_block_bytes=5000, device="cpu")
+        layer = SLLinear(300, 33, 5, 0.1, 1.0, support=kind, row_block_bytes=5000, device="cpu")
         x = torch.empty(2, 6, 300, requires_grad=True)
         y = layer(x)
         y.sum().backward()

@@ -97,7 +97,6 @@ def test_a_layer_on_the_meta_device_gets_its_support_later(kind: SupportKind) ->
     layer.to_empty(device="cpu").reset_parameters()
     assert layer.support.fingerprint() == SUPPORTS[kind](20, 30, 0.1, seed=2, name=NAME).fingerprint()
     assert layer.V.shape == layer.support.values_shape
-    assert set(layer.state_dict()) == {"B", "A", "V"}
 
 
 def test_known_answers() -> None:
@@ -191,7 +190,8 @@ def test_blocks_round_to_eight_where_wide() -> None:
 
 def test_layers_of_one_module_permute_their_inputs_alike() -> None:
     q, k, other = (
-        BlockSupport(50, 60, 0.1, name=f"model.layers.{x}") for x in ("0.attn.q_proj", "0.attn.k_proj", "1.attn.q_proj")
+        BlockSupport(50, 60, 0.1, seed=0, name=f"model.layers.{x}")
+        for x in ("0.attn.q_proj", "0.attn.k_proj", "1.attn.q_proj")
     )
     assert torch.equal(q.window_inputs, k.window_inputs)
     assert not torch.equal(q.window_inputs, other.window_inputs)
