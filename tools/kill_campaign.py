@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.data.tokenizer import train_tokenizer
+from sltrain_dist.streams import replace_unprintable
 from tests.run.helpers import (
     Corpus,
     documents,
@@ -237,6 +238,7 @@ def prepare(directory: Path, steps: int) -> Path:
 
 
 def main() -> int:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="over all engines together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
