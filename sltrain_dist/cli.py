@@ -13,6 +13,7 @@ import typer
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
+from sltrain_dist.files import NO_SPACE
 from sltrain_dist.planner.command import plan
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.progress import progress_bar, status_line
@@ -382,6 +383,11 @@ def main() -> None:
     except SltrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(int(ExitCode.STORAGE))
     except MemoryError as error:
         print(f"error: this machine is out of memory ({str(error) or 'MemoryError'})", file=sys.stderr)
         sys.exit(int(ExitCode.CONFIG))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from sltrain_dist.errors import StorageError
+from sltrain_dist.errors import SltrainError, StorageError
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -28,6 +29,8 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 TEMPORARY = ".tmp"
 """Suffix of files that are being written."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk or a quota is full."""
 _LARGEST_MANIFEST = 1 << 28
 
 
@@ -50,6 +53,25 @@ def storage_message(what: str, error: OSError) -> str:
         f"{what} cannot be written ({error.strerror or error}); free space or quota, or mend the permissions, "
         "and start the same command again"
     )
+
+
+def write_error(message: str, error: OSError, otherwise: type[SltrainError]) -> SltrainError:
+    """The error to raise for a failed write: StorageError on a full disk, and else what the command's user has to mend.
+
+    Args:
+        message: What cannot be written; the reason is added.
+        error: What the system said.
+        otherwise: The error for a path that cannot be written at all.
+    """
+    kind = StorageError if error.errno in NO_SPACE else otherwise
+    return kind(f"{message}: {error.strerror or error}")
+
+
+def delete_file(path: Path) -> None:
+    """Deletes a regular file that could not be written to its end, if there is one. Devices and pipes stay."""
+    with suppress(OSError):
+        if path.is_file():
+            path.unlink()
 
 
 def write_synced(path: Path, content: str | bytes) -> None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, RootModel
+from pydantic import BaseModel, Field, RootModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from sltrain_dist.checkpoint.manifest import CONFIG, STATE, changed_file, read_manifest
 from sltrain_dist.config.load import load_config
+from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError
-from sltrain_dist.files import open_regular, parse_model, read_model
+from sltrain_dist.files import first_problem, open_regular, parse_model, read_model
 from sltrain_dist.models.count import is_int8, parameter_shapes
+from sltrain_dist.optim.state_layout import stored_states, whole
 
 _Shapes = RootModel[dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]]]]
 _Object = RootModel[dict[str, Any]]
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_CODES = frozenset({"I8", "U8"})
+
+
+class _RunState(BaseModel):
+    """The form of state.json, as far as it is the same for all runs."""
+
+    counters: dict[str, int | float | None]
+    data: dict[str, Any]
+    rng: list[dict[str, str]]
+    supports: str
 
 
 class Range(NamedTuple):
@@ -127,23 +140,44 @@ def damage(directory: Path) -> str | None:
 def senseless(directory: Path) -> str | None:
     """Says what files that are as the manifest says cannot be read as, or returns None. Reads no tensor."""
     try:
-        read_state(directory)
-        opened = TensorFiles(directory, read_manifest(directory).tensor_files, "numpy")
+        state, step = read_state(directory), read_manifest(directory).step
+        tensors = TensorFiles(directory, read_manifest(directory).tensor_files, "numpy").tensors
+        config = load_config(directory / CONFIG)
     except CheckpointError as error:
         return str(error)
-    missing = _missing_parameter(directory, opened.tensors)
-    return f"{directory} is damaged: it lacks {missing}" if missing else None
-
-
-def _missing_parameter(directory: Path, tensors: Mapping[str, SavedTensor]) -> str | None:
-    """The first parameter of the model that is not there in its shape, or None."""
-    try:
-        config = load_config(directory / CONFIG)
     except ConfigError:  # of another version, perhaps: who resumes or exports is told, and the values can be read
         return None
-    for parameter, shape in parameter_shapes(config.model, config.reparam):
-        for ending in (".codes", ".scales") if is_int8(parameter, config.reparam) else ("",):
-            name = f"model.{parameter}{ending}"
-            if name not in tensors or (ending != ".scales" and tensors[name].shape != shape):
-                return f"{name} of shape {shape}"
+    problem = _wrong_tensor(config, tensors) or _wrong_state(state, step)
+    return f"{directory} is damaged: {problem}" if problem else None
+
+
+def _wrong_state(state: Mapping[str, Any], step: int) -> str | None:
+    """What of the run's state is not there, or of another update than the manifest says; or None."""
+    try:
+        counters = _RunState.model_validate(state).counters
+    except ValidationError as error:
+        return f"{STATE}: {first_problem(error)}"
+    return None if counters.get("step") == step else f"{STATE} is of step {counters.get('step')}, and not of {step}"
+
+
+def _wrong_tensor(config: Config, tensors: Mapping[str, SavedTensor]) -> str | None:
+    """The first of the model's parameters and their optimizer states that is not there as it should be, or None."""
+    for name, shape, dtypes in _expected(config):
+        if name not in tensors or (shape is not None and tensors[name].shape != shape):
+            return f"it lacks {name}" + (f" of shape {shape}" if shape else "")
+        if tensors[name].dtype not in dtypes:
+            return f"{name} is of type {tensors[name].dtype}"
     return None
+
+
+def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...] | None, frozenset[str]]]:
+    """(name, shape, possible types) of every tensor that a run of this configuration saves; no shape of int8 scales."""
+    value_bytes = 2 if config.train.dtype == "bf16" else 4
+    for parameter, shape in parameter_shapes(config.model, config.reparam):
+        if is_int8(parameter, config.reparam):
+            yield f"model.{parameter}.codes", shape, _CODES
+            yield f"model.{parameter}.scales", None, _FLOATS
+        else:
+            yield f"model.{parameter}", shape, _FLOATS
+        for state in stored_states(whole(parameter, shape), config.optim, value_bytes):
+            yield f"optim.{parameter}.{state.key}", state.shape, _CODES if state.key.endswith("codes") else _FLOATS

@@ -11,11 +11,11 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sltrain_dist.config import strict_yaml
 from sltrain_dist.config.paths import expand
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import check_fields, leaf_keys
 from sltrain_dist.config.schema import Config
-from sltrain_dist.config.strict_yaml import Dumper, Loader
 from sltrain_dist.errors import ConfigError
 
 _Key = tuple[str, ...]
@@ -106,7 +106,7 @@ def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = N
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, with every default written out. :func:`load_config` reads it back."""
-    return yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(), Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if len(content) > _MOST_BYTES:
         raise ConfigError(f"{path}: a configuration has at most {_MOST_BYTES:,} bytes; is this another kind of file?")
     try:
-        values = yaml.load(text, Loader)
+        values = strict_yaml.load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_yaml_problem(error)}") from None
     if values is None:
@@ -147,10 +147,10 @@ def parse_override(override: str) -> tuple[_Key, Any]:
     if not equals or not all(key):
         raise ConfigError(f"{_COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
-        return key, yaml.load(text, Loader)
+        return key, strict_yaml.load(text)
     except yaml.YAMLError as error:
         hint = ""
-        if not isinstance(error, yaml.constructor.ConstructorError):
+        if not isinstance(error, yaml.constructor.ConstructorError | yaml.composer.ComposerError):
             hint = f"\nText with special characters needs quotes, and those need the shell's: '{dotted}=\"...\"'"
         raise ConfigError(f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}{hint}") from None
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-_FLOAT = re.compile(
-    r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|[-+]?\.(inf|nan)$"
+_FLOAT = re.compile(  # in one way only, so that a long text that is no number takes no longer than its length
+    r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$|[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|[-+]?\.(inf|nan)$"
 )
 _INT = re.compile(r"[-+]?(0|[1-9][\d_]*)$|0x[\da-fA-F]+$")
 
@@ -121,6 +121,18 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+
+
+def load(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is none, or not one of bounded size.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except (ValueError, OverflowError) as error:  # of an escaped character or a %YAML line that is out of range
+        raise yaml.YAMLError(str(error)) from None
 
 
 class Dumper(yaml.SafeDumper):

@@ -20,6 +20,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from sltrain_dist.errors import ConfigError, DataError
+from sltrain_dist.files import write_error
 
 _LINE_CHARS = 4000
 """Longer lines are cut for training: SentencePiece drops what exceeds its `max_sentence_length`."""
@@ -168,7 +169,7 @@ def train_tokenizer(
     try:
         _write_atomically(output, model)
     except OSError as error:
-        raise DataError(f"cannot write the tokenizer {output}: {error.strerror or error}") from None
+        raise write_error(f"cannot write the tokenizer {output}", error, DataError) from None
     return _measure(Tokenizer(output), output, sample, held_out)
 
 

@@ -13,6 +13,7 @@ from sltrain_dist.config.load import to_yaml
 from sltrain_dist.config.rules import check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.files import delete_file, write_error
 from sltrain_dist.planner.levers import default_levers, named_levers
 from sltrain_dist.planner.result import Estimate
 from sltrain_dist.planner.search import Change, Progress, Row, Search, search, single_changes
@@ -139,6 +140,7 @@ def save(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
 
     Raises:
         ConfigError: The directory cannot be written, or holds one of the files.
+        StorageError: The disk is full.
     """
     paths = []
     for number, row in enumerate(rows, start=1):
@@ -156,7 +158,8 @@ def save(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
         except FileExistsError:
             raise ConfigError(f"--save: {path} is there already; take another directory, or remove it") from None
         except OSError as error:
-            raise ConfigError(f"--save: cannot write {path}: {error.strerror}") from None
+            delete_file(path)
+            raise write_error(f"--save: cannot write {path}", error, ConfigError) from None
         paths.append(str(path))
     return paths
 

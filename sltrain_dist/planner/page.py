@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.files import delete_file, write_error
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import Drawing, allocatable, draw, ticks
 from sltrain_dist.planner.labels import GROUPS, PHASES, Unit, describe, detail_of
@@ -32,11 +33,13 @@ def write_page(known: Answer, path: Path) -> None:
 
     Raises:
         ConfigError: The file cannot be written.
+        StorageError: The disk is full; nothing of the file is left.
     """
     try:
         path.write_text(page(known), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--html: cannot write {path}: {error.strerror}") from None
+        delete_file(path)
+        raise write_error(f"--html: cannot write {path}", error, ConfigError) from None
 
 
 def page(known: Answer) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.files import delete_file, write_error
 from sltrain_dist.planner.answer import Answer
 from sltrain_dist.planner.drawing import allocatable, draw
 from sltrain_dist.planner.labels import GROUPS, Unit, describe
@@ -21,6 +22,7 @@ def write_picture(known: Answer, path: Path) -> None:
 
     Raises:
         ConfigError: The suffix names no known format, or the file cannot be written.
+        StorageError: The disk is full.
     """
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--plot {path}: the suffix must be one of {', '.join(FORMATS)}")
@@ -28,7 +30,8 @@ def write_picture(known: Answer, path: Path) -> None:
     try:
         figure.savefig(path, dpi=160)
     except OSError as error:
-        raise ConfigError(f"--plot: cannot write {path}: {error.strerror}") from None
+        delete_file(path)
+        raise write_error(f"--plot: cannot write {path}", error, ConfigError) from None
 
 
 def _figure(known: Answer) -> Figure:

@@ -35,12 +35,18 @@ GPUS: dict[str, int] = {
     "GH200-480G": 97871,
     "B200": 183359,
     "RTX 2080 Ti": 11264,
+    "RTX 3060": 12288,
+    "RTX 3080": 10240,
+    "RTX 3080 Ti": 12288,
     "RTX 3090": 24576,
     "RTX 3090 Ti": 24564,
+    "RTX 4060": 8188,
     "RTX 4070": 12282,
+    "RTX 4070 Ti": 12282,
     "RTX 4080": 16376,
     "RTX 4090": 24564,
     "RTX 4090 Laptop": 16376,
+    "RTX 5070": 12227,
     "RTX 5070 Ti": 16303,
     "RTX 5080": 16303,
     "RTX 5090": 32607,
@@ -66,6 +72,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _ONLY_BYTES = 10**8
 """A bare number from here on can only be meant in bytes: of any larger unit, no device has as many."""
 
+_NO_DEVICE = 2**48
+"""Bytes that no device has: 256 TiB, less than the "4060 Ti" of a graphics card's name."""
 
 _SAME_SIZE = 0.05
 """Relative difference up to which two sizes are the same one, differently rounded."""
@@ -79,23 +87,23 @@ _FORMS = (
 def parse_device_memory(text: str) -> int:
     """Bytes of a device: "24GiB", "80GB", "80G" (as 80GB), "24564 MiB", or a GPU's name, such as "RTX 4090".
 
-    Names are those of nvidia-smi ("NVIDIA H100 80GB HBM3"), or as short as they are not ambiguous ("H100", "4090 Ti").
+    Names are those of nvidia-smi ("NVIDIA H100 80GB HBM3"), or as short as they are not ambiguous ("H100", "3090 Ti").
 
     Raises:
         ConfigError: It is none of these, or a number without a unit that is too small to be in bytes.
     """
+    mib = None if text.strip().isdecimal() else _gpu_mib(text)
+    if mib is not None:  # before sizes, of which "3090 Ti" could be one
+        return mib * MIB
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in {"", *_UNITS}:
-        mib = _gpu_mib(text)
-        if mib is None:
-            raise ConfigError(f"--device-memory {text!r} is no size and no known GPU{_meant(text)} {_FORMS}")
-        return mib * MIB
+        raise ConfigError(f"--device-memory {text!r} is no size and no known GPU{_meant(text)} {_FORMS}")
     if not match[2] and 0 < float(match[1]) < _ONLY_BYTES:
         meant = _meant(text).removesuffix(".")
         raise ConfigError(f"--device-memory {text}: of which unit? Write {match[1]}GiB, {match[1]}GB or so{meant}")
     size = float(match[1]) * _UNITS.get(match[2].lower(), 1)
-    if not 1 <= size < 2**60:
-        raise ConfigError(f"--device-memory {text!r} is not the size of a device. {_FORMS}")
+    if not 1 <= size < _NO_DEVICE:
+        raise ConfigError(f"--device-memory {text!r} is not the size of a device{_meant(text)} {_FORMS}")
     return int(size)
 
 

@@ -15,10 +15,17 @@ from typing import Any
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, StorageError
-from sltrain_dist.files import TEMPORARY, has_its_name, make_directory, storage_message, sync_path, write_whole
+from sltrain_dist.files import (
+    NO_SPACE,
+    TEMPORARY,
+    has_its_name,
+    make_directory,
+    storage_message,
+    sync_path,
+    write_whole,
+)
 
 EXIT = "exit.json"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FITS = 300
 """Characters of a reason that fit into the smallest block of a disk, whatever they are."""
 _MISNAMED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
@@ -143,7 +150,7 @@ def _write(run_dir: Path, values: dict[str, object]) -> None:
     try:
         write_whole(run_dir / EXIT, json.dumps(values) + "\n")
     except OSError as error:
-        if error.errno not in _NO_SPACE or not (run_dir / EXIT).exists():
+        if error.errno not in NO_SPACE or not (run_dir / EXIT).exists():
             raise
         fits = json.dumps({**values, "reason": str(values["reason"])[:_FITS]}) + "\n"
         with (run_dir / EXIT).open("r+b") as file:

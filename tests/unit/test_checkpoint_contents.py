@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import MANIFEST, changed_file, checkpoint_name, file_entry, write_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.config.load import load_config
 from sltrain_dist.errors import CheckpointError
+from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.held import Chunk
 
 from .ranks import SINGLE
@@ -191,3 +194,30 @@ def test_a_parameter_that_no_file_holds(saved: Path) -> None:
     (saved / "config.yaml").write_text("train: {steps: 1}\n")
     listed_anew(saved)
     assert_damaged(saved, "it lacks model.model.embed_tokens.weight of shape (32000, 512)")
+
+
+TINY = "{vocab_size: 8, hidden_size: 4, intermediate_size: 4, num_layers: 1, num_heads: 1}"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "state", "said"),
+    [
+        ("sgd", torch.float32, {}, "state.json: data: Field required"),
+        ("sgd", torch.float32, {"counters": {"step": 2}}, "state.json: data: Field required"),
+        ("sgd", torch.float32, {"counters": {"step": 2}, "data": {}, "rng": [], "supports": ""}, "is of step 2"),
+        ("sgd", torch.int32, {}, "model.model.embed_tokens.weight is of type I32"),
+        ("adamw", torch.float32, {}, "it lacks optim.model.embed_tokens.weight.exp_avg of shape (8, 4)"),
+    ],
+)
+def test_what_a_run_could_not_go_on_from(
+    saved: Path, optimizer: str, dtype: torch.dtype, state: dict[str, Any], said: str
+) -> None:
+    text = f"model: {TINY}\nreparam: {{method: full}}\noptim: {{name: {optimizer}}}\ntrain: {{steps: 1}}\n"
+    (saved / "config.yaml").write_text(text)
+    config = load_config(saved / "config.yaml")
+    shapes = {f"model.{name}": shape for name, shape in parameter_shapes(config.model, config.reparam)}
+    tensors = {f"{name}@0": torch.zeros(math.prod(shape), dtype=dtype) for name, shape in shapes.items()}
+    save_file(tensors, saved / TENSORS, metadata={"shapes": json.dumps(shapes)})
+    (saved / "state.json").write_text(json.dumps({"counters": {}} | state))
+    listed_anew(saved)
+    assert_damaged(saved, said)

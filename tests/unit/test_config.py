@@ -233,6 +233,10 @@ class TestHostileInput:
             (f"train: {{steps: {'9' * 5000}}}", "a whole number of 5,000 characters"),
             (f"train: {{steps: 0x{'f' * 5000}}}", "a whole number of 5,002 characters"),
             (f"train: {{steps: 1{'0' * 400}}}", "should be less than or equal to 9223372036854775807"),
+            (f"seed: 1{'_' * 100_000}", "a whole number of 100,001 characters"),
+            (f"seed: 1{'_' * 100_000}x", "should be a whole number"),
+            (f"%YAML {'1' * 5000}.1\n--- a", "not valid YAML: Exceeds the limit"),
+            ('seed: "\\UFFFFFFFF"', "not valid YAML: Python int too large"),
             ("seed: !!int x", "the value does not suit its tag !!int"),
             ("seed: !!timestamp x", "the value does not suit its tag !!timestamp"),
             ("seed: !!bool x", "the value does not suit its tag !!bool"),
@@ -242,6 +246,10 @@ class TestHostileInput:
     )
     def test_yaml(self, write: Callable[[str], Path], text: str, expected: str) -> None:
         assert expected in message(write(text))
+
+    def test_quotes_do_not_help_against_size(self) -> None:
+        assert "levels of nesting" in message(None, f"seed={NESTED}")
+        assert "needs quotes" not in message(None, f"seed={NESTED}")
 
     def test_aliases_and_merges_as_people_use_them(self, write: Callable[[str], Path]) -> None:
         config = load_config(write("data: &d {source: [a, b], split: x}\neval: {<<: *d, every: 3}\ntrain: {steps: 1}"))

@@ -29,10 +29,10 @@ ENV = Environment(0, 1, 0, torch.device("cpu"))
 
 
 def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Module, Path]:
-    config = small(**sections)
+    config = small(**sections, optim={"name": "sgd"})  # which has no states that an update would have to make
     model = warmed(config)
     engine = DDPEngine(model, config.optim, ENV)
-    state = {"supports": supports_fingerprint(model)}
+    state = {"counters": {"step": 3}, "data": {}, "rng": [], "supports": supports_fingerprint(model)}
     checkpoints = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
     tokenizer = tmp_path / "tokenizer.model"
     train_tokenizer((f"word {i} is here" for i in range(200)), tokenizer, vocab_size=280, model_type="bpe")

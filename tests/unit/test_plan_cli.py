@@ -296,6 +296,16 @@ def test_mistakes(
     assert captured.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "--html", "/dev/full") == 6
+    assert capsys.readouterr().err.endswith("error: --html: cannot write /dev/full: No space left on device\n")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "sltrain_dist", "plan", "--config", SMALL]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 6
+    assert result.stderr.endswith("error: the output cannot be written: No space left on device\n")
+
+
 @pytest.mark.parametrize("ranks", ["0", "-2", "2.5", "two"])
 def test_impossible_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: str) -> None:
     assert plan(monkeypatch, "--config", SMALL, "--ranks", ranks) == 2

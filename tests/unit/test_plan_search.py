@@ -278,6 +278,8 @@ def test_device_memory(text: str, expected: int) -> None:
         ("NVIDIA A10G", 23028),
         ("NVIDIA GeForce RTX 3090", 24576),
         ("RTX 3090 24GB", 24576),
+        ("3090 Ti", 24564),  # and not so many tebibytes
+        ("5070ti", 16303),
         ("NVIDIA GeForce RTX 4090", 24564),
         ("rtx4090", 24564),
         ("rtx_4090", 24564),
@@ -301,7 +303,22 @@ def test_spelling_of_a_gpu_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["A100", "RTX 4091", "24 gigs", "-24GiB", "0GiB", "", "GiB", "nan", "9" * 400, "L4 48GB", "24,5GB", "1e999"]
+    "text",
+    [
+        "A100",
+        "RTX 4091",
+        "24 gigs",
+        "-24GiB",
+        "0GiB",
+        "",
+        "GiB",
+        "nan",
+        "9" * 400,
+        "L4 48GB",
+        "24,5GB",
+        "1e999",
+        "4060 Ti",
+    ],
 )
 def test_wrong_device_memory(text: str) -> None:
     with pytest.raises(ConfigError, match="GiB, 80GB or bytes"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -9,6 +10,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from sltrain_dist.data.prepare.embedded import docstrings, find_installation, fi
 from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
 from sltrain_dist.data.prepare.shards import MANIFEST, Manifest, is_complete, new_directory, write_corpus
 from sltrain_dist.data.tokenizer import Tokenizer
-from sltrain_dist.errors import ConfigError, DataError
+from sltrain_dist.errors import ConfigError, DataError, StorageError
 
 TEXT = "the river of time is a long and quiet one that nobody can see but all of us follow to sea for ever"
 WORDS = TEXT.split()
@@ -301,9 +303,22 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as temporary:
-        from collections import Counter
-
         write_corpus(temporary, documents(), Manifest("x", []), num_shards=2, dropped=Counter())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing a file writes what is left of it, and fails as the write before did."""
+
+    def full(writer: object, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    documents: list[tuple[shards.Split, Document]] = [("train", Document("One.", "u", "s"))]
+    monkeypatch.setattr(shards._SplitWriter, "write", full)
+    monkeypatch.setattr(shards._SplitWriter, "close", full)
+    refused = pytest.raises(StorageError, match=r"cannot write to .*: No space left on device")
+    with refused, new_directory(tmp_path / "out") as temporary:
+        write_corpus(temporary, documents, Manifest("x", []), num_shards=2, dropped=Counter())
     assert list(tmp_path.iterdir()) == []
 
 

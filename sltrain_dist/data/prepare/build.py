@@ -30,6 +30,7 @@ from sltrain_dist.data.prepare.shards import (
     write_corpus,
 )
 from sltrain_dist.errors import ConfigError, DataError
+from sltrain_dist.files import write_error
 
 Report = Callable[[str], None]
 
@@ -297,9 +298,7 @@ def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f".{name}.lock").open("w")
     except OSError as error:
-        raise DataError(
-            f"cannot write to the cache {cache}: {error.strerror or error}; set data.cache_dir to one that can be"
-        ) from None
+        raise write_error(f"data.cache_dir = {cache} cannot be written to; set another", error, DataError) from None
     with file:
         # Some cluster file systems have no locks. Results are renamed into place, hence right without one too.
         with suppress(OSError):

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,6 +19,7 @@ from sltrain_dist import __version__
 from sltrain_dist.data.files.kinds import MANIFEST
 from sltrain_dist.data.prepare.inputs import Document
 from sltrain_dist.errors import DataError
+from sltrain_dist.files import write_error
 
 Split = Literal["train", "validation"]
 
@@ -101,10 +102,11 @@ def write_corpus(
         manifest.dropped = dict(sorted(dropped.items()))
         (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write to {directory.parent}: {error.strerror or error}") from None
+        raise write_error(f"cannot write to {directory.parent}", error, DataError) from None
     finally:
         for writer in writers.values():
-            writer.close()
+            with suppress(OSError):  # told above
+                writer.close()
     return manifest
 
 
@@ -135,14 +137,14 @@ def new_directory(target: Path, *, yields_to_other: bool = False) -> Iterator[Pa
         temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
         temporary.chmod(0o777 & ~_umask())
     except OSError as error:
-        raise DataError(f"cannot make {target}: {error.strerror or error}") from None
+        raise write_error(f"cannot make {target}", error, DataError) from None
     try:
         yield temporary
         try:
             temporary.rename(target)
         except OSError as error:
             if not (yields_to_other and target.is_dir()):
-                raise DataError(f"cannot make {target}: {error.strerror or error}") from None
+                raise write_error(f"cannot make {target}", error, DataError) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

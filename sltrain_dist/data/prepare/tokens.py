@@ -41,6 +41,7 @@ from sltrain_dist.data.token_shards import (
 )
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError
+from sltrain_dist.files import write_error
 
 _CAUSES = tuple(fault.value for fault in Fault)
 _LOCK = ".lock"
@@ -128,7 +129,8 @@ def prepare_tokens(
                 _record(task).unlink(missing_ok=True)
             return manifest
     except OSError as error:
-        raise DataError(f"cannot write to {output}: {error.strerror or error}; what is finished is kept") from None
+        message = f"what is finished in {output} is kept, but it cannot be written to"
+        raise write_error(message, error, DataError) from None
 
 
 def _size(shard: str) -> int:
