@@ -102,6 +102,13 @@ def test_globs_take_held_out_files_but_say_so(mixed):
     assert notes == []
 
 
+def test_a_directory_of_a_readme_and_subdirectories(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("Text.")
+    with pytest.raises(DataError, match=r"subdirectories need a glob such as '.*/\*\*/\*.json.gz', plain text needs"):
+        resolve_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("entry", ["{0}", "{0}/*.txt", "{0}/a.txt"])
 def test_plain_text_needs_preparation(tmp_path, entry):
     (tmp_path / "a.txt").write_text("Text.")

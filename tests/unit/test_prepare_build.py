@@ -473,6 +473,13 @@ def test_every_compression_and_tables(tmp_path: Path) -> None:
         list(read_documents(str(tmp_path / "c.txt.zst")))
 
 
+def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None, "b", ""]}), tmp_path / "a.parquet")
+    prepared = PrepareOptions(clean=False, dedup=False)
+    manifest = prepare_files([str(tmp_path / "a.parquet")], tmp_path / "out", prepared)
+    assert manifest.dropped == {"empty": 2}
+
+
 def test_the_limit_of_length(tmp_path: Path) -> None:
     options = [InputOptions(unit, max_document_bytes=30) for unit in ("file", "paragraph")]
     (tmp_path / "x.txt").write_text("é" * 14 + "\n\n" + "ü" * 15)

@@ -115,6 +115,7 @@ def _nothing_in(files: Sequence[str], directory: str) -> str:
         f"the directory {directory!r} holds no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst), *.parquet or "
         f"*.arrow with documents among its {len(files)} files"
     )
+    message = f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
     if any(kind_of(file) is Kind.PLAIN_TEXT for file in files):
-        return f"{message}; make documents of its plain text: `sltrain prepare-data --input {place} --output DIR`"
-    return f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
+        message = f"{message}, plain text needs `sltrain prepare-data --input {place} --output DIR`"
+    return message
