@@ -130,7 +130,10 @@ def test_a_prepared_corpus_is_known_by_its_manifest(corpus):
     """Even where its name looks like that of held-out data."""
     train = ["my-test-train.00000-of-00002.json.gz", "my-test-train.00001-of-00002.json.gz"]
     for entry in (corpus, corpus / MANIFEST):
-        assert names(resolve_source(str(entry))) == train
+        notes: list[str] = []
+        assert names(resolve_source(str(entry), report=notes.append)) == train
+        assert len(notes) == 1
+        assert "left out 1 file (other.jsonl), not in manifest.json" in notes[0]
         assert names(resolve_source(str(entry), split="validation")) == ["my-test-validation.00000-of-00001.json.gz"]
     with pytest.raises(DataError, match=r"no split 'test', it has \['train', 'validation'\]"):
         resolve_source(str(corpus), split="test")
