@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,10 @@ def resolve_source(
                 "line, as in C4)"
             )
         if kind_of(shard) is Kind.PLAIN_TEXT and not with_text:
+            given = shlex.quote(source) if isinstance(source, str) else shard
             raise DataError(
                 f"{shard} is plain text, not JSON lines; make documents of it with "
-                f"`sltrain prepare-data --input {shard} --output DIR` and set {key}=DIR"
+                f"`sltrain prepare-data --input {given} --output DIR` and set {key}=DIR"
             )
     return sorted(shards)
 

@@ -1,6 +1,7 @@
 """A directory means its documents of a split: not what describes them, nor what is held out of the split."""
 
 import json
+import shlex
 
 import datasets
 import fsspec
@@ -112,8 +113,9 @@ def test_a_directory_of_a_readme_and_subdirectories(tmp_path):
 @pytest.mark.parametrize("entry", ["{0}", "{0}/*.txt", "{0}/a.txt"])
 def test_plain_text_needs_preparation(tmp_path, entry):
     (tmp_path / "a.txt").write_text("Text.")
-    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-data --input"):
+    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-data --input") as error:
         resolve_source(entry.format(tmp_path))
+    assert shlex.quote(entry.format(tmp_path)) in str(error.value)
     assert names(resolve_source(entry.format(tmp_path), with_text=True)) == ["a.txt"]
 
 

@@ -144,6 +144,9 @@ def test_the_remedy_fits_the_cause():
     assert "write one JSON object a line; of plain text, `sltrain prepare-data` makes them" in str(
         text.error("here", 0, "text")
     )
+    latin = Tally()
+    latin.add("s", 0, Fault.INVALID_UTF8)
+    assert "turn it into UTF-8, as `sltrain prepare-data --encoding latin-1`" in str(latin.error("here", 0, "text"))
     array = Tally()
     array.add("s", 0, Fault.NO_TEXT)
     assert "check data.text_field='body' and that each line is one JSON object" in str(array.error("here", 0, "body"))
