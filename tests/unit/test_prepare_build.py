@@ -398,7 +398,7 @@ def test_wrapped_text_needs_unwrap(tmp_path: Path) -> None:
     [
         (b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
         (b'{"body": "x"}\n', r"line 1: no text under 'text' \(there is: body\)"),
-        (b"[1]\n", r"line 1: no text .*there is: list"),
+        (b"[1]\n", "line 1: JSON of the type list; one object a line"),
         (b'{"text": 3}\n', "line 1: no text"),
         (b'{"text": "\xff"}\n', "line 1: not UTF-8; .*--encoding"),
     ],
