@@ -170,6 +170,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
         return f"not valid YAML: {error}"
     mark = error.problem_mark
     problem = ": ".join(filter(None, (error.context, error.problem)))
+    if error.context == "while scanning an alias" or (error.problem or "").startswith("found undefined alias"):
+        problem += "; text that begins with * needs quotes"
     return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}\n{mark.get_snippet() or ''}"
 
 

@@ -339,6 +339,10 @@ class TestMessages:
         assert "the value of data.source" in text
         assert "quotes" in text
 
+    @pytest.mark.parametrize("glob", ["*.json.gz", "*/a.json"])
+    def test_globs_in_files_need_quotes(self, write: Callable[[str], Path], glob: str) -> None:
+        assert "text that begins with * needs quotes" in message(write(f"data: {{source: {glob}}}"))
+
     def test_globs_need_no_quotes(self) -> None:
         assert parse_override("data.source=*.json.gz") == (("data", "source"), "*.json.gz")
 
