@@ -147,6 +147,16 @@ def parse_override(override: str) -> tuple[_Key, Any]:
     if not equals or not all(key):
         raise ConfigError(f"{_COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise ConfigError(
+            f"{_COMMAND_LINE}: the value of {dotted} is not UTF-8: {shown}. A file of such a name can be given by its "
+            "directory, or by a glob with * in place of these bytes"
+        ) from None
+    if text.startswith("*"):
+        return key, text  # a glob: an alias has nothing to stand for here
+    try:
         return key, strict_yaml.load(text)
     except yaml.YAMLError as error:
         hint = ""
@@ -160,6 +170,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
         return f"not valid YAML: {error}"
     mark = error.problem_mark
     problem = ": ".join(filter(None, (error.context, error.problem)))
+    if error.context == "while scanning an alias" or (error.problem or "").startswith("found undefined alias"):
+        problem += "; text that begins with * needs quotes"
     return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}\n{mark.get_snippet() or ''}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,15 +79,20 @@ def resolve_source(
                 f"{shard} belongs to token shards, which must lie on a local or mounted disk and be the only source; "
                 f"name their directory alone in {key}"
             )
+        if kind_of(shard) is None and token_shards.is_prepared(Path(shard).parent):
+            raise DataError(
+                f"{shard} is a file of token shards; name their directory {Path(shard).parent} alone in {key}"
+            )
         if kind_of(shard) is Kind.FOREIGN:
             raise DataError(
                 f"{shard} is neither Parquet, nor Arrow, nor a file of JSON lines (one object with a text field a "
                 "line, as in C4)"
             )
         if kind_of(shard) is Kind.PLAIN_TEXT and not with_text:
+            given = shlex.quote(source) if isinstance(source, str) else shard
             raise DataError(
                 f"{shard} is plain text, not JSON lines; make documents of it with "
-                f"`sltrain prepare-data --input {shard} --output DIR` and set {key}=DIR"
+                f"`sltrain prepare-data --input {given} --output DIR` and set {key}=DIR"
             )
     return sorted(shards)
 
@@ -187,7 +193,7 @@ class _Resolver:
             return [str(Path(token_shards.open_manifest(path).directory) / token_shards.MANIFEST)]
         if any(all((path / name).is_file() for name in names) for names in _SAVED_BY_DATASETS):
             return _saved_by_datasets(path, self.split)
-        if (files := corpus_files(path, self.split)) is not None:
+        if (files := corpus_files(path, self.split, self.report)) is not None:
             return files
         children = [str(child.absolute()) for child in path.iterdir() if child.is_file()]
         return document_files(children, str(path), self.split, self.report, with_text=self.with_text)

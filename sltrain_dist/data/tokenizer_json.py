@@ -25,10 +25,14 @@ def write_tokenizer(model_file: Path, directory: Path, *, max_length: int) -> di
     """Writes tokenizer.json and tokenizer_config.json for a SentencePiece model.
 
     Texts get the ids that the SentencePiece model gives them, as in training, and no special tokens before or after.
-    (Where two ways to cut a word score the same but for float32's rounding, `tokenizers`, which adds in float64, may
-    take the other: once in a million tokens of unigram models.) A text that spells a special token, such as </s>, is
-    given that token, as by all tokenizers of transformers. A model without a padding piece pads with its unknown one:
-    with the end of sequence, fine-tuning would mask that as padding.
+    There are rare exceptions. Where two ways to cut a word score the same but for float32's rounding, `tokenizers`,
+    which adds in float64, may take the other: once in a million tokens of unigram models. Where a model normalises, as
+    T5's does, `tokenizers` loses combining marks that form no character with the one before. A text that spells a
+    special token, such as </s>, is given that token, as by all tokenizers of transformers, and so is, in unigram
+    models, a text that spells the piece of a byte, such as <0x0A>.
+
+    A model without a padding piece pads with its unknown one: with the end of sequence, fine-tuning would mask that as
+    padding.
 
     A kind of SentencePiece model that the format cannot express gets no files, and a warning says so.
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from sltrain_dist.data.files.identity import check_unchanged
 from sltrain_dist.data.group import StreamGroup, Update
 from sltrain_dist.data.order import StreamShare
 from sltrain_dist.data.stream import StreamSettings, StreamState
@@ -81,6 +82,7 @@ class Worker:
 
     def __init__(self, job: Job, timeout_s: float) -> None:
         self._timeout_s, self._patience_s = timeout_s, timeout_s + _START_S
+        self._files = job.settings.files
         self._connection, theirs = Pipe(duplex=True)
         # Blocked signals stay blocked in a child: no moment is left at which one could end the worker.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
@@ -180,6 +182,12 @@ class Worker:
         self.hang_up()
         self.join()
         code = self._process.returncode
+        if code == -signal.SIGBUS:  # the way in which a mapped file ends that was cut short
+            try:
+                for path, expected in self._files.items():
+                    check_unchanged(path, expected)
+            except DataError as error:
+                return error
         how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
         return DataError(
             f"the data worker with process id {self.pid} {how}; its output is above. If the machine ran out of memory, "

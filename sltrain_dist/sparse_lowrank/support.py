@@ -258,6 +258,8 @@ class Support(nn.Module):
         """
         if state.is_meta or isinstance(state, FakeTensor):
             return  # it says nothing, like the parameters beside it
+        if state.shape != (_STATE.size,):
+            raise ValueError(f"its key has the shape {tuple(state.shape)}, not ({_STATE.size},)")
         key, shift, saved = _STATE.unpack(bytes(state.to("cpu", torch.uint8).tolist()))
         if saved == bytes(len(saved)):
             raise ValueError("it was saved before the layer had positions; call reset_parameters() before saving")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sltrain_dist.config.load import build_config, load_config, run_dir_of, to_yaml
+from sltrain_dist.config.load import build_config, load_config, parse_override, run_dir_of, to_yaml
 from sltrain_dist.config.paths import expand, path_option
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import check_fields, micro_batches_per_update, without_effect
@@ -343,9 +343,21 @@ class TestMessages:
         assert message(None, override) == f"command line: {override!r} is not of the form section.key=value"
 
     def test_override_that_needs_quotes(self) -> None:
-        text = message(None, "data.source=*.json.gz")
+        text = message(None, "data.source=[*.json.gz]")
         assert "the value of data.source" in text
         assert "quotes" in text
+
+    @pytest.mark.parametrize("glob", ["*.json.gz", "*/a.json"])
+    def test_globs_in_files_need_quotes(self, write: Callable[[str], Path], glob: str) -> None:
+        assert "text that begins with * needs quotes" in message(write(f"data: {{source: {glob}}}"))
+
+    def test_globs_need_no_quotes(self) -> None:
+        assert parse_override("data.source=*.json.gz") == (("data", "source"), "*.json.gz")
+
+    def test_names_that_are_not_utf_8(self) -> None:
+        text = message(None, "data.source=data/caf\udce9.jsonl")
+        assert r"the value of data.source is not UTF-8: data/caf\xe9.jsonl." in text
+        assert "a glob" in text
 
     def test_several_problems_are_told_together(self, write: Callable[[str], Path]) -> None:
         path = write("optim: {lrr: 3, beta1: 4}\ntrain: {steps: x}")

@@ -1,6 +1,7 @@
 """A directory means its documents of a split: not what describes them, nor what is held out of the split."""
 
 import json
+import shlex
 
 import datasets
 import fsspec
@@ -102,11 +103,19 @@ def test_globs_take_held_out_files_but_say_so(mixed):
     assert notes == []
 
 
+def test_a_directory_of_a_readme_and_subdirectories(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("Text.")
+    with pytest.raises(DataError, match=r"subdirectories need a glob such as '.*/\*\*/\*.json.gz', plain text needs"):
+        resolve_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("entry", ["{0}", "{0}/*.txt", "{0}/a.txt"])
 def test_plain_text_needs_preparation(tmp_path, entry):
     (tmp_path / "a.txt").write_text("Text.")
-    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-data --input"):
+    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-data --input") as error:
         resolve_source(entry.format(tmp_path))
+    assert shlex.quote(entry.format(tmp_path)) in str(error.value)
     assert names(resolve_source(entry.format(tmp_path), with_text=True)) == ["a.txt"]
 
 
@@ -123,7 +132,10 @@ def test_a_prepared_corpus_is_known_by_its_manifest(corpus):
     """Even where its name looks like that of held-out data."""
     train = ["my-test-train.00000-of-00002.json.gz", "my-test-train.00001-of-00002.json.gz"]
     for entry in (corpus, corpus / MANIFEST):
-        assert names(resolve_source(str(entry))) == train
+        notes: list[str] = []
+        assert names(resolve_source(str(entry), report=notes.append)) == train
+        assert len(notes) == 1
+        assert "left out 1 file (other.jsonl), not in manifest.json" in notes[0]
         assert names(resolve_source(str(entry), split="validation")) == ["my-test-validation.00000-of-00001.json.gz"]
     with pytest.raises(DataError, match=r"no split 'test', it has \['train', 'validation'\]"):
         resolve_source(str(corpus), split="test")

@@ -7,10 +7,14 @@ import json
 import lzma
 import os
 import shutil
+import zipfile
 import zlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backports import zstd
+from pyarrow import feather
 
 from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data.documents import Fault
@@ -66,6 +70,26 @@ def test_another_format_is_refused(codec):
     for data in (b"<html>404</html>" * 9, bytes(40), b"{"):
         with pytest.raises((OSError, lzma.LZMAError, zstd.ZstdError, EOFError)):
             read(data, codec)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.json", "gzip"), ("a.jsonl.gzip", "gzip"), ("a.jsonl.zst", "xz"), ("a.jsonl.zstd", "zstd"), ("a.gz", "bz2")],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, codec):
+    (tmp_path / name).write_bytes(COMPRESS[codec](CONTENT))
+    with pytest.raises(DataError, match=rf"{name} is a {codec} file by its content, but not by its name; let its name"):
+        list(read_documents(str(tmp_path / name), "text"))
+
+
+def test_tables_and_archives_by_other_names(tmp_path):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.json")
+    feather.write_feather(pa.table({"text": ["a"]}), str(tmp_path / "b.feather"))
+    with zipfile.ZipFile(tmp_path / "c.jsonl", "w") as file:
+        file.writestr("c", CONTENT)
+    for name, remedy in (("a.json", r"end in \.parquet"), ("b.feather", r"end in \.arrow"), ("c.jsonl", "unpack it")):
+        with pytest.raises(DataError, match=f"{name} is a .* file by its content, .*{remedy}"):
+            list(read_documents(str(tmp_path / name), "text"))
 
 
 @pytest.mark.parametrize(

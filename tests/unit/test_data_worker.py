@@ -132,6 +132,19 @@ def test_a_killed_worker_is_an_error_at_once(shards, tokenizer):
         assert time.monotonic() - start < 5
 
 
+def test_a_mapped_file_that_was_cut_short_is_named(shards, tokenizer):
+    """Reading beyond its end kills the worker."""
+    with closing(make_loader(shards, tokenizer, workers=1)) as loader:
+        next(loader)
+        os.kill(loader.worker_pids[0], signal.SIGSTOP)
+        os.truncate(shards[1], 20)
+        os.kill(loader.worker_pids[0], signal.SIGBUS)
+        os.kill(loader.worker_pids[0], signal.SIGCONT)
+        with pytest.raises(DataError, match=r"1\.json\.gz has changed since the run began: 20 bytes"):
+            for _ in range(100_000):
+                next(loader)
+
+
 @pytest.fixture
 def frozen(shards, tokenizer):
     """A loader that counts its workers as stuck after half a second, and one of them is stopped."""

@@ -116,6 +116,13 @@ def test_another_kind_or_size_is_refused_and_changes_no_positions() -> None:
         narrow.support.set_extra_state(wide.support.get_extra_state())
 
 
+@pytest.mark.parametrize("key", [torch.zeros(5, dtype=torch.uint8), torch.zeros(()), torch.ones(24, 1)])
+def test_a_key_of_another_shape_is_refused(key: torch.Tensor) -> None:
+    state = {**make("random").state_dict(), STATE: key}
+    with pytest.raises(RuntimeError, match=r"the state dict does not fit: its key has the shape"):
+        make("random").load_state_dict(state)
+
+
 @each_kind
 def test_values_without_their_key_are_refused(kind: SupportKind) -> None:
     state = make(kind, seed=3).state_dict()

@@ -413,7 +413,7 @@ def test_wrapped_text_needs_unwrap(tmp_path: Path) -> None:
     [
         (b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
         (b'{"body": "x"}\n', r"line 1: no text under 'text' \(there is: body\)"),
-        (b"[1]\n", r"line 1: no text .*there is: list"),
+        (b"[1]\n", "line 1: JSON of the type list; one object a line"),
         (b'{"text": 3}\n', "line 1: no text"),
         (b'{"text": "\xff"}\n', "line 1: not UTF-8; .*--encoding"),
     ],
@@ -486,6 +486,13 @@ def test_every_compression_and_tables(tmp_path: Path) -> None:
     (tmp_path / "c.txt.zst").write_bytes(zstd.compress(b"c" * 1000)[:-3])
     with pytest.raises(DataError, match=r"c\.txt\.zst.*truncated"):
         list(read_documents(str(tmp_path / "c.txt.zst")))
+
+
+def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None, "b", ""]}), tmp_path / "a.parquet")
+    prepared = PrepareOptions(clean=False, dedup=False)
+    manifest = prepare_files([str(tmp_path / "a.parquet")], tmp_path / "out", prepared)
+    assert manifest.dropped == {"empty": 2}
 
 
 def test_the_limit_of_length(tmp_path: Path) -> None:

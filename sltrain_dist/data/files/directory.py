@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from sltrain_dist.data.files.kinds import (
@@ -24,8 +24,13 @@ Report = Callable[[str], object]
 """Told in a line what a user should know."""
 
 
-def corpus_files(directory: Path, split: str) -> list[str] | None:
+def corpus_files(directory: Path, split: str, report: Report = lambda line: None) -> list[str] | None:
     """The shards of a split in a directory that `sltrain prepare-data` has made; None if it is no such directory.
+
+    Args:
+        directory: The directory.
+        split: Name of the split.
+        report: Told which other documents are left out.
 
     Raises:
         DataError: It has no such split, or a shard is missing or of another size.
@@ -46,6 +51,9 @@ def corpus_files(directory: Path, split: str) -> list[str] | None:
         if actual != sizes[file]:
             found = "is missing" if actual is None else f"has {actual:,} bytes instead of {sizes[file]:,}"
             raise DataError(f"{path} {found}; copy it again, or make the corpus anew with `sltrain prepare-data`")
+    others = {child.name for child in directory.iterdir() if _is_wanted(child.name, with_text=False)} - set(sizes)
+    if others:
+        report(f"{printable(str(directory))}: left out {_listed(others)}, not in {MANIFEST}; a glob would name them")
     return [str((directory / file).absolute()) for file in files]
 
 
@@ -78,11 +86,9 @@ def document_files(files: Sequence[str], directory: str, split: str, report: Rep
             f"all documents in the directory {directory!r} are held-out data by their names, such as "
             f"{base_name(held_out[0])}; to use them for split {split!r} all the same, name them with a glob"
         )
-    if other := sorted(base_name(file) for file in set(documents) - set(chosen)):
-        names = printable(", ".join(other[:3])) + (", …" if len(other) > 3 else "")
+    if other := {base_name(file) for file in set(documents) - set(chosen)}:
         report(
-            f"{printable(directory)}: left out {len(other)} files whose names say that they are not of split "
-            f"{split!r}: {names}; a glob would name them"
+            f"{printable(directory)}: left out {_listed(other)}, by name not of split {split!r}; a glob would name them"
         )
     return chosen
 
@@ -104,6 +110,12 @@ def matching_files(files: Sequence[str], pattern: str, split: str, report: Repor
     return found
 
 
+def _listed(names: Collection[str]) -> str:
+    """The number of files and the first three names."""
+    shown = printable(", ".join(sorted(names)[:3])) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {'file' if len(names) == 1 else 'files'} ({shown})"
+
+
 def _is_wanted(file: str, *, with_text: bool) -> bool:
     kind = kind_of(file)
     return not is_metadata(file) and (kind in DOCUMENTS or (with_text and kind is Kind.PLAIN_TEXT))
@@ -115,6 +127,7 @@ def _nothing_in(files: Sequence[str], directory: str) -> str:
         f"the directory {directory!r} holds no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst), *.parquet or "
         f"*.arrow with documents among its {len(files)} files"
     )
+    message = f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
     if any(kind_of(file) is Kind.PLAIN_TEXT for file in files):
-        return f"{message}; make documents of its plain text: `sltrain prepare-data --input {place} --output DIR`"
-    return f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
+        message = f"{message}, plain text needs `sltrain prepare-data --input {place} --output DIR`"
+    return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,17 @@ from sltrain_dist.errors import DataError
 
 _READ_BYTES = 1 << 18
 """Bytes that are asked of a connection at once."""
+_BEGINNINGS = {
+    "gzip": (rb"\x1f\x8b", "let its name end in .gz"),
+    "bz2": (rb"BZh[1-9]1AY&SY", "let its name end in .bz2"),
+    "xz": (rb"\xfd7zXZ\0", "let its name end in .xz"),
+    "zstd": (rb"\x28\xb5\x2f\xfd", "let its name end in .zst"),
+    "Parquet": (rb"PAR1\x15", "let its name end in .parquet"),
+    "Arrow": (rb"ARROW1\0\0", "let its name end in .arrow"),
+    "zip": (rb"PK\x03\x04", "unpack it"),
+}
+"""How files begin that are not text, and what to do with one whose name does not say what it is."""
+_LONGEST_BEGINNING = 10
 
 
 @contextmanager
@@ -111,7 +123,12 @@ def describe(error: Exception) -> str:
 def _content(file: io.BufferedReader, shard: str, encoding: str | None) -> io.BufferedReader:
     if kind_of(shard) in TABLES:
         return file
-    if codec := codec_of(shard):
+    codec = codec_of(shard)
+    head = file.peek(_LONGEST_BEGINNING)
+    for format_name, (beginning, remedy) in _BEGINNINGS.items():
+        if format_name != codec and re.match(beginning, head):
+            raise DataError(f"{shard} is a {format_name} file by its content, but not by its name; {remedy}")
+    if codec:
         file = decompressed(file, codec, shard)
     encoding = encoding or detect(file.peek(4)[:4])
     return file if encoding is None else as_utf8(file, encoding)

@@ -173,6 +173,8 @@ def _text_and_url(record: Record, where: str, options: InputOptions) -> tuple[st
             return record.decode(), None
         except UnicodeDecodeError:
             record = Fault.INVALID_UTF8
+    if record is Fault.NO_TEXT:  # a row of a table without a value
+        return "", None
     row: Any = record if isinstance(record, Fault) else parse_json(record)
     if row is Fault.EMPTY:
         return None
@@ -185,9 +187,11 @@ def _text_and_url(record: Record, where: str, options: InputOptions) -> tuple[st
             f"{where}: more than {options.max_document_bytes:,} bytes; take it out, or raise --max-document-bytes (and "
             "data.max_document_bytes in training)"
         )
-    text = row.get(options.text_field) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: JSON of the type {type(row).__name__}; one object a line is expected")
+    text = row.get(options.text_field)
     if not isinstance(text, str):
-        keys = ", ".join(row) if isinstance(row, dict) else "no text" if row is Fault.NO_TEXT else type(row).__name__
+        keys = ", ".join(row)
         raise DataError(f"{where}: no text under {options.text_field!r} (there is: {keys}); see --text-field")
     url = row.get("url")
     return _encodable(text), _encodable(url) if isinstance(url, str) else None
