@@ -137,13 +137,17 @@ def start(timeout_s: int, *, need_group: bool) -> Environment:
         device = torch.device("cpu")
         _share_cores(os.environ)
     if world_size > 1 or need_group:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+        address = {}
         if world_size == 1:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         elif "SLURM_STEP_NODELIST" in os.environ:
-            os.environ.setdefault("MASTER_ADDR", slurm.address(slurm.first_host(os.environ["SLURM_STEP_NODELIST"])))
-            os.environ.setdefault("MASTER_PORT", str(slurm.port(os.environ)))
+            host = slurm.address(slurm.first_host(os.environ["SLURM_STEP_NODELIST"]))
+            address = {"MASTER_ADDR": host, "MASTER_PORT": str(slurm.port(os.environ))}
+        ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)}
+        for name, value in {**address, **ranks}.items():  # for DeepSpeed too
+            if name not in os.environ:
+                os.environ[name] = value
+                _ADDED.add(name)
         timeout = timedelta(seconds=timeout_s)
         # DeepSpeed makes groups of its own without passing a timeout on; they take the library's default.
         for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
@@ -183,6 +187,13 @@ def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in _ADDED:
+        os.environ.pop(name, None)
+    _ADDED.clear()
+
+
+_ADDED: set[str] = set()
+"""Environment variables of :func:`start`: not to be taken for a launcher's by what this process starts later."""
 
 
 def _share_cores(environ: dict[str, str] | os._Environ[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,3 +97,14 @@ def test_errors_that_a_lost_rank_causes(monkeypatch: pytest.MonkeyPatch, error: 
     if shown is not None:
         assert str(reason).startswith("rank 1 on ")
         assert shown in str(reason)
+
+
+def test_a_group_of_one_leaves_no_variables_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process starts later would take them for a launcher's."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    environment.start(60, need_group=True)
+    assert dist.is_initialized() and set(names) <= os.environ.keys()
+    environment.stop()
+    assert not dist.is_initialized() and not set(names) & os.environ.keys()

@@ -429,6 +429,13 @@ class TestGuard:
 
 
 class TestStop:
+    @pytest.fixture(autouse=True)
+    def in_a_terminal(self) -> Iterator[None]:
+        """The tests themselves may run under nohup."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGHUP, before)
+
     @pytest.fixture
     def stop(self, tmp_path: Path) -> Iterator[StopRequest]:
         stop = StopRequest(tmp_path)
