@@ -96,16 +96,9 @@ class BlockSupport(Support):
         self.windows = num_windows(n, self.k)
         self._set_runs(first_window(name, self.windows))
         self.order = order
-        sizes = {
-            "window_inputs": self.windows * self.k,
-            "input_places": n,
-            "second_places": self.windows * self.k - n,
-        }
-        device = torch.device(device or torch.get_default_device())
-        for buffer, size in sizes.items():
-            self.register_buffer(buffer, torch.empty(size, dtype=torch.int32, device=device), persistent=False)
-        if device.type != "meta":
-            self.reset()
+        places = self.windows * self.k
+        sizes = {"window_inputs": places, "input_places": n, "second_places": places - n}
+        self._make_buffers(device, {buffer: (size, torch.int32) for buffer, size in sizes.items()})
 
     def _make_keys(self, seed: int) -> tuple[int, int]:
         windows = num_windows(self.n, self.values_shape[1])

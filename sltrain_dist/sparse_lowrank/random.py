@@ -65,14 +65,10 @@ class RandomSupport(Support):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
-        dtype = torch.int16 if column_bytes(n) == 2 else torch.int32
-        device = torch.device(device or torch.get_default_device())
-        self.register_buffer("columns", torch.empty(self.nnz, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("row_counts", torch.empty(m, dtype=torch.int32, device=device), persistent=False)
         # Values before each row, on the host, for row blocks; until the positions exist, what is expected.
         self._before_row: list[int] = [self.nnz * i // m for i in range(m + 1)]
-        if device.type != "meta":
-            self.reset()
+        dtype = torch.int16 if column_bytes(n) == 2 else torch.int32
+        self._make_buffers(device, {"columns": (self.nnz, dtype), "row_counts": (m, torch.int32)})
 
     def _compute(self, key: int, shift: int) -> None:
         positions = random_positions(self.m, self.n, self.nnz, key)

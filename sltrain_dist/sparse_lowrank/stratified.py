@@ -75,10 +75,7 @@ class StratifiedSupport(Support):
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
-        device = torch.device(device or torch.get_default_device())
-        self.register_buffer("key", torch.empty(1, dtype=torch.int64, device=device), persistent=False)
-        if device.type != "meta":
-            self.reset()
+        self._make_buffers(device, {"key": (1, torch.int64)})
 
     def _make_keys(self, seed: int) -> tuple[int, int]:
         return stratified_key(seed, self.name), 0

@@ -125,6 +125,14 @@ class Support(nn.Module):
         self.filled = True
         self._fingerprint: str | None = None
 
+    def _make_buffers(self, device: torch.device | str | None, sizes: dict[str, tuple[int, torch.dtype]]) -> None:
+        """Registers the buffers, by name, and computes them unless the device is "meta"; ends every constructor."""
+        device = torch.device(device or torch.get_default_device())
+        for name, (size, dtype) in sizes.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype, device=device), persistent=False)
+        if device.type != "meta":
+            self.reset()
+
     def reset(self) -> None:
         """Draws a new key where the seed is None, and computes the positions, on the device where the buffers are."""
         if self.seed is None:
