@@ -14,7 +14,7 @@ from sltrain_dist.config.paths import path_option
 from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.files import NO_SPACE
-from sltrain_dist.planner.command import plan
+from sltrain_dist.plan.command import plan
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.progress import progress_bar, status_line
 

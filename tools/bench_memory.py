@@ -8,7 +8,7 @@ The model, its engine (one process) and optimizer are those that train; what is 
 forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
 peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
 kernels, the allocator's rounding and the device's context are not in it. Fake tensors stand for a GPU's: the model
-takes the paths that it takes on CUDA (planner/stand_in.py), so that on the CPU other bytes are measured.
+takes the paths that it takes on CUDA (memory/stand_in.py), so that on the CPU other bytes are measured.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarking import positive, sizes, some_of, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, SupportKind
+from sltrain_dist.memory.result import Point
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.follow import follow
-from sltrain_dist.planner.replay import replay
-from sltrain_dist.planner.result import Point
+from sltrain_dist.plan.follow import follow
+from sltrain_dist.plan.replay import replay
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.live_bytes import storage_bytes
 from sltrain_dist.train.build import build_engine

@@ -32,9 +32,9 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.planner.estimate import estimate
-from sltrain_dist.planner.replay import replay
-from sltrain_dist.planner.result import Estimate, Group, Point
+from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.memory.result import Estimate, Group, Point
+from sltrain_dist.plan.replay import replay
 from sltrain_dist.streams import replace_unprintable
 
 LEVERS: dict[str, tuple[Any, ...]] = {

@@ -26,10 +26,10 @@ import torch
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
+from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.estimate import estimate
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows

@@ -20,6 +20,8 @@ from sltrain_dist.data.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import write_whole, writing
+from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_model, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.blocks import prepare_blocks
@@ -29,8 +31,6 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
-from sltrain_dist.planner.estimate import estimate
-from sltrain_dist.planner.result import Estimate
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agree import check_agreement
 from sltrain_dist.train.feed import RowFeed

@@ -2,7 +2,7 @@
 
 On CUDA the allocator's peak is compared. On the CPU there is no such number: a process' resident size is that of
 libraries, data and what the allocator has not given back. There the bytes of live tensors are followed through an
-update. The prediction is a GPU's in both cases (planner/estimate.py); what does not depend on the device, weights,
+update. The prediction is a GPU's in both cases (memory/estimate.py); what does not depend on the device, weights,
 gradients, states and the supports' index, is compared to the byte.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import Config
+from sltrain_dist.memory.device import WORKSPACE_BYTES
+from sltrain_dist.memory.result import Estimate
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.device import WORKSPACE_BYTES
-from sltrain_dist.planner.result import Estimate
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
 from sltrain_dist.tracking.tracker import RunTracker

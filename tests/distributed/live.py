@@ -26,7 +26,7 @@ from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.planner.follow import follow
+from sltrain_dist.plan.follow import follow
 from tests.small import PLANNED
 
 Timeline = list[tuple[str, str, dict[str, int]]]

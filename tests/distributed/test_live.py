@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import build_config
+from sltrain_dist.memory.device import Device
+from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.memory.result import Point
 from sltrain_dist.parallel.partition import rank_bytes
-from sltrain_dist.planner.device import Device
-from sltrain_dist.planner.estimate import estimate
-from sltrain_dist.planner.replay import replay
-from sltrain_dist.planner.result import Point
+from sltrain_dist.plan.replay import replay
 from tests.distributed import live
 from tests.distributed.launch import torchrun
 

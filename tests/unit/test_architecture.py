@@ -20,8 +20,9 @@ LAYERS = (
     {"models"},
     {"parallel"},
     {"checkpoint"},
+    {"memory"},
     {"train"},
-    {"planner"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 )
@@ -55,21 +56,6 @@ TORCH_FREE = {
     "checkpoint.contents",
     "data.order",
     "train.run",
-    "planner.result",
-    "planner.units",
-    "planner.labels",
-    "planner.levers",
-    "planner.speed",
-    "planner.search",
-    "planner.accounting",
-    "planner.reference",
-    "planner.answer",
-    "planner.report",
-    "planner.terminal",
-    "planner.drawing",
-    "planner.page",
-    "planner.picture",
-    "planner.command",
     "cli",
     "__main__",
 }
@@ -82,9 +68,6 @@ LEAVES = {
     "parallel.communication",
     "data.order",
     "checkpoint.manifest",
-    "planner.device",
-    "planner.estimate",
-    "planner.result",
 }
 """May be imported by everything above config, each other included."""
 
@@ -100,9 +83,9 @@ ONLY_IN = {
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items() if name != "__init__"}
 
-PLANNER_WITH_TORCH = {"planner.follow", "planner.replay", "planner.stand_in"}
+PLANNING_WITH_TORCH = {"plan.follow", "plan.replay", "memory.stand_in"}
 """The rest of the planner runs on login nodes."""
-TORCH_FREE |= {name for name in MODULES if name.startswith("planner.")} - PLANNER_WITH_TORCH
+TORCH_FREE |= {name for name in MODULES if name.startswith(("memory.", "plan."))} - PLANNING_WITH_TORCH
 
 
 def imports(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""planner/estimate.py: exact where the rules are, close to replays elsewhere, moved by the fields that say so."""
+"""memory/estimate.py: exact where the rules are, close to replays elsewhere, moved by the fields that say so."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import MEMORY, Config
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.partition import rank_bytes
-from sltrain_dist.planner.estimate import estimate
-from sltrain_dist.planner.replay import replay
-from sltrain_dist.planner.result import Estimate
+from sltrain_dist.plan.replay import replay
 from tests.small import PLANNED
 
 

@@ -9,8 +9,8 @@ import pytest
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.planner.accounting import METHODS, paper_memory, paper_table
-from sltrain_dist.planner.reference import reference_estimate
+from sltrain_dist.plan.paper.accounting import METHODS, paper_memory, paper_table
+from sltrain_dist.plan.paper.reference import reference_estimate
 
 PRINTED = {
     # The 60M cells that the paper prints; the others follow from its formulas, by hand.

@@ -13,7 +13,7 @@ import pytest
 
 from sltrain_dist import cli
 from sltrain_dist.config.load import load_config
-from sltrain_dist.planner.answer import launch_line
+from sltrain_dist.plan.answer import launch_line
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = str(REPO / "configs" / "llama_60m.yaml")

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.planner.answer import Answer, answer
-from sltrain_dist.planner.labels import GROUPS
-from sltrain_dist.planner.page import page
-from sltrain_dist.planner.reference import reference_estimate
-from sltrain_dist.planner.search import Change, Search, evaluate
+from sltrain_dist.plan.answer import Answer, answer
+from sltrain_dist.plan.paper.reference import reference_estimate
+from sltrain_dist.plan.reports.labels import GROUPS
+from sltrain_dist.plan.reports.page import page
+from sltrain_dist.plan.search.combinations import Change, Search, evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.planner import answer as answers
-from sltrain_dist.planner.answer import Answer
-from sltrain_dist.planner.drawing import draw, ticks
-from sltrain_dist.planner.estimate import estimate as closed_form
-from sltrain_dist.planner.labels import GROUPS
-from sltrain_dist.planner.levers import default_levers, named_levers
-from sltrain_dist.planner.result import Estimate, Point
-from sltrain_dist.planner.search import Row, evaluate, pareto, search, single_changes
-from sltrain_dist.planner.speed import update_time
-from sltrain_dist.planner.units import GPUS, parse_device_memory
+from sltrain_dist.memory.estimate import estimate as closed_form
+from sltrain_dist.memory.result import Estimate, Point
+from sltrain_dist.plan import answer as answers
+from sltrain_dist.plan.answer import Answer
+from sltrain_dist.plan.reports.drawing import draw, ticks
+from sltrain_dist.plan.reports.labels import GROUPS
+from sltrain_dist.plan.search.combinations import Row, evaluate, pareto, search, single_changes
+from sltrain_dist.plan.search.levers import default_levers, named_levers
+from sltrain_dist.plan.search.speed import update_time
+from sltrain_dist.plan.units import GPUS, parse_device_memory
 
 
 def estimate(config: Config, *, ranks: int = 1) -> Estimate:
@@ -55,7 +55,7 @@ def test_every_combination_is_run_refused_or_equal(config: Config) -> None:
 
 
 def test_several_processes_find_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sltrain_dist.planner.search._WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("sltrain_dist.plan.search.combinations._WORTH_A_PROCESS", 1)
     levers = named_levers(config, 2, ["state bits", "recompute", "update"])
     alone, shared = (search(config, 2, levers, closed_form, workers=workers).rows for workers in (1, 2))
     assert shared == alone and len(alone) == 24

@@ -1,4 +1,4 @@
-"""planner/replay.py: fake tensors take what real ones take, and every byte has its component."""
+"""plan/replay.py: fake tensors take what real ones take, and every byte has its component."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.parallel.partition import RankBytes, rank_bytes
-from sltrain_dist.planner.follow import follow, without_mesh
-from sltrain_dist.planner.replay import fake_model, fake_rank, replay
+from sltrain_dist.plan.follow import follow, without_mesh
+from sltrain_dist.plan.replay import fake_model, fake_rank, replay
 from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows

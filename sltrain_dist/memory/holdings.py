@@ -1,0 +1,167 @@
+"""What one rank holds of every parameter, and sums over them (no torch), remembered by model and way of dealing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Literal
+
+from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.memory.gradients import Parameter
+from sltrain_dist.memory.sizes import Sizes
+from sltrain_dist.optim.state_layout import MASTER, Place, stored_states, whole
+from sltrain_dist.parallel.partition import fsdp_place
+
+Deal = Literal["nothing", "factors", "all"]
+"""Which parameters are dealt out to the ranks."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What the rank that needs most holds of parameters that are alike.
+
+    Attributes:
+        parameter: One of them.
+        count: How many there are in the model.
+        in_block: Whether they are in decoder blocks, each once or twice.
+        dealt: Whether they are dealt out.
+        place: What it holds of one, by rows; the whole where it is not dealt out.
+        values: The same in values, with the padding of rows.
+    """
+
+    parameter: Parameter
+    count: int
+    in_block: bool
+    dealt: bool
+    place: Place
+    values: int
+
+
+class Holdings:
+    """All parameters of a model.
+
+    Args:
+        sizes: The model.
+        deal: What is dealt out.
+        ranks: To how many.
+    """
+
+    def __init__(self, sizes: Sizes, deal: Deal, ranks: int) -> None:
+        self.layers = len(sizes.order)
+        self.items = tuple(
+            _holding(parameter, count, in_block, deal, ranks)
+            for in_block, count, parameters in (
+                (True, self.layers, sizes.block_parameters),
+                (False, 1, sizes.end_parameters),
+            )
+            for parameter in parameters
+        )
+        self.dealt = tuple(item for item in self.items if item.dealt)
+        self.ranks = ranks
+        self._states: dict[tuple[OptimConfig, int, bool], tuple[int, int]] = {}
+
+    @cached_property
+    def total_values(self) -> int:
+        """Of the whole model."""
+        return sum(item.count * item.parameter.values for item in self.items)
+
+    @cached_property
+    def dealt_values(self) -> int:
+        """Of what is dealt out, on all ranks together, without padding."""
+        return sum(item.count * item.parameter.values for item in self.dealt)
+
+    @cached_property
+    def whole_values(self) -> int:
+        """Of what every rank holds whole."""
+        return self.total_values - self.dealt_values
+
+    @cached_property
+    def largest_dealt(self) -> int:
+        """Values of the largest parameter that is dealt out."""
+        return max((item.parameter.values for item in self.dealt), default=0)
+
+    def dealt_in(self, *, block: bool) -> int:
+        """Values dealt out of one block, or of what is outside of them."""
+        return self._dealt_in[block]
+
+    def gathered_in(self, *, block: bool) -> int:
+        """The same with the padding of rows."""
+        return self._gathered_in[block]
+
+    @cached_property
+    def _dealt_in(self) -> dict[bool, int]:
+        return {
+            block: sum(item.parameter.values for item in self.dealt if item.in_block is block)
+            for block in (False, True)
+        }
+
+    @cached_property
+    def _gathered_in(self) -> dict[bool, int]:
+        return {
+            block: self.ranks * sum(item.values for item in self.dealt if item.in_block is block)
+            for block in (False, True)
+        }
+
+    def by_group(self, *, with_dealt: bool) -> dict[str, int]:
+        """Values that the rank holds, by the group of parameters; with padding."""
+        sums: dict[str, int] = defaultdict(int)
+        for item in self.items:
+            if with_dealt or not item.dealt:
+                sums[item.parameter.group] += item.count * item.values
+        return sums
+
+    def int8_saving(self, width: int) -> dict[str, int]:
+        """Bytes that int8 weights do not take of `width` a value, by group; they are whole on every rank."""
+        sums: dict[str, int] = defaultdict(int)
+        for item in self.items:
+            if item.parameter.int8:
+                sums[item.parameter.group] += item.count * (width * item.values - item.parameter.stored(width))
+        return sums
+
+    def waiting_values(self, *, whole: bool, with_dealt: bool) -> int:
+        """Values of gradients between two micro-batches; `whole` where all but the last leave them unreduced."""
+        return sum(
+            item.count * (item.parameter.values if whole else item.values)
+            for item in self.items
+            if with_dealt or not item.dealt
+        )
+
+    def places(self, *, with_dealt: bool) -> list[Place]:
+        """The different parts of parameters that the rank holds."""
+        return list(dict.fromkeys(item.place for item in self.items if with_dealt or not item.dealt))
+
+    def decaying_values(self, *, with_dealt: bool) -> int:
+        """Values that the rank holds of what weight decay applies to."""
+        items = (item for item in self.items if item.parameter.decays and (with_dealt or not item.dealt))
+        return sum(item.count * item.place.count for item in items)
+
+    def states(self, optim: OptimConfig, width: int, *, with_dealt: bool) -> tuple[int, int]:
+        """Bytes of (optimizer states, fp32 copies) that the rank holds; `width`: of a parameter's value."""
+        key = (optim, width, with_dealt)
+        if key not in self._states:
+            states = masters = 0
+            for item in self.items:
+                if with_dealt or not item.dealt:
+                    for stored in stored_states(item.place, optim, width):
+                        if stored.key == MASTER:
+                            masters += item.count * stored.nbytes
+                        else:
+                            states += item.count * stored.nbytes
+            self._states[key] = states, masters
+        return self._states[key]
+
+
+@lru_cache(4096)
+def holdings(sizes: Sizes, deal: Deal, ranks: int) -> Holdings:
+    """Of a model dealt to so many ranks."""
+    return Holdings(sizes, deal, ranks)
+
+
+def _holding(parameter: Parameter, count: int, in_block: bool, deal: Deal, ranks: int) -> Holding:
+    replaced = parameter.group != "dense" or (in_block and len(parameter.shape) > 1)
+    if deal == "nothing" or (deal == "factors" and not replaced):
+        return Holding(parameter, count, in_block, False, whole("", parameter.shape), parameter.values)
+    padded = -(-parameter.shape[0] // ranks) * prod(parameter.shape[1:])
+    return Holding(parameter, count, in_block, True, fsdp_place("", parameter.shape, 0, ranks), padded)

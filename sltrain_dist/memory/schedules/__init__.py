@@ -1,0 +1,1 @@
+"""Which engine holds, gathers and sends what, and when."""

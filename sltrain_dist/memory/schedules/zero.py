@@ -1,0 +1,259 @@
+"""An update under DeepSpeed ZeRO (no torch), as deepspeed 0.19's stage_1_and_2.py, stage3.py and
+partition_parameters.py make it. Fake tensors cannot follow it: it is compared with live bytes of real runs.
+
+Gradients go into a bucket, and a full bucket is copied once more to be sent. In stages 1 and 2 the bucket lives from
+the first gradient of a backward pass to its end (in stage 1: of an update's); in stage 3 always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from math import prod
+
+from sltrain_dist.memory.gradients import Arrivals
+from sltrain_dist.memory.holdings import Holdings, holdings
+from sltrain_dist.memory.schedules.ddp import Timeline
+from sltrain_dist.memory.stretches import (
+    block_backward,
+    block_forward,
+    embedding_backward,
+    ends_backward,
+    ends_forward,
+)
+from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.parallel.partition import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
+
+FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
+_SUB_GROUP = 1_000_000_000
+"""Values that stage 3 updates at a time (its default)."""
+
+
+class ZeroTimeline(Timeline):
+    """Goes through an update of the engine `zero`, on the rank that keeps most gradients."""
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return self.config.parallel.zero_stage
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer is in the host's memory."""
+        return self.config.parallel.cpu_offload
+
+    @cached_property
+    def held(self) -> Holdings:
+        return holdings(self.shapes, self.config.parallel.shard, 1)
+
+    @cached_property
+    def sharded(self) -> Named:
+        """(name, shape) of what DeepSpeed is given."""
+        return dealt(self.config)[0]
+
+    @property
+    def sharded_values(self) -> int:
+        """Values in these."""
+        return self.held.dealt_values
+
+    @cached_property
+    def groups(self) -> list[tuple[tuple[int, ...], ...]]:
+        """Shapes by the optimizer's group."""
+        return optimizer_groups(self.sharded, self.config.optim)
+
+    @cached_property
+    def part(self) -> int:
+        """Values in a rank's partition, of all groups."""
+        if self.stage == 3:
+            return zero3_values(self.sharded, self.ranks, offload=False)[2]
+        return sum(zero12_partition(group, self.ranks)[1] for group in self.groups)
+
+    @cached_property
+    def kept_gradients(self) -> int:
+        """Values of the gradients that a rank keeps when they have been reduced."""
+        if self.stage == 3 or self.offload:
+            return self.part
+        by_rank = [_kept_values(group, self.ranks) for group in self.groups]
+        return max(map(sum, zip(*by_rank, strict=True)))
+
+    @property
+    def bucket(self) -> int:
+        """Values in the bucket."""
+        settings = self.config.parallel.deepspeed.get("zero_optimization", {})
+        return int(settings.get("reduce_bucket_size", min(ZERO_BUCKET, self.sharded_values)))
+
+    @property
+    def message(self) -> int:
+        """Bytes of the copy in which a full bucket is sent; a larger gradient goes by itself. Gloo makes another."""
+        largest = self.held.largest_dealt
+        copies = 2 if self.stage == 3 and self.device.type == "cpu" else 1
+        return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
+
+    # What lives all the time
+
+    def hold_parameters(self) -> None:
+        super().hold_parameters()
+        if self.stage == 3:
+            for item in self.held.dealt:
+                part = -(-item.parameter.values // self.ranks)
+                self.add(item.parameter.group, item.count * (part - item.parameter.values) * self.width)
+        else:
+            padding = sum(self.ranks * zero12_partition(g, self.ranks)[1] for g in self.groups) - self.sharded_values
+            self.add(FLAT, padding * self.width)
+
+    def init(self) -> None:
+        whole_model = self.width * self.sharded_values
+        self.point("init", "flat copy of the model", {"buffers.unsharded_model": whole_model})
+
+    def hold_more(self) -> None:
+        optim, width = self.config.optim, self.width
+        self.add("states", self.held.states(optim, width, with_dealt=False)[0])
+        if self.passes > 1:
+            self.add("gradients", self.held.whole_values * width)
+        if self.offload:
+            self.add(FLAT, self.held.largest_dealt * width if self.stage < 3 else 0)
+        else:
+            self.add(FLAT, self.part * width)  # what the optimizer steps
+            self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
+        if self.stage == 1 and self.passes > 1:
+            self.add(BUCKET, self.bucket * width)  # until the update's last micro-batch is through
+        if self.stage == 3:
+            self.add(BUCKET, self.bucket * width)
+            self.add("gradients", 0 if self.offload else self.part * width)
+        elif self.passes > 1:
+            waits = self.sharded_values if self.stage == 1 else 0 if self.offload else self.kept_gradients
+            self.add("gradients", waits * width)
+
+    # An update
+
+    @property
+    def block_values(self) -> int:
+        """Values that are gathered for a block in stage 3, with padding."""
+        items = (item.parameter.values for item in self.held.dealt if item.in_block)
+        return self.ranks * sum(-(-values // self.ranks) for values in items)
+
+    def forward(self) -> None:
+        if self.stage < 3:
+            super().forward()
+            return
+        ahead, layers = self.config.parallel.prefetch_blocks, len(self.shapes.order)
+        block = self.block_values * self.width
+        table = self._table()
+        self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is fetched early
+        self.begin_forward()
+        for layer, kind in enumerate(self.shapes.order):
+            coming = block * min(ahead, layers - 1 - layer)
+            self.point("forward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+            self.add(GATHERED, block + coming)
+            self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
+            self.add(GATHERED, -block - coming)
+        # The last block is used again at once, and the one before it is gathered meanwhile.
+        self.add(GATHERED, block + block * min(ahead, layers - 1) - table)
+        self.apply("forward", "", ends_forward(self.shapes.ends))
+        self.leave_autocast()
+
+    def _table(self) -> int:
+        """Bytes of the embedding's, or the head's, weight where it is gathered."""
+        return self.shapes.ends.table.values * self.width if self.config.parallel.shard == "all" else 0
+
+    def backward(self) -> None:
+        ends, shapes = self.of_ends(), self.shapes
+        stretch, waiting = ends_backward(shapes.ends, ends)
+        self.apply("backward", "", stretch)
+        if self.stage < 3:
+            self.clear(BUCKET)
+            self.add(BUCKET, self.bucket * self.width)
+        ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
+        block = self.block_values * self.width if self.stage == 3 else 0
+        self.clear(GATHERED)
+        full = self.sharded_values > self.bucket
+        of_gains = None if self.config.parallel.shard == "all" else ends
+        if full and self.stage == 2:
+            self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
+        for layer, kind in reversed(list(enumerate(shapes.order))):
+            coming = block * min(ahead, layer)
+            if layer < layers - 1 and block:
+                self.point("backward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+            self.add(GATHERED, block + coming)
+            stretch, waiting = block_backward(shapes.blocks[kind], self.of_block(full=full), waiting, of_gains)
+            self.apply("backward", f"block {layer}", stretch)
+            if self.stage == 3:
+                if full:
+                    self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
+                self.add("gradients", -self.width * self.held.dealt_in(block=True))
+            self.add(GATHERED, -block - coming)
+        of_table = Arrivals("keep", self.width) if self.stage == 3 and self._table() else ends
+        stretch, waiting = embedding_backward(shapes.ends, of_table, waiting)
+        self.apply("backward", "", stretch)
+        self._reduce(full=full)
+        message = self.width * self.held.whole_values
+        if message and self.ranks > 1:
+            self.point("backward", "all-reduce of the dense remainder", {MESSAGES: message})
+
+    def of_ends(self) -> Arrivals:
+        """What becomes of gradients of embedding, last norm and head."""
+        if self.config.parallel.shard == "all":
+            copied = self.stage > 1 or self.passes > 1
+            return Arrivals("add" if copied else "keep", self.width)
+        return Arrivals("add" if self.passes > 1 else "keep", self.width)
+
+    def of_block(self, *, full: bool) -> Arrivals:
+        """What becomes of a block's gradients: kept whole (stage 1), copied into the bucket as they come (2), or when
+        the block is through (3).
+
+        Args:
+            full: Whether the bucket fills up before the end.
+        """
+        if self.stage == 1:
+            return Arrivals("add" if self.passes > 1 else "keep", self.width)
+        if self.stage == 2:
+            return Arrivals("add", self.width, message=self.message if full else 0)
+        return Arrivals("keep", self.width)
+
+    def _reduce(self, *, full: bool) -> None:
+        """The end of a backward pass: what is still in the bucket is sent, and this rank's part kept."""
+        kept = self.kept_gradients * self.width
+        if self.stage == 1:
+            # Gradients move into the bucket one by one; when it is sent, those in it are freed.
+            self.add("gradients", -self.width * min(self.sharded_values, self.bucket))
+        self.point("backward", "gradients sent", {MESSAGES: self.message})
+        if not self.offload and (self.stage == 1 or (self.stage == 2 and not full)):
+            self.add("gradients", kept)
+        if self.stage == 3:
+            self.add("gradients", -self._table())  # the embedding's waits for the end
+        if self.stage == 1 and self.sharded_values > self.bucket:
+            self.add("gradients", -self.width * (self.sharded_values - self.bucket))
+        if self.stage < 3:
+            self.clear(BUCKET)
+            if self.passes > 1 and self.stage == 2 and not self.offload:
+                self.add("gradients", -kept)  # added to those of earlier micro-batches
+
+    def update(self) -> None:
+        self.clear("activations.rotary", "activations.mask", "batch")
+        copied = 0 if self.offload else self.width * max(self._partitions())
+        self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
+        self.clear("gradients")
+        self.add("gradients", self.part * self.width if self.stage == 3 and not self.offload else 0)
+
+    def _partitions(self) -> list[int]:
+        if self.stage == 3:
+            return [min(self.part, _SUB_GROUP)]
+        return [zero12_partition(group, self.ranks)[1] for group in self.groups]
+
+    def save(self) -> None:
+        self.point("save", "checkpoint")
+
+
+@lru_cache(maxsize=256)
+def _kept_values(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
+    """Values of the gradients that each rank keeps in stages 1 and 2: whole ones, also of parameters that it shares;
+    as parallel/partition.py: rank_bytes."""
+    total, part = zero12_partition(shapes, ranks)
+    kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
+    start = 0
+    for shape in shapes:
+        size = prod(shape)
+        for rank in range(start // part, -(-(start + size) // part)):
+            kept[rank] += size
+        start += size
+    return tuple(kept)

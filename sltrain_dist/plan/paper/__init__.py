@@ -1,0 +1,1 @@
+"""The paper: its accounting, and its published code."""

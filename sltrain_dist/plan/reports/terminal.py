@@ -1,0 +1,137 @@
+"""What the planner found, as tables on a terminal (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sltrain_dist.memory.result import Estimate
+from sltrain_dist.plan.answer import Answer
+from sltrain_dist.plan.paper.accounting import PaperMemory
+from sltrain_dist.plan.reports.labels import GROUPS, PHASES, Unit, describe, detail_of
+from sltrain_dist.plan.reports.report import (
+    facts,
+    launch_sentences,
+    remedies,
+    row_cells,
+    search_sentences,
+    varying,
+    verdict,
+)
+
+_ANY_WIDTH = 10_000
+"""Columns that every table fits into, to ask how many it wants."""
+
+
+def print_answer(known: Answer) -> None:
+    """The components by phase, what follows from them in words, and the rows of a search."""
+    console = _console()
+    console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
+    _show(console, _components(known.estimate))
+    fits, (advice, changes) = verdict(known), remedies(known)
+    for line in filter(None, (*facts(known), fits, advice)):
+        console.print(escape(line))
+    for settings, outcome in changes:
+        console.print(escape(f"  {settings}  ({outcome})"))
+    if known.found is not None:
+        console.print()
+        _print_search(console, known)
+
+
+def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
+    """The paper's table for one model."""
+    console = _console()
+    shown = _table()
+    shown.add_column("G = 1e9 bytes")
+    for name in ("parameters", "optimizer", "total"):
+        shown.add_column(name, justify="right")
+    for each in table:
+        mark = " ◀" if each.method == memory.method else ""
+        cells = (str(gb) for gb in (each.parameter_gb, each.optimizer_gb, each.total_gb))
+        shown.add_row(each.method + mark, *cells, style="bold" if mark else "")
+    _show(console, shown)
+    console.print("As the paper's Table 2 counts: no gradients, no activations; parts are rounded, then added.")
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, tables take what they need and sentences are not broken."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _show(console: Console, table: Table) -> None:
+    """Prints a table; on a terminal that is too narrow for it, each row as a list of titles and values."""
+    if console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum <= console.width:
+        console.print(table)
+        return
+    titles = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        head, *cells = (Text.from_markup(str(cell)).plain for cell in row)
+        console.print(escape(f"{titles[0]} {head}" if table.columns[0].justify == "right" else head))
+        pairs = [f"{title} {cell}" for title, cell in zip(titles[1:], cells, strict=True) if cell]
+        line = ""
+        for pair in pairs:
+            if line and len(line) + 2 + len(pair) > console.width:
+                console.print(escape(line))
+                line = ""
+            line += f"  {pair}"
+        if line:
+            console.print(escape(line))
+
+
+def _components(estimate: Estimate) -> Table:
+    """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
+    largest, unit = estimate.phases(), Unit.of(estimate)
+    phases = [phase for phase in PHASES if phase in largest]
+    table = _table()
+    table.add_column(f"{unit.name} ({unit.size:.0e} bytes)".replace("e+0", "e"), no_wrap=True)
+    for phase in phases:
+        is_peak = phase == estimate.peak.phase
+        title = f"{PHASES[phase]} ◀" if is_peak else PHASES[phase]
+        table.add_column(title, justify="right", style="bold" if is_peak else "", no_wrap=True)
+    points = [largest[phase] for phase in phases]
+    for group, (name, colour) in GROUPS.items():
+        sums = [point.groups().get(group, 0) for point in points]
+        if not any(sums):
+            continue
+        table.add_row(f"[{colour}]■[/] {name}", *map(unit.cell, sums))
+        for key in unit.details(group, points):
+            sizes = (f"[dim]{unit.cell(point.components.get(key, 0))}[/]" for point in points)
+            table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
+    table.add_row("allocated", *(unit.cell(point.total) for point in points))
+    if estimate.reserved_bytes:
+        table.add_row("with context and slack", *(unit.cell(point.total + estimate.reserved_bytes) for point in points))
+    return table
+
+
+def _print_search(console: Console, known: Answer) -> None:
+    for line in search_sentences(known):
+        console.print(escape(line))
+    names, shared = varying(known.rows)
+    if not known.rows:
+        return
+    table = _table()
+    rows = [row_cells(row, names, known.device_memory) for row in known.rows]
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    for title in titles:
+        table.add_column(title, justify="left" if title in names else "right")
+    if known.saved:
+        table.add_column("file", overflow="fold")
+    for index, row in enumerate(rows):
+        table.add_row(*(row.get(title, "") for title in titles), *known.saved[index : index + 1])
+    _show(console, table)
+    for line in launch_sentences(known):
+        console.print(escape(line), soft_wrap=True)  # a command that is copied must be whole
+    if shared:
+        console.print(
+            escape("In all of these: " + ", ".join(f"{name} {value}" for name, value in shared.items()) + ".")
+        )
+    console.print("Speed is predicted, relative to the configuration above (docs/planner_search.md).")

@@ -1,0 +1,1 @@
+"""Looks for configurations that fit."""

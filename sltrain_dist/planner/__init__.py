@@ -1,1 +1,0 @@
-"""What a run takes: predicted, replayed, searched."""
