@@ -17,6 +17,11 @@ _REMOTE = re.compile(r"(?!file:|sqlite:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
 
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltrain_dist"
+
+
 def expand(text: str) -> str:
     """Expands `~`, `~user`, `$NAME` and `${NAME}` at their places in a path; URLs stay as they are.
 

@@ -9,8 +9,8 @@ from math import prod
 from typing import Literal
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.memory.gradients import Parameter
-from sltrain_dist.memory.sizes import Sizes
+from sltrain_dist.memory.recorded_model import RecordedModel
+from sltrain_dist.memory.recording import Parameter
 from sltrain_dist.optim.state_layout import MASTER, Place, stored_states, whole
 from sltrain_dist.parallel.partition import fsdp_place
 
@@ -25,7 +25,7 @@ class Holding:
     Attributes:
         parameter: One of them.
         count: How many there are in the model.
-        in_block: Whether they are in decoder blocks, each once or twice.
+        in_layer: Whether they are in decoder layers.
         dealt: Whether they are dealt out.
         place: What it holds of one, by rows; the whole where it is not dealt out.
         values: The same in values, with the padding of rows.
@@ -33,7 +33,7 @@ class Holding:
 
     parameter: Parameter
     count: int
-    in_block: bool
+    in_layer: bool
     dealt: bool
     place: Place
     values: int
@@ -43,18 +43,18 @@ class Holdings:
     """All parameters of a model.
 
     Args:
-        sizes: The model.
+        model: The model.
         deal: What is dealt out.
         ranks: To how many.
     """
 
-    def __init__(self, sizes: Sizes, deal: Deal, ranks: int) -> None:
-        self.layers = len(sizes.order)
+    def __init__(self, model: RecordedModel, deal: Deal, ranks: int) -> None:
+        self.layers = len(model.order)
         self.items = tuple(
-            _holding(parameter, count, in_block, deal, ranks)
-            for in_block, count, parameters in (
-                (True, self.layers, sizes.block_parameters),
-                (False, 1, sizes.end_parameters),
+            _holding(parameter, count, in_layer, deal, ranks)
+            for in_layer, count, parameters in (
+                (True, self.layers, model.layer_parameters),
+                (False, 1, model.ends.parameters),
             )
             for parameter in parameters
         )
@@ -82,26 +82,26 @@ class Holdings:
         """Values of the largest parameter that is dealt out."""
         return max((item.parameter.values for item in self.dealt), default=0)
 
-    def dealt_in(self, *, block: bool) -> int:
-        """Values dealt out of one block, or of what is outside of them."""
-        return self._dealt_in[block]
+    def dealt_in(self, *, layer: bool) -> int:
+        """Values dealt out of one layer, or of what is outside of them."""
+        return self._dealt_in[layer]
 
-    def gathered_in(self, *, block: bool) -> int:
+    def gathered_in(self, *, layer: bool) -> int:
         """The same with the padding of rows."""
-        return self._gathered_in[block]
+        return self._gathered_in[layer]
 
     @cached_property
     def _dealt_in(self) -> dict[bool, int]:
         return {
-            block: sum(item.parameter.values for item in self.dealt if item.in_block is block)
-            for block in (False, True)
+            layer: sum(item.parameter.values for item in self.dealt if item.in_layer is layer)
+            for layer in (False, True)
         }
 
     @cached_property
     def _gathered_in(self) -> dict[bool, int]:
         return {
-            block: self.ranks * sum(item.values for item in self.dealt if item.in_block is block)
-            for block in (False, True)
+            layer: self.ranks * sum(item.values for item in self.dealt if item.in_layer is layer)
+            for layer in (False, True)
         }
 
     def by_group(self, *, with_dealt: bool) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Holdings:
         sums: dict[str, int] = defaultdict(int)
         for item in self.items:
             if with_dealt or not item.dealt:
-                sums[item.parameter.group] += item.count * item.values
+                sums[item.parameter.component] += item.count * item.values
         return sums
 
     def int8_saving(self, width: int) -> dict[str, int]:
@@ -117,7 +117,9 @@ class Holdings:
         sums: dict[str, int] = defaultdict(int)
         for item in self.items:
             if item.parameter.int8:
-                sums[item.parameter.group] += item.count * (width * item.values - item.parameter.stored(width))
+                sums[item.parameter.component] += item.count * (
+                    width * item.values - item.parameter.stored_bytes(width)
+                )
         return sums
 
     def waiting_values(self, *, whole: bool, with_dealt: bool) -> int:
@@ -128,14 +130,9 @@ class Holdings:
             if with_dealt or not item.dealt
         )
 
-    def places(self, *, with_dealt: bool) -> list[Place]:
-        """The different parts of parameters that the rank holds."""
-        return list(dict.fromkeys(item.place for item in self.items if with_dealt or not item.dealt))
-
-    def decaying_values(self, *, with_dealt: bool) -> int:
-        """Values that the rank holds of what weight decay applies to."""
-        items = (item for item in self.items if item.parameter.decays and (with_dealt or not item.dealt))
-        return sum(item.count * item.place.count for item in items)
+    def on_device(self, *, with_dealt: bool) -> list[Holding]:
+        """What the rank holds on the device; `with_dealt`: also of what is dealt out."""
+        return [item for item in self.items if with_dealt or not item.dealt]
 
     def states(self, optim: OptimConfig, width: int, *, with_dealt: bool) -> tuple[int, int]:
         """Bytes of (optimizer states, fp32 copies) that the rank holds; `width`: of a parameter's value."""
@@ -154,14 +151,13 @@ class Holdings:
 
 
 @lru_cache(4096)
-def holdings(sizes: Sizes, deal: Deal, ranks: int) -> Holdings:
+def holdings(model: RecordedModel, deal: Deal, ranks: int) -> Holdings:
     """Of a model dealt to so many ranks."""
-    return Holdings(sizes, deal, ranks)
+    return Holdings(model, deal, ranks)
 
 
-def _holding(parameter: Parameter, count: int, in_block: bool, deal: Deal, ranks: int) -> Holding:
-    replaced = parameter.group != "dense" or (in_block and len(parameter.shape) > 1)
-    if deal == "nothing" or (deal == "factors" and not replaced):
-        return Holding(parameter, count, in_block, False, whole("", parameter.shape), parameter.values)
+def _holding(parameter: Parameter, count: int, in_layer: bool, deal: Deal, ranks: int) -> Holding:
+    if deal == "nothing" or (deal == "factors" and not parameter.replaced):
+        return Holding(parameter, count, in_layer, False, whole(parameter.name, parameter.shape), parameter.values)
     padded = -(-parameter.shape[0] // ranks) * prod(parameter.shape[1:])
-    return Holding(parameter, count, in_block, True, fsdp_place("", parameter.shape, 0, ranks), padded)
+    return Holding(parameter, count, in_layer, True, fsdp_place(parameter.name, parameter.shape, 0, ranks), padded)

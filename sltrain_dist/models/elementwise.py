@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sltrain_dist.numerics.device import is_emulated
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Applies the rotary embedding, halves paired as in Hugging Face's.
@@ -61,9 +63,29 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         (..., n), a new tensor.
     """
+    if is_emulated("cuda"):
+        return _FakeFusedRMSNorm.apply(x, gain)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.rms_norm(x, gain.shape, gain, eps)
     return _RMSNorm.apply(x, gain, eps)
+
+
+class _FakeFusedRMSNorm(torch.autograd.Function):
+    """Allocates what CUDA's fused kernel (torch's _fused_rms_norm) does, which torch decomposes for fake CPU tensors.
+
+    Kept are the input, the gain, and a float32 number a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(gain)
 
 
 class _RMSNorm(torch.autograd.Function):

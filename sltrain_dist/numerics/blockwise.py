@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,20 +139,20 @@ def quantizer(bits: int, block: int, device: torch.device, *, signed: bool) -> Q
     if bits not in (8, 4):
         raise ValueError(f"there are quantizers of 8 and 4 bits, not of {bits}")
     key = (bits, block, device, signed)
-    is_real = type(torch.empty(0)) is Tensor  # fake tensors do not mix with others, and must not outlive their mode
-    if is_real and key in _made:
-        return _made[key]
+    # Fake tensors do not mix with others, and must not outlive their mode.
+    fake_mode = getattr(torch.empty(0), "fake_mode", None)
+    made: dict[Any, Quantizer] = _made if fake_mode is None else vars(fake_mode).setdefault("quantizers", {})
+    if key in made:
+        return made[key]
     exact = torch.tensor(signed_levels(bits) if signed else unsigned_levels(bits), dtype=torch.float64)
     borders = ((exact[1:] + exact[:-1]) / 2).float()
-    made = Quantizer(
+    made[key] = Quantizer(
         block,
         exact.float().to(device),
         torch.cat((borders, torch.tensor([torch.inf]))).to(device),
         torch.bucketize(_least_by_upper_half(), borders).to(device, torch.uint8),
     )
-    if is_real:
-        _made[key] = made
-    return made
+    return made[key]
 
 
 def _least_by_upper_half() -> Tensor:

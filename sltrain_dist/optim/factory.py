@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.optim.low_bit import Agree, LowBitAdam
 from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, needs_low_bit, stored_states, whole
@@ -42,7 +43,8 @@ def make_optimizer(
     named = list(parameters)
     groups = parameter_groups(named, optim)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr)
+        # Torch's default, which looks at where the parameters really are.
+        return torch.optim.SGD(groups, lr=optim.lr, foreach=device_type(named[0][1]) == "cuda")
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):

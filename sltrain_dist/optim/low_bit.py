@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.blockwise import Quantizer, pack, quantizer, unpack
+from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.rounding import rounding_key, stochastic_round
 from sltrain_dist.optim.state_layout import (
@@ -125,7 +127,13 @@ class LowBitAdam(torch.optim.Optimizer):
 
     def _spans(self, parameter: Tensor) -> Iterable[Span]:
         block = BLOCKS.get(self._optim.state_bits, 1)
-        return spans(self._places[parameter], block, _SPAN_CPU if parameter.device.type == "cpu" else _SPAN)
+        size = _SPAN_CPU if device_type(parameter) == "cpu" else _SPAN
+        cut = spans(self._places[parameter], block, size)
+        if not is_fake(parameter):
+            return cut
+        # Fake tensors have no values, and spans between the second and the last one allocate the same bytes.
+        first, *others = cut
+        return [first, *others[:1], *others[1:][-1:]]
 
     def _agreed_maxima(self) -> dict[Tensor, dict[int, Tensor]]:
         """Largest magnitudes of both new moments, (2,) each, of shared blocks by number; one message for all."""

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.nn.parallel import distributed as data_parallel
@@ -25,17 +24,14 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.memory.events import EventLog
+from sltrain_dist.memory.operators import operators_of
+from sltrain_dist.memory.record import fake_model
 from sltrain_dist.memory.result import Estimate
-from sltrain_dist.memory.stand_in import INSIDE, as_cuda
-from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.optim import low_bit
-from sltrain_dist.optim.state_layout import Span, spans
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.plan.follow import Follower
-from sltrain_dist.tracking.live_bytes import LiveBytes
+from sltrain_dist.plan.follow import Follower, replaced
 
 T = TypeVar("T")
 
@@ -70,13 +66,12 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    with fake_rank(config, rank, ranks, device) as (env, tracker):
-        follower = Follower(eager, env, tracker)
+    with fake_rank(config, rank, ranks, device) as (env, log):
+        follower = Follower(eager, env, log, sends_ahead=device == "cuda")
         follower.build(lambda: fake_model(eager))
         _without_messages(follower.engine)
-        with _few_spans():
-            follower.prepare()
-            follower.update()
+        follower.update()  # makes the optimizer's states
+        follower.update()
         follower.save()
     return replace(estimate(config, ranks=ranks), timeline=follower.timeline(), method="replay")
 
@@ -84,7 +79,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
 @contextmanager
 def fake_rank(
     config: Config, rank: int, ranks: int, device: Literal["cuda", "cpu"]
-) -> Iterator[tuple[Environment, LiveBytes]]:
+) -> Iterator[tuple[Environment, EventLog]]:
     """One of several ranks, on fake tensors, and what counts their bytes. Arguments as of :func:`replay`."""
     with ExitStack() as stack:
         if ranks > 1 or config.parallel.engine != "ddp":
@@ -92,30 +87,8 @@ def fake_rank(
         stack.enter_context(FakeTensorMode())
         stack.enter_context(_fakeable())
         if device == "cuda":
-            stack.enter_context(as_cuda(config))
-        yield Alone(rank, ranks, rank, torch.device("cpu")), FakeBytes(device)
-
-
-class FakeBytes(LiveBytes):
-    """Live bytes of fake tensors. A number that is read from one of them is 1.
-
-    Args:
-        device: Whose operators they stand for.
-    """
-
-    def __init__(self, device: Literal["cuda", "cpu"]) -> None:
-        super().__init__(INSIDE if device == "cuda" else None)
-        self._cpu = device == "cpu"
-
-    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operator."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        out = func(*args, **kwargs)
-        if func is torch.ops.aten._embedding_bag_forward_only.default:
-            # CUDA gives the bag of every index, the CPU's kernel none; fake tensors do either, by their type.
-            return (out[0], out[1].new_empty(0 if self._cpu else len(args[1])), *out[2:])
-        return out
+            stack.enter_context(operators_of("cuda", config))
+        yield Alone(rank, ranks, rank, torch.device("cpu")), EventLog(device)
 
 
 class Alone(Environment):
@@ -133,18 +106,6 @@ class Alone(Environment):
         return [self.world_size * value for value in values] if op == dist.ReduceOp.SUM else list(values)
 
 
-def fake_model(config: Config) -> LlamaForCausalLM:
-    """The model with fake parameters and buffers, under FakeTensorMode."""
-    model = build_meta_model(config)
-    for module in model.modules():  # not to_empty, which cannot swap fake parameters
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-    model.tie()
-    return model
-
-
 @contextmanager
 def _fake_group(rank: int, ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -157,24 +118,16 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
 @contextmanager
 def _fakeable() -> Iterator[None]:
     """Without what looks at the values of tensors, which fake ones do not have."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
     with (
-        mock.patch.object(data_parallel, "_verify_param_shape_across_processes"),
-        mock.patch.object(data_parallel, "_sync_module_states"),
+        replaced(data_parallel, "_verify_param_shape_across_processes", nothing),
+        replaced(data_parallel, "_sync_module_states", nothing),
         # Before the first pass it sees by addresses that nobody has replaced the shards.
-        mock.patch.object(FSDPParam, "reset_sharded_param"),
+        replaced(FSDPParam, "reset_sharded_param", nothing),
     ):
-        yield
-
-
-@contextmanager
-def _few_spans() -> Iterator[None]:
-    """Low-bit states in three spans of every parameter, the first two and the last: the others are like the second."""
-
-    def few(*args: Any) -> Iterator[Span]:
-        every = list(spans(*args))
-        yield from every[:2] + every[2:][-1:]
-
-    with mock.patch.object(low_bit, "spans", few):
         yield
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
 from sltrain_dist.sparse_lowrank.layout import num_windows, window_runs, window_starts
@@ -221,7 +222,7 @@ class BlockSupport(Support):
             return summed(total, dV)
         dV = outputs.new_empty(self.values_shape) if total is None else total
         tokens = max(1, outputs.shape[0])
-        step = _SLICE if outputs.device.type == "cpu" and not torch.compiler.is_compiling() else tokens
+        step = _SLICE if device_type(outputs) == "cpu" and not torch.compiler.is_compiling() else tokens
         for first in range(0, tokens, step):
             part = slice(first, first + step)
             for run, rows, each in self.runs:
@@ -250,13 +251,13 @@ class BlockSupport(Support):
 
 def by_features(x: Tensor) -> bool:
     """Whether arranged matrices of x's type and device have the tokens last."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2
+    return device_type(x) == "cpu" and x.dtype.itemsize == 2
 
 
 def _pick(x: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
     """x[:, columns], in `out` or new."""
     # torch 2.13's index_select has a fast loop for this, on one thread. gather takes twice as long, but uses all.
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.get_num_threads() == 1:
+    if torch.compiler.is_compiling() or device_type(x) != "cpu" or torch.get_num_threads() == 1:
         return torch.index_select(x, 1, columns, out=out)
     return torch.gather(x, 1, columns.long().expand(x.shape[0], -1), out=out)
 

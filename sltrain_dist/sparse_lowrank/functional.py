@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sltrain_dist.numerics.device import device_type
 from sltrain_dist.sparse_lowrank.cost import Path, Plan, choose_plan
 from sltrain_dist.sparse_lowrank.factored import Factored
 from sltrain_dist.sparse_lowrank.materialize import Materialize
@@ -141,7 +142,7 @@ def _plan(x: Tensor, operand: Operand) -> Plan:
         support.kind,
         tokens,
         bits=x.dtype.itemsize * 8,
-        device=x.device.type,
+        device=device_type(x),
         path=operand.path,
     )
 

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sltrain_dist.numerics.device import device_type, is_emulated
+
 Weights = tuple[Tensor, ...]
 """As :data:`sltrain_dist.sparse_lowrank.support.Weights`, of which this module cannot know: supports use it."""
 
@@ -39,8 +41,10 @@ def use_kernels(x: Tensor) -> bool:
 
     Warns, once in a process, where CUDA is used and Triton is not installed.
     """
-    if x.device.type not in DEVICES or x.dtype not in _DTYPES:
+    if device_type(x) not in DEVICES or x.dtype not in _DTYPES:
         return False
+    if is_emulated("cuda"):
+        return True  # Triton comes with torch's CUDA builds, whether or not it is installed here
     if not HAVE_TRITON and not torch.compiler.is_compiling():
         _warn_without_triton()
     return HAVE_TRITON

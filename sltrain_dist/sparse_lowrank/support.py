@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.keyed import draw_seed
 from sltrain_dist.numerics.splitmix import key64
 from sltrain_dist.sparse_lowrank.layout import nonzeros, position_bytes, values_shape
@@ -235,7 +236,7 @@ class Support(nn.Module):
 
     def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
         rows, columns, offsets = places
-        if outputs.is_cuda and outputs.dtype.itemsize == 2:
+        if device_type(outputs) == "cuda" and outputs.dtype.itemsize == 2:
             # CUDA's operator knows neither bf16 nor fp16; the slice of tokens is small.
             outputs, inputs = outputs.float(), inputs.float()
         # The gradient of embedding_bag by its weights: a dot product per position, summed in float32.

@@ -1,12 +1,11 @@
-"""The bytes of live tensors, by component: what an allocator would be asked for, on any device and on fake tensors."""
+"""The bytes of live tensors: what an allocator would be asked for, on any device and on fake tensors."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,127 +13,57 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OTHER = "temporaries"
-"""The component of what is made outside of any scope."""
 
+class StorageWatch(TorchDispatchMode):
+    """Sees all tensor storages that come through the dispatcher, until they are freed.
 
-class _Known(NamedTuple):
-    alive: weakref.ref[torch.UntypedStorage]
-    size: int
-    component: str
-    born: int
-
-
-@dataclass
-class Stretch:
-    """A part of what was followed, and its largest moment.
-
-    Attributes:
-        name: What was going on.
-        peak: Most bytes at a time.
-        components: The bytes then, by component: what storages are known to be at the end of the stretch.
-        at: Operators that had run then.
-    """
-
-    name: Any
-    peak: int
-    components: dict[str, int]
-    at: int = 0
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensor storages that come through the dispatcher, until they are freed.
-
-    Scratch memory inside of operators and collectives is not seen, nor the allocator's rounding. A storage belongs
-    to the component whose scope it was made in, until :meth:`assign` says otherwise; a storage that is resized, as
-    FSDP2 does, counts as what it is at the time.
+    Scratch memory inside of operators and collectives is not seen, nor the allocator's rounding. A storage that is
+    resized, as FSDP2 does, counts as what it is at the time. Subclasses say what is done with what is seen.
 
     Args:
         inside: Bytes that an operator takes while it runs, by the operator: called with its arguments.
-
-    Attributes:
-        live: Bytes at the moment.
-        components: The same by component.
-        stretches: What was followed, in its order; see :meth:`begin`.
     """
 
-    supports_higher_order_operators = True  # those of compiled blocks pass through
+    supports_higher_order_operators = True  # those of compiled layers pass through
 
     def __init__(self, inside: dict[Any, Callable[..., int]] | None = None) -> None:
         super().__init__()
-        self.live = 0
-        self.components: dict[str, int] = {}
-        self.stretches = [Stretch(None, 0, {})]
-        self._operators = 0
         self._inside = inside or {}
-        self._known: dict[int, _Known] = {}
-        self._scopes = [OTHER]
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._resize = torch.UntypedStorage.resize_
+
+    def allocated(self, key: int, num_bytes: int) -> None:
+        """Called for a new storage; `key` is its own until it is freed."""
+        raise NotImplementedError
+
+    def freed(self, key: int, num_bytes: int) -> None:
+        """Called when a storage is freed."""
+        raise NotImplementedError
+
+    def resized(self, key: int, before: int, after: int) -> None:
+        """Called when a storage changes its size in bytes."""
+        raise NotImplementedError
+
+    def passing(self, num_bytes: int) -> None:
+        """Called for bytes that an operator has taken and given back while it ran."""
+        raise NotImplementedError
 
     @classmethod
     def is_infra_mode(cls) -> bool:
         """It changes no result, so that torch.compile need not stand aside for it."""
         return True
 
-    @property
-    def peak(self) -> int:
-        """Most bytes at a time."""
-        return max(stretch.peak for stretch in self.stretches)
-
-    @property
-    def scope(self) -> str:
-        """The component of what is made now."""
-        return self._scopes[-1]
-
-    @contextmanager
-    def within(self, component: str) -> Iterator[None]:
-        """What is made in the block belongs to `component`."""
-        self._scopes.append(component)
-        try:
-            yield
-        finally:
-            self._scopes.pop()
-
-    def begin(self, name: Any) -> None:
-        """Begins a stretch; the last one ends."""
-        self.stretches.append(Stretch(name, self.live, dict(self.components), self._operators))
-
-    def add(self, tensors: Iterable[Tensor], component: str | None = None) -> None:
-        """Counts storages that exist already; those that are known stay what they are."""
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Counts storages that exist already."""
         for tensor in tensors:
-            self._see(tensor, component or self.scope)
-        self._note()
+            self._see(tensor)
 
-    def assign(self, tensors: Iterable[Tensor], component: str, *, only: str = "") -> None:
-        """Says what storages belong to; those that are not known are counted from now on.
-
-        Args:
-            tensors: Some tensors.
-            component: What they belong to.
-            only: Storages of other components than those that begin so stay what they are.
-        """
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            known = self._known.get(storage._cdata)
-            if known is None:
-                self._see(tensor, component)
-            elif known.component != component and known.component.startswith(only):
-                self._move(storage._cdata, known, component)
-        self._note()
-
-    def rename(self, component: str, to: str) -> None:
-        """Moves all that lives of a component to another one."""
-        for key, known in self._known.items():
-            if known.component == component:
-                self._move(key, known, to)
-        self._note()
-
-    def __enter__(self) -> LiveBytes:
-        resize, tracker = self._resize, self
+    def __enter__(self) -> StorageWatch:
+        resize, watch = self._resize, self
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            tracker._resized(storage)
+            watch._resized(storage)
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
@@ -148,83 +77,100 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it calls operators on its local tensor, which come here
-        self._operators += 1
         out = self.call(func, args, kwargs or {})
         if isinstance(out, Tensor):
-            self._see(out, self.scope)
+            self._see(out)
         else:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
-                    self._see(leaf, self.scope)
+                    self._see(leaf)
         inside = self._inside.get(func)
         if inside is not None:
-            self._passing(inside(*args, **(kwargs or {})))
-        self._note()
+            self.passing(inside(*args, **(kwargs or {})))
         return out
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operator."""
         return func(*args, **kwargs)
 
-    def _see(self, tensor: Tensor, component: str) -> None:
-        if tensor.device.type == "meta":
-            return
+    def _see(self, tensor: Tensor) -> int:
+        """The key of a tensor's storage, which is counted if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known[key] = _Known(weakref.ref(storage, lambda _: self._freed(key)), size, component, self._operators)
-        self.live += size
-        self._count(component, size)
-
-    def _move(self, key: int, known: _Known, component: str) -> None:
-        """Makes a storage a component's, also at the stretch's peak, if it was there.
-
-        If it has not belonged to any yet, then at the peaks of earlier stretches as well.
-        """
-        sums = [self.components]
-        for stretch in reversed(self.stretches):
-            if known.born > stretch.at:
-                break
-            sums.append(stretch.components)
-            if known.component != OTHER:
-                break
-        for components in sums:
-            components[known.component] -= known.size
-            components[component] = components.get(component, 0) + known.size
-        self._known[key] = known._replace(component=component)
-
-    def _count(self, component: str, size: int) -> None:
-        self.components[component] = self.components.get(component, 0) + size
+        if key not in self._known and tensor.device.type != "meta":
+            size = storage.nbytes()
+            self._known[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
+            self.allocated(key, size)
+        return key
 
     def _freed(self, key: int) -> None:
-        known = self._known.pop(key)
-        self.live -= known.size
-        self._count(known.component, -known.size)
+        self.freed(key, self._known.pop(key)[1])
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        known = self._known.get(storage._cdata)
-        if known is None:
-            return
-        size = storage.nbytes()
-        self.live += size - known.size
-        self._count(known.component, size - known.size)
-        self._known[storage._cdata] = known._replace(size=size)
-        self._note()
+        key = storage._cdata
+        if key in self._known:
+            alive, before = self._known[key]
+            self._known[key] = (alive, storage.nbytes())
+            self.resized(key, before, storage.nbytes())
 
-    def _note(self) -> None:
-        stretch = self.stretches[-1]
-        if self.live > stretch.peak:
-            stretch.peak, stretch.components, stretch.at = self.live, dict(self.components), self._operators
 
-    def _passing(self, size: int) -> None:
-        """Takes bytes that are gone again."""
-        self.live += size
-        self._count(self.scope, size)
-        self._note()
-        self.live -= size
-        self._count(self.scope, -size)
+@dataclass
+class Interval:
+    """A part of what was watched.
+
+    Attributes:
+        name: What was going on.
+        peak: Most bytes that were live at a time.
+    """
+
+    name: Any
+    peak: int
+
+
+class LiveBytes(StorageWatch):
+    """The live bytes of the moment, and their peaks.
+
+    Args: as of :class:`StorageWatch`.
+
+    Attributes:
+        live: Bytes that are live now.
+        intervals: What was watched, in its order; see :meth:`begin`.
+    """
+
+    def __init__(self, inside: dict[Any, Callable[..., int]] | None = None) -> None:
+        super().__init__(inside)
+        self.live = 0
+        self.intervals = [Interval(None, 0)]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were live at a time."""
+        return max(interval.peak for interval in self.intervals)
+
+    def begin(self, name: Any) -> None:
+        """Begins an interval; the last one ends."""
+        self.intervals.append(Interval(name, self.live))
+
+    def allocated(self, key: int, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._count(num_bytes)
+
+    def freed(self, key: int, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._count(-num_bytes)
+
+    def resized(self, key: int, before: int, after: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._count(after - before)
+
+    def passing(self, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._count(num_bytes)
+        self._count(-num_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self.live += num_bytes
+        self.intervals[-1].peak = max(self.intervals[-1].peak, self.live)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -114,7 +114,7 @@ class MemoryWatch:
             yield
         if not measured:
             return
-        peak = torch.cuda.max_memory_allocated() if tracker is None else tracker.stretches[-1].peak
+        peak = torch.cuda.max_memory_allocated() if tracker is None else tracker.intervals[-1].peak
         self._tracker = None
         self._held["optimizer states"] = storage_bytes(engine.tensors()["states"])  # the first update makes them
         held = [float(self._held.get(kind, 0)) for kind in _HELD]
@@ -145,7 +145,7 @@ class MemoryWatch:
         if self._tracker is None:
             self._tracker = LiveBytes()
             # Not subclasses: the memory of a DTensor is another tensor's, and fake ones of a compiler have none.
-            self._tracker.add([each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)], "before")
+            self._tracker.add([each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)])
         return self._tracker
 
     def report(self, tracker: RunTracker) -> None:

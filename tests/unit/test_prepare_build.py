@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
+from sltrain_dist.config.paths import default_cache_dir
 from sltrain_dist.data.prepare import build, embedded, shards
 from sltrain_dist.data.prepare.build import PrepareOptions, build_corpus_of_packages, build_embedded, prepare_files
 from sltrain_dist.data.prepare.embedded import docstrings, find_installation, find_packages, raw_documents
@@ -255,10 +256,10 @@ def test_embedded_vocabulary_too_large_and_unwritable_cache(cached: Path, tmp_pa
 
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.default_cache_dir() == tmp_path / "sltrain_dist"
+    assert default_cache_dir() == tmp_path / "sltrain_dist"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.default_cache_dir() == tmp_path / ".cache" / "sltrain_dist"
+    assert default_cache_dir() == tmp_path / ".cache" / "sltrain_dist"
 
 
 def _build_in_process(site: str, cache: str, barrier: Any, results: Any) -> None:

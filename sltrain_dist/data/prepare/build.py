@@ -6,7 +6,6 @@ import fcntl
 import gzip
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sltrain_dist.config.paths import default_cache_dir
 from sltrain_dist.data.files.kinds import base_name, printable
 from sltrain_dist.data.files.opening import num_bytes
 from sltrain_dist.data.prepare.clean import Cleaner, Deduplicator, Rules, unwrap
@@ -203,11 +203,6 @@ def refuse_existing(output: Path) -> None:
     """Raises ConfigError if the output directory exists and is not empty: it would be lost."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} exists already; choose another directory or remove it")
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sltrain_dist"
 
 
 def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:

@@ -1,37 +1,24 @@
-"""An update of one device, or of whole replicas, gone through from beginning to end (no torch)."""
+"""One update under the engine `ddp`, or on a single device, from its start to its end (no torch)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
 
-from sltrain_dist.config.rules import loss_chunk_tokens
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory.block import RESIDUAL
-from sltrain_dist.memory.device import Device
-from sltrain_dist.memory.gradients import Arrivals
-from sltrain_dist.memory.holdings import Holdings, holdings
-from sltrain_dist.memory.operands import CAST_WEIGHTS
+from sltrain_dist.memory.holdings import Holding, Holdings, holdings
+from sltrain_dist.memory.ledger import Gradients, Played, play, receive_all
+from sltrain_dist.memory.recorded_model import RecordedModel, evaluation_passes
 from sltrain_dist.memory.result import Phase, Point
-from sltrain_dist.memory.sizes import Sizes, index_bytes, sizes
-from sltrain_dist.memory.stretches import (
-    block_backward,
-    block_evaluation,
-    block_forward,
-    embedding_backward,
-    ends_backward,
-    ends_forward,
-    received,
-)
-from sltrain_dist.memory.tape import Stretch
-from sltrain_dist.memory.updates import StepMemory
-from sltrain_dist.optim.state_layout import BLOCKS, Place, is_quantized
+from sltrain_dist.memory.store import DeviceType, evaluation_request, step_request
+from sltrain_dist.optim.state_layout import BLOCKS, is_quantized
 from sltrain_dist.parallel.partition import value_bytes
 
 _IN_FLIGHT_BYTES = 1 << 25
 """As parallel/in_backward.py."""
 _LEVELS_BYTES = 1 << 16
-"""Of a quantizer's table (numerics/blockwise.py), of which there are two; beside it are levels and borders."""
+"""Bytes of a quantizer's table (numerics/blockwise.py), of which there are two; beside it are levels and borders."""
+_DTYPES = {2: "bfloat16", 4: "float32"}
 
 
 class Timeline:
@@ -39,16 +26,16 @@ class Timeline:
 
     Args:
         config: The run.
-        shapes: Its sizes.
+        model: Its recordings.
         ranks: World size.
         passes: Micro-batches of an update.
         device: What it runs on.
     """
 
-    def __init__(self, config: Config, shapes: Sizes, ranks: int, passes: int, device: Device) -> None:
-        self.config, self.shapes, self.ranks, self.passes, self.device = config, shapes, ranks, passes, device
+    def __init__(self, config: Config, model: RecordedModel, ranks: int, passes: int, device: DeviceType) -> None:
+        self.config, self.model, self.ranks, self.passes, self.device = config, model, ranks, passes, device
         self.width = value_bytes(config)
-        self.step = StepMemory.of_run(config.optim, self.width, device.span, int8=config.reparam.weight_bits == 8)
+        self.tokens = config.train.micro_batch * config.data.seq_len
         self.base: dict[str, int] = {}
         self.timeline: list[Point] = []
 
@@ -57,7 +44,7 @@ class Timeline:
         self.hold_parameters()
         self.init()
         self.hold_more()
-        self.add("batch", self.batch_bytes(self.shapes))
+        self.add("batch", self.batch_bytes(self.tokens) + self.rows_bytes())
         self.forward()
         self.backward()
         self.update()
@@ -70,7 +57,7 @@ class Timeline:
     @cached_property
     def held(self) -> Holdings:
         """What this rank holds."""
-        return holdings(self.shapes, "nothing", 1)
+        return holdings(self.model, "nothing", 1)
 
     @property
     def dealt_on_device(self) -> bool:
@@ -89,19 +76,23 @@ class Timeline:
 
     def hold_parameters(self) -> None:
         """Parameters, index and the rotary table, and DDP's buckets."""
-        config = self.config
         for group, values in self.held.by_group(with_dealt=self.dealt_on_device).items():
             self.add(group, values * self.width)
         for group, saved in self.held.int8_saving(self.width).items():
             self.add(group, -saved)
         if self.buckets:
             self.add("gradients", self.held.total_values * self.width)
-        self.add("index", index_bytes(config.model, config.reparam))
-        self.add("dense.rotary", 8 * config.data.seq_len * config.model.head_dim)
+        self.add("index", self.model.index_bytes)
+        self.add("dense.rotary", self.model.ends.buffer_bytes)
 
-    def batch_bytes(self, shapes: Sizes) -> int:
-        """Of ids and labels, int64, and positions where documents are told apart."""
-        return (24 if self.config.data.reset_attention else 16) * shapes.ends.tokens
+    def batch_bytes(self, tokens: int) -> int:
+        """Bytes of ids and labels, int64, and of positions where documents are told apart."""
+        return (24 if self.config.data.reset_attention else 16) * tokens
+
+    def rows_bytes(self) -> int:
+        """Bytes of the update's rows, int32, and on a GPU of the next update's (train/feed.py)."""
+        rows = self.passes * self.config.train.micro_batch
+        return (2 if self.device == "cuda" else 1) * 4 * rows * (self.config.data.seq_len + 1)
 
     def init(self) -> None:
         """Building the model and its engine."""
@@ -120,78 +111,83 @@ class Timeline:
             self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
 
     @property
-    def arrivals(self) -> Arrivals:
+    def gradients(self) -> Gradients:
         """What becomes of the last micro-batch's gradients of parameters that are whole on every rank."""
         several = self.passes > 1
         if self.config.optim.update == "per_layer":
+            steps = {item.parameter.shape: self.step_bytes(item) for item in self.held.items if not item.dealt}
             in_flight = _IN_FLIGHT_BYTES if self.ranks > 1 else None
-            return Arrivals("step", self.width, self.step, in_flight, held=several)
-        return Arrivals("add" if self.buckets or several else "keep", self.width, held=self.buckets and several)
+            return Gradients("step", self.width, tuple(steps.items()), in_flight, frees_earlier=several)
+        return Gradients(
+            "add" if self.buckets or several else "keep", self.width, frees_earlier=self.buckets and several
+        )
+
+    def step_bytes(self, item: Holding) -> int:
+        """Transient bytes of the optimizer's step of what the rank holds of a parameter."""
+        if not item.place.count:
+            return 0
+        dtype, int8 = _DTYPES[self.width], item.parameter.int8
+        # One int8 weight makes LowBitAdam the optimizer of all (optim/factory.py).
+        low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
+        return (
+            step_request(self.config.optim, dtype, item.place, self.device, int8=int8, low_bit=low_bit)
+            .get()
+            .transient_bytes
+        )
 
     # An update
 
     def forward(self) -> None:
         """Forward pass of the last micro-batch."""
-        self.begin_forward()
-        for layer, kind in enumerate(self.shapes.order):
-            self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
-        self.apply("forward", "", ends_forward(self.shapes.ends))
+        self.apply("forward", "", play(self.model.embedding))
+        for layer, kind in enumerate(self.model.order):
+            self.apply("forward", f"layer {layer}", play(self.model.layers[kind].forward))
+        self.apply("forward", "", play(self.model.loss))
         self.leave_autocast()
 
     def leave_autocast(self) -> None:
-        """Its cache of cast weights is cleared; those of blocks that are computed again were kept by nothing else."""
-        for kind in self.shapes.order:
-            block = self.shapes.blocks[kind]
-            if block.recompute != "nothing":
-                self.add(CAST_WEIGHTS, -block_forward(block).end.get(CAST_WEIGHTS, 0))
-
-    def begin_forward(self) -> None:
-        """Embedding, and the rotary table in the residual stream's type."""
-        config, ends = self.config, self.shapes.ends
-        self.add(RESIDUAL, ends.tokens * ends.hidden * ends.widths.residual)
-        if config.data.reset_attention:  # a table and a mask of its own for every row
-            self.add("activations.rotary", 2 * ends.widths.residual * ends.tokens * config.model.head_dim)
-            self.add("activations.mask", ends.widths.compute * ends.tokens * config.data.seq_len)
-        elif ends.widths.residual != 4:
-            self.add("activations.rotary", 2 * ends.widths.residual * config.data.seq_len * config.model.head_dim)
+        """Its cache of cast weights is cleared at the end of the forward pass."""
+        for kind in self.model.order:
+            for component, size in self.model.layers[kind].recording.leave_autocast.items():
+                self.add(component, size)
 
     def backward(self) -> None:
         """Its backward pass."""
-        arrivals = self.arrivals
-        stretch, waiting = ends_backward(self.shapes.ends, arrivals)
-        self.apply("backward", "", stretch)
-        for layer, kind in reversed(list(enumerate(self.shapes.order))):
-            stretch, waiting = block_backward(self.shapes.blocks[kind], arrivals, waiting)
-            self.apply("backward", f"block {layer}", stretch)
-        stretch, waiting = embedding_backward(self.shapes.ends, arrivals, waiting)
-        self.apply("backward", "", stretch)
-        self.apply("backward", "last updates", received(arrivals, waiting))
+        gradients = self.gradients
+        played = play(self.model.loss_backward, gradients)
+        self.apply("backward", "", played)
+        for layer, kind in reversed(list(enumerate(self.model.order))):
+            played = play(self.model.layers[kind].backward, gradients, played.in_flight)
+            self.apply("backward", f"layer {layer}", played)
+        self.end_backward(gradients, played)
+
+    def end_backward(self, gradients: Gradients, played: Played) -> None:
+        """From the first layer's input on; `played` is what was before."""
+        self.clear("activations.rotary", "activations.mask")
+        played = play(self.model.embedding_backward, gradients, played.in_flight)
+        self.apply("backward", "", played)
+        self.apply("backward", "last updates", receive_all(gradients, played.in_flight))
 
     def update(self) -> None:
         """The optimizer's step, where it has not been made."""
-        self.clear("activations.rotary", "activations.mask", "batch")
+        self.add("batch", -self.batch_bytes(self.tokens))
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
-        taken = max(map(self.step.of_place, self.places), default=0)
-        int8 = (item.parameter.shape for item in self.held.items if item.parameter.int8)
-        taken = max(taken, max((self.step.of(shape, int8=True) for shape in int8), default=0))
-        if self.config.optim.name == "sgd" and self.config.optim.weight_decay > 0:
-            # torch's multi-tensor SGD, its default on a GPU, adds decay to copies of the gradients.
-            taken = self.width * self.held.decaying_values(with_dealt=self.dealt_on_device)
+        items = self.held.on_device(with_dealt=self.dealt_on_device)
+        if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters together
+            taken = sum(item.count * self.step_bytes(item) for item in items)
+        else:
+            taken = max(map(self.step_bytes, items), default=0)
         self.point("update", "step of the optimizer", {"temporaries.update": taken})
-
-    @cached_property
-    def places(self) -> list[Place]:
-        """The different parts of parameters that this rank updates on the device."""
-        return self.held.places(with_dealt=self.dealt_on_device)
 
     def save(self) -> None:
         """A checkpoint, which takes one tensor after the other to the host; quantized states as one code a byte."""
         if not self.buckets:
             self.clear("gradients")
         bits = self.config.optim.state_bits
-        codes = (place.count for place in self.places if is_quantized(place.shape, bits))
+        places = (item.place for item in self.held.on_device(with_dealt=self.dealt_on_device))
+        codes = (place.count for place in places if is_quantized(place.shape, bits))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
     def evaluate(self) -> None:
@@ -199,17 +195,15 @@ class Timeline:
         evaluation = self.config.eval
         if evaluation.source is None:
             return
-        shapes = sizes(self.config, self.device, micro_batch=evaluation.micro_batch)
-        ends = shapes.ends
+        micro_batch = evaluation.micro_batch or self.config.train.micro_batch
+        request = evaluation_request(self.config, micro_batch, self.device)
+        embedding, layer, loss = map(play, evaluation_passes(request))
         before = dict(self.base)
-        self.add("batch", self.batch_bytes(shapes))
-        self.begin_forward()
-        block = max((block_evaluation(block) for block in shapes.blocks), key=lambda stretch: stretch.peak_total)
-        self.point("forward", "evaluation, a block", block.peak)
-        tokens = min(ends.tokens, loss_chunk_tokens(self.config) or ends.tokens)
-        narrow = ends.widths.compute < 4
-        logits = tokens * ends.vocabulary * (ends.widths.compute + 4 + (4 if narrow else 0))
-        self.point("forward", "evaluation, loss", {"temporaries.logits": logits})
+        self.add("batch", self.batch_bytes(micro_batch * self.config.data.seq_len))
+        self.apply("forward", "evaluation", embedding)
+        for _ in self.model.order:
+            self.apply("forward", "evaluation", layer)
+        self.apply("forward", "evaluation", loss)
         self.base = before
 
     # Bookkeeping
@@ -225,10 +219,10 @@ class Timeline:
         for component in components:
             self.base.pop(component, None)
 
-    def apply(self, phase: Phase, where: str, stretch: Stretch) -> None:
-        """Goes through a stretch."""
-        self.point(phase, ", ".join(part for part in (where, stretch.where) if part), stretch.peak)
-        for component, size in stretch.end.items():
+    def apply(self, phase: Phase, where: str, played: Played) -> None:
+        """Adds what a pass does."""
+        self.point(phase, ", ".join(part for part in (where, played.where) if part), played.peak)
+        for component, size in played.end.items():
             self.add(component, size)
 
     def point(self, phase: Phase, where: str, more: Mapping[str, int] | None = None) -> None:

@@ -10,17 +10,9 @@ from __future__ import annotations
 from functools import cached_property
 
 from sltrain_dist.config.rules import accumulates_locally
-from sltrain_dist.memory.gradients import Arrivals
 from sltrain_dist.memory.holdings import Holdings, holdings
+from sltrain_dist.memory.ledger import Gradients, play, receive_all
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.memory.stretches import (
-    block_backward,
-    block_forward,
-    embedding_backward,
-    ends_backward,
-    ends_forward,
-    received,
-)
 
 GATHERED, REDUCED = "buffers.gathered", "buffers.reduced"
 
@@ -40,9 +32,14 @@ class FsdpTimeline(Timeline):
         """Whether embedding, head and norms are whole on every rank."""
         return self.config.parallel.shard == "factors"
 
+    @property
+    def gathered_width(self) -> int:
+        """Bytes of a value of a layer's parameters as they are gathered: mixed precision gathers them in bf16."""
+        return 2 if self.config.train.dtype == "mixed" else self.width
+
     @cached_property
     def held(self) -> Holdings:
-        return holdings(self.shapes, self.config.parallel.shard, self.shards)
+        return holdings(self.model, self.config.parallel.shard, self.shards)
 
     @property
     def dealt_on_device(self) -> bool:
@@ -60,100 +57,97 @@ class FsdpTimeline(Timeline):
     # An update
 
     def forward(self) -> None:
-        parallel, shapes = self.config.parallel, self.shapes
-        layers, ahead = len(shapes.order), parallel.prefetch_blocks
-        block = self.held.gathered_in(block=True) * shapes.blocks[0].widths.parameter
+        parallel, model = self.config.parallel, self.model
+        layers, ahead = len(model.order), parallel.prefetch_blocks
+        block = self.held.gathered_in(layer=True) * self.gathered_width
         gather = block if self.shards > 1 else 0
-        root = self.held.gathered_in(block=False) * self.width
+        root = self.held.gathered_in(layer=False) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
-        self.begin_forward()
-        for layer, kind in enumerate(shapes.order):
+        self.apply("forward", "", play(model.embedding))
+        for layer, kind in enumerate(model.order):
             # The buffer before, the root's at first, lives until this block's has been copied out.
             if layer == 0:
                 coming, before = gather, 0
             else:
                 coming, before = gather * min(ahead, layers - layer), gather
-            self.point("forward", f"block {layer}, gathered", {GATHERED: before + coming + block})
+            self.point("forward", f"layer {layer}, gathered", {GATHERED: before + coming + block})
             if layer == 0 and self.shards > 1:
                 self.add(GATHERED, -root)
             during = gather * (1 + min(ahead, layers - 1 - layer))
             self.add(GATHERED, during + block)
-            self.apply("forward", f"block {layer}", block_forward(shapes.blocks[kind]))
+            self.apply("forward", f"layer {layer}", play(model.layers[kind].forward))
             self.add(GATHERED, -during - (block if parallel.reshard_after_forward else 0))
         self.add(GATHERED, gather)
-        self.apply("forward", "", ends_forward(shapes.ends))
+        self.apply("forward", "", play(model.loss))
         self.leave_autocast()
         self.add(GATHERED, -gather)
 
     def backward(self) -> None:
-        parallel, shapes = self.config.parallel, self.shapes
-        layers, ahead = len(shapes.order), parallel.prefetch_blocks
-        block = self.held.gathered_in(block=True) * shapes.blocks[0].widths.parameter
+        parallel, model = self.config.parallel, self.model
+        layers, ahead = len(model.order), parallel.prefetch_blocks
+        block = self.held.gathered_in(layer=True) * self.gathered_width
         gather = block if self.shards > 1 else 0
-        ends, arrivals = self.of_ends(), self.of_block()
-        of_gains = ends if self.remainder_is_whole else None
+        ends, of_layer = self.gradients_of_ends(), self.unsharded(self.gathered_width)
+        of_remainder = ends if self.remainder_is_whole else None
         # The root, where it has parameters, prefetches the last block.
         early = gather if parallel.reshard_after_forward and not self.remainder_is_whole else 0
         self.add(GATHERED, early)
-        stretch, waiting = ends_backward(shapes.ends, ends)
-        self.apply("backward", "", stretch)
+        played = play(model.loss_backward, ends)
+        self.apply("backward", "", played)
         self.add(GATHERED, -early)
-        for layer, kind in reversed(list(enumerate(shapes.order))):
+        for layer, kind in reversed(list(enumerate(model.order))):
             prefetched = 0
             if parallel.reshard_after_forward:
                 before = gather * (1 if layer == layers - 1 else min(ahead, layer + 1))
-                self.point("backward", f"block {layer}, gathered", {GATHERED: before + block})
+                self.point("backward", f"layer {layer}, gathered", {GATHERED: before + block})
                 self.add(GATHERED, block)
                 prefetched = gather * min(ahead, layer)
             self.add(GATHERED, prefetched)
-            stretch, waiting = block_backward(shapes.blocks[kind], arrivals, waiting, of_gains)
-            self.apply("backward", f"block {layer}", stretch)
+            played = play(model.layers[kind].backward, of_layer, played.in_flight, of_remainder)
+            self.apply("backward", f"layer {layer}", played)
             self.add(GATHERED, -block)
-            self._reduce(f"block {layer}", in_block=True)
+            self._reduce(f"layer {layer}", in_layer=True)
             self.add(GATHERED, -prefetched)
-        stretch, waiting = embedding_backward(shapes.ends, ends, waiting)
-        self.apply("backward", "", stretch)
+        self.clear("activations.rotary", "activations.mask")
+        played = play(model.embedding_backward, ends, played.in_flight)
+        self.apply("backward", "", played)
         if not self.remainder_is_whole:
-            self.add(GATHERED, -self.held.gathered_in(block=False) * self.width)
-            self._reduce("root", in_block=False)
+            self.add(GATHERED, -self.held.gathered_in(layer=False) * self.width)
+            self._reduce("root", in_layer=False)
         self.clear(REDUCED)
-        self.apply("backward", "last updates", received(ends, waiting))
+        self.apply("backward", "last updates", receive_all(ends, played.in_flight))
         if self.remainder_is_whole and self.ranks > 1 and self.config.optim.update == "whole":
             message = self.width * self.held.whole_values
             self.point("backward", "all-reduce of the dense remainder", {"buffers.messages": message})
 
-    def of_ends(self) -> Arrivals:
+    def gradients_of_ends(self) -> Gradients:
         """What becomes of gradients of embedding, last norm and head."""
         if self.remainder_is_whole:
-            return self.arrivals
+            return self.gradients
         return self.unsharded(self.width)
 
-    def of_block(self) -> Arrivals:
-        """What becomes of a block's gradients: they wait, whole, for its reduce-scatter."""
-        return self.unsharded(self.shapes.blocks[0].widths.parameter)
-
-    def unsharded(self, width: int) -> Arrivals:
+    def unsharded(self, width: int) -> Gradients:
         """Added to those of earlier micro-batches, where these wait whole and in the same type."""
         waits = self.passes > 1 and self.waits_whole
-        return Arrivals("add" if waits and width == self.width else "keep", width)
+        return Gradients("add" if waits and width == self.width else "keep", width)
 
     @cached_property
     def shard_steps(self) -> dict[bool, int]:
         """Bytes that an update takes of a shard of a block's parameters (true), or of the root's."""
         steps = {False: 0, True: 0}
         for item in self.held.dealt:
-            steps[item.in_block] = max(steps[item.in_block], self.step.of_place(item.place))
+            steps[item.in_layer] = max(steps[item.in_layer], self.step_bytes(item))
         return steps
 
-    def _reduce(self, where: str, *, in_block: bool) -> None:
+    def _reduce(self, where: str, *, in_layer: bool) -> None:
         """Reduce-scatter of the gradients of a block, or the root; with per-layer updates, the update of its shards."""
-        values = self.held.gathered_in(block=in_block)
-        gradient_width = self.shapes.blocks[0].widths.parameter if in_block else self.width
-        whole_values = self.held.dealt_in(block=in_block)
+        values = self.held.gathered_in(layer=in_layer)
+        gradient_width = self.gathered_width if in_layer else self.width
+        whole_values = self.held.dealt_in(layer=in_layer)
         local = self.passes > 1 and self.waits_whole
         self.clear(REDUCED)  # the one before
         self.point("backward", f"{where}, gradients copied for their reduce-scatter", {REDUCED: values * self.width})
-        if self.unsharded(gradient_width).kind == "keep":
+        if self.unsharded(gradient_width).use == "keep":
             self.add("gradients", -whole_values * gradient_width)
         if local:
             self.add("gradients", -whole_values * self.width)
@@ -163,7 +157,7 @@ class FsdpTimeline(Timeline):
             self.point("backward", f"{where}, gradients copied", {REDUCED: part, "gradients": part})
         waits_sharded = self.passes > 1 and not local
         if self.config.optim.update == "per_layer":
-            step = self.shard_steps[in_block]
+            step = self.shard_steps[in_layer]
             self.point("backward", f"{where}, update of its shards", {"gradients": part, "temporaries.update": step})
             if waits_sharded:
                 self.add("gradients", -part)

@@ -11,16 +11,9 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from math import prod
 
-from sltrain_dist.memory.gradients import Arrivals
 from sltrain_dist.memory.holdings import Holdings, holdings
+from sltrain_dist.memory.ledger import Gradients, play
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.memory.stretches import (
-    block_backward,
-    block_forward,
-    embedding_backward,
-    ends_backward,
-    ends_forward,
-)
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.partition import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
 
@@ -44,7 +37,7 @@ class ZeroTimeline(Timeline):
 
     @cached_property
     def held(self) -> Holdings:
-        return holdings(self.shapes, self.config.parallel.shard, 1)
+        return holdings(self.model, self.config.parallel.shard, 1)
 
     @cached_property
     def sharded(self) -> Named:
@@ -86,7 +79,7 @@ class ZeroTimeline(Timeline):
     def message(self) -> int:
         """Bytes of the copy in which a full bucket is sent; a larger gradient goes by itself. Gloo makes another."""
         largest = self.held.largest_dealt
-        copies = 2 if self.stage == 3 and self.device.type == "cpu" else 1
+        copies = 2 if self.stage == 3 and self.device == "cpu" else 1
         return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
 
     # What lives all the time
@@ -96,7 +89,7 @@ class ZeroTimeline(Timeline):
         if self.stage == 3:
             for item in self.held.dealt:
                 part = -(-item.parameter.values // self.ranks)
-                self.add(item.parameter.group, item.count * (part - item.parameter.values) * self.width)
+                self.add(item.parameter.component, item.count * (part - item.parameter.values) * self.width)
         else:
             padding = sum(self.ranks * zero12_partition(g, self.ranks)[1] for g in self.groups) - self.sharded_values
             self.add(FLAT, padding * self.width)
@@ -129,75 +122,74 @@ class ZeroTimeline(Timeline):
     @property
     def block_values(self) -> int:
         """Values that are gathered for a block in stage 3, with padding."""
-        items = (item.parameter.values for item in self.held.dealt if item.in_block)
+        items = (item.parameter.values for item in self.held.dealt if item.in_layer)
         return self.ranks * sum(-(-values // self.ranks) for values in items)
 
     def forward(self) -> None:
         if self.stage < 3:
             super().forward()
             return
-        ahead, layers = self.config.parallel.prefetch_blocks, len(self.shapes.order)
+        ahead, layers = self.config.parallel.prefetch_blocks, len(self.model.order)
         block = self.block_values * self.width
         table = self._table()
         self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is fetched early
-        self.begin_forward()
-        for layer, kind in enumerate(self.shapes.order):
+        self.apply("forward", "", play(self.model.embedding))
+        for layer, kind in enumerate(self.model.order):
             coming = block * min(ahead, layers - 1 - layer)
-            self.point("forward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+            self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
-            self.apply("forward", f"block {layer}", block_forward(self.shapes.blocks[kind]))
+            self.apply("forward", f"layer {layer}", play(self.model.layers[kind].forward))
             self.add(GATHERED, -block - coming)
         # The last block is used again at once, and the one before it is gathered meanwhile.
         self.add(GATHERED, block + block * min(ahead, layers - 1) - table)
-        self.apply("forward", "", ends_forward(self.shapes.ends))
+        self.apply("forward", "", play(self.model.loss))
         self.leave_autocast()
 
     def _table(self) -> int:
         """Bytes of the embedding's, or the head's, weight where it is gathered."""
-        return self.shapes.ends.table.values * self.width if self.config.parallel.shard == "all" else 0
+        return self.model.ends.parameters[0].values * self.width if self.config.parallel.shard == "all" else 0
 
     def backward(self) -> None:
-        ends, shapes = self.of_ends(), self.shapes
-        stretch, waiting = ends_backward(shapes.ends, ends)
-        self.apply("backward", "", stretch)
+        ends, model = self.gradients_of_ends(), self.model
+        self.apply("backward", "", play(model.loss_backward, ends))
         if self.stage < 3:
             self.clear(BUCKET)
             self.add(BUCKET, self.bucket * self.width)
-        ahead, layers = self.config.parallel.prefetch_blocks, len(shapes.order)
+        ahead, layers = self.config.parallel.prefetch_blocks, len(model.order)
         block = self.block_values * self.width if self.stage == 3 else 0
         self.clear(GATHERED)
         full = self.sharded_values > self.bucket
-        of_gains = None if self.config.parallel.shard == "all" else ends
+        of_remainder = None if self.config.parallel.shard == "all" else ends
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
-        for layer, kind in reversed(list(enumerate(shapes.order))):
+        for layer, kind in reversed(list(enumerate(model.order))):
             coming = block * min(ahead, layer)
             if layer < layers - 1 and block:
-                self.point("backward", f"block {layer}, gathered", {GATHERED: 2 * block + coming})
+                self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
-            stretch, waiting = block_backward(shapes.blocks[kind], self.of_block(full=full), waiting, of_gains)
-            self.apply("backward", f"block {layer}", stretch)
+            played = play(model.layers[kind].backward, self.gradients_of_layer(full=full), (), of_remainder)
+            self.apply("backward", f"layer {layer}", played)
             if self.stage == 3:
                 if full:
-                    self.point("backward", f"block {layer}, gradients sent", {MESSAGES: self.message})
-                self.add("gradients", -self.width * self.held.dealt_in(block=True))
+                    self.point("backward", f"layer {layer}, gradients sent", {MESSAGES: self.message})
+                self.add("gradients", -self.width * self.held.dealt_in(layer=True))
             self.add(GATHERED, -block - coming)
-        of_table = Arrivals("keep", self.width) if self.stage == 3 and self._table() else ends
-        stretch, waiting = embedding_backward(shapes.ends, of_table, waiting)
-        self.apply("backward", "", stretch)
+        of_table = Gradients("keep", self.width) if self.stage == 3 and self._table() else ends
+        self.clear("activations.rotary", "activations.mask")
+        self.apply("backward", "", play(model.embedding_backward, of_table))
         self._reduce(full=full)
         message = self.width * self.held.whole_values
         if message and self.ranks > 1:
             self.point("backward", "all-reduce of the dense remainder", {MESSAGES: message})
 
-    def of_ends(self) -> Arrivals:
+    def gradients_of_ends(self) -> Gradients:
         """What becomes of gradients of embedding, last norm and head."""
         if self.config.parallel.shard == "all":
             copied = self.stage > 1 or self.passes > 1
-            return Arrivals("add" if copied else "keep", self.width)
-        return Arrivals("add" if self.passes > 1 else "keep", self.width)
+            return Gradients("add" if copied else "keep", self.width)
+        return Gradients("add" if self.passes > 1 else "keep", self.width)
 
-    def of_block(self, *, full: bool) -> Arrivals:
+    def gradients_of_layer(self, *, full: bool) -> Gradients:
         """What becomes of a block's gradients: kept whole (stage 1), copied into the bucket as they come (2), or when
         the block is through (3).
 
@@ -205,10 +197,10 @@ class ZeroTimeline(Timeline):
             full: Whether the bucket fills up before the end.
         """
         if self.stage == 1:
-            return Arrivals("add" if self.passes > 1 else "keep", self.width)
+            return Gradients("add" if self.passes > 1 else "keep", self.width)
         if self.stage == 2:
-            return Arrivals("add", self.width, message=self.message if full else 0)
-        return Arrivals("keep", self.width)
+            return Gradients("add", self.width, message_bytes=self.message if full else 0)
+        return Gradients("keep", self.width)
 
     def _reduce(self, *, full: bool) -> None:
         """The end of a backward pass: what is still in the bucket is sent, and this rank's part kept."""
@@ -229,7 +221,7 @@ class ZeroTimeline(Timeline):
                 self.add("gradients", -kept)  # added to those of earlier micro-batches
 
     def update(self) -> None:
-        self.clear("activations.rotary", "activations.mask", "batch")
+        self.add("batch", -self.batch_bytes(self.tokens))
         copied = 0 if self.offload else self.width * max(self._partitions())
         self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
         self.clear("gradients")

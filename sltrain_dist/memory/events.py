@@ -1,0 +1,358 @@
+"""The events of a run on fake tensors: which storages are allocated and freed, by which module, and the FLOPs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sltrain_dist.memory.operators import FLOPS, SCRATCH_BYTES
+from sltrain_dist.memory.recording import Bytes, Pass, Step
+from sltrain_dist.numerics.device import DeviceType
+from sltrain_dist.tracking.live_bytes import StorageWatch
+
+KINDS = {
+    "embed_tokens": "residual",
+    "layers": "residual",
+    "input_layernorm": "norms",
+    "self_attn": "attention",
+    "post_attention_layernorm": "norms",
+    "mlp": "mlp",
+    "norm": "norms",
+    "lm_head": "loss",
+}
+"""What the activations of a module are called, by the module's name."""
+
+Begins = Callable[[Literal["forward", "recomputation", "backward"], str], None]
+"""Takes what a module begins with, and the module's name."""
+
+aten = torch.ops.aten
+
+
+class _Call:
+    """A call of a module's forward pass; `end` is the number of the event after its last."""
+
+    __slots__ = ("end", "kind", "name")
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name, self.end = kind, name, -1
+
+
+class _Event(NamedTuple):
+    """Something that happened.
+
+    what: new, free or passing (bytes of a storage); arrives (the gradient of parameter `index`, in a storage);
+        begins (a part of the run, or the work of a module).
+    """
+
+    what: Literal["new", "free", "passing", "arrives", "begins"]
+    storage: int = -1
+    size: int = 0
+    component: str = ""
+    call: _Call | None = None
+    index: int = -1
+    name: Any = None
+
+
+@dataclass
+class Moment:
+    """The largest moment of a part of a run.
+
+    Attributes:
+        name: As it was given to :meth:`EventLog.begin`.
+        components: Bytes by component that were live then.
+    """
+
+    name: Any
+    components: dict[str, int] = field(default_factory=dict)
+
+
+class EventLog(StorageWatch):
+    """Writes down which storages are allocated and freed, and puts each to a component when all is over.
+
+    A storage belongs to what :meth:`assign` or :meth:`within` says. Any other one that outlives the call of the
+    module's forward pass that allocated it is an activation of that module; what is left is a temporary.
+
+    Args:
+        device: Whose operators the tensors stand for; the scratch memory of a GPU's operators is counted.
+
+    Attributes:
+        flops: Floating-point operations of matrix products, sparse products and attention since the start.
+    """
+
+    def __init__(self, device: DeviceType) -> None:
+        super().__init__(SCRATCH_BYTES if device == "cuda" else None)
+        self.flops, self._part = 0, ""
+        self._scopes = [""]
+        self._device = device
+        self._events: list[_Event] = []
+        self._calls: list[_Call] = []
+        self._backward_kind = "loss"
+        self._number_of: dict[int, int] = {}
+        self._assigned: dict[int, str] = {}
+        self._ignored_new: set[int] = set()
+        self._ignored_free: set[int] = set()
+        self._numbers = 0
+        self._sizes: dict[int, int] = {}
+
+    # What the dispatcher shows
+
+    def allocated(self, key: int, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._number_of[key] = self._numbers
+        self._new(self._numbers, num_bytes)
+        self._numbers += 1
+
+    def freed(self, key: int, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        self._events.append(_Event("free", self._number_of.pop(key), num_bytes))
+
+    def resized(self, key: int, before: int, after: int) -> None:
+        """A storage of another size is another storage."""
+        number = self._number_of[key]
+        self._events.append(_Event("free", number, before))
+        self.allocated(key, after)
+        if number in self._assigned:
+            self._assigned[self._number_of[key]] = self._assigned[number]
+
+    def passing(self, num_bytes: int) -> None:
+        """See :class:`StorageWatch`."""
+        call = self._calls[-1] if self._calls else None
+        kind = call.kind if call else self._backward_kind
+        self._events.append(_Event("passing", -1, num_bytes, self._scopes[-1] or f"temporaries.{kind}"))
+
+    def _new(self, number: int, num_bytes: int) -> None:
+        call = self._calls[-1] if self._calls else None
+        self._sizes[number] = num_bytes
+        self._events.append(
+            _Event("new", number, num_bytes, self._scopes[-1] or f"temporaries.{self._backward_kind}", call)
+        )
+        if self._scopes[-1]:
+            self._assigned[number] = self._scopes[-1]
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator. A number that is read from a fake tensor is 1."""
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1
+        out = func(*args, **kwargs)
+        flops = FLOPS.get(func._overloadpacket)
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=out)
+        if func is aten._embedding_bag_forward_only.default and isinstance(out[0], FakeTensor):
+            # CUDA returns the bag of every index, the CPU's kernel none; for fake tensors it depends on their type.
+            return (out[0], out[1].new_empty(0 if self._device == "cpu" else len(args[1])), *out[2:])
+        return out
+
+    # What is said about storages
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage."""
+        return self._number_of[self._see(tensor)]
+
+    def assign(self, tensors: Iterable[Tensor], component: str) -> None:
+        """Puts storages to a component."""
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                self._assigned[self.number(tensor)] = component
+
+    @contextmanager
+    def within(self, component: str) -> Iterator[None]:
+        """What is allocated in the block belongs to a component."""
+        self.enter(component)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, component: str) -> None:
+        """What is allocated until :meth:`leave` belongs to a component."""
+        self._scopes.append(component)
+
+    def leave(self) -> None:
+        """Ends what :meth:`enter` began."""
+        self._scopes.pop()
+
+    def take_over(self, tensor: Tensor, component: str) -> Tensor:
+        """Leaves out that a storage was allocated: another recording has it. It is counted when it is freed."""
+        self.assign([tensor], component)
+        self._ignored_new.add(self.number(tensor))
+        return tensor
+
+    def hand_over(self, tensor: Tensor, component: str) -> None:
+        """Leaves out that a storage is freed: another recording has it."""
+        self.assign([tensor], component)
+        self._ignored_free.add(self.number(tensor))
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Leaves out storages that exist already and are accounted for elsewhere."""
+        for tensor in tensors:
+            self._ignored_new.add(self.number(tensor))
+            self._ignored_free.add(self.number(tensor))
+
+    def arrives(self, index: int, gradient: Tensor) -> None:
+        """Notes that the gradient of a parameter is complete."""
+        number = self.number(gradient)
+        self._assigned[number] = "gradients"
+        self._events.append(_Event("arrives", number, index=index))
+
+    # Where the run is
+
+    def begin(self, name: Any) -> None:
+        """Begins a part of the run."""
+        self._events.append(_Event("begins", name=name))
+
+    def begin_part(self, part: str) -> None:
+        """Begins a part of the run whose :class:`Pass` is wanted."""
+        self._part = part
+        self.moment("")
+
+    def moment(self, where: str) -> None:
+        """Names what comes now within a part."""
+        self.begin((self._part, where))
+
+    def watch(self, modules: Iterable[tuple[str, nn.Module]], begins: Begins) -> None:
+        """Notes the calls of modules, and when their part of the backward pass begins.
+
+        Args:
+            modules: By name; those that :data:`KINDS` does not have are left out.
+            begins: Called with "forward", "recomputation" or "backward", and the module's name.
+        """
+        for name, module in modules:
+            parts = name.split(".")
+            kind = KINDS.get(parts[-2] if parts[-1].isdigit() else parts[-1])
+            if kind is not None:
+                module.register_forward_pre_hook(functools.partial(self._enters, name, kind, begins))
+                module.register_forward_hook(functools.partial(self._leaves, name, kind, begins), always_call=True)
+
+    def _enters(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any) -> None:
+        again = torch._C._current_graph_task_id() != -1
+        self._calls.append(_Call(kind, name))
+        begins("recomputation" if again else "forward", name)
+
+    def _leaves(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._calls.pop().end = len(self._events)
+        if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
+            output.register_hook(lambda _: self._goes_back(name, kind, begins))
+        if self._calls:
+            again = torch._C._current_graph_task_id() != -1
+            begins("recomputation" if again else "forward", self._calls[-1].name)
+
+    def _goes_back(self, name: str, kind: str, begins: Begins) -> None:
+        self._backward_kind = kind
+        begins("backward", name)
+
+    # What it all was
+
+    def moments(self) -> list[Moment]:
+        """The largest moment of every part."""
+        components = self._components()
+        live: dict[str, int] = {}
+        total = most = 0
+        found = [Moment(None)]
+        for event in self._events:
+            if event.what == "begins":
+                found.append(Moment(event.name, dict(live)))
+                most = total
+            elif event.what in ("new", "passing"):
+                component = components.get(event.storage, event.component)
+                live[component] = live.get(component, 0) + event.size
+                total += event.size
+                if total > most:
+                    most, found[-1].components = total, dict(live)
+                if event.what == "passing":
+                    live[component] -= event.size
+                    total -= event.size
+            elif event.what == "free":
+                live[components[event.storage]] -= event.size
+                total -= event.size
+        return found
+
+    def passes(self) -> dict[str, Pass]:
+        """What was allocated and freed in every part that :meth:`begin_part` has begun, by its name."""
+        components = self._components()
+        steps: dict[str, list[Step]] = {}
+        gradients: dict[int, int] = {}
+        part, writer = "", _StepWriter()
+        for event in self._events:
+            arrived = event.storage in gradients
+            if event.what == "begins":
+                name, where = event.name
+                if name != part:
+                    steps.setdefault(part, []).extend(writer.finish())
+                    part, writer = name, _StepWriter()
+                writer.where = where
+            elif event.what in ("new", "passing") and event.storage not in self._ignored_new:
+                component = components.get(event.storage, event.component)
+                writer.add(component, event.size)
+                if event.what == "passing":
+                    writer.add(component, -event.size)
+            elif event.what == "free" and event.storage not in self._ignored_free:
+                if arrived:
+                    writer.cut(released=gradients[event.storage])
+                else:
+                    writer.add(components[event.storage], -event.size)
+            elif event.what == "arrives":
+                storage = gradients.setdefault(event.storage, len(gradients))
+                writer.cut(arrives=(event.index, storage))
+        steps.setdefault(part, []).extend(writer.finish())
+        sizes = tuple(self._sizes[number] for number in gradients)
+        return {
+            name: Pass(tuple(some), sizes if any(step.arrives for step in some) else ()) for name, some in steps.items()
+        }
+
+    def _components(self) -> dict[int, str]:
+        """The component of every storage."""
+        ends = {event.storage: index for index, event in enumerate(self._events) if event.what == "free"}
+        found = {}
+        for event in self._events:
+            if event.what != "new":
+                continue
+            component, call = event.component, event.call
+            if event.storage in self._assigned:
+                component = self._assigned[event.storage]
+            elif call is not None:
+                outlives = ends.get(event.storage, len(self._events)) >= call.end
+                component = f"{'activations' if outlives else 'temporaries'}.{call.kind}"
+            found[event.storage] = component
+        return found
+
+
+class _StepWriter:
+    """Sums events up to steps."""
+
+    def __init__(self) -> None:
+        self.where = ""
+        self._steps: list[Step] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._live: dict[str, int] = {}
+        self._total = self._most = 0
+        self._peak: Bytes = {}
+        self._peak_where = ""
+
+    def add(self, component: str, size: int) -> None:
+        """Counts bytes that are allocated, or, negative, freed."""
+        self._live[component] = self._live.get(component, 0) + size
+        self._total += size
+        if self._total > self._most:
+            self._most, self._peak_where = self._total, self.where
+            self._peak = {key: value for key, value in self._live.items() if value}
+
+    def cut(self, arrives: tuple[int, int] | None = None, released: int | None = None) -> None:
+        """Ends a step."""
+        end = {key: value for key, value in self._live.items() if value}
+        self._steps.append(Step(self._peak_where or self.where, self._peak, end, arrives, released))
+        self._clear()
+
+    def finish(self) -> Sequence[Step]:
+        """All steps; the last one is left out if nothing happened in it."""
+        if self._live:
+            self.cut()
+        return self._steps
