@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.memory.device import Device
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Point
 from sltrain_dist.parallel.partition import rank_bytes
@@ -18,7 +17,6 @@ from tests.distributed import live
 from tests.distributed.launch import torchrun
 
 RANKS = 2
-CPU = Device("cpu", kernels=False, fused=False, span=1 << 16)
 EXACT = {"factors", "sparse_values", "dense", "index", "gradients", "states", "master_weights", "batch"}
 
 
@@ -71,6 +69,6 @@ def test_components_of_zero_follow_the_rules(case: str, rank: int, measured: dic
 
 @pytest.mark.parametrize("case", [case for case in live.CASES if case.startswith("zero")])
 def test_estimates_of_zero_are_as_close_as_they_say(case: str, measured: dict[str, list[live.Timeline]]) -> None:
-    found = estimate(build_config(live.CASES[case]), ranks=RANKS, device=CPU)
+    found = estimate(build_config(live.CASES[case]), ranks=RANKS, device="cpu")
     peak = max(point.total for rank in range(RANKS) for point in steps(measured[case][rank]))
     assert max(point.total for point in steps(found.timeline)) == pytest.approx(peak, rel=found.relative_error)

@@ -1,17 +1,17 @@
-"""tracking/live_bytes.py: storages come and go, change their size and their component."""
+"""tracking/live_bytes.py: storages come and go, and change their size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sltrain_dist.tracking.live_bytes import OTHER, LiveBytes, storage_bytes
+from sltrain_dist.tracking.live_bytes import LiveBytes
 
 
 def test_storages_come_and_go() -> None:
     kept = torch.zeros(1000)
     with LiveBytes() as tracker:
-        tracker.add([kept], "kept")
+        tracker.add([kept])
         tracker.add([kept[3:], kept.view(10, 100)])
         first = torch.ones(500) + 1  # two of 2 kB for a moment
         view = first[10:]
@@ -20,7 +20,6 @@ def test_storages_come_and_go() -> None:
         del view
         assert tracker.live == 4000
     assert tracker.peak == 4000 + 4000
-    assert tracker.stretches[-1].components == {"kept": 4000, OTHER: 4000}
     after = torch.zeros(10_000)
     assert after.numel() and tracker.peak == 8000  # not followed any more
 
@@ -36,30 +35,15 @@ def test_a_storage_has_its_size_of_the_moment() -> None:
         assert tracker.live == tracker.peak == 2048
 
 
-def test_components_by_scope_and_by_role() -> None:
-    with LiveBytes() as tracker:
-        with tracker.within("batch"):
-            batch = torch.zeros(8)
-        value = torch.zeros(16)
-        tracker.assign([value], "states", only="gradients")
-        assert tracker.components == {"batch": 32, OTHER: 64}
-        tracker.assign([value], "states", only=OTHER)
-        tracker.assign([value], "states")
-        assert tracker.components == {"batch": 32, OTHER: 0, "states": 64}
-        tracker.rename("states", "activations")
-        del value
-        assert tracker.components["activations"] == 0 and tracker.live == storage_bytes([batch, batch[:2]]) == 32
-
-
-def test_every_stretch_has_its_own_peak() -> None:
+def test_every_interval_has_its_own_peak() -> None:
     with LiveBytes() as tracker:
         tracker.begin("first")
         kept = torch.zeros(100)
         torch.zeros(100)
         tracker.begin("second")
         torch.zeros(10)
-    assert [(stretch.name, stretch.peak) for stretch in tracker.stretches[1:]] == [("first", 800), ("second", 440)]
-    assert kept.numel() and all(sum(s.components.values()) == s.peak for s in tracker.stretches)
+    assert [(each.name, each.peak) for each in tracker.intervals[1:]] == [("first", 800), ("second", 440)]
+    assert kept.numel() == 100
 
 
 def test_bytes_inside_of_an_operator() -> None:

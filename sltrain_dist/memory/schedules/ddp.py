@@ -11,7 +11,7 @@ from sltrain_dist.memory.ledger import Gradients, Played, play, receive_all
 from sltrain_dist.memory.recorded_model import RecordedModel, evaluation_passes
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.memory.store import DeviceType, evaluation_request, step_request
-from sltrain_dist.optim.state_layout import BLOCKS, is_quantized
+from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
 from sltrain_dist.parallel.partition import value_bytes
 
 _IN_FLIGHT_BYTES = 1 << 25
@@ -107,8 +107,16 @@ class Timeline:
         if self.passes > 1:
             waiting = self.held.waiting_values(whole=self.waits_whole, with_dealt=on_device)
             self.add("gradients", waiting * self.width)
+        self.add("temporaries.scalars", self.scalar_bytes())
         if optim.state_bits in BLOCKS:
             self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
+
+    def scalar_bytes(self) -> int:
+        """Bytes of the sum of losses, float64, and of the counters of updates that torch's fused Adam keeps."""
+        optim = self.config.optim
+        ours = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
+        counted = 0 if ours or optim.name not in ("adam", "adamw") else sum(item.count for item in self.held.items)
+        return 8 + 4 * counted
 
     @property
     def gradients(self) -> Gradients:
