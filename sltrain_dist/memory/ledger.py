@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
-from sltrain_dist.memory.recording import Bytes, Parameter, Pass
+from sltrain_dist.memory.recording import Bytes, Parameter, Pass, Step
 
 _MANY = 4096
 
@@ -84,7 +84,8 @@ def play(
     remainder = of_remainder and of_remainder.sink(in_flight)
     sink = (gradients or _NO_GRADIENTS).sink(() if remainder else in_flight)
     taken_by: dict[int, _Sink] = {}
-    for step in recorded.of.steps:
+    freed: set[int] = set()
+    for step, following in zip(recorded.of.steps, (*recorded.of.steps[1:], _NO_STEP), strict=True):
         balance.rise(step.peak, step.where)
         balance.add(step.end)
         balance.where = step.where
@@ -93,8 +94,12 @@ def play(
             parameter = recorded.parameters[index]
             takes = remainder if remainder and not parameter.replaced else sink
             taken_by[storage] = takes
+            if takes.adds and following == Step(following.where, {}, {}, released=storage):
+                # Autograd adds it to an earlier gradient, and frees it before anybody is told.
+                takes.released(balance, storage, recorded.of.gradient_bytes[storage])
+                freed.add(storage)
             takes.arrives(balance, parameter, storage)
-        if step.released is not None:
+        if step.released is not None and step.released not in freed:
             taken_by[step.released].released(balance, step.released, recorded.of.gradient_bytes[step.released])
     return Played(balance.peak, balance.peak_where, balance.live, (remainder or sink).in_flight)
 
@@ -109,6 +114,7 @@ def receive_all(gradients: Gradients, in_flight: tuple[Parameter, ...]) -> Playe
 
 
 _NO_GRADIENTS = Gradients("keep", 0)
+_NO_STEP = Step("", {}, {})
 
 
 class _Balance:
@@ -143,6 +149,8 @@ class _Sink(Protocol):
     """Decides about gradients."""
 
     in_flight: tuple[Parameter, ...]
+    adds: bool
+    """Whether a gradient is added to what is there already."""
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
         """A parameter's gradient is complete."""
@@ -158,6 +166,7 @@ class _Keep:
     """They become `.grad` and wait for the update."""
 
     in_flight: tuple[Parameter, ...] = ()
+    adds = False
 
     def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
         self._kept: set[int] = set()
@@ -177,6 +186,7 @@ class _Add:
     """They are added to what is there, and freed."""
 
     in_flight: tuple[Parameter, ...] = ()
+    adds = True
 
     def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
         self._how = how
@@ -198,7 +208,7 @@ class _Step:
     """Per-layer updates use them up, at once or when they come back from the other ranks."""
 
     def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
-        self._how = how
+        self._how, self.adds = how, how.frees_earlier
         self._step_bytes = dict(how.step_bytes)
         self._sent: deque[tuple[Parameter, int | None]] = deque((parameter, None) for parameter in in_flight)
         self._users: dict[int, int] = {}
