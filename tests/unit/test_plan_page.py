@@ -18,7 +18,7 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.plan.answer import Answer, answer
 from sltrain_dist.plan.paper.reference import reference_estimate
 from sltrain_dist.plan.reports.labels import GROUPS
-from sltrain_dist.plan.reports.page import page
+from sltrain_dist.plan.reports.page import render_page
 from sltrain_dist.plan.search.combinations import Change, Search, evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -38,7 +38,14 @@ def known() -> Answer:
     found = Search(start=rows[0], rows=rows)
     changes = [Change({"train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}, rows[0])]
     return Answer(
-        config, 1, 500_000_000, reference_estimate(config), changes, found, rows, ["a/plan-01.yaml", "b.yaml"]
+        config,
+        1,
+        500_000_000,
+        reference_estimate(config),
+        changes,
+        found,
+        rows,
+        saved=["a/plan-01.yaml", "b.yaml"],
     )
 
 
@@ -79,7 +86,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_whole_by_itself(known: Answer) -> None:
-    text = page(known)
+    text = render_page(known)
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -90,7 +97,7 @@ def test_the_page_is_whole_by_itself(known: Answer) -> None:
 
 def test_every_number_is_in_a_table(known: Answer) -> None:
     reader = Reader()
-    reader.feed(page(known))
+    reader.feed(render_page(known))
     by_name = {row[0].strip(): row[1:] for row in reader.rows}
     largest, unit = known.estimate.phases(), 1e9 if known.estimate.peak_bytes >= 1e9 else 1e6
     for group, (name, _) in GROUPS.items():
@@ -98,6 +105,8 @@ def test_every_number_is_in_a_table(known: Answer) -> None:
         if any(sums):
             assert by_name[name] == [f"{each / unit:,.3f}" if each else "" for each in sums]
     assert by_name["allocated"] == [f"{point.total / unit:,.3f}" for point in largest.values()]
+    files = [row[0] for row in reader.rows if ".yaml" in row[0]]
+    assert files == ["1 a/plan-01.yaml", "2 b.yaml"]
     moments = [row for row in reader.rows if len(row) == 3 and row[0] != "moment"]
     assert [row[2] for row in moments] == [f"{point.total / unit:,.3f}" for point in known.estimate.timeline]
 
@@ -175,7 +184,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (1200, "light")])
 def test_in_a_browser(known: Answer, tmp_path: Path, width: int, scheme: str) -> None:
-    seen = see(page(known), width, scheme, tmp_path)
+    seen = see(render_page(known), width, scheme, tmp_path)
     assert seen.scroll_width == width and seen.cut == []
     assert len(seen.heights) == 6 and min(seen.heights) > 30
     dark, light = sorted((luminance(seen.background), luminance(seen.colour)))
@@ -185,12 +194,12 @@ def test_in_a_browser(known: Answer, tmp_path: Path, width: int, scheme: str) ->
 
 @pytest.mark.parametrize("width", [320, 360, 414, 600, 720, 900, 1200])
 def test_labels_of_the_drawing_do_not_touch(estimated: Answer, tmp_path: Path, width: int) -> None:
-    seen = see(page(estimated), width, "light", tmp_path)
+    seen = see(render_page(estimated), width, "light", tmp_path)
     assert seen.touching == [] and seen.cut == [] and seen.scroll_width == width
 
 
 def test_the_browser_sees_what_is_too_wide(known: Answer, tmp_path: Path) -> None:
     """Negative control."""
-    wide = page(known).replace("<main>", '<main><div style="width:500px">wide</div>')
+    wide = render_page(known).replace("<main>", '<main><div style="width:500px">wide</div>')
     seen = see(wide, 360, "light", tmp_path)
     assert seen.scroll_width > 360 and any("wide" in each for each in seen.cut)

@@ -61,11 +61,41 @@ class Unit:
         """A table's cell, three decimals, which line up; empty for nothing."""
         return f"{num_bytes / self.size:,.3f}" if num_bytes else ""
 
-    def details(self, group: Group, points: Sequence[Point]) -> list[str]:
-        """Components of a group that show at any of some moments, if there are several."""
-        sizes = ((key, size) for point in points for key, size in point.components.items())
-        keys = sorted({key for key, size in sizes if group_of(key) == group and size >= self.size / 2000})
-        return keys if len(keys) > 1 else []
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """A row of a table of components by moment: a group, or one of the components that a group is made of.
+
+    Attributes:
+        name: What the row is called.
+        colour: Colour of the group.
+        is_detail: Whether this is a component of the group above it.
+        sizes: Bytes at each moment.
+    """
+
+    name: str
+    colour: str
+    is_detail: bool
+    sizes: Sequence[int]
+
+
+def component_rows(points: Sequence[Point], unit: Unit) -> list[ComponentRow]:
+    """Returns the rows of every group that takes bytes at any of some moments, in the order of the reports.
+
+    A group is followed by its components if several of them are large enough to be shown in the unit.
+    """
+    rows = []
+    for group, (name, colour) in GROUPS.items():
+        sums = [point.groups().get(group, 0) for point in points]
+        if not any(sums):
+            continue
+        rows.append(ComponentRow(name, colour, False, sums))
+        components = sorted({key for point in points for key in point.components if group_of(key) == group})
+        sizes = {key: [point.components.get(key, 0) for point in points] for key in components}
+        shown = {key: each for key, each in sizes.items() if max(each) >= unit.size / 2000}
+        if len(shown) > 1:
+            rows += [ComponentRow(detail_of(key), colour, True, each) for key, each in shown.items()]
+    return rows
 
 
 def describe(config: Config, ranks: int) -> str:

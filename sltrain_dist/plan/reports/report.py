@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,42 @@ def launch_sentences(known: Answer) -> Iterator[str]:
         yield f"There is no file {tokenizer} here: add data.tokenizer=FILE."
 
 
-def varying(rows: Sequence[Row]) -> tuple[list[str], Mapping[str, str]]:
-    """(settings in which rows differ, those that all of them share)."""
-    if not rows:
-        return [], {}
-    names = [name for name in rows[0].settings if len({row.settings[name] for row in rows}) > 1]
-    return names, {name: value for name, value in rows[0].settings.items() if name not in names}
+@dataclass(frozen=True)
+class SearchTable:
+    """The listed rows of a search as text.
+
+    Attributes:
+        titles: Titles of the columns.
+        settings: The titles among them that are settings; the other columns are figures.
+        rows: Cells of each row, in the order of the titles; empty where a row has no such figure.
+        shared: Sentence on the settings that are the same in all rows; empty if there are none.
+    """
+
+    titles: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    shared: str = ""
 
 
-def row_cells(row: Row, names: Sequence[str], device_memory: int | None) -> dict[str, str]:
-    """A row of the search as people read it, by the column's title."""
+def search_table(known: Answer) -> SearchTable:
+    """Returns the table of the rows that a search lists: their figures, and the settings in which they differ."""
+    if not known.rows:
+        return SearchTable()
+    first = known.rows[0].settings
+    names = [name for name in first if len({row.settings[name] for row in known.rows}) > 1]
+    rows = [_row_cells(row, names, known.device_memory) for row in known.rows]
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    shared = ", ".join(f"{name} {value}" for name, value in first.items() if name not in names)
+    return SearchTable(
+        titles,
+        names,
+        [[row.get(title, "") for title in titles] for row in rows],
+        f"In all of these: {shared}." if shared else "",
+    )
+
+
+def _row_cells(row: Row, names: Sequence[str], device_memory: int | None) -> dict[str, str]:
+    """Returns a row's cells by the title of the column."""
     spare = {}
     if device_memory is not None:
         mark = "~" if row.is_close(device_memory) else ""

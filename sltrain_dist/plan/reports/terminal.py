@@ -12,14 +12,13 @@ from rich.text import Text
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.answer import Answer
 from sltrain_dist.plan.paper.accounting import PaperMemory
-from sltrain_dist.plan.reports.labels import GROUPS, PHASES, Unit, describe, detail_of
+from sltrain_dist.plan.reports.labels import PHASES, Unit, component_rows, describe
 from sltrain_dist.plan.reports.report import (
     facts,
     launch_sentences,
     remedies,
-    row_cells,
     search_sentences,
-    varying,
+    search_table,
     verdict,
 )
 
@@ -90,22 +89,16 @@ def _show(console: Console, table: Table) -> None:
 def _components(estimate: Estimate) -> Table:
     """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
     largest, unit = estimate.phases(), Unit.of(estimate)
-    phases = [phase for phase in PHASES if phase in largest]
+    points = [largest[phase] for phase in PHASES if phase in largest]
     table = _table()
     table.add_column(f"{unit.name} ({unit.size:.0e} bytes)".replace("e+0", "e"), no_wrap=True)
-    for phase in phases:
-        is_peak = phase == estimate.peak.phase
-        title = f"{PHASES[phase]} ◀" if is_peak else PHASES[phase]
+    for point in points:
+        is_peak = point.phase == estimate.peak.phase
+        title = f"{PHASES[point.phase]} ◀" if is_peak else PHASES[point.phase]
         table.add_column(title, justify="right", style="bold" if is_peak else "", no_wrap=True)
-    points = [largest[phase] for phase in phases]
-    for group, (name, colour) in GROUPS.items():
-        sums = [point.groups().get(group, 0) for point in points]
-        if not any(sums):
-            continue
-        table.add_row(f"[{colour}]■[/] {name}", *map(unit.cell, sums))
-        for key in unit.details(group, points):
-            sizes = (f"[dim]{unit.cell(point.components.get(key, 0))}[/]" for point in points)
-            table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
+    for row in component_rows(points, unit):
+        name = f"    {escape(row.name)}" if row.is_detail else f"[{row.colour}]■[/] {row.name}"
+        table.add_row(name, *map(unit.cell, row.sizes), style="dim" if row.is_detail else "")
     table.add_row("allocated", *(unit.cell(point.total) for point in points))
     if estimate.reserved_bytes:
         table.add_row("with context and slack", *(unit.cell(point.total + estimate.reserved_bytes) for point in points))
@@ -115,23 +108,19 @@ def _components(estimate: Estimate) -> Table:
 def _print_search(console: Console, known: Answer) -> None:
     for line in search_sentences(known):
         console.print(escape(line))
-    names, shared = varying(known.rows)
-    if not known.rows:
+    found = search_table(known)
+    if not found.rows:
         return
     table = _table()
-    rows = [row_cells(row, names, known.device_memory) for row in known.rows]
-    titles = list(dict.fromkeys(title for row in rows for title in row))
-    for title in titles:
-        table.add_column(title, justify="left" if title in names else "right")
+    for title in found.titles:
+        table.add_column(title, justify="left" if title in found.settings else "right")
     if known.saved:
         table.add_column("file", overflow="fold")
-    for index, row in enumerate(rows):
-        table.add_row(*(row.get(title, "") for title in titles), *known.saved[index : index + 1])
+    for index, cells in enumerate(found.rows):
+        table.add_row(*cells, *known.saved[index : index + 1])
     _show(console, table)
     for line in launch_sentences(known):
         console.print(escape(line), soft_wrap=True)  # a command that is copied must be whole
-    if shared:
-        console.print(
-            escape("In all of these: " + ", ".join(f"{name} {value}" for name, value in shared.items()) + ".")
-        )
+    if found.shared:
+        console.print(escape(found.shared))
     console.print("Speed is predicted, relative to the configuration above (docs/planner_search.md).")
