@@ -8,16 +8,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.files import delete_file, write_error
-from sltrain_dist.plan.answer import Answer
-from sltrain_dist.plan.reports.drawing import Drawing, allocatable, draw, ticks
-from sltrain_dist.plan.reports.labels import GROUPS, PHASES, Unit, component_rows, describe
-from sltrain_dist.plan.reports.report import (
-    facts,
+from sltrain_dist.plan.components import GROUPS, PHASES
+from sltrain_dist.plan.planned_run import PlannedRun
+from sltrain_dist.plan.reports.chart import StackedChart, axis_ticks, stacked_chart, tensor_limit_bytes
+from sltrain_dist.plan.reports.component_table import DisplayUnit, component_rows, largest_points
+from sltrain_dist.plan.reports.search_table import search_table
+from sltrain_dist.plan.reports.sentences import (
+    describe_run,
+    fact_sentences,
+    format_size,
     launch_sentences,
-    remedies,
     search_sentences,
-    search_table,
-    size,
+    suggested_changes,
     verdict,
 )
 
@@ -25,7 +27,7 @@ _WIDTH, _HEIGHT = 1000, 300
 """Size of the chart in its own units; the browser stretches it to the page's width."""
 
 
-def write_page(known: Answer, path: Path) -> None:
+def write_page(planned: PlannedRun, path: Path) -> None:
     """Writes the page to a file.
 
     Raises:
@@ -33,21 +35,20 @@ def write_page(known: Answer, path: Path) -> None:
         StorageError: The disk is full; nothing of the file is left.
     """
     try:
-        path.write_text(render_page(known), encoding="utf-8")
+        path.write_text(render_page(planned), encoding="utf-8")
     except OSError as error:
         delete_file(path)
         raise write_error(f"--html: cannot write {path}", error, ConfigError) from None
 
 
-def render_page(known: Answer) -> str:
+def render_page(planned: PlannedRun) -> str:
     """Returns the page as HTML text."""
-    estimate, drawing, ceiling = known.estimate, draw(known.estimate), allocatable(known)
-    largest, unit = estimate.phases(), Unit.of(estimate)
-    phases = [largest[phase] for phase in PHASES if phase in largest]
-    parts = component_rows([estimate.peak], unit)
-    advice, changes = remedies(known)
-    top = round(1.04 * max(estimate.peak_bytes, ceiling or 0))
-    # Every value is escaped, and one that the template names and that is not here is an error.
+    estimate = planned.estimate
+    unit, chart, limit = DisplayUnit.of(estimate), stacked_chart(estimate), tensor_limit_bytes(planned)
+    phases, parts = largest_points(estimate), component_rows([estimate.peak], unit)
+    advice, changes = suggested_changes(planned)
+    top = round(1.04 * max(estimate.peak_bytes, limit or 0))
+    # Values are escaped; a name in the template without a value is an error.
     environment = Environment(
         loader=PackageLoader("sltrain_dist.plan.reports", ""),
         autoescape=True,
@@ -55,19 +56,17 @@ def render_page(known: Answer) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": size, "percent": _percent}
+    environment.filters |= {"size": format_size, "percent": _percent}
     return environment.get_template("page.html.j2").render(
-        title=describe(known.config, known.ranks),
+        title=describe_run(planned.config, planned.ranks),
         estimate=estimate,
         unit=unit,
         PHASES=PHASES,
         # The summary.
-        device_memory=known.device_memory,
-        fits=known.fits,
-        meter_bytes=max(known.device_memory or 0, estimate.device_bytes),
-        facts=facts(known),
-        verdict=verdict(known),
-        tone=_tone(known),
+        planned=planned,
+        meter_bytes=max(planned.device_memory or 0, estimate.device_bytes),
+        facts=fact_sentences(planned),
+        verdict=verdict(planned),
         advice=advice,
         changes=changes,
         # The tables of components.
@@ -77,33 +76,24 @@ def render_page(known: Answer) -> str:
         phase_names=[PHASES[point.phase] for point in phases],
         phase_rows=component_rows(phases, unit),
         # The chart; `top` is the number of bytes at its upper edge.
-        drawing=drawing,
+        chart=chart,
         top=top,
-        ticks=ticks(top),
-        ceiling=ceiling,
+        ticks=axis_ticks(top),
+        limit=limit,
         view_box=f"0 0 {_WIDTH} {_HEIGHT}",
-        areas=_areas(drawing, top),
+        areas=_areas(chart, top),
         # The search, if there was one.
-        search_sentences=list(search_sentences(known)),
-        search=search_table(known),
-        files=known.saved,
-        launch_sentences=launch_sentences(known),
+        search_sentences=list(search_sentences(planned)),
+        search=search_table(planned),
+        launch_sentences=launch_sentences(planned),
     )
 
 
-def _tone(known: Answer) -> str:
-    """Returns the verdict's style: bad, warn where the margin is less than the estimate's error, else good."""
-    margin, estimate = known.margin_bytes or 0, known.estimate
-    if margin < 0:
-        return "bad"
-    return "warn" if margin < estimate.relative_error * estimate.peak_bytes else "good"
-
-
-def _areas(drawing: Drawing, top: int) -> list[dict[str, str]]:
-    """Returns name, colour and corners of each group's area, in the chart's own units."""
+def _areas(chart: StackedChart, top: int) -> list[dict[str, str]]:
+    """Returns the name, the colour and the polygon's corners of each group's area, in the chart's own units."""
     areas = []
-    for group, (lower, upper) in drawing.stacked().items():
-        corners = [*zip(drawing.xs, upper, strict=True), *reversed([*zip(drawing.xs, lower, strict=True)])]
+    for group, (lower, upper) in chart.areas().items():
+        corners = [*zip(chart.xs, upper, strict=True), *[*zip(chart.xs, lower, strict=True)][::-1]]
         points = " ".join(f"{_WIDTH * x:.1f},{_HEIGHT * (1 - num_bytes / top):.1f}" for x, num_bytes in corners)
         name, colour = GROUPS[group]
         areas.append({"name": name, "colour": colour, "points": points})
@@ -111,4 +101,5 @@ def _areas(drawing: Drawing, top: int) -> list[dict[str, str]]:
 
 
 def _percent(part: float, whole: float = 1, digits: int = 3) -> str:
+    """Formats a share of a whole as a percentage, which CSS and SVG take as a length."""
     return f"{100 * part / whole:.{digits}f}%"

@@ -1,4 +1,4 @@
-"""What the planner found, as tables on a terminal (no torch)."""
+"""What the planner found, printed as tables and sentences to the terminal (no torch)."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ from rich.table import Table
 from rich.text import Text
 
 from sltrain_dist.memory.result import Estimate
-from sltrain_dist.plan.answer import Answer
+from sltrain_dist.plan.components import PHASES
 from sltrain_dist.plan.paper.accounting import PaperMemory
-from sltrain_dist.plan.reports.labels import PHASES, Unit, component_rows, describe
-from sltrain_dist.plan.reports.report import (
-    facts,
+from sltrain_dist.plan.planned_run import PlannedRun
+from sltrain_dist.plan.reports.component_table import DisplayUnit, component_rows, largest_points
+from sltrain_dist.plan.reports.search_table import search_table
+from sltrain_dist.plan.reports.sentences import (
+    describe_run,
+    fact_sentences,
     launch_sentences,
-    remedies,
     search_sentences,
-    search_table,
+    suggested_changes,
     verdict,
 )
 
 _ANY_WIDTH = 10_000
-"""Columns that every table fits into, to ask how many it wants."""
+"""A width that every table fits into, for measuring how wide a table would be."""
 
 
-def print_answer(known: Answer) -> None:
-    """The components by phase, what follows from them in words, and the rows of a search."""
+def print_plan(planned: PlannedRun) -> None:
+    """Prints the components by phase, the sentences on them, and the rows of a search if there was one."""
     console = _console()
-    console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
-    _show(console, _components(known.estimate))
-    fits, (advice, changes) = verdict(known), remedies(known)
-    for line in filter(None, (*facts(known), fits, advice)):
+    console.print(f"[bold]{escape(describe_run(planned.config, planned.ranks))}[/]")
+    _show(console, _components(planned.estimate))
+    fits, (advice, changes) = verdict(planned), suggested_changes(planned)
+    for line in filter(None, (*fact_sentences(planned), fits and fits.sentence, advice)):
         console.print(escape(line))
     for settings, outcome in changes:
         console.print(escape(f"  {settings}  ({outcome})"))
-    if known.found is not None:
+    if planned.search is not None:
         console.print()
-        _print_search(console, known)
+        _print_search(console, planned)
 
 
 def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
-    """The paper's table for one model."""
+    """Prints the paper's memory accounting of all methods for one model, and marks the configured method."""
     console = _console()
     shown = _table()
     shown.add_column("G = 1e9 bytes")
@@ -57,7 +59,7 @@ def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; where there is none, tables take what they need and sentences are not broken."""
+    """Returns a console as wide as the terminal; without a terminal, wide enough for tables and whole sentences."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
@@ -67,7 +69,7 @@ def _table() -> Table:
 
 
 def _show(console: Console, table: Table) -> None:
-    """Prints a table; on a terminal that is too narrow for it, each row as a list of titles and values."""
+    """Prints a table, or, on a terminal that is too narrow for it, each row as a list of titles and values."""
     if console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum <= console.width:
         console.print(table)
         return
@@ -87,9 +89,8 @@ def _show(console: Console, table: Table) -> None:
 
 
 def _components(estimate: Estimate) -> Table:
-    """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
-    largest, unit = estimate.phases(), Unit.of(estimate)
-    points = [largest[phase] for phase in PHASES if phase in largest]
+    """Returns the table of components at the largest moment of each phase; the phase of the peak is marked."""
+    points, unit = largest_points(estimate), DisplayUnit.of(estimate)
     table = _table()
     table.add_column(f"{unit.name} ({unit.size:.0e} bytes)".replace("e+0", "e"), no_wrap=True)
     for point in points:
@@ -105,21 +106,21 @@ def _components(estimate: Estimate) -> Table:
     return table
 
 
-def _print_search(console: Console, known: Answer) -> None:
-    for line in search_sentences(known):
+def _print_search(console: Console, planned: PlannedRun) -> None:
+    for line in search_sentences(planned):
         console.print(escape(line))
-    found = search_table(known)
+    found = search_table(planned)
     if not found.rows:
         return
     table = _table()
     for title in found.titles:
         table.add_column(title, justify="left" if title in found.settings else "right")
-    if known.saved:
+    if planned.saved_files:
         table.add_column("file", overflow="fold")
     for index, cells in enumerate(found.rows):
-        table.add_row(*cells, *known.saved[index : index + 1])
+        table.add_row(*cells, *planned.saved_files[index : index + 1])
     _show(console, table)
-    for line in launch_sentences(known):
+    for line in launch_sentences(planned):
         console.print(escape(line), soft_wrap=True)  # a command that is copied must be whole
     if found.shared:
         console.print(escape(found.shared))
