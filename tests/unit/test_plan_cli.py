@@ -146,7 +146,7 @@ def test_will_7b_fit_on_my_card(
         assert row["within_error"] == (spare < 0.05 * row["peak_bytes"])
     assert plan(monkeypatch, *asked) == 0
     captured = capsys.readouterr()
-    assert "On one rank this is planned for parallel.engine=ddp" in captured.out
+    assert "With one rank, the plan is for parallel.engine=ddp" in captured.out
     assert "252/252 combinations examined" in captured.err.splitlines()
     # Asked for by name, the engine stays; so it does where a single device needs another.
     assert planned(monkeypatch, capsys, "--config", config, "parallel.engine=zero")["assumed"] == {}

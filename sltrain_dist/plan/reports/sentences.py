@@ -66,7 +66,7 @@ def fact_sentences(planned: PlannedRun) -> Iterator[str]:
     )
     if planned.assumed:
         settings = _overrides(planned.assumed)
-        yield f"On one rank this is planned for {settings}, whatever the file says: start the run with it too."
+        yield f"With one rank, the plan is for {settings}, whatever the file says: add it to the training command."
 
 
 class Verdict(NamedTuple):
@@ -145,7 +145,8 @@ def launch_sentences(planned: PlannedRun) -> Iterator[str]:
     """Yields how to start the configurations that were saved."""
     if not planned.saved_files:
         return
-    yield f"Start a row as its file says, the first with: {launch_command(planned.saved_files[0], planned.ranks)}"
+    command = launch_command(planned.saved_files[0], planned.ranks)
+    yield f"Each file begins with the command that trains with it. For the first row: {command}"
     tokenizer = planned.config.data.tokenizer
     if tokenizer != "embedded" and not Path(tokenizer).is_file():
         yield f"There is no file {tokenizer} here: add data.tokenizer=FILE."
