@@ -1,1 +1,1 @@
-"""What is asked of the memory model: `sltrain plan`."""
+"""The `sltrain plan` command: will a run fit, and which settings would make it fit?"""

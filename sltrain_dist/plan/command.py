@@ -1,4 +1,7 @@
-"""`sltrain plan`: from options to a report. What takes long to import is imported when it is needed."""
+"""The `sltrain plan` command: checks the options and prints or writes the reports.
+
+Modules that are slow to import are imported where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,21 @@ if TYPE_CHECKING:
     from sltrain_dist.config.schema import Config
 
 
-_USUAL_ROWS = 12
+_DEFAULT_ROWS = 12
+"""Largest number of rows that a search lists without `--rows`."""
 
-_WORTH_A_BAR = 200
-"""Combinations from which on a search says how far it is: they take a second."""
+_MIN_COMBINATIONS_FOR_PROGRESS = 200
+"""Number of combinations from which on a search shows its progress; fewer take less than a second."""
 
 
 class Accounting(StrEnum):
-    """Whose arithmetic."""
+    """Published memory accounting that `--accounting` can follow."""
 
     paper = "paper"
 
 
 class Implementation(StrEnum):
-    """Whose code."""
+    """Implementation of the method whose memory is predicted."""
 
     ours = "ours"
     reference = "reference"
@@ -49,7 +53,7 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, max=2**17, help="Number of ranks, one a device.")] = 1,
     device_memory: Annotated[
         str | None,
-        typer.Option(help="Of one device: 24GiB, 80GB, or a GPU such as 'RTX 4090' (nvidia-smi's names)."),
+        typer.Option(help="Memory of one device: 24GiB, 80GB, or a GPU such as 'RTX 4090' (nvidia-smi's names)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     search: Annotated[
@@ -58,8 +62,8 @@ def plan(
     vary: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --search: what to try instead of the usual, section.key=value,value,… or the name of a usual "
-            "lever, such as engine; may be repeated."
+            help="With --search: what to vary instead of the defaults, section.key=value,value,… or the name of a "
+            "default lever, such as engine; may be repeated."
         ),
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
@@ -90,17 +94,16 @@ def plan(
         Implementation, typer.Option(help="reference: how the published code uses memory.")
     ] = Implementation.ours,
 ) -> None:
-    """Says what a run will take, and looks for what fits.
+    """Predicts the memory of a run, and searches for settings that fit a device.
 
-    Memory of one rank by component and phase, without torch and without a GPU. Whether it fits into --device-memory
-    does not change the exit code: 0 is an answer, 2 a question that makes no sense.
+    The prediction is for one rank, by component and phase. It needs no GPU. The exit code is 0 whether or not the run
+    fits into --device-memory, and 2 if an option or the configuration is wrong.
     """
     from sltrain_dist.config.load import load_config, override_keys
     from sltrain_dist.config.rules import check_ranks, without_effect
-    from sltrain_dist.plan.answer import answer, reference_answer, with_search
-    from sltrain_dist.plan.reports import report
+    from sltrain_dist.plan.device_memory import parse_device_memory
+    from sltrain_dist.plan.planned_run import add_search, plan_reference_run, plan_run
     from sltrain_dist.plan.search.levers import for_one_device
-    from sltrain_dist.plan.units import parse_device_memory
 
     _check_options(
         accounting=accounting,
@@ -113,7 +116,7 @@ def plan(
     )
     loaded = load_config(config, overrides or [])
     if accounting:
-        _account(loaded, as_json)
+        _print_accounting(loaded, as_json)
         return
     for warning in without_effect(loaded):
         print(f"note: {warning}", file=sys.stderr)
@@ -123,41 +126,43 @@ def plan(
     check_ranks(loaded, ranks)
     device = None if device_memory is None else parse_device_memory(device_memory)
     if implementation is Implementation.reference:
-        known = reference_answer(loaded, device)
+        planned = plan_reference_run(loaded, device)
     else:
-        known = answer(loaded, ranks, device, by_replay=replay and not search)
+        planned = plan_run(loaded, ranks, device, by_replay=replay and not search)
         if loaded.parallel.engine != configured:
-            known = replace(known, assumed={"parallel.engine": loaded.parallel.engine})
+            planned = replace(planned, assumed={"parallel.engine": loaded.parallel.engine})
     if search:
-        known = with_search(
-            known,
+        planned = add_search(
+            planned,
             vary=vary or [],
             fixed=fixed,
-            most_rows=rows or _USUAL_ROWS,
+            max_rows=rows or _DEFAULT_ROWS,
             directory=save,
             by_replay=replay,
-            progress=_searching,
+            progress=_show_progress,
         )
     if html is not None:
         from sltrain_dist.plan.reports.page import write_page
 
-        write_page(known, html)
+        write_page(planned, html)
     if plot is not None:
-        from sltrain_dist.plan.reports.picture import write_picture
+        from sltrain_dist.plan.reports.plot import write_plot
 
-        write_picture(known, plot)
+        write_plot(planned, plot)
     if as_json:
-        print(json.dumps(report.as_json(known), indent=2))
-    else:
-        from sltrain_dist.plan.reports.terminal import print_answer
+        from sltrain_dist.plan.reports.json_report import plan_json
 
-        print_answer(known)
+        print(json.dumps(plan_json(planned), indent=2))
+    else:
+        from sltrain_dist.plan.reports.terminal import print_plan
+
+        print_plan(planned)
 
 
 @contextmanager
-def _searching(total: int) -> Iterator[Callable[[int], None]]:
-    """How far a search has come, on standard error; nothing where it is over in a moment."""
-    if total < _WORTH_A_BAR:
+def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows on standard error how far a search is, unless it is over in a moment."""
+    if total < _MIN_COMBINATIONS_FOR_PROGRESS:
         yield lambda done: None
         return
     from sltrain_dist.tracking.progress import progress_bar
@@ -176,7 +181,7 @@ def _check_options(
     estimating: dict[str, object],
     searching: dict[str, object],
 ) -> None:
-    """Refuses options that do not go together."""
+    """Raises ConfigError for options that do not go together."""
     given = [name for name, value in {**estimating, "--search": search, "--replay": replay}.items() if value]
     if accounting and (given or reference or ranks > 1):
         others = ", ".join([*given, *(["--implementation"] if reference else []), *(["--ranks"] if ranks > 1 else [])])
@@ -189,13 +194,13 @@ def _check_options(
         raise ConfigError(f"{alone} goes with --search")
 
 
-def _account(config: Config, as_json: bool) -> None:
+def _print_accounting(config: Config, as_json: bool) -> None:
     from sltrain_dist.plan.paper.accounting import paper_memory, paper_table
 
     table = paper_table(config.model, config.reparam)
     memory = paper_memory(config.model, config.reparam)
     if as_json:
-        from sltrain_dist.plan.reports.report import accounting_json
+        from sltrain_dist.plan.reports.json_report import accounting_json
 
         print(json.dumps(accounting_json(memory, table), indent=2))
     else:

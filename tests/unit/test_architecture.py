@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ ONLY_IN = {
     "sentencepiece": {"data.tokenizer"},
     "tokenizers": {"data.tokenizer_json"},
     "datasets": {"data.source"},
+    "jinja2": {"plan.reports.page"},
     "triton": {"sparse_lowrank.triton_kernels"},
 }
 
@@ -151,6 +153,15 @@ def test_a_library_has_one_home(library: str) -> None:
 def test_no_module_patches_another(name: str) -> None:
     """What must differ on fake tensors has a seam in the code (numerics/device.py)."""
     assert "unittest.mock" not in imports(MODULES[name]) and "unittest" not in imports(MODULES[name])
+
+
+def test_a_wheel_has_all_files_of_the_package() -> None:
+    """Python files are packaged by themselves; others, such as templates, must be named in setup.cfg."""
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    named = settings["options.package_data"]["sltrain_dist"].split()
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert sorted(named) == sorted(str(path.relative_to(PACKAGE)) for path in files if path.suffix != ".py")
 
 
 def test_the_checks_see_a_breach() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sltrain_dist import cli
 from sltrain_dist.config.load import load_config
-from sltrain_dist.plan.answer import launch_line
+from sltrain_dist.plan.planned_run import launch_command
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = str(REPO / "configs" / "llama_60m.yaml")
@@ -146,7 +146,7 @@ def test_will_7b_fit_on_my_card(
         assert row["within_error"] == (spare < 0.05 * row["peak_bytes"])
     assert plan(monkeypatch, *asked) == 0
     captured = capsys.readouterr()
-    assert "On one rank this is planned for parallel.engine=ddp" in captured.out
+    assert "With one rank, the plan is for parallel.engine=ddp" in captured.out
     assert "252/252 combinations examined" in captured.err.splitlines()
     # Asked for by name, the engine stays; so it does where a single device needs another.
     assert planned(monkeypatch, capsys, "--config", config, "parallel.engine=zero")["assumed"] == {}
@@ -172,7 +172,7 @@ def test_rows_within_the_error_of_the_limit_are_marked(
     assert re.search(r"~[\d.]+ [kMG]?B", out) and "~ marks rows" in (tmp_path / "x.html").read_text()
     smaller = ["--device-memory", f"{min(row['device_bytes'] for row in rows) - 1}B"]
     assert plan(monkeypatch, *search, *smaller) == 0
-    assert "What is missing is less than the estimate's error" in capsys.readouterr().out
+    assert "It lacks less than the estimate's error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_rows_within_the_error_of_the_limit_are_marked(
         ),
     ],
 )
-def test_launch_lines(ranks: int, expected: str) -> None:
-    assert launch_line("my plans/a.yaml", ranks) == expected
+def test_launch_commands(ranks: int, expected: str) -> None:
+    assert launch_command("my plans/a.yaml", ranks) == expected
 
 
 @pytest.mark.parametrize("width", [36, 60])

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.plan.answer import Answer, answer
+from sltrain_dist.plan.components import GROUPS
 from sltrain_dist.plan.paper.reference import reference_estimate
-from sltrain_dist.plan.reports.labels import GROUPS
-from sltrain_dist.plan.reports.page import page
-from sltrain_dist.plan.search.combinations import Change, Search, evaluate
+from sltrain_dist.plan.planned_run import PlannedRun, plan_run
+from sltrain_dist.plan.reports.page import render_page
+from sltrain_dist.plan.search.combinations import SearchResult, SingleChange, evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
-def known() -> Answer:
+def planned() -> PlannedRun:
     """An answer with all that a page can hold: it does not fit, there are changes, and rows of a search."""
     settings: dict[str, Any] = {"preset": "llama_60m", "optim": {"state_bits": 8}}
     config = build_config(settings)
@@ -35,18 +35,27 @@ def known() -> Answer:
 
     names = {"state bits": "8", "recompute": "all but attention", "engine": "zero 3, factors <&>"}
     rows = [evaluate(config, 1, {**names, "micro-batch": f"{number} <&>"}, estimate) for number in (1, 2)]
-    found = Search(start=rows[0], rows=rows)
-    changes = [Change({"train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}, rows[0])]
-    return Answer(
-        config, 1, 500_000_000, reference_estimate(config), changes, found, rows, ["a/plan-01.yaml", "b.yaml"]
+    found = SearchResult(start=rows[0], rows=rows)
+    changes = [
+        SingleChange({"train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}, rows[0])
+    ]
+    return PlannedRun(
+        config,
+        1,
+        500_000_000,
+        reference_estimate(config),
+        changes,
+        found,
+        rows,
+        saved_files=["a/plan-01.yaml", "b.yaml"],
     )
 
 
 @pytest.fixture(scope="module")
-def estimated() -> Answer:
+def estimated() -> PlannedRun:
     """A run of this code on several ranks, whose update has all five phases, short and long ones."""
     settings = {"preset": "llama_60m", "parallel": {"engine": "fsdp"}, "train": {"micro_batch": 8}}
-    return answer(build_config(settings), 8, 10 * 10**9)
+    return plan_run(build_config(settings), 8, 10 * 10**9)
 
 
 class Reader(HTMLParser):
@@ -78,8 +87,8 @@ class Reader(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_the_page_is_whole_by_itself(known: Answer) -> None:
-    text = page(known)
+def test_the_page_is_whole_by_itself(planned: PlannedRun) -> None:
+    text = render_page(planned)
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -88,18 +97,20 @@ def test_the_page_is_whole_by_itself(known: Answer) -> None:
     assert "<&>" not in text and "&lt;&amp;&gt;" in text
 
 
-def test_every_number_is_in_a_table(known: Answer) -> None:
+def test_every_number_is_in_a_table(planned: PlannedRun) -> None:
     reader = Reader()
-    reader.feed(page(known))
+    reader.feed(render_page(planned))
     by_name = {row[0].strip(): row[1:] for row in reader.rows}
-    largest, unit = known.estimate.phases(), 1e9 if known.estimate.peak_bytes >= 1e9 else 1e6
+    largest, unit = planned.estimate.phases(), 1e9 if planned.estimate.peak_bytes >= 1e9 else 1e6
     for group, (name, _) in GROUPS.items():
         sums = [point.groups().get(group, 0) for point in largest.values()]
         if any(sums):
             assert by_name[name] == [f"{each / unit:,.3f}" if each else "" for each in sums]
     assert by_name["allocated"] == [f"{point.total / unit:,.3f}" for point in largest.values()]
+    files = [row[0] for row in reader.rows if ".yaml" in row[0]]
+    assert files == ["1 a/plan-01.yaml", "2 b.yaml"]
     moments = [row for row in reader.rows if len(row) == 3 and row[0] != "moment"]
-    assert [row[2] for row in moments] == [f"{point.total / unit:,.3f}" for point in known.estimate.timeline]
+    assert [row[2] for row in moments] == [f"{point.total / unit:,.3f}" for point in planned.estimate.timeline]
 
 
 @dataclass(frozen=True)
@@ -174,8 +185,8 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (1200, "light")])
-def test_in_a_browser(known: Answer, tmp_path: Path, width: int, scheme: str) -> None:
-    seen = see(page(known), width, scheme, tmp_path)
+def test_in_a_browser(planned: PlannedRun, tmp_path: Path, width: int, scheme: str) -> None:
+    seen = see(render_page(planned), width, scheme, tmp_path)
     assert seen.scroll_width == width and seen.cut == []
     assert len(seen.heights) == 6 and min(seen.heights) > 30
     dark, light = sorted((luminance(seen.background), luminance(seen.colour)))
@@ -184,13 +195,13 @@ def test_in_a_browser(known: Answer, tmp_path: Path, width: int, scheme: str) ->
 
 
 @pytest.mark.parametrize("width", [320, 360, 414, 600, 720, 900, 1200])
-def test_labels_of_the_drawing_do_not_touch(estimated: Answer, tmp_path: Path, width: int) -> None:
-    seen = see(page(estimated), width, "light", tmp_path)
+def test_labels_of_the_drawing_do_not_touch(estimated: PlannedRun, tmp_path: Path, width: int) -> None:
+    seen = see(render_page(estimated), width, "light", tmp_path)
     assert seen.touching == [] and seen.cut == [] and seen.scroll_width == width
 
 
-def test_the_browser_sees_what_is_too_wide(known: Answer, tmp_path: Path) -> None:
+def test_the_browser_sees_what_is_too_wide(planned: PlannedRun, tmp_path: Path) -> None:
     """Negative control."""
-    wide = page(known).replace("<main>", '<main><div style="width:500px">wide</div>')
+    wide = render_page(planned).replace("<main>", '<main><div style="width:500px">wide</div>')
     seen = see(wide, 360, "light", tmp_path)
     assert seen.scroll_width > 360 and any("wide" in each for each in seen.cut)

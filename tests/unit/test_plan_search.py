@@ -15,14 +15,10 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate as closed_form
 from sltrain_dist.memory.result import Estimate, Point
-from sltrain_dist.plan import answer as answers
-from sltrain_dist.plan.answer import Answer
-from sltrain_dist.plan.reports.drawing import draw, ticks
-from sltrain_dist.plan.reports.labels import GROUPS
-from sltrain_dist.plan.search.combinations import Row, evaluate, pareto, search, single_changes
+from sltrain_dist.plan.planned_run import PlannedRun, save_rows
+from sltrain_dist.plan.search.combinations import Row, evaluate, pareto_front, search, single_changes
 from sltrain_dist.plan.search.levers import default_levers, named_levers
 from sltrain_dist.plan.search.speed import update_time
-from sltrain_dist.plan.units import GPUS, parse_device_memory
 
 
 def estimate(config: Config, *, ranks: int = 1) -> Estimate:
@@ -55,7 +51,7 @@ def test_every_combination_is_run_refused_or_equal(config: Config) -> None:
 
 
 def test_several_processes_find_the_same(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sltrain_dist.plan.search.combinations._WORTH_A_PROCESS", 1)
+    monkeypatch.setattr("sltrain_dist.plan.search.combinations._MIN_CANDIDATES_FOR_PROCESSES", 1)
     levers = named_levers(config, 2, ["state bits", "recompute", "update"])
     alone, shared = (search(config, 2, levers, closed_form, workers=workers).rows for workers in (1, 2))
     assert shared == alone and len(alone) == 24
@@ -114,7 +110,7 @@ def test_pareto(figures: list[tuple[int, float]]) -> None:
     config = load_config(None, ["train.steps=1"])
     usual = evaluate(config, 1, {}, estimate)
     rows = [Row(**{**usual.__dict__, "device_bytes": size, "seconds": seconds}) for size, seconds in figures]
-    front = pareto(rows)
+    front = pareto_front(rows)
     assert front
     for first, second in itertools.pairwise(front):  # slower, and worth it
         assert first.seconds < second.seconds and second.device_bytes < 0.99 * first.device_bytes
@@ -152,16 +148,17 @@ def test_named_levers(config: Config) -> None:
 
 def test_saved_rows_are_ready_to_run(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = search(config, 2, named_levers(config, 2, ["optim.state_bits=16,8", "train.micro_batch=1,32"]), estimate)
-    paths = answers.save(found.rows, tmp_path / "new" / "rows")
+    paths = save_rows(found.rows, tmp_path / "new" / "rows")
     loaded = [load_config(path) for path in paths]
     assert [each.model_copy(update={"run_dir": config.run_dir}) for each in loaded] == [
         row.config for row in found.rows
     ]
     assert len({each.run_dir for each in loaded}) == len(paths) == 4
     with pytest.raises(ConfigError, match="is there already"):
-        answers.save(found.rows, tmp_path / "new" / "rows")
-    with pytest.raises(ConfigError, match="cannot write"):
-        answers.save(found.rows, Path(paths[0]) / "below")
+        save_rows(found.rows, tmp_path / "new" / "rows")
+    for directory in (Path(paths[0]), Path(paths[0]) / "below"):  # a file where a directory must be
+        with pytest.raises(ConfigError, match=f"--save: cannot write {directory}: "):
+            save_rows(found.rows, directory)
 
 
 def changed(config: Config, **sections: dict[str, object]) -> Config:
@@ -209,138 +206,7 @@ def test_time_of_communication(config: Config) -> None:
     assert update_time(sharded, 4, 10**12).communication < busy.communication
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["forward", "backward"]), st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1
-    )
-)
-def test_drawing(moments: list[tuple[str, int, int]]) -> None:
-    points = tuple(Point(phase, "", {"states": a, "batch": b}) for phase, a, b in moments)  # type: ignore[arg-type]
-    drawing = draw(Estimate(points, 0, 1, 1, 0, 0.05))
-    assert list(drawing.xs) == sorted(drawing.xs) and 0 <= min(drawing.xs) <= max(drawing.xs) <= 1 + 1e-9
-    assert list(drawing.heights) == [group for group in GROUPS if group in drawing.heights]
-    if drawing.heights:
-        *_, (_, top) = drawing.stacked().values()
-        assert max(top) == max(a + b for _, a, b in moments)
-        at_peak = [y for x, y in zip(drawing.xs, top, strict=True) if x == drawing.peak_x]
-        assert max(top) in at_peak
-
-
-@given(st.integers(1, 10**15))
-def test_ticks(top: int) -> None:
-    values = ticks(top)
-    assert values[0] == 0 and values[-1] <= top and (top < 3 or 2 <= len(values) <= 7)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("24GiB", 24 << 30),
-        ("24 gib", 24 << 30),
-        ("80GB", 80 * 10**9),
-        ("1.5TB", 1_500_000_000_000),
-        ("25769803776", 24 << 30),  # can only be bytes
-        ("24564 MiB", 24_564 << 20),
-        ("24G", 24 * 10**9),
-        ("24gi", 24 << 30),
-        ("500M", 500 * 10**6),
-        ("10B", 10),
-    ],
-)
-def test_device_memory(text: str, expected: int) -> None:
-    assert parse_device_memory(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "mib"),
-    [
-        ("NVIDIA H100 80GB HBM3", 81559),
-        ("NVIDIA H100 PCIe", 81559),
-        ("H100 SXM5 80GB", 81559),
-        ("NVIDIA H100 NVL", 95830),
-        ("NVIDIA H200", 143771),
-        ("h200 141GB", 143771),
-        ("NVIDIA B200", 183359),
-        ("NVIDIA A100-SXM4-40GB", 40960),
-        ("NVIDIA A100-PCIE-40GB", 40960),
-        ("NVIDIA A100-SXM4-80GB", 81920),
-        ("NVIDIA A100 80GB PCIe", 81920),
-        ("A100-80G", 81920),
-        ("Tesla T4", 15360),
-        ("T4 16GB", 15360),
-        ("Tesla V100-SXM2-16GB", 16384),
-        ("Tesla V100-SXM2-32GB", 32768),
-        ("NVIDIA L4", 23034),
-        ("L4 24GB", 23034),
-        ("NVIDIA L40S", 46068),
-        ("NVIDIA A10", 23028),
-        ("NVIDIA A10G", 23028),
-        ("NVIDIA GeForce RTX 3090", 24576),
-        ("RTX 3090 24GB", 24576),
-        ("3090 Ti", 24564),  # and not so many tebibytes
-        ("5070ti", 16303),
-        ("NVIDIA GeForce RTX 4090", 24564),
-        ("rtx4090", 24564),
-        ("rtx_4090", 24564),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376),
-        ("RTX 5090", 32607),
-        ("NVIDIA RTX A6000", 49140),
-        ("A6000", 49140),
-        ("NVIDIA RTX 6000 Ada Generation", 49140),
-        ("RTX6000Ada", 49140),
-        ("NVIDIA GH200 480GB", 97871),
-    ],
-)
-def test_gpus_by_the_names_of_nvidia_smi(text: str, mib: int) -> None:
-    assert parse_device_memory(text) == mib << 20
-
-
-@pytest.mark.parametrize("name", list(GPUS))
-def test_spelling_of_a_gpu_does_not_matter(name: str) -> None:
-    for spelling in (name.lower(), name.replace(" ", "-"), name.replace(" ", ""), f"NVIDIA {name}"):
-        assert parse_device_memory(spelling) == GPUS[name] << 20
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "A100",
-        "RTX 4091",
-        "24 gigs",
-        "-24GiB",
-        "0GiB",
-        "",
-        "GiB",
-        "nan",
-        "9" * 400,
-        "L4 48GB",
-        "24,5GB",
-        "1e999",
-        "4060 Ti",
-    ],
-)
-def test_wrong_device_memory(text: str) -> None:
-    with pytest.raises(ConfigError, match="GiB, 80GB or bytes"):
-        parse_device_memory(text)
-
-
-@pytest.mark.parametrize("text", ["24", "80", "24564", "0.5", "99999999"])
-def test_a_number_without_a_unit(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"--device-memory {text}: of which unit. Write {text}GiB, {text}GB or so"):
-        parse_device_memory(text)
-
-
-def test_gpus_that_were_perhaps_meant() -> None:
-    with pytest.raises(ConfigError, match=r"no known GPU; did you mean 'A100-40G' or 'A100-80G'\? Sizes are"):
-        parse_device_memory("nvidia a100")
-    with pytest.raises(ConfigError, match=r"'abacus' is no size and no known GPU\. Sizes are"):
-        parse_device_memory("abacus")
-    with pytest.raises(ConfigError, match=r"of which unit\? .*; did you mean 'RTX 4090' or 'RTX 4090 Laptop'\?"):
-        parse_device_memory("4090")
-
-
-def test_no_row_without_an_answer(config: Config) -> None:
-    known = Answer(config, 1, 20_000, estimate(config))
-    assert known.fits and known.margin_bytes == 20_000 - 16_410
-    assert Answer(config, 1, None, estimate(config)).fits is None
+def test_whether_a_run_fits(config: Config) -> None:
+    planned = PlannedRun(config, 1, 20_000, estimate(config))
+    assert planned.fits and planned.margin_bytes == 20_000 - 16_410
+    assert PlannedRun(config, 1, None, estimate(config)).fits is None

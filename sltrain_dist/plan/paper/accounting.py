@@ -1,8 +1,8 @@
 """The memory arithmetic of the paper's Table 2 (arXiv 2406.02214; no torch).
 
-G is 1e9 bytes. Parameters and Adam's two moments take 2 bytes a value, SLTrain's positions 8 (int64). Gradients and
-activations do not count. Parameters and states are each rounded to two decimals, and the printed total is the sum of
-the rounded numbers.
+G is 1e9 bytes. Parameters and Adam's two moments take 2 bytes per value, and SLTrain's positions 8 bytes (int64).
+Gradients and activations are not counted. Parameters and optimizer states are each rounded to two decimals, and the
+printed total is the sum of the rounded numbers.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _INDEX_BYTES = 8
 
 @dataclass(frozen=True)
 class PaperMemory:
-    """A cell of the table.
+    """Memory of one method and model, a cell of the table.
 
     Attributes:
-        method: Row.
-        parameter_bytes: Parameters, and positions.
-        optimizer_bytes: Adam's moments, and GaLore's projectors.
+        method: Method, a row of the table.
+        parameter_bytes: Bytes of parameters and of SLTrain's positions.
+        optimizer_bytes: Bytes of Adam's moments and of GaLore's projectors.
     """
 
     method: Method
@@ -40,30 +40,30 @@ class PaperMemory:
 
     @property
     def parameter_gb(self) -> Decimal:
-        """In G, rounded as printed."""
+        """Parameters in G, rounded as in the table."""
         return _rounded(self.parameter_bytes)
 
     @property
     def optimizer_gb(self) -> Decimal:
-        """In G, rounded as printed."""
+        """Optimizer states in G, rounded as in the table."""
         return _rounded(self.optimizer_bytes)
 
     @property
     def total_gb(self) -> Decimal:
-        """What the table prints: the sum of the rounded parts."""
+        """Total in G as in the table, the sum of the two rounded numbers."""
         return self.parameter_gb + self.optimizer_gb
 
 
 def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | None = None) -> PaperMemory:
-    """The paper's figures for a model.
+    """Computes the memory that the paper states for a model.
 
     Args:
-        model: Its shape.
-        reparam: Rank and density. The support is taken to be random, as it is in the paper.
-        method: One of the five; None for that of `reparam`.
+        model: Shape of the model.
+        reparam: Rank and density. The support is assumed to be random, as it is in the paper.
+        method: Method of the table; None for the method of `reparam`.
     """
     method = method or reparam.method
-    # All five from the parts of two counts: base, LR and SP of SLTrain, and F of full rank.
+    # Two counts give all five methods: base, low-rank and sparse parameters of SLTrain, and those of full rank.
     parts = count_parameters(model, reparam.model_copy(update={"method": "sltrain", "support": "random"}))
     full = count_parameters(model, reparam.model_copy(update={"method": "full"})).total
     base, low_rank, sparse = parts.remainder, parts.factors, parts.sparse
@@ -82,7 +82,7 @@ def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | No
 
 
 def paper_table(model: ModelConfig, reparam: ReparamConfig) -> list[PaperMemory]:
-    """All five methods."""
+    """Computes the memory of all five methods for a model, in the order of the table."""
     return [paper_memory(model, reparam, method) for method in METHODS]
 
 

@@ -1,1 +1,1 @@
-"""What the planner found, for people and programs to read."""
+"""Reports of what the planner found: text, JSON, an HTML page and a plot."""

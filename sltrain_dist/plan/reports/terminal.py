@@ -1,4 +1,4 @@
-"""What the planner found, as tables on a terminal (no torch)."""
+"""What the planner found, printed as tables and sentences to the terminal (no torch)."""
 
 from __future__ import annotations
 
@@ -10,40 +10,41 @@ from rich.table import Table
 from rich.text import Text
 
 from sltrain_dist.memory.result import Estimate
-from sltrain_dist.plan.answer import Answer
+from sltrain_dist.plan.components import PHASES
 from sltrain_dist.plan.paper.accounting import PaperMemory
-from sltrain_dist.plan.reports.labels import GROUPS, PHASES, Unit, describe, detail_of
-from sltrain_dist.plan.reports.report import (
-    facts,
+from sltrain_dist.plan.planned_run import PlannedRun
+from sltrain_dist.plan.reports.component_table import DisplayUnit, component_rows, largest_points
+from sltrain_dist.plan.reports.search_table import search_table
+from sltrain_dist.plan.reports.sentences import (
+    describe_run,
+    fact_sentences,
     launch_sentences,
-    remedies,
-    row_cells,
     search_sentences,
-    varying,
+    suggested_changes,
     verdict,
 )
 
 _ANY_WIDTH = 10_000
-"""Columns that every table fits into, to ask how many it wants."""
+"""A width that every table fits into, for measuring how wide a table would be."""
 
 
-def print_answer(known: Answer) -> None:
-    """The components by phase, what follows from them in words, and the rows of a search."""
+def print_plan(planned: PlannedRun) -> None:
+    """Prints the components by phase, the sentences on them, and the rows of a search if there was one."""
     console = _console()
-    console.print(f"[bold]{escape(describe(known.config, known.ranks))}[/]")
-    _show(console, _components(known.estimate))
-    fits, (advice, changes) = verdict(known), remedies(known)
-    for line in filter(None, (*facts(known), fits, advice)):
+    console.print(f"[bold]{escape(describe_run(planned.config, planned.ranks))}[/]")
+    _show(console, _components(planned.estimate))
+    fits, (advice, changes) = verdict(planned), suggested_changes(planned)
+    for line in filter(None, (*fact_sentences(planned), fits and fits.sentence, advice)):
         console.print(escape(line))
     for settings, outcome in changes:
         console.print(escape(f"  {settings}  ({outcome})"))
-    if known.found is not None:
+    if planned.search is not None:
         console.print()
-        _print_search(console, known)
+        _print_search(console, planned)
 
 
 def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
-    """The paper's table for one model."""
+    """Prints the paper's memory accounting of all methods for one model, and marks the configured method."""
     console = _console()
     shown = _table()
     shown.add_column("G = 1e9 bytes")
@@ -58,7 +59,7 @@ def print_accounting(memory: PaperMemory, table: Sequence[PaperMemory]) -> None:
 
 
 def _console() -> Console:
-    """As wide as the terminal; where there is none, tables take what they need and sentences are not broken."""
+    """Returns a console as wide as the terminal; without a terminal, wide enough for tables and whole sentences."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
@@ -68,7 +69,7 @@ def _table() -> Table:
 
 
 def _show(console: Console, table: Table) -> None:
-    """Prints a table; on a terminal that is too narrow for it, each row as a list of titles and values."""
+    """Prints a table, or, on a terminal that is too narrow for it, each row as a list of titles and values."""
     if console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum <= console.width:
         console.print(table)
         return
@@ -88,50 +89,39 @@ def _show(console: Console, table: Table) -> None:
 
 
 def _components(estimate: Estimate) -> Table:
-    """Groups by phase, with details of a group where it has several; the phase of the peak is marked."""
-    largest, unit = estimate.phases(), Unit.of(estimate)
-    phases = [phase for phase in PHASES if phase in largest]
+    """Returns the table of components at the largest moment of each phase; the phase of the peak is marked."""
+    points, unit = largest_points(estimate), DisplayUnit.of(estimate)
     table = _table()
     table.add_column(f"{unit.name} ({unit.size:.0e} bytes)".replace("e+0", "e"), no_wrap=True)
-    for phase in phases:
-        is_peak = phase == estimate.peak.phase
-        title = f"{PHASES[phase]} ◀" if is_peak else PHASES[phase]
+    for point in points:
+        is_peak = point.phase == estimate.peak.phase
+        title = f"{PHASES[point.phase]} ◀" if is_peak else PHASES[point.phase]
         table.add_column(title, justify="right", style="bold" if is_peak else "", no_wrap=True)
-    points = [largest[phase] for phase in phases]
-    for group, (name, colour) in GROUPS.items():
-        sums = [point.groups().get(group, 0) for point in points]
-        if not any(sums):
-            continue
-        table.add_row(f"[{colour}]■[/] {name}", *map(unit.cell, sums))
-        for key in unit.details(group, points):
-            sizes = (f"[dim]{unit.cell(point.components.get(key, 0))}[/]" for point in points)
-            table.add_row(f"[dim]    {escape(detail_of(key))}[/]", *sizes)
+    for row in component_rows(points, unit):
+        name = f"    {escape(row.name)}" if row.is_detail else f"[{row.colour}]■[/] {row.name}"
+        table.add_row(name, *map(unit.cell, row.sizes), style="dim" if row.is_detail else "")
     table.add_row("allocated", *(unit.cell(point.total) for point in points))
     if estimate.reserved_bytes:
         table.add_row("with context and slack", *(unit.cell(point.total + estimate.reserved_bytes) for point in points))
     return table
 
 
-def _print_search(console: Console, known: Answer) -> None:
-    for line in search_sentences(known):
+def _print_search(console: Console, planned: PlannedRun) -> None:
+    for line in search_sentences(planned):
         console.print(escape(line))
-    names, shared = varying(known.rows)
-    if not known.rows:
+    found = search_table(planned)
+    if not found.rows:
         return
     table = _table()
-    rows = [row_cells(row, names, known.device_memory) for row in known.rows]
-    titles = list(dict.fromkeys(title for row in rows for title in row))
-    for title in titles:
-        table.add_column(title, justify="left" if title in names else "right")
-    if known.saved:
+    for title in found.titles:
+        table.add_column(title, justify="left" if title in found.settings else "right")
+    if planned.saved_files:
         table.add_column("file", overflow="fold")
-    for index, row in enumerate(rows):
-        table.add_row(*(row.get(title, "") for title in titles), *known.saved[index : index + 1])
+    for index, cells in enumerate(found.rows):
+        table.add_row(*cells, *planned.saved_files[index : index + 1])
     _show(console, table)
-    for line in launch_sentences(known):
+    for line in launch_sentences(planned):
         console.print(escape(line), soft_wrap=True)  # a command that is copied must be whole
-    if shared:
-        console.print(
-            escape("In all of these: " + ", ".join(f"{name} {value}" for name, value in shared.items()) + ".")
-        )
+    if found.shared:
+        console.print(escape(found.shared))
     console.print("Speed is predicted, relative to the configuration above (docs/planner_search.md).")

@@ -1,1 +1,1 @@
-"""Looks for configurations that fit."""
+"""The search for settings that fit a device and train fast."""

@@ -1,4 +1,4 @@
-"""Looks for configurations that fit (no torch): every combination of some levers, all else fixed."""
+"""Searches every combination of some settings for configurations that fit a device (no torch)."""
 
 from __future__ import annotations
 
@@ -21,43 +21,46 @@ from sltrain_dist.config.rules import (
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.result import Estimate, Group, Phase
-from sltrain_dist.plan.reports.labels import binding
+from sltrain_dist.plan.components import largest_group
 from sltrain_dist.plan.search.levers import Lever, Setting
 from sltrain_dist.plan.search.speed import layer_plans, update_time
 
 Estimator = Callable[..., Estimate]
-"""As :func:`sltrain_dist.memory.estimate.estimate`."""
+"""A function like :func:`sltrain_dist.memory.estimate.estimate`."""
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-"""Takes a number of things to do, and gives what takes the number of those done."""
+"""Takes the number of combinations; its context is a function that takes how many of them have been examined."""
 
 _Candidate = tuple[Config, Mapping[str, str]]
-"""A configuration that can be run, and what was chosen in it, by the levers' names."""
+"""A configuration that can be run, and the label of the chosen setting by the lever's name."""
 
-_NEAR = 0.01
-"""A row that is worse in one figure must be better in the other by more than this share to be worth a line."""
+_MIN_DIFFERENCE = 0.01
+"""Rows whose memory or time differ by less than this share count as equal."""
 
-_WORTH_A_PROCESS = 1000
-"""Configurations from which on processes are started for a search: these take half a second to start."""
+_MIN_CANDIDATES_FOR_PROCESSES = 1000
+"""Number of candidates from which on a search starts processes, which take half a second to start."""
 
 _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
-"""Settings, beside the section model, that make another model: rows are compared with those of the same model only."""
+"""Settings outside the section `model` that change the model's size. Only rows of the same model are compared."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one configuration.
+    """One configuration with its predicted memory and time.
+
+    It has copies of an estimate's figures instead of the estimate, whose timeline is too large to keep for thousands of
+    rows.
 
     Attributes:
-        config: It.
-        settings: What was chosen, by the levers' names.
-        peak_bytes, device_bytes, parameters, flops_per_token, comm_bytes_per_update: As of :class:`Estimate`.
-        phase, where: Of the peak.
-        binding: The component that takes most at the peak.
-        relative_error: Of the estimate's peak.
+        config: The configuration.
+        settings: Label of the chosen setting by the lever's name.
+        peak_bytes, device_bytes, parameters, flops_per_token, comm_bytes_per_update, relative_error: See
+            :class:`Estimate`.
+        phase, where: Phase and moment of the peak.
+        binding: The group of components that takes most at the peak.
         seconds: Predicted time of an update, see :mod:`sltrain_dist.plan.search.speed`.
-        relative_speed: That of the configuration that the search began with, divided by `seconds`.
-        replayed_bytes: The peak by replay, where there was one.
+        relative_speed: Predicted time of the configuration that the search began with, divided by `seconds`.
+        replayed_bytes: The peak by replay, if there was one.
     """
 
     config: Config
@@ -76,31 +79,31 @@ class Row:
     replayed_bytes: int | None = None
 
     def fits(self, device_memory: int | None) -> bool:
-        """Whether a device has enough; any has, where none is named."""
+        """Whether the configuration fits on a device of so many bytes; true if no device is named."""
         return device_memory is None or self.device_bytes <= device_memory
 
-    def is_close(self, device_memory: int) -> bool:
-        """Whether the estimate's error is larger than its distance to what the device has, on either side."""
+    def is_within_error(self, device_memory: int) -> bool:
+        """Whether the estimate's error is too large to tell if the configuration fits on the device."""
         return abs(device_memory - self.device_bytes) < self.relative_error * self.peak_bytes
 
 
 @dataclass(frozen=True)
-class Change:
-    """One setting that makes a configuration fit: its values by dotted key, and what comes of it."""
+class SingleChange:
+    """One setting that makes a configuration fit: its values by dotted key, and the resulting configuration's row."""
 
     values: Mapping[str, Any]
     row: Row
 
 
 @dataclass
-class Search:
-    """What a search found.
+class SearchResult:
+    """The rows of a search, and the counts of the combinations that have none.
 
     Attributes:
-        start: The configuration that it began with.
-        rows: All that can be run, in no order.
-        refused: How many cannot, by the key that was refused.
-        equal: How many differ from another one only in settings that have no effect there, or that choose the same.
+        start: Row of the configuration that the search began with.
+        rows: Rows of the distinct configurations that can be run, in no particular order.
+        refused: Number of combinations that cannot be run, by the key that was refused.
+        equal: Number of combinations that differ from another one only in settings without effect.
     """
 
     start: Row
@@ -110,36 +113,36 @@ class Search:
 
     @property
     def examined(self) -> int:
-        """All combinations."""
+        """Number of combinations examined so far."""
         return len(self.rows) + self.refused.total() + self.equal
 
     def front(self, device_memory: int | None = None) -> list[Row]:
-        """The rows that fit and that no other one beats in both memory and speed, the fastest first."""
+        """Returns the rows that fit and that no row of the same model beats in memory and speed, the fastest first."""
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             if row.fits(device_memory):
                 key = (row.config.model, *(field_value(row.config, key) for key in _SIZE_KEYS))
                 groups.setdefault(key, []).append(row)
-        chosen = [row for rows in groups.values() for row in pareto(rows)]
+        chosen = [row for rows in groups.values() for row in pareto_front(rows)]
         return sorted(chosen, key=lambda row: (row.seconds, row.device_bytes))
 
     @cached_property
     def smallest(self) -> Row:
-        """The row that takes least."""
+        """The row that takes the least memory."""
         return min(self.rows, key=lambda row: (row.device_bytes, row.seconds))
 
 
-def pareto(rows: Iterable[Row]) -> list[Row]:
-    """Rows worth choosing between: each slower than the one before, and over 1 % smaller.
+def pareto_front(rows: Iterable[Row]) -> list[Row]:
+    """Returns the rows worth choosing between: each is slower than the one before it, and over 1 % smaller.
 
-    Of rows that are about equally fast, the smallest stands for all.
+    Of rows that are equally fast to within 1 %, only the smallest is returned.
     """
     front: list[Row] = []
-    fastest = 0.0  # of those that the last row stands for
+    fastest = 0.0  # seconds of the fastest row that the last one of the front replaces
     for row in sorted(rows, key=lambda row: (row.seconds, row.device_bytes)):
-        if front and row.device_bytes >= (1 - _NEAR) * front[-1].device_bytes:
+        if front and row.device_bytes >= (1 - _MIN_DIFFERENCE) * front[-1].device_bytes:
             continue
-        if front and row.seconds <= (1 + _NEAR) * fastest:
+        if front and row.seconds <= (1 + _MIN_DIFFERENCE) * fastest:
             front[-1] = row
         else:
             front.append(row)
@@ -155,23 +158,23 @@ def search(
     *,
     workers: int = 1,
     progress: Progress | None = None,
-) -> Search:
+) -> SearchResult:
     """Estimates every combination of the levers' settings.
 
-    The global batch is that of `config`; combinations that the configuration's own rules refuse are counted, not
-    estimated.
+    The global batch stays as it is. Combinations that the configuration's own rules refuse are counted, not estimated.
 
     Args:
-        config: What everything else is taken from.
-        ranks: Number of ranks.
-        levers: What is varied.
-        estimate: Called once for each distinct configuration that can be run.
-        workers: Processes that share the work where there is much of it; `estimate` must be picklable then.
-        progress: Opened with the number of combinations, and called with how many have been examined.
+        config: Configuration that the search begins with.
+        ranks: World size.
+        levers: Settings that are varied.
+        estimate: Estimator, called once for each distinct configuration that can be run. It must be picklable if there
+            are several workers.
+        workers: Number of processes for a large search.
+        progress: Shows how far the search is, see :data:`Progress`.
     """
-    found = Search(start=evaluate(config, ranks, {}, estimate))
+    found = SearchResult(start=evaluate(config, ranks, {}, estimate))
     combinations = math.prod(len(lever.settings) for lever in levers)
-    with nullcontext(_silent) if progress is None else progress(combinations) as examined:
+    with nullcontext(_ignore) if progress is None else progress(combinations) as examined:
         candidates = _candidates(config, ranks, levers, found)
         examined(found.examined)
         for rows in _evaluate_all(candidates, ranks, estimate, workers):
@@ -180,14 +183,14 @@ def search(
     return found
 
 
-def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Search) -> list[_Candidate]:
-    """Every combination that can be run and has an effect of its own; the others are counted in `found`."""
+def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: SearchResult) -> list[_Candidate]:
+    """Returns the distinct configurations that can be run, and counts the other combinations in `found`."""
     keys = sorted(set[str]().union(*(lever.keys for lever in levers)))
     seen: set[tuple[Any, ...]] = set()
     candidates: list[_Candidate] = []
     for combination in itertools.product(*(lever.settings for lever in levers)):
-        candidate = apply(config, combination)
-        refusal = refused(candidate, ranks)
+        candidate = apply_settings(config, combination)
+        refusal = refused_key(candidate, ranks)
         if refusal is not None:
             found.refused[refusal] += 1
             continue
@@ -201,24 +204,27 @@ def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Sear
     return candidates
 
 
-def _silent(_: int) -> None:
+def _ignore(_: int) -> None:
     pass
 
 
 def _evaluate_all(
     candidates: Sequence[_Candidate], ranks: int, estimate: Estimator, workers: int
 ) -> Iterator[list[Row]]:
-    """Yields the rows in their order, some at a time: neighbours, which share most of what an estimator remembers."""
+    """Yields the candidates' rows in order, a chunk at a time.
+
+    A chunk goes to one process. Its candidates are neighbours, so that the estimator's caches are of use.
+    """
     size = max(1, -(-len(candidates) // (4 * workers)))
     chunks = [candidates[first : first + size] for first in range(0, len(candidates), size)]
     work = partial(_evaluate_chunk, ranks=ranks, estimate=estimate)
-    if workers == 1 or len(candidates) < _WORTH_A_PROCESS:
+    if workers == 1 or len(candidates) < _MIN_CANDIDATES_FOR_PROCESSES:
         yield from map(work, chunks)
         return
-    from concurrent.futures import ProcessPoolExecutor  # imported here, for the many plans without a search
+    from concurrent.futures import ProcessPoolExecutor  # slow to import, and not needed without a search
     from multiprocessing import get_context
 
-    # Not forked: the caller may have threads.
+    # A fork would be unsafe, because the caller may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(work, chunks)
 
@@ -229,24 +235,24 @@ def _evaluate_chunk(chunk: Sequence[_Candidate], ranks: int, estimate: Estimator
 
 def single_changes(
     config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator, device_memory: int
-) -> list[Change]:
-    """Settings of one lever each that make a configuration fit, the least slowdown first."""
+) -> list[SingleChange]:
+    """Returns the settings that make a configuration fit, each alone, the least slowdown first."""
     start = evaluate(config, ranks, {}, estimate)
     changes = []
     for lever in levers:
         for setting in lever.settings:
-            candidate = apply(config, [setting])
-            if candidate == config or refused(candidate, ranks) is not None:
+            candidate = apply_settings(config, [setting])
+            if candidate == config or refused_key(candidate, ranks) is not None:
                 continue
             row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
             if row.fits(device_memory):
                 row = replace(row, relative_speed=start.seconds / row.seconds)
-                changes.append(Change(setting.values, row))
+                changes.append(SingleChange(setting.values, row))
     return sorted(changes, key=lambda change: (change.row.seconds, change.row.device_bytes))
 
 
 def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: Estimator) -> Row:
-    """Estimates one configuration."""
+    """Estimates memory and time of one configuration; `settings` are kept as the row's labels."""
     estimated = estimate(config, ranks=ranks)
     peak = estimated.peak
     return Row(
@@ -259,14 +265,14 @@ def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: 
         comm_bytes_per_update=estimated.comm_bytes_per_update,
         phase=peak.phase,
         where=peak.where,
-        binding=binding(estimated)[0],
+        binding=largest_group(estimated)[0],
         relative_error=estimated.relative_error,
         seconds=update_time(config, ranks, estimated.comm_bytes_per_update).total,
     )
 
 
-def apply(config: Config, settings: Iterable[Setting]) -> Config:
-    """The configuration with some settings; their values have been checked, their combination has not."""
+def apply_settings(config: Config, settings: Iterable[Setting]) -> Config:
+    """Returns the configuration with some settings, whose combination is not checked."""
     changed: dict[str, dict[str, Any]] = {}
     for setting in settings:
         for key, value in setting.values.items():
@@ -276,8 +282,8 @@ def apply(config: Config, settings: Iterable[Setting]) -> Config:
     return config.model_copy(update=sections)
 
 
-def refused(config: Config, ranks: int) -> str | None:
-    """The first key that the configuration's rules refuse on so many ranks, or None."""
+def refused_key(config: Config, ranks: int) -> str | None:
+    """Returns the first key that the configuration's rules refuse on so many ranks; None if it can be run."""
     for key, _ in check_fields(config):
         return key
     try:
@@ -289,7 +295,7 @@ def refused(config: Config, ranks: int) -> str | None:
 
 
 def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
-    """What of the varied settings has an effect: equal for configurations that only look different."""
+    """Returns the values of the varied keys that have an effect; equal for configurations that make the same run."""
     idle: set[str] = set(idle_keys(config))
     values: list[Any] = []
     if config.reparam.method == "sltrain" and "reparam.path" in keys:

@@ -1,4 +1,4 @@
-"""What a search varies (no torch): settings by name, with those that are tried unless the user says others."""
+"""The levers of a search, which are named sets of settings to try, and the default levers (no torch)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sltrain_dist.errors import ConfigError
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 _FIXED = ("train.global_batch", "train.steps", "train.tokens", "data.seq_len", "seed", "run_dir", "preset")
-"""Never varied: a search compares ways to make the same updates."""
+"""Keys that are never varied, because a search compares ways to make the same updates."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A choice.
+    """One setting of a lever.
 
     Attributes:
-        label: What a table calls it.
-        values: Values by dotted key.
+        label: Text for tables.
+        values: Values by dotted key of the configuration.
     """
 
     label: str
@@ -35,24 +35,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Lever:
-    """A name, and the settings of it that are tried."""
+    """A named set of settings, one of which is chosen in each combination of a search."""
 
     name: str
     settings: tuple[Setting, ...]
 
     @property
     def keys(self) -> set[str]:
-        """Dotted keys that its settings set."""
+        """Dotted keys that the settings change."""
         return {key for setting in self.settings for key in setting.values}
 
 
 def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> list[Lever]:
-    """What is tried unless the user says otherwise: all that leaves the model's size and the batch as they are.
+    """Returns the levers of a search without `--vary`, which change neither the model's size nor the global batch.
 
     Args:
-        config: What is searched from.
-        ranks: Number of ranks. On one, the engine is no question, see :func:`for_one_device`.
-        fixed: Dotted keys that stay as they are: a lever that has one of them is left out.
+        config: Configuration that the search begins with.
+        ranks: World size. With one rank, the engine is not varied, see :func:`for_one_device`.
+        fixed: Dotted keys that stay as they are. Levers that would change one of them are left out.
     """
     levers = [
         _lever("state bits", "optim.state_bits", [16, 8, 4]),
@@ -79,35 +79,35 @@ def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> l
 
 
 def for_one_device(config: Config) -> Config:
-    """The configuration with the engine that a single device would use.
+    """Returns the configuration with the engine to use on a single device.
 
-    That is ddp, which then adds nothing to the model and its optimizer; the others hold buffers for ranks that are not
-    there. The engine stays where the configuration cannot be run with ddp, as with parallel.cpu_offload.
+    That is ddp, which adds nothing to the model and its optimizer there, while the other engines keep buffers for other
+    ranks. A configuration that cannot be run with ddp, such as one with parallel.cpu_offload, keeps its engine.
     """
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"engine": "ddp"})})
     return config if any(check_fields(alone)) else alone
 
 
 def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Lever]:
-    """The levers that a user names.
+    """Returns the levers that the values of `--vary` name.
 
     Args:
-        config: What is searched from.
-        ranks: Number of ranks.
-        varied: Each `section.key=value,value,…`, or the name of a default lever, such as "engine".
+        config: Configuration that the search begins with.
+        ranks: World size.
+        varied: Values of `--vary`: `section.key=value,value,…`, or the name of a default lever, such as "engine".
 
     Raises:
-        ConfigError: There is no such key or lever, a value is wrong, or the key is one that a search leaves alone.
+        ConfigError: There is no such key or lever, a value is wrong, or the key is never varied.
     """
-    known = {lever.name: lever for lever in default_levers(config, ranks)}
+    defaults = {lever.name: lever for lever in default_levers(config, ranks)}
     levers = []
     for spec in varied:
-        if spec in known:
-            levers.append(known[spec])
+        if spec in defaults:
+            levers.append(defaults[spec])
             continue
         key, equals, values = spec.partition("=")
         if not equals:
-            names = ", ".join(f"{name!r}" for name in known)
+            names = ", ".join(f"{name!r}" for name in defaults)
             raise ConfigError(f"--vary {spec!r} is neither section.key=value,value,… nor one of {names}")
         if key in _FIXED or "." not in key:
             raise ConfigError(f"--vary {key}: a search leaves {key} as it is; take another key")
@@ -125,7 +125,7 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
 
 
 def _check_value(config: Config, key: str, value: Any) -> None:
-    """Refuses a value that the key cannot have; combinations of values are another matter."""
+    """Raises ConfigError for a value that the key cannot have, whatever the other settings are."""
     section, _, name = key.partition(".")
     values = config.model_dump()
     try:
@@ -146,7 +146,7 @@ def _selective(policy: str) -> dict[str, Any]:
 
 
 def _micro_batches(config: Config, ranks: int) -> list[int]:
-    """Powers of two, and what is configured, that make whole micro-batches on every rank."""
+    """Returns powers of two and the configured size, as far as they divide a rank's share of the global batch."""
     each = config.train.global_batch // ranks
     sizes = {*_MICRO_BATCHES, field_value(config, "train.micro_batch")}
     return sorted(size for size in sizes if each % size == 0 and size <= each)

@@ -1,8 +1,8 @@
-"""How long an update takes, predicted (no torch): to rank configurations, not to schedule them.
+"""Predicted time of an update, for ranking configurations (no torch).
 
-The clock is that of the cost model which picks paths (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large matrix
-products at one rate, everything else at the memory's. Its constants are of one kind of GPU, an H200, so that
-ratios between configurations mean something and seconds mean little.
+It is based on the cost model that chooses layers' paths (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large matrix
+products run at one rate, and everything else at the memory's bandwidth. The constants are those of one GPU, an H200.
+Ratios between configurations are therefore meaningful, and seconds are not.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, pl
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
 MEMORY_BANDWIDTH = 4.1e12
-"""Bytes a second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""
+"""Bytes per second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""
 
 LINK_BANDWIDTH = 50e9
-"""Bytes a second that a rank sends (one 400 Gb/s port a rank; NVLink inside a host has several times that)."""
+"""Bytes per second that a rank sends (one 400 Gb/s port per rank; NVLink within a host is several times as fast)."""
 
 HOST_BANDWIDTH = 20e9
-"""Bytes a second between device and host (PCIe 4.0 ×16: 32e9 on paper)."""
+"""Bytes per second between device and host (PCIe 4.0 ×16: 32e9 on paper)."""
 
 LAUNCH_S = 5e-6
-"""Seconds that the host takes to launch a kernel; a block's time is at least that of its launches."""
+"""Seconds to launch a kernel. A block takes at least as long as the launches of its kernels."""
 
 KERNELS_PER_BLOCK = 150
-"""Launches of a block's forward and backward pass."""
+"""Number of kernels that a block's forward and backward pass launch."""
 
 BLOCK_COPIES = (10, 4)
-"""Elements (of hidden and of intermediate size, per token) that a block's norms, rotation, activation and sums read and
-write in the forward pass; twice as many in the backward pass."""
+"""Elements per token that a block's norms, rotation, activation and sums read and write in the forward pass, in
+multiples of the hidden and of the intermediate size. In the backward pass they are twice as many."""
 
 LOW_BIT_VALUE_BYTES = 3000
-"""Memory traffic that takes as long as a value's update where states are quantized or of another type than the
-parameter: 0.72 ns a value of a 7B model on an H200 (docs/reports/2026-11-27-h200.md). It is dozens of small operators,
-one by one (optim/low_bit.py). Else each tensor is read and written once."""
+"""Memory traffic, in bytes per value, that takes as long as an optimizer step whose states are quantized or of another
+type than the parameters: 0.72 ns per value of a 7B model on an H200 (docs/reports/2026-11-27-h200.md). Such a step is
+dozens of small operators (optim/low_bit.py). Any other step reads and writes each tensor once."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class UpdateTime:
     """Seconds of one update on each rank.
 
     Attributes:
-        compute: All micro-batches, forward and backward.
-        optimizer: The step.
-        communication: What does not overlap with compute.
+        compute: Forward and backward passes of all micro-batches.
+        optimizer: Optimizer step.
+        communication: Communication that does not overlap with compute.
     """
 
     compute: float
@@ -64,17 +64,17 @@ class UpdateTime:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """Seconds of the whole update."""
         return self.compute + self.optimizer + self.communication
 
 
 def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
-    """Predicts an update's time.
+    """Predicts the time of an update.
 
     Args:
-        config: The run.
-        ranks: Its ranks.
-        comm_bytes: Sent by each rank in an update.
+        config: Configuration of the run.
+        ranks: World size.
+        comm_bytes: Bytes that each rank sends in an update.
     """
     passes = micro_batches_per_update(config, ranks)
     compute = passes * _pass_seconds(config)
@@ -87,14 +87,14 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
 
 
 def _pass_seconds(config: Config) -> float:
-    """Forward and backward pass of a micro-batch."""
+    """Returns the seconds of a micro-batch's forward and backward pass."""
     model, train = config.model, config.train
     tokens, seq_len = train.micro_batch * config.data.seq_len, config.data.seq_len
     bits = 32 if train.dtype == "fp32" else 16
     unit = _multiply_add_seconds(bits)
     linears = _linear_cost(model, config.reparam, tokens, bits)
-    # Scores and weighted values over half of all pairs: one product forward, two and a half backward with a fused
-    # kernel, which computes the scores again (FlashAttention-2, arXiv 2307.08691).
+    # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
+    # takes 2.5 times as many in the backward pass: it computes scores again (FlashAttention-2, arXiv 2307.08691).
     attention = tokens * seq_len * model.hidden_size
     per_hidden, per_intermediate = BLOCK_COPIES
     elements = tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
@@ -102,7 +102,7 @@ def _pass_seconds(config: Config) -> float:
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
         block, launches = linears + 3.5 * attention + 3 * copies, 1.0
-        if is_recomputed(index, train):  # the forward pass again: a third
+        if is_recomputed(index, train):  # another forward pass, a third of both passes
             block += linears / 3 + copies + (0 if keeps_attention(train) else attention)
             launches += 1 / 3
         total += max(block * unit, launches * KERNELS_PER_BLOCK * LAUNCH_S)
@@ -110,7 +110,7 @@ def _pass_seconds(config: Config) -> float:
 
 
 def layer_plans(config: Config) -> tuple[Plan, ...]:
-    """How each linear layer of a block is applied, on a GPU, with method sltrain."""
+    """Returns how each linear layer of a block is applied on a GPU. The method must be sltrain."""
     tokens = config.train.micro_batch * config.data.seq_len
     return _plans(config.model, config.reparam, tokens, 32 if config.train.dtype == "fp32" else 16)
 
@@ -135,7 +135,7 @@ def _plans(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -
 
 @lru_cache(maxsize=4096)
 def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> float:
-    """A block's linear layers, forward and backward, in multiply-adds of a large product."""
+    """Returns the cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
     cost = 0.0
     plans = _plans(model, reparam, tokens, bits) if reparam.method == "sltrain" else ()
     for index, linear in enumerate(block_linears(model)):
@@ -152,7 +152,7 @@ def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: 
 
 
 def _step_seconds(config: Config, ranks: int) -> float:
-    """The optimizer's step, on this rank's share of the parameters."""
+    """Returns the seconds of the optimizer step on a rank's share of the parameters."""
     optim, parallel, width = config.optim, config.parallel, value_bytes(config)
     counted = count_parameters(config.model, config.reparam)
     whole = counted.remainder if parallel.shard == "factors" else 0
@@ -169,5 +169,5 @@ def _step_seconds(config: Config, ranks: int) -> float:
 
 
 def _multiply_add_seconds(bits: int) -> float:
-    """The cost model's unit: `copy` units read and write one element."""
+    """Returns the seconds of one multiply-add, the cost model's unit, of which copying an element takes `copy`."""
     return 2 * bits / 8 / RATES["cuda", bits].copy / MEMORY_BANDWIDTH

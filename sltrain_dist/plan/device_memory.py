@@ -1,4 +1,4 @@
-"""Device memory as people write it (no torch): a size, or a GPU by the name that nvidia-smi gives it."""
+"""Parses the memory of a device, given as a size or as the name of a GPU (no torch)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ GPUS: dict[str, int] = {
     "RTX 6000 Ada": 49140,
     "TITAN RTX": 24576,
 }
-"""MiB of each GPU, as `nvidia-smi` states them (memory.total), with error correction where it is the default."""
+"""MiB of each GPU as `nvidia-smi` reports it (memory.total), with error correction on if that is the default."""
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|quadro|tensor core|generation|graphics|\b(gpu|rtx|pcie|sxm\d*|hbm\d*e?)\b")
-"""Words of nvidia-smi's names that do not tell how much memory there is."""
+"""Words in nvidia-smi's names that do not tell GPUs with different memory apart."""
 
 _UNITS = {"b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -69,14 +69,14 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
-_ONLY_BYTES = 10**8
-"""A bare number from here on can only be meant in bytes: of any larger unit, no device has as many."""
+_MIN_BARE_BYTES = 10**8
+"""Smallest number without a unit that is taken as bytes: in a larger unit, no device has so much memory."""
 
-_NO_DEVICE = 2**48
-"""Bytes that no device has: 256 TiB, less than the "4060 Ti" of a graphics card's name."""
+_MAX_BYTES = 2**48
+"""Sizes from here on are refused: 256 TiB is more than any device has, and less than "4060 Ti" read as a size."""
 
-_SAME_SIZE = 0.05
-"""Relative difference up to which two sizes are the same one, differently rounded."""
+_ROUNDING = 0.05
+"""Relative difference up to which a size after a GPU's name ("RTX 3090 24GB") agrees with the GPU's memory."""
 
 _FORMS = (
     "Sizes are 24GiB, 80GB or bytes, with their unit (24564MiB, 80G as 80GB, 25769803776B); "
@@ -85,52 +85,54 @@ _FORMS = (
 
 
 def parse_device_memory(text: str) -> int:
-    """Bytes of a device: "24GiB", "80GB", "80G" (as 80GB), "24564 MiB", or a GPU's name, such as "RTX 4090".
+    """Returns the bytes of a device from a size or the name of a GPU.
 
-    Names are those of nvidia-smi ("NVIDIA H100 80GB HBM3"), or as short as they are not ambiguous ("H100", "3090 Ti").
+    Args:
+        text: A size such as "24GiB", "80GB", "80G" (the same as 80GB) or "24564 MiB", or the name of a GPU as
+            nvidia-smi prints it ("NVIDIA H100 80GB HBM3") or shorter as long as it is unambiguous ("H100", "3090 Ti").
 
     Raises:
-        ConfigError: It is none of these, or a number without a unit that is too small to be in bytes.
+        ConfigError: The text is neither, or a number without a unit that is too small to be in bytes.
     """
     mib = None if text.strip().isdecimal() else _gpu_mib(text)
-    if mib is not None:  # before sizes, of which "3090 Ti" could be one
+    if mib is not None:  # tried before sizes, because "3090 Ti" could be one
         return mib * MIB
     match = _SIZE.fullmatch(text.strip())
     if match is None or match[2].lower() not in {"", *_UNITS}:
-        raise ConfigError(f"--device-memory {text!r} is no size and no known GPU{_meant(text)} {_FORMS}")
-    if not match[2] and 0 < float(match[1]) < _ONLY_BYTES:
-        meant = _meant(text).removesuffix(".")
+        raise ConfigError(f"--device-memory {text!r} is neither a size nor a known GPU{_did_you_mean(text)} {_FORMS}")
+    if not match[2] and 0 < float(match[1]) < _MIN_BARE_BYTES:
+        meant = _did_you_mean(text).removesuffix(".")
         raise ConfigError(f"--device-memory {text}: of which unit? Write {match[1]}GiB, {match[1]}GB or so{meant}")
     size = float(match[1]) * _UNITS.get(match[2].lower(), 1)
-    if not 1 <= size < _NO_DEVICE:
-        raise ConfigError(f"--device-memory {text!r} is not the size of a device{_meant(text)} {_FORMS}")
+    if not 1 <= size < _MAX_BYTES:
+        raise ConfigError(f"--device-memory {text!r} is not the size of a device{_did_you_mean(text)} {_FORMS}")
     return int(size)
 
 
 def _gpu_mib(text: str) -> int | None:
-    """MiB of a GPU by its name; a size after it must be the one that the name has anyway ("RTX 3090 24GB")."""
+    """Returns the MiB of a GPU by its name, which may end with the right size ("RTX 3090 24GB"); None if unknown."""
     gpus = {_plain(name): mib for name, mib in GPUS.items()}
     plain = _plain(text)
     if plain in gpus:
         return gpus[plain]
     for name, mib in gpus.items():
         said = re.fullmatch(r"(\d+)g", plain.removeprefix(name)) if plain.startswith(name) else None
-        if said and any(abs(int(said[1]) * unit / (mib * MIB) - 1) < _SAME_SIZE for unit in (10**9, 2**30)):
+        if said and any(abs(int(said[1]) * unit / (mib * MIB) - 1) < _ROUNDING for unit in (10**9, 2**30)):
             return mib
     return None
 
 
-def _meant(text: str) -> str:
-    """GPUs that were perhaps meant: the sizes of one that was named, such as A100; else what is spelled like it."""
+def _did_you_mean(text: str) -> str:
+    """Returns "; did you mean …?" with the GPUs whose names begin like the text or are spelled like it, or "."."""
     plain, gpus = _plain(text), {_plain(name): name for name in GPUS}
-    names = [name for known, name in gpus.items() if known.startswith(plain)] if len(plain) > 2 else []
+    names = [name for key, name in gpus.items() if key.startswith(plain)] if len(plain) > 2 else []
     if not names and re.search("[a-z]", text.lower()):
-        names = [gpus[known] for known in difflib.get_close_matches(plain, gpus, n=1)]
+        names = [gpus[key] for key in difflib.get_close_matches(plain, gpus, n=1)]
     return f"; did you mean {' or '.join(map(repr, names))}?" if names else "."
 
 
 def _plain(name: str) -> str:
-    """A GPU's name reduced to what tells its memory, alike for all spellings: "a10080g"."""
+    """Reduces a GPU's name to what is the same in all its spellings: "a10080g" for "NVIDIA A100-SXM4-80GB"."""
     words = _NOISE.sub(" ", re.sub(r"[^a-z0-9]+", " ", name.lower()))
     plain = re.sub(r"(\d)gi?b$", r"\1g", words.replace(" ", ""))
     return plain.replace("rtx", "")

@@ -1,0 +1,96 @@
+"""What the planner found under the stable keys of `sltrain plan --json` (no torch). Sizes are in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sltrain_dist.memory.result import Point
+from sltrain_dist.plan.paper.accounting import PaperMemory
+from sltrain_dist.plan.planned_run import PlannedRun, launch_command
+from sltrain_dist.plan.search.combinations import Row, SearchResult
+
+
+def plan_json(planned: PlannedRun) -> dict[str, Any]:
+    """Returns a planned run under stable keys, which docs/planner_search.md lists."""
+    estimate, largest = planned.estimate, planned.estimate.phases()
+    result: dict[str, Any] = {
+        "peak_bytes": estimate.peak_bytes,
+        "device_bytes": estimate.device_bytes,
+        "phases": {phase: point.total for phase, point in largest.items()},
+        "components": _components_json(estimate.peak),
+        "fits": planned.fits,
+        "margin_bytes": planned.margin_bytes,
+        "parameters": estimate.parameters,
+        "flops_per_token": estimate.flops_per_token,
+        "comm_bytes_per_update": estimate.comm_bytes_per_update,
+        "peak_phase": estimate.peak.phase,
+        "where": estimate.peak.where,
+        "phase_components": {phase: _components_json(point) for phase, point in largest.items()},
+        "method": estimate.method,
+        "relative_error": estimate.relative_error,
+        "ranks": planned.ranks,
+        "device_memory_bytes": planned.device_memory,
+        "assumed": dict(planned.assumed),
+    }
+    if planned.changes is not None:
+        result["changes"] = [{"set": dict(change.values), **_row_json(change.row)} for change in planned.changes]
+    if planned.search is not None:
+        result["search"] = _search_json(planned.search, planned)
+    return result
+
+
+def accounting_json(memory: PaperMemory, table: Sequence[PaperMemory]) -> dict[str, Any]:
+    """Returns the paper's accounting of one method, and of all methods for the same model."""
+    methods = {each.method: _accounting_cell_json(each) for each in table}
+    return {"method": memory.method, **_accounting_cell_json(memory), "methods": methods}
+
+
+def _components_json(point: Point) -> dict[str, int]:
+    return {component: num_bytes for component, num_bytes in point.components.items() if num_bytes}
+
+
+def _search_json(found: SearchResult, planned: PlannedRun) -> dict[str, Any]:
+    rows = [_row_json(row) for row in planned.rows]
+    if planned.device_memory is not None:
+        for listed, row in zip(rows, planned.rows, strict=True):
+            listed["within_error"] = row.is_within_error(planned.device_memory)
+    for listed, path in zip(rows, planned.saved_files, strict=False):
+        listed |= {"file": path, "launch": launch_command(path, planned.ranks)}
+    return {
+        "examined": found.examined,
+        "estimated": len(found.rows),
+        "equal": found.equal,
+        "refused": dict(found.refused.most_common()),
+        "fitting": sum(row.fits(planned.device_memory) for row in found.rows),
+        "smallest": _row_json(found.smallest),
+        "rows_left_out": planned.rows_left_out,
+        "rows": rows,
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    keys = (
+        "relative_speed",
+        "peak_bytes",
+        "device_bytes",
+        "parameters",
+        "flops_per_token",
+        "comm_bytes_per_update",
+        "binding",
+    )
+    return {
+        "settings": dict(row.settings),
+        **{key: getattr(row, key) for key in keys},
+        **({} if row.replayed_bytes is None else {"replayed_bytes": row.replayed_bytes}),
+    }
+
+
+def _accounting_cell_json(memory: PaperMemory) -> dict[str, Any]:
+    return {
+        "parameter_gb": float(memory.parameter_gb),
+        "optimizer_gb": float(memory.optimizer_gb),
+        "total_gb": float(memory.total_gb),
+        "parameter_bytes": memory.parameter_bytes,
+        "optimizer_bytes": memory.optimizer_bytes,
+    }
