@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How far the planner's closed form is from replays of the training step on fake tensors, or from a GPU's allocator.
+"""How far the planner is from replays of the training step on fake tensors, or from a GPU's allocator.
 
     python tools/bench_planner.py --json                      # 200 configurations, drawn with a fixed seed
     python tools/bench_planner.py --sample 8 --max-layers 4   # a quick look
@@ -113,7 +113,7 @@ def _runs(values: dict[str, Any], ranks: int) -> bool:
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
-    """The closed form against a replay: bytes of the peak and of each phase's, and by group at the peak."""
+    """A plan against a replay: bytes of the peak and of each phase's, and by group at the peak."""
     torch.set_num_threads(1)
     config, start = build_config(case["values"]), time.perf_counter()
     replayed = replay(config, case["ranks"])

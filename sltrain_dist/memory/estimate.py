@@ -14,7 +14,7 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.memory.schedules.fsdp import FsdpTimeline
 from sltrain_dist.memory.schedules.zero import ZeroTimeline
-from sltrain_dist.memory.store import DeviceType
+from sltrain_dist.memory.store import DeviceType, Request, ends_request, evaluation_request, layer_requests
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.parallel.communication import update_traffic
 
@@ -49,3 +49,12 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
         comm_bytes_per_update=round(update_traffic(config, ranks).total),
         relative_error=_RELATIVE_ERROR[config.parallel.engine],
     )
+
+
+def recordings_of(config: Config, device: DeviceType = "cuda") -> list[Request]:
+    """The recordings that take longest of those that an estimate of a run needs."""
+    micro_batch = config.train.micro_batch
+    wanted = [*layer_requests(config, device)[0], ends_request(config, micro_batch, device)]
+    if config.eval.source is not None:
+        wanted.append(evaluation_request(config, config.eval.micro_batch or micro_batch, device))
+    return wanted

@@ -47,7 +47,7 @@ class _Call:
 class _Event(NamedTuple):
     """Something that happened.
 
-    what: new, free or passing (bytes of a storage); arrives (the gradient of parameter `index`, in a storage);
+    what: new, free or passing (bytes of a storage); arrives (the gradient of a parameter, in a storage);
         begins (a part of the run, or the work of a module).
     """
 
@@ -56,7 +56,7 @@ class _Event(NamedTuple):
     size: int = 0
     component: str = ""
     call: _Call | None = None
-    index: int = -1
+    parameter: int = -1
     name: Any = None
 
 
@@ -199,7 +199,7 @@ class EventLog(StorageWatch):
         """Notes that the gradient of a parameter is complete."""
         number = self.number(gradient)
         self._assigned[number] = "gradients"
-        self._events.append(_Event("arrives", number, index=index))
+        self._events.append(_Event("arrives", number, parameter=index))
 
     # Where the run is
 
@@ -299,7 +299,7 @@ class EventLog(StorageWatch):
                     writer.add(components[event.storage], -event.size)
             elif event.what == "arrives":
                 storage = gradients.setdefault(event.storage, len(gradients))
-                writer.cut(arrives=(event.index, storage))
+                writer.cut(arrives=(event.parameter, storage))
         steps.setdefault(part, []).extend(writer.finish())
         sizes = tuple(self._sizes[number] for number in gradients)
         return {

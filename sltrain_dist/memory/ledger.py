@@ -53,7 +53,9 @@ class Gradients:
 
     def sink(self, in_flight: Sequence[Parameter]) -> _Sink:
         """Takes the gradients of one pass, at whose start those of some parameters are in flight."""
-        return {"keep": _Keep, "add": _Add, "step": _Step}[self.use](self, in_flight)
+        if self.use == "step":
+            return _Step(self, in_flight)
+        return _Keep() if self.use == "keep" else _Add(self)
 
 
 @dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once
@@ -148,9 +150,12 @@ class _Balance:
 class _Sink(Protocol):
     """Decides about gradients."""
 
-    in_flight: tuple[Parameter, ...]
     adds: bool
     """Whether a gradient is added to what is there already."""
+
+    @property
+    def in_flight(self) -> tuple[Parameter, ...]:
+        """Parameters whose gradients are being summed over the ranks, the oldest first."""
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
         """A parameter's gradient is complete."""
@@ -168,7 +173,7 @@ class _Keep:
     in_flight: tuple[Parameter, ...] = ()
     adds = False
 
-    def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
+    def __init__(self) -> None:
         self._kept: set[int] = set()
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
@@ -188,7 +193,7 @@ class _Add:
     in_flight: tuple[Parameter, ...] = ()
     adds = True
 
-    def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
+    def __init__(self, how: Gradients) -> None:
         self._how = how
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -157,12 +158,13 @@ class StepRecording:
     transient_bytes: int
 
 
-Recording = TypeVar("Recording", LayerRecording, EndsRecording, EvaluationRecording, StepRecording)
+Recording = LayerRecording | EndsRecording | EvaluationRecording | StepRecording
+"""What is kept on disk."""
 
 
-def dumps(recording: Any) -> bytes:
+def dumps(recording: Recording) -> bytes:
     """A recording as JSON."""
-    return TypeAdapter(type(recording)).dump_json(recording, exclude_defaults=True)
+    return _adapter(type(recording)).dump_json(recording, exclude_defaults=True)
 
 
 def loads(kind: type[Recording], text: bytes) -> Recording:
@@ -171,4 +173,9 @@ def loads(kind: type[Recording], text: bytes) -> Recording:
     Raises:
         ValueError: It is damaged.
     """
-    return TypeAdapter(kind).validate_json(text)
+    return _adapter(kind).validate_json(text)
+
+
+@cache
+def _adapter(kind: type[Recording]) -> TypeAdapter[Recording]:
+    return TypeAdapter(kind)

@@ -64,7 +64,8 @@ class Estimate:
         flops_per_token: Floating-point operations that are really done, forward and backward, recomputation included.
         comm_bytes_per_update: Sent by each rank.
         relative_error: Largest error of `peak_bytes` that is to be expected, as a share of it.
-        method: How it was found: "closed form", "replay" (fake tensors), or "reference emulation" (of other code).
+        method: How it was found: "recording" (of the training code, played), "replay" (of a whole update), or "reference emulation" (of
+            other code).
     """
 
     timeline: tuple[Point, ...]
@@ -73,7 +74,7 @@ class Estimate:
     flops_per_token: int
     comm_bytes_per_update: int
     relative_error: float
-    method: Literal["closed form", "replay", "reference emulation"] = "closed form"
+    method: Literal["recording", "replay", "reference emulation"] = "recording"
 
     @cached_property
     def peak(self) -> Point:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +30,7 @@ from sltrain_dist.memory.recording import (
     EndsRecording,
     EvaluationRecording,
     LayerRecording,
+    Recording,
     StepRecording,
     dumps,
     loads,
@@ -41,10 +42,11 @@ DeviceType = Literal["cuda", "cpu"]
 
 _SOURCES = ("numerics", "sparse_lowrank", "optim", "models", "parallel", "tracking/live_bytes.py", "memory")
 """What a recording may depend on. More than what it does: recording anew takes little, a stale recording is wrong."""
+_WORTH_PROCESSES = 8
+"""Missing recordings from which on processes are started, which takes seconds."""
 _KEPT_S = 30 * 24 * 3600
 """Seconds for which recordings of other versions are kept after they were made."""
 
-Recording = LayerRecording | EndsRecording | EvaluationRecording | StepRecording
 _KINDS: dict[str, type[Recording]] = {
     "layer": LayerRecording,
     "ends": EndsRecording,
@@ -88,13 +90,13 @@ class Request:
     def _record(self) -> Recording:
         from sltrain_dist.memory import record  # not at the top: torch takes seconds to import
 
-        make = {
+        make: dict[str, Callable[..., Recording]] = {
             "layer": record.record_layer,
             "ends": record.record_ends,
             "evaluation": record.record_evaluation,
             "step": record.record_step,
         }
-        recording: Recording = make[self.kind](*self.arguments)
+        recording = make[self.kind](*self.arguments)
         _write(self, recording)
         return recording
 
@@ -102,9 +104,31 @@ class Request:
 _found: dict[Request, Recording] = {}
 
 
-def adopt(recordings: Iterable[tuple[Request, Recording]]) -> None:
-    """Takes recordings that other processes have made."""
-    _found.update(recordings)
+def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[int, int], None]) -> None:
+    """Makes recordings that are missing, in several processes where there are many.
+
+    Args:
+        wanted: Recordings that will be asked for.
+        workers: Processes.
+        report: Called now and then with (recordings made, recordings to make).
+    """
+    missing = [request for request in dict.fromkeys(wanted) if not request.is_known()]
+    if workers == 1 or len(missing) < _WORTH_PROCESSES:
+        return  # each is made when it is asked for
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    report(0, len(missing))
+    # Not forked: the caller may have threads.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done, (request, recording) in enumerate(zip(missing, pool.map(_get, missing), strict=True), start=1):
+            _found[request] = recording
+            if done * 10 // len(missing) > (done - 1) * 10 // len(missing):
+                report(done, len(missing))
+
+
+def _get(request: Request) -> Any:
+    return request.get()
 
 
 def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:

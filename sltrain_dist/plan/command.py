@@ -76,7 +76,7 @@ def plan(
         ),
     ] = None,
     replay: Annotated[
-        bool, typer.Option("--replay", help="Run a real update on tensors without data instead of the closed form.")
+        bool, typer.Option("--replay", help="Run a real update on tensors without data instead of playing recordings.")
     ] = False,
     html: Annotated[
         Path | None, typer.Option(parser=path_option("--html"), metavar="FILE", help="Write a page to this file.")
@@ -101,6 +101,7 @@ def plan(
     """
     from sltrain_dist.config.load import load_config, override_keys
     from sltrain_dist.config.rules import check_ranks, without_effect
+    from sltrain_dist.memory import store
     from sltrain_dist.plan.device_memory import parse_device_memory
     from sltrain_dist.plan.planned_run import add_search, plan_reference_run, plan_run
     from sltrain_dist.plan.search.levers import for_one_device
@@ -141,6 +142,8 @@ def plan(
             by_replay=replay,
             progress=_show_progress,
         )
+    for problem in store.problems:
+        print(f"note: recordings cannot be kept in {problem}: the next plan makes them anew", file=sys.stderr)
     if html is not None:
         from sltrain_dist.plan.reports.page import write_page
 

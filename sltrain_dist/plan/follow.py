@@ -99,7 +99,7 @@ class Follower:
                     sent, _ahead = (torch.empty(self._rows.shape, dtype=torch.int32) for _ in range(2))
             engine.begin_update(optim.lr, 1.0 + optim.clip)
             forward_backward(
-                _Batches(engine, log),
+                cast(Engine, _Batches(engine, log)),
                 self._rows,
                 train.micro_batch,
                 self.env,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay
         result = replace(replay(config, ranks=ranks), reserved_bytes=result.reserved_bytes)
     changes = None
     if device_memory is not None and result.device_bytes > device_memory:
-        changes = single_changes(config, ranks, default_levers(config, ranks), estimate, device_memory)
+        changes = single_changes(config, ranks, default_levers(config, ranks), estimate, device_memory, _record)
     return PlannedRun(config, ranks, device_memory, result, changes)
 
 
@@ -128,7 +128,7 @@ def add_search(
 
     config, ranks = planned.config, planned.ranks
     levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks, fixed)
-    found = search(config, ranks, levers, estimate, workers=len(os.sched_getaffinity(0)), progress=progress)
+    found = search(config, ranks, levers, estimate, workers=_workers(), prepare=_record, progress=progress)
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")
@@ -138,6 +138,24 @@ def add_search(
         rows = [_replayed(row, ranks) if index < _REPLAYED_ROWS else row for index, row in enumerate(rows)]
     files = [] if directory is None else save_rows(rows, directory, ranks)
     return replace(planned, search=found, rows=rows, rows_left_out=len(front) - len(rows), saved_files=files)
+
+
+def _record(configs: Iterable[Config]) -> None:
+    """Makes the recordings that estimates of configurations need, several at a time."""
+    from sltrain_dist.memory.estimate import recordings_of
+    from sltrain_dist.memory.store import record_missing
+    from sltrain_dist.tracking.progress import status_line
+
+    with status_line() as say:
+        record_missing(
+            (request for config in configs for request in recordings_of(config)),
+            _workers(),
+            lambda done, total: say(f"recording what is new of the model: {done} of {total}"),
+        )
+
+
+def _workers() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:

@@ -40,7 +40,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
     """What a run takes, by replaying it on fake tensors.
 
     Compiled runs are replayed as eager ones, which may take more or less.
-    Everything but the timeline is the closed form's.
+    Everything but the timeline is as :func:`estimate` says.
 
     Args:
         config: The run; not with `parallel.engine: zero`, whose code reads what tensors hold.
@@ -53,8 +53,8 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
     """
     if config.parallel.engine == "zero":
         raise ConfigError(
-            "parallel.engine=zero cannot be replayed on fake tensors; leave --replay out (estimates for it are closed "
-            "form, and checked against live bytes of real runs), or set parallel.engine=fsdp"
+            "parallel.engine=zero cannot be replayed on fake tensors; plan it without --replay (such plans are "
+            "checked against live bytes of real runs), or set parallel.engine=fsdp"
         )
     if config.parallel.cpu_offload:
         raise ConfigError(

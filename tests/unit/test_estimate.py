@@ -154,7 +154,7 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
 """(ranks, values)."""
 
 _SCALARS = 2048
-"""Bytes of sums, counters and norms, of a few values each, that the closed form leaves out."""
+"""Bytes of sums, counters and norms, of a few values each, that recordings leave out."""
 
 
 @pytest.mark.parametrize("case", COMPARED)

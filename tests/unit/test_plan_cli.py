@@ -54,7 +54,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["phase_components"][result["peak_phase"]] == result["components"]
     assert result["fits"] is None and result["margin_bytes"] is None and "changes" not in result
     assert result["parameters"] == 43_529_832  # base + LR + SP
-    assert result["comm_bytes_per_update"] == 0 and result["method"] == "closed form"
+    assert result["comm_bytes_per_update"] == 0 and result["method"] == "recording"
 
 
 def test_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,12 +220,12 @@ def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     tiny = ["--config", SMALL, "parallel.engine=ddp", *shape, *batch]
     closed = planned(monkeypatch, capsys, *tiny)
     replayed = planned(monkeypatch, capsys, *tiny, "--replay")
-    assert replayed["method"] == "replay" and closed["method"] == "closed form"
+    assert replayed["method"] == "replay" and closed["method"] == "recording"
     assert replayed["peak_bytes"] == pytest.approx(closed["peak_bytes"], rel=0.05)
     reserved = closed["device_bytes"] - closed["peak_bytes"]
     assert replayed["device_bytes"] - replayed["peak_bytes"] == reserved > 10**8
     searched = planned(monkeypatch, capsys, *tiny, "--search", "--vary", "optim.state_bits=16", "--replay")
-    assert searched["method"] == "closed form"
+    assert searched["method"] == "recording"
     assert searched["search"]["rows"][0]["replayed_bytes"] == replayed["peak_bytes"]
 
 

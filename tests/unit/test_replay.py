@@ -164,7 +164,7 @@ def test_a_gpu_takes_other_paths() -> None:
 @pytest.mark.parametrize(
     ("sections", "ranks", "says"),
     [
-        ({"parallel": {"engine": "zero"}}, 1, "closed form"),
+        ({"parallel": {"engine": "zero"}}, 1, "without --replay"),
         ({"parallel": {"engine": "fsdp", "cpu_offload": True}}, 1, "cpu_offload"),
         ({}, 3, "train.global_batch"),
         ({"parallel": {"engine": "fsdp", "replicas": 2}, "train": {"global_batch": 4}}, 2, "parallel.replicas"),

@@ -157,6 +157,7 @@ def search(
     estimate: Estimator,
     *,
     workers: int = 1,
+    prepare: Callable[[Iterable[Config]], None] | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Estimates every combination of the levers' settings.
@@ -170,12 +171,15 @@ def search(
         estimate: Estimator, called once for each distinct configuration that can be run. It must be picklable if there
             are several workers.
         workers: Number of processes for a large search.
+        prepare: Called with all configurations before the first of them is estimated.
         progress: Shows how far the search is, see :data:`Progress`.
     """
     found = SearchResult(start=evaluate(config, ranks, {}, estimate))
     combinations = math.prod(len(lever.settings) for lever in levers)
+    candidates = _candidates(config, ranks, levers, found)
+    if prepare is not None:
+        prepare(candidate for candidate, _ in candidates)
     with nullcontext(_ignore) if progress is None else progress(combinations) as examined:
-        candidates = _candidates(config, ranks, levers, found)
         examined(found.examined)
         for rows in _evaluate_all(candidates, ranks, estimate, workers):
             found.rows += [replace(row, relative_speed=found.start.seconds / row.seconds) for row in rows]
@@ -234,20 +238,25 @@ def _evaluate_chunk(chunk: Sequence[_Candidate], ranks: int, estimate: Estimator
 
 
 def single_changes(
-    config: Config, ranks: int, levers: Sequence[Lever], estimate: Estimator, device_memory: int
+    config: Config,
+    ranks: int,
+    levers: Sequence[Lever],
+    estimate: Estimator,
+    device_memory: int,
+    prepare: Callable[[Iterable[Config]], None] | None = None,
 ) -> list[SingleChange]:
     """Returns the settings that make a configuration fit, each alone, the least slowdown first."""
     start = evaluate(config, ranks, {}, estimate)
+    candidates = [(apply_settings(config, [setting]), lever, setting) for lever in levers for setting in lever.settings]
+    candidates = [each for each in candidates if each[0] != config and refused_key(each[0], ranks) is None]
+    if prepare is not None:
+        prepare(candidate for candidate, _, _ in candidates)
     changes = []
-    for lever in levers:
-        for setting in lever.settings:
-            candidate = apply_settings(config, [setting])
-            if candidate == config or refused_key(candidate, ranks) is not None:
-                continue
-            row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
-            if row.fits(device_memory):
-                row = replace(row, relative_speed=start.seconds / row.seconds)
-                changes.append(SingleChange(setting.values, row))
+    for candidate, lever, setting in candidates:
+        row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
+        if row.fits(device_memory):
+            row = replace(row, relative_speed=start.seconds / row.seconds)
+            changes.append(SingleChange(setting.values, row))
     return sorted(changes, key=lambda change: (change.row.seconds, change.row.device_bytes))
 
 
