@@ -38,7 +38,7 @@ CUDA 11.7 loads kernels when they are first used (pytorch/pytorch issues 107667,
 NCCL_BYTES = 688 * MIB
 """Device memory of one NCCL communicator, outside of the allocator. Measured on four A100s with NVLink after one
 all-reduce: 544 MiB for two ranks, 688 MiB for more (NVIDIA/nccl issue 964). Every communicator has its own
-buffers, which do not grow beyond two hosts (NVIDIA/nccl issue 864). Others report 650 MiB on AMD GPUs
+buffers, which do not grow beyond two hosts (NVIDIA/nccl issue 864). Others report 0.65 GiB on AMD GPUs
 (Lumi-supercomputer/LUMI-AI-Guide issue 111) and 388 MiB on one RTX 3060 (sgl-project/sglang pull request 35538).
 
 NCCL's source gives the same size. A connection of one channel to a neighbour takes the three protocols' buffers (0.5,
