@@ -235,14 +235,19 @@ class Prediction:
         return None if measured is None else (self.predicted_bytes + self.row.difference_bytes) / measured - 1
 
     @property
+    def card_share(self) -> float:
+        """Share of the device's memory that the run takes, with the known difference."""
+        return (self.device_bytes + self.row.difference_bytes) / self.card_bytes
+
+    @property
     def false_fit(self) -> bool:
         """Whether a run that ran out of memory is predicted to fit."""
-        return self.row.value == "out of memory" and self.device_bytes <= self.card_bytes
+        return self.row.value == "out of memory" and self.card_share <= 1
 
     @property
     def false_refusal(self) -> bool:
         """Whether a run that fitted is predicted to take far more than the device has."""
-        return self.row.value != "out of memory" and self.device_bytes > TOLERANCE * self.card_bytes
+        return self.row.value != "out of memory" and self.card_share > TOLERANCE
 
 
 def predict(row: Measurement) -> Prediction:
@@ -292,6 +297,7 @@ def as_json(rows: list[Measurement]) -> dict[str, Any]:
                 "unexplained_error": prediction.unexplained_error,
                 "device_bytes": prediction.device_bytes,
                 "card_bytes": prediction.card_bytes,
+                "card_share": prediction.card_share,
             }
             for prediction in predictions
         ],
@@ -323,6 +329,7 @@ def _cells(prediction: Prediction) -> list[str]:
     row = prediction.row
     unit = row.unit if row.unit in UNITS else "GB"
     measured = f"{row.value:g} {unit} {row.quantity}" if isinstance(row.value, float) else str(row.value)
+    share = f"{prediction.device_bytes / prediction.card_bytes:.0%}"
     mark = "≥ " if row.relation == "lower bound" else ""
     return [
         row.id,
@@ -330,6 +337,6 @@ def _cells(prediction: Prediction) -> list[str]:
         f"{mark}{prediction.predicted_bytes / UNITS[unit]:.2f} {unit}",
         "" if prediction.error is None else f"{prediction.error:+.1%}",
         "" if prediction.unexplained_error is None else f"{prediction.unexplained_error:+.1%}",
-        f"{prediction.device_bytes / prediction.card_bytes:.0%}",
+        share + (f" ({prediction.card_share:.0%})" if row.difference_bytes else ""),
         row.matters,
     ]

@@ -111,7 +111,7 @@ def test_public_measurements_are_complete() -> None:
     sources = ("arXiv 2406.02214", "GaLore", "torchtune", "pytorch/ao", "torchtitan", "litgpt")
     assert all(any(source in row.source for row in PUBLIC) for source in sources)
     assert {row.planner for row in PUBLIC} == {"planner", "reference", "none"}
-    assert any(row.value == "out of memory" and row.planner != "none" for row in PUBLIC)
+    assert sum(row.value == "out of memory" and row.planner != "none" for row in PUBLIC) >= 3
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_public_predictions_that_are_far_off_are_explained() -> None:
         if prediction.error is not None and abs(prediction.error) > FAR_OFF:
             assert prediction.row.cause and prediction.row.difference_bytes, row
             assert abs(prediction.unexplained_error or 0) < abs(prediction.error) / 2, row
-        if prediction.row.relation == "lower bound":
-            assert prediction.error is not None and prediction.error < 0.02, row
+        if prediction.row.relation == "lower bound" and prediction.error is not None:
+            assert prediction.error < 0.02, row
 
 
 def test_no_public_measurement_is_predicted_to_fit_or_not_against_the_fact() -> None:
