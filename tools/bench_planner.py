@@ -4,6 +4,7 @@
     python tools/bench_planner.py --json                      # 200 configurations, drawn with a fixed seed
     python tools/bench_planner.py --sample 8 --max-layers 4   # a quick look
     python tools/bench_planner.py --cuda                      # on one GPU, both of them against the allocator's peak
+    python tools/bench_planner.py --public                    # predictions of what others have measured
 
 Configurations are drawn at random over the presets and every setting that memory depends on, 1 to 64 ranks; what
 cannot be run is drawn again. Errors are shares of what is replayed, or measured. Replays of 7B take up to a minute
@@ -27,6 +28,7 @@ from typing import Any, get_args
 import torch
 from bench_memory import cuda_peak
 from benchmarking import positive, table
+from public_measurements import as_json, as_markdown, read_measurements
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.presets import PRESETS
@@ -221,11 +223,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=positive, default=1, help="processes")
     parser.add_argument("--max-layers", type=positive, help="cut the models' depth, for speed")
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU of this machine, with one rank")
+    parser.add_argument(
+        "--public", action="store_true", help="only predict the rows of docs/reports/public-measurements.csv"
+    )
     parser.add_argument("--rows", type=Path, help="file of JSON lines, one a configuration, to add to")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs a GPU, and torch finds none")
+    if args.public:
+        try:
+            measured = read_measurements()
+        except ConfigError as error:
+            parser.error(str(error))
+        print(json.dumps(as_json(measured), indent=1) if args.json else as_markdown(measured))
+        return
     rows: list[dict[str, Any]] = []
     for row in run(list(cases(args.seed, args.sample, max_layers=args.max_layers, on_one=args.cuda)), args):
         rows.append(row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sltrain_dist.config.rules import check_trainable, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory.device import reserved_bytes
+from sltrain_dist.memory.device import communicators, reserved_bytes
 from sltrain_dist.memory.recorded_model import recorded_model
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
@@ -43,7 +43,7 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
     flops = model.flops * (2 if passes_twice(config.optim) else 1)
     return Estimate(
         timeline=tuple(points),
-        reserved_bytes=reserved_bytes(peak, tensors, ranks),
+        reserved_bytes=reserved_bytes(peak, tensors, ranks, communicators(config.parallel)),
         parameters=count_parameters(config.model, config.reparam).total,
         flops_per_token=flops // (config.train.micro_batch * config.data.seq_len),
         comm_bytes_per_update=round(update_traffic(config, ranks).total),
