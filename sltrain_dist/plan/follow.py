@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.result import Phase, Point
-from sltrain_dist.models.build import build_model
+from sltrain_dist.models.build import build_meta_model, build_model, initial_values
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.numerics.int8_weight import parts_of
@@ -33,6 +33,7 @@ from sltrain_dist.optim.state_layout import MASTER
 from sltrain_dist.parallel import fsdp, held
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import ReadChunk
 from sltrain_dist.parallel.partition import is_factor
 from sltrain_dist.tracking.live_bytes import OTHER, LiveBytes
 from sltrain_dist.train import step as training_step
@@ -49,6 +50,8 @@ _KINDS = {
     "lm_head": "loss",
 }
 """Modules that the timeline names, and the kind of activations that come from them."""
+
+_register_hook = Tensor.register_post_accumulate_grad_hook
 
 
 class Follower:
@@ -74,25 +77,29 @@ class Follower:
         # The first micro-batch finds no gradients, the last one all; what is between is like the last one at most.
         self._rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
 
-    def build(self, make: Callable[[], LlamaForCausalLM]) -> None:
-        """Makes the model, and wraps it in its engine."""
-        tracker = self.tracker
-        tracker.begin(("init", "parameters"))
-        with tracker:
-            with tracker.within("temporaries.init"):
-                model = make()
-            self._assign_model(model)
+    def build(self, model: LlamaForCausalLM, initial: ReadChunk | None = None) -> None:
+        """Wraps a model in its engine.
+
+        Args:
+            model: The model; on the meta device, the engine gives it memory.
+            initial: Reads the values that it is then given; None to leave it as it is.
+        """
+        tracker, engine = self.tracker, self.config.parallel.engine
+        tracker.begin(("init", "engine"))
+        with tracker, self._hooks_before_others(), without_mesh():
             self._watch(model)
-            tracker.begin(("init", "engine"))
-            engine = self.config.parallel.engine
             # DDP's buckets are where the gradients will be.
-            with without_mesh(), tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
+            with tracker.within("gradients" if engine == "ddp" else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
+                if initial is not None:
+                    self.engine.load(initial, 0)
             if engine == "zero":  # all that it shards lies in the same flat tensors
                 tracker.assign(self.engine.tensors()["parameters"], "factors")
                 self._assign_model(self.engine.module, only="dense")
             else:
                 self._assign_model(self.engine.module)
+            for parameter in self.engine.module.parameters():
+                self._watch_gradient(parameter)
         self._built = len(tracker.stretches)
 
     def prepare(self) -> None:
@@ -165,24 +172,34 @@ class Follower:
         self.tracker.assign(tensors["states"], "states", only="temporaries")
 
     def _watch(self, model: LlamaForCausalLM) -> None:
-        """Hooks that say where a pass is, and which gradients there are."""
+        """Hooks that say where a pass is."""
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in _KINDS:
                 where = name.removeprefix("model.").replace("layers.", "block ").replace(".", ", ")
                 kind = _KINDS[name.rpartition(".")[2]]
                 module.register_forward_pre_hook(functools.partial(self._enters, where, kind))
                 module.register_forward_hook(functools.partial(self._leaves, where))
-        for parameter in model.parameters():  # before the engine's own hooks, which may free the gradient
-            parameter.register_post_accumulate_grad_hook(self._has_gradient)
+
+    def _watch_gradient(self, parameter: Tensor) -> None:
+        """A hook that says when there is a gradient; FSDP2's shards have theirs in :meth:`_reductions`."""
+        if not isinstance(parameter, DTensor) and not vars(parameter).get("followed"):
+            vars(parameter)["followed"] = True
+            _register_hook(parameter, self._has_gradient)
+
+    def _hooks_before_others(self) -> Any:
+        """Makes our hook on a parameter the first one: an engine's may free the gradient."""
+
+        def registered(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+            self._watch_gradient(parameter)
+            return _register_hook(parameter, hook)
+
+        return mock.patch.object(Tensor, "register_post_accumulate_grad_hook", registered)
 
     def _watch_gathered(self) -> None:
         """The same for the parameters that FSDP2 makes in the first pass, and keeps."""
         for group in _groups(self.engine.module):
             for parameter in group.fsdp_params:
-                unsharded = parameter._unsharded_param
-                if not vars(unsharded).get("followed"):
-                    vars(unsharded)["followed"] = True
-                    unsharded.register_post_accumulate_grad_hook(self._has_gradient)
+                self._watch_gradient(parameter._unsharded_param)
 
     def _enters(self, where: str, kind: str, module: nn.Module, inputs: Any) -> None:
         if where == "embed_tokens":
@@ -310,7 +327,11 @@ class Follower:
 def follow(config: Config, env: Environment) -> tuple[Point, ...]:
     """Trains for two updates on real tensors, on this rank of those that there are; the second one's timeline."""
     follower = Follower(config, env, LiveBytes())
-    follower.build(lambda: build_model(config, env.device))
+    if config.parallel.engine == "ddp":
+        follower.build(build_model(config, env.device))
+    else:
+        model = build_meta_model(config)
+        follower.build(model, initial_values(model))
     follower.prepare()
     follower.update()
     follower.save()

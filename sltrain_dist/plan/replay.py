@@ -15,11 +15,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.nn.parallel import distributed as data_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
@@ -72,7 +72,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     with fake_rank(config, rank, ranks, device) as (env, tracker):
         follower = Follower(eager, env, tracker)
-        follower.build(lambda: fake_model(eager))
+        follower.build(fake_model(eager))
         _without_messages(follower.engine)
         with _few_spans():
             follower.prepare()
@@ -89,7 +89,7 @@ def fake_rank(
     with ExitStack() as stack:
         if ranks > 1 or config.parallel.engine != "ddp":
             stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the meta tensors of `fake_model`
         stack.enter_context(_fakeable())
         if device == "cuda":
             stack.enter_context(as_cuda(config))
@@ -134,15 +134,9 @@ class Alone(Environment):
 
 
 def fake_model(config: Config) -> LlamaForCausalLM:
-    """The model with fake parameters and buffers, under FakeTensorMode."""
-    model = build_meta_model(config)
-    for module in model.modules():  # not to_empty, which cannot swap fake parameters
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-    model.tie()
-    return model
+    """The model on the meta device. An engine that is built under FakeTensorMode gives it fake memory."""
+    with _disable_current_modes():  # fake parameters on the meta device could not be swapped for others
+        return build_meta_model(config)
 
 
 @contextmanager
@@ -156,13 +150,15 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
 
 @contextmanager
 def _fakeable() -> Iterator[None]:
-    """Without what looks at the values of tensors, which fake ones do not have."""
-    with (
-        mock.patch.object(data_parallel, "_verify_param_shape_across_processes"),
-        mock.patch.object(data_parallel, "_sync_module_states"),
-        # Before the first pass it sees by addresses that nobody has replaced the shards.
-        mock.patch.object(FSDPParam, "reset_sharded_param"),
-    ):
+    """Without what looks at the addresses of tensors, which fake ones do not have."""
+    reset = FSDPParam.reset_sharded_param
+
+    def reset_once(parameter: FSDPParam) -> None:
+        # Before the first pass it would see by addresses that nobody has replaced the shards.
+        if parameter._sharded_param_data.is_meta:
+            reset(parameter)
+
+    with mock.patch.object(FSDPParam, "reset_sharded_param", reset_once):
         yield
 
 
