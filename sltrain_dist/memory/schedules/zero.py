@@ -115,7 +115,7 @@ class ZeroTimeline(Timeline):
         whole = (self.block_values - self.block_values // self.ranks) * self.width
         self.point("init", "the last block, whole before it is partitioned", {GATHERED: whole})
         tables = sum(item.count * item.parameter.values for item in self.held.dealt if not item.in_block)
-        self.point("init", "embedding, last norm and head, before they are partitioned", {GATHERED: tables * self.width})
+        self.point("init", "embedding and head, before they are partitioned", {GATHERED: tables * self.width})
         copies = {BUCKET: self.bucket * self.width}
         self.point("init", "partitions", copies if self.offload else {**copies, FLAT: part, "gradients": part})
 
