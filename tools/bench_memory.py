@@ -25,13 +25,12 @@ from benchmarking import positive, sizes, some_of, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, SupportKind
 from sltrain_dist.memory.result import Point
-from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.plan.follow import follow
 from sltrain_dist.plan.replay import replay
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.live_bytes import storage_bytes
-from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
 
@@ -66,7 +65,7 @@ def live_peak(config: Config, *, fake: bool) -> Peak:
 
 def cuda_peak(config: Config) -> Peak:
     """Peak of the CUDA allocator in the second update; categories as they are before it."""
-    engine = build_engine(build_model(config, "cuda"), config, Environment(0, 1, 0, torch.device("cuda")))
+    engine = start_engine(config, Environment(0, 1, 0, torch.device("cuda")))
     rows = made_up_rows(config, 0, config.train.global_batch)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()

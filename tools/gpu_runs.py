@@ -27,11 +27,10 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.estimate import estimate
-from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.streams import replace_unprintable
-from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
 
@@ -171,7 +170,7 @@ def train(config: Config, env: Environment, updates: int) -> dict[str, Any]:
     step = max((point for point in predicted.timeline if point.phase not in ("init", "save")), key=lambda p: p.total)
     before = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    engine = build_engine(build_model(config, env.device), config, env)
+    engine = start_engine(config, env)
     torch.cuda.synchronize()
     built = time.perf_counter() - start
     rows = made_up_rows(config, 0, config.train.global_batch)

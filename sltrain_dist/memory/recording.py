@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -173,9 +172,13 @@ def loads(kind: type[Recording], text: bytes) -> Recording:
     Raises:
         ValueError: It is damaged.
     """
-    return _adapter(kind).validate_json(text)
+    recording: Recording = _adapter(kind).validate_json(text)
+    return recording
 
 
-@cache
-def _adapter(kind: type[Recording]) -> TypeAdapter[Recording]:
-    return TypeAdapter(kind)
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """The reader and writer of a kind, which takes long to make."""
+    return _adapters.setdefault(kind, _adapters.get(kind) or TypeAdapter(kind))

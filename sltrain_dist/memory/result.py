@@ -64,8 +64,8 @@ class Estimate:
         flops_per_token: Floating-point operations that are really done, forward and backward, recomputation included.
         comm_bytes_per_update: Sent by each rank.
         relative_error: Largest error of `peak_bytes` that is to be expected, as a share of it.
-        method: How it was found: "recording" (of the training code, played), "replay" (of a whole update), or "reference emulation" (of
-            other code).
+        method: How it was found: "recording" (of the training code, played), "replay" (of a whole update on fake
+            tensors), or "reference emulation" (of other code).
     """
 
     timeline: tuple[Point, ...]

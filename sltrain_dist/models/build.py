@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sltrain_dist.config.rules import check_trainable, loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ReparamConfig
 from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import Int8Weight
+from sltrain_dist.numerics.keyed import Initial
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mixed": torch.float32}
@@ -20,16 +22,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mixed": torch.float32}
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:
-    """Builds and initialises the model on `device`.
+    """Builds the whole model on `device`, with its initial values, which depend on (seed, parameter name) only.
 
     It is laid out on the meta device and then filled in place, parameter by parameter, so that no dense
-    copy of a replaced weight ever exists. Initial values depend on (seed, parameter name) only. With
-    device "meta" nothing is allocated or initialised.
+    copy of a replaced weight ever exists. With device "meta" nothing is allocated or initialised.
     """
     model = build_meta_model(config)
     if torch.device(device).type != "meta":
-        model.to_empty(device=device)
-        model.tie()
+        materialise(model, partial(torch.empty_like, device=device))
         initialise(model)
     return model
 
@@ -62,14 +62,50 @@ def _quantize(model: LlamaForCausalLM, reparam: ReparamConfig) -> None:
             model.get_submodule(module).register_parameter(key, nn.Parameter(weight))
 
 
+def materialise(model: LlamaForCausalLM, make: Callable[[Tensor], Tensor]) -> None:
+    """Gives memory to a model on the meta device, and computes its buffers; one that has memory stays as it is.
+
+    Args:
+        model: The model.
+        make: Makes the uninitialised tensor that takes a meta tensor's place, as `torch.empty_like` does; what it
+            returns as it is stays on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        give_memory(model, make)
+        model.tie()
+        model.model.rotary_emb.reset_parameters()  # supports have computed theirs
+
+
+def give_memory(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Puts tensors that `make` makes in the places of a module's meta tensors, as `to_empty` does it."""
+    module._apply(lambda tensor: make(tensor) if tensor.is_meta else tensor)
+
+
 def initialise(model: nn.Module) -> None:
-    """Sets all parameters and computed buffers of a materialised model, in place."""
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
-    if isinstance(model, LlamaForCausalLM) and model.config.tie_head:
-        model.model.embed_tokens.reset_parameters()  # the head is the embedding, and was reset last
+    """Sets all parameters of a materialised model to their initial values, in place."""
+    initials = _initials(model)
+    for name, parameter in model.named_parameters():
+        initials[name].fill_(parameter)
+
+
+def initial_values(model: nn.Module) -> Callable[[str, int, int], Tensor]:
+    """Initial values, to be read like a checkpoint's: (name, start, count) of "model.<parameter>", float32 on the CPU.
+
+    Args:
+        model: The model, also on the meta device or sharded; without int8 weights.
+    """
+    initials = {f"model.{name}": initial for name, initial in _initials(model).items()}
+    return lambda name, start, count: initials[name].read(start, count)
+
+
+def _initials(model: nn.Module) -> dict[str, Initial]:
+    """How each parameter is initialised, by its name."""
+    return {
+        f"{prefix}.{name}": initial
+        for prefix, module in model.named_modules()
+        if hasattr(module, "initial_values")
+        for name, initial in module.initial_values().items()
+    }
 
 
 def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> LinearFactory:

@@ -12,7 +12,7 @@ from sltrain_dist.config.schema import ModelConfig
 from sltrain_dist.models.elementwise import rms_norm, rotate
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from sltrain_dist.numerics.int8_weight import Int8Weight
-from sltrain_dist.numerics.keyed import fill_
+from sltrain_dist.numerics.keyed import Initial
 from sltrain_dist.sparse_lowrank.linear import apply_shared
 
 LinearFactory = Callable[[int, int, str], nn.Module]
@@ -27,9 +27,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def reset_parameters(self) -> None:
-        """Sets the gain to 1."""
-        nn.init.ones_(self.weight)
+    def initial_values(self) -> dict[str, Initial]:
+        """The gain starts at 1."""
+        return {"weight": Initial.constant(1.0)}
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., size) to (..., size)."""
@@ -41,28 +41,32 @@ class Embedding(nn.Embedding):
     """Token embedding whose initial values are keyed by its name."""
 
     def __init__(self, vocab_size: int, size: int, *, name: str, seed: int, std: float) -> None:
-        self._init = (seed, f"{name}.weight", std)
+        self._initial = Initial.normal(std, seed, f"{name}.weight")
         super().__init__(vocab_size, size)
 
+    def initial_values(self) -> dict[str, Initial]:
+        """The weight starts from N(0, std²)."""
+        return {"weight": self._initial}
+
     def reset_parameters(self) -> None:
-        """Sets the initial values from N(0, std²)."""
-        seed, key, std = self._init
-        if not self.weight.is_meta:
-            fill_(self.weight, seed, key, normal=std)
+        """Sets the initial values, in place."""
+        self._initial.fill_(self.weight)
 
 
 class DenseLinear(nn.Linear):
     """A bias-free dense layer whose initial values are keyed by its name."""
 
     def __init__(self, in_features: int, out_features: int, *, name: str, seed: int, std: float) -> None:
-        self._init = (seed, f"{name}.weight", std)
+        self._initial = Initial.normal(std, seed, f"{name}.weight")
         super().__init__(in_features, out_features, bias=False)
 
+    def initial_values(self) -> dict[str, Initial]:
+        """The weight starts from N(0, std²)."""
+        return {"weight": self._initial}
+
     def reset_parameters(self) -> None:
-        """Sets the initial values from N(0, std²)."""
-        seed, key, std = self._init
-        if not self.weight.is_meta:
-            fill_(self.weight, seed, key, normal=std)
+        """Sets the initial values, in place."""
+        self._initial.fill_(self.weight)
 
 
 class Head(DenseLinear):

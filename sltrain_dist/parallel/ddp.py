@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
+from sltrain_dist.models.build import materialise
+from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
@@ -22,12 +25,14 @@ class DDPEngine:
     """The `ddp` engine. One rank needs no process group and is plain single-process training.
 
     Args:
-        model: The model, on the environment's device, equal on every rank.
+        model: The model, equal on every rank. On the meta device it gets memory here, whose values
+            :meth:`load` sets.
         optim: Optimizer settings.
         env: This process among all.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, env: Environment) -> None:
+    def __init__(self, model: LlamaForCausalLM, optim: OptimConfig, env: Environment) -> None:
+        materialise(model, partial(torch.empty_like, device=env.device))
         self._env = env
         self._module = model
         self._lr, self._clip = optim.lr, optim.clip
@@ -44,10 +49,8 @@ class DDPEngine:
             self._ddp = DistributedDataParallel(
                 model,
                 device_ids=[env.device] if env.device.type == "cuda" else None,
-                # Initial values are computed, but processors of two kinds may round them differently. DDP cannot
-                # send int8 weights.
-                init_sync=not any(isinstance(parameter, Int8Weight) for parameter in model.parameters()),
-                broadcast_buffers=False,  # supports and rotary tables are computed, equal everywhere
+                init_sync=False,  # initial values, supports and rotary tables are computed, equal everywhere
+                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sltrain_dist.config.rules import accumulates_locally, check_replicas
 from sltrain_dist.config.schema import Config
+from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.environment import Environment
@@ -31,7 +33,8 @@ class FSDPEngine:
     shards' memory, so that it can be torch's fused one and its states are no DTensors.
 
     Args:
-        model: The model, on the environment's device, equal on every rank.
+        model: The model, equal on every rank. On the meta device each rank gets memory for its shards and for the
+            remainder alone, whose values :meth:`load` sets; else every rank needs room for the whole model first.
         config: The run.
         env: This process among all, with a process group.
 
@@ -43,11 +46,12 @@ class FSDPEngine:
         parallel = config.parallel
         self._env, self._model, self._copies = env, model, parallel.replicas
         named = list(model.named_parameters())
-        remainder = [(n, p) for n, p in named if not is_sharded(n, parallel.shard)]
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         check_replicas(parallel, env.world_size)
         mesh = _mesh(parallel.replicas, env)
-        self._shard(mesh, config, {parameter for _, parameter in remainder})
+        self._shard(mesh, config, {parameter for n, parameter in named if not is_sharded(n, parallel.shard)})
+        materialise(model, self._empty if parallel.cpu_offload else partial(torch.empty_like, device=env.device))
+        remainder = [(n, p) for n, p in model.named_parameters() if not is_sharded(n, parallel.shard)]
         self._sync_each = not accumulates_locally(parallel)
 
         rank, ranks = env.rank % (env.world_size // self._copies), env.world_size // self._copies
@@ -162,6 +166,10 @@ class FSDPEngine:
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """The remainder."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
+
+    def _empty(self, meta: Tensor) -> Tensor:
+        """Memory for a parameter or buffer, with shards on the host."""
+        return torch.empty_like(meta, device="cpu" if isinstance(meta, DTensor) else self._env.device)
 
     def _agree(self, largest: Tensor) -> None:
         """Over all ranks; replicas of the shards say the same."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.int8_weight import parts_of
+from sltrain_dist.numerics.keyed import chunks
 from sltrain_dist.optim.factory import (
     adopt_state,
     learning_rates,
@@ -41,7 +42,8 @@ class Chunk:
 
 
 ReadChunk = Callable[[str, int, int], Tensor]
-"""Reads (name, start, length) of a named flattened tensor from a checkpoint, onto the CPU."""
+"""Reads (name, start, length) of a named flattened tensor from a checkpoint, onto the CPU. Initial values are read in
+the same way."""
 
 
 @dataclass(frozen=True)
@@ -187,4 +189,11 @@ def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def load_values(read: ReadChunk, name: str, parameter: Tensor, start: int = 0) -> None:
     """Overwrites a piece of a named parameter, from `start` of the flattened whole, with its values in a checkpoint."""
     for ending, part in parts_of(parameter).items():
-        part.copy_(read(f"model.{name}{ending}", start, part.numel()).view_as(part))
+        read_into(part, read, f"model.{name}{ending}", start)
+
+
+def read_into(tensor: Tensor, read: ReadChunk, name: str, start: int) -> None:
+    """Overwrites a detached, contiguous tensor with values of a named tensor from `start` on, chunk by chunk."""
+    flat = tensor.view(-1)
+    for first, stop in chunks(flat.numel()):
+        flat[first:stop].copy_(read(name, start + first, stop - first))

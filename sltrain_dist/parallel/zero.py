@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,14 @@ from sltrain_dist.config.load import merged
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
+from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_values
+from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_values, read_into
 from sltrain_dist.parallel.partition import ZERO_BUCKET, is_sharded
+from sltrain_dist.parallel.zero_start import FlatGroup, give_flat_memory, partition_by_layer, use_flat_memory
 
 
 def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
@@ -102,7 +104,8 @@ class ZeroEngine:
     stay local until one all-reduce per update, and its states are whole on every rank.
 
     Args:
-        model: The model, on the environment's device, equal on every rank.
+        model: The model, equal on every rank. On the meta device each rank gets memory for what it will hold alone, in
+            stage 3 after one block at a time has been whole; :meth:`load` sets its values.
         config: The run.
         env: This process among all.
 
@@ -111,39 +114,34 @@ class ZeroEngine:
     """
 
     def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use fsdp") from None
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # On the CPU DeepSpeed would compile an extension that only its inference uses: minutes without a word, and a
-        # lock that outlives a killed process and blocks every later start. It builds nothing that is not listed here.
-        deepspeed.ops.__compatible_ops__ = {}
-        # DeepSpeed calls collectives by names that torch 2.13 has renamed.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        deepspeed = _import_deepspeed()
         self._env, self._stage, self._offload = env, config.parallel.zero_stage, config.parallel.cpu_offload
-        named = list(model.named_parameters())
-        self._sharded = [(n, p) for n, p in named if is_sharded(n, config.parallel.shard)]
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._sharded}
-        remainder = [(n, p) for n, p in named if n not in self._shapes]
-        self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._lr, self._clip = config.optim.lr, config.optim.clip
         self._state_names = STATE_NAMES[config.optim.name]
-        self._optimizer = make_optimizer(self._sharded, config.optim)
-        if self._stage == 3:
-            # Given a module, stage 3 partitions all that is registered in it, and steps only what it was given.
-            _withhold(model, {parameter for _, parameter in remainder})
-            # Layers that share an input are applied without being called, so that hooks on them would not run.
-            deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
-        settings = deepspeed_config(config, env.world_size, sum(p.numel() for _, p in self._sharded))
+        shard = config.parallel.shard
+        named = list(model.named_parameters())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in named if is_sharded(name, shard)}
+        settings = deepspeed_config(config, env.world_size, sum(map(math.prod, self._shapes.values())))
         try:
-            self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=model,
-                model_parameters=[p for _, p in self._sharded],
-                optimizer=self._optimizer,
-                config=settings,
-                dist_init_required=False,
+            if self._stage == 3:
+                named = partition_by_layer(deepspeed, model, self._shapes, settings, env.device)
+                flat: list[FlatGroup] = []
+            else:
+                flat = give_flat_memory(model, self._shapes, config.optim, env)
+                named = list(model.named_parameters())
+            self._sharded = [(n, p) for n, p in named if n in self._shapes]
+            self._remainder = Replicated(
+                [(n, p) for n, p in named if n not in self._shapes], config.optim, env.rank, env.world_size
             )
+            self._optimizer = make_optimizer(self._sharded, config.optim)
+            with use_flat_memory(deepspeed, flat):
+                self._engine, self._zero, _, _ = deepspeed.initialize(
+                    model=model,
+                    model_parameters=[p for _, p in self._sharded],
+                    optimizer=self._optimizer,
+                    config=settings,
+                    dist_init_required=False,
+                )
         except (ValueError, KeyError, AssertionError) as error:
             if not config.parallel.deepspeed:
                 raise
@@ -199,17 +197,18 @@ class ZeroEngine:
         yield from self._remainder.chunks()
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes weights, and this rank's parts of masters and states, from a checkpoint."""
+        """Takes weights, and this rank's parts of masters and states, from a checkpoint, or initial values."""
         if self._stage < 3:  # every rank has all weights, not only those that it updates
             for name, parameter in self._sharded:
                 load_values(read, name, parameter)
         flats = self._flats()
-        states = [{key: torch.zeros_like(flat.detach()) for key in self._state_names} for flat in flats]
+        kept = self._state_names if step else ()
+        states = [{key: torch.zeros_like(flat.detach()) for key in kept} for flat in flats]
         by_flat = {id(flat): state for flat, state in zip(flats, states, strict=True)}
         for part in self._parts():
-            part.of(part.flat).copy_(read(f"model.{part.name}", part.start, part.numel))
-            for key in self._state_names if step else ():
-                part.of(by_flat[id(part.flat)][key]).copy_(read(f"optim.{part.name}.{key}", part.start, part.numel))
+            read_into(part.of(part.flat), read, f"model.{part.name}", part.start)
+            for key in kept:
+                read_into(part.of(by_flat[id(part.flat)][key]), read, f"optim.{part.name}.{key}", part.start)
         if self._stage == 3:
             for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, flats, strict=True):
                 shards.data.copy_(flat.data)
@@ -277,11 +276,20 @@ class ZeroEngine:
                 offset += each
 
 
-def _withhold(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Makes parameters plain attributes of their modules: the modules use them, but do not list them."""
-    withheld = {id(parameter) for parameter in parameters}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if id(parameter) in withheld:
-                del module._parameters[name]
-                module.__dict__[name] = parameter
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use fsdp") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On the CPU DeepSpeed would compile an extension that only its inference uses: minutes without a word, and a
+    # lock that outlives a killed process and blocks every later start. It builds nothing that is not listed here.
+    deepspeed.ops.__compatible_ops__ = {}
+    # DeepSpeed calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    return deepspeed

@@ -25,7 +25,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.record import component_of
 from sltrain_dist.memory.result import Phase, Point
-from sltrain_dist.models.build import build_model
+from sltrain_dist.models.build import build_meta_model, build_model, initial_values
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.blockwise import quantizer
 from sltrain_dist.numerics.int8_weight import parts_of
@@ -33,9 +33,12 @@ from sltrain_dist.optim.state_layout import BLOCKS, MASTER
 from sltrain_dist.parallel import fsdp, held
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.held import ReadChunk
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
+
+_register_hook = Tensor.register_post_accumulate_grad_hook
 
 
 class Follower:
@@ -61,30 +64,35 @@ class Follower:
         self._rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
         self._sends_ahead = sends_ahead
 
-    def build(self, make: Callable[[], LlamaForCausalLM]) -> None:
-        """Makes the model, and wraps it in its engine."""
+    def build(self, model: LlamaForCausalLM, initial: ReadChunk | None = None) -> None:
+        """Wraps a model in its engine.
+
+        Args:
+            model: The model; on the meta device, the engine gives it memory.
+            initial: Reads the values that it is then given; None to leave it as it is.
+        """
         log, engine, bits = self.log, self.config.parallel.engine, self.config.optim.state_bits
         if bits in BLOCKS:  # tables that are made once in a process, and kept
             with log, log.within("temporaries.levels"):
                 for signed in (True, False):
-                    quantizer(bits, BLOCKS[bits], self.env.device, signed=signed)
-        log.begin(("init", "parameters"))
-        with log:
-            with log.within("temporaries.init"):
-                model = make()
-            self._assign_model(model)
+                    tables = quantizer(bits, BLOCKS[bits], self.env.device, signed=signed)
+                    log.add([tables.levels, tables.borders, tables.table])
+        log.begin(("init", "engine"))
+        with log, self._hooks_before_others(), without_mesh():
             log.watch(model.named_modules(), self._module_begins)
             model.model.embed_tokens.register_forward_pre_hook(lambda *_: self._pass_begins(), prepend=True)
-            self._watch_gradients(model)
-            log.begin(("init", "engine"))
             # DDP's buckets are where the gradients will be.
-            with without_mesh(), log.within("gradients" if engine == "ddp" else "buffers.engine"):
+            with log.within("gradients" if engine == "ddp" else "buffers.engine"):
                 self.engine = build_engine(model, self.config, self.env)
+                if initial is not None:
+                    self.engine.load(initial, 0)
             if engine == "zero":  # all that it shards lies in the same flat tensors
                 log.assign(self.engine.tensors()["parameters"], "factors")
                 self._assign_model(self.engine.module, only="dense")
             else:
                 self._assign_model(self.engine.module)
+            for parameter in self.engine.module.parameters():
+                self._watch_gradient(parameter)
 
     def update(self) -> None:
         """Makes an update of the first and the last micro-batch. The first update's moments are not reported."""
@@ -144,18 +152,26 @@ class Follower:
     def _assign_held(self) -> None:
         self.log.assign(self.engine.tensors()["gradients"], "gradients")
 
-    def _watch_gradients(self, model: nn.Module) -> None:
-        for parameter in model.parameters():  # before the engine's own hooks, which may free the gradient
-            parameter.register_post_accumulate_grad_hook(self._has_gradient)
+    def _watch_gradient(self, parameter: Tensor) -> None:
+        """Notes when there is a gradient; FSDP2's shards have theirs in :meth:`_reduces`."""
+        if not isinstance(parameter, DTensor) and not vars(parameter).get("followed"):
+            vars(parameter)["followed"] = True
+            _register_hook(parameter, self._has_gradient)
+
+    def _hooks_before_others(self) -> Any:
+        """Makes our hook on a parameter the first one: an engine's may free the gradient."""
+
+        def registered(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+            self._watch_gradient(parameter)
+            return _register_hook(parameter, hook)
+
+        return replaced(Tensor, "register_post_accumulate_grad_hook", registered)
 
     def _watch_gathered(self) -> None:
         """The same for the parameters that FSDP2 makes in the first pass, and keeps."""
         for group in _groups(self.engine.module):
             for parameter in group.fsdp_params:
-                unsharded = parameter._unsharded_param
-                if not vars(unsharded).get("followed"):
-                    vars(unsharded)["followed"] = True
-                    unsharded.register_post_accumulate_grad_hook(self._has_gradient)
+                self._watch_gradient(parameter._unsharded_param)
 
     def _has_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -220,7 +236,11 @@ class Follower:
 def follow(config: Config, env: Environment) -> tuple[Point, ...]:
     """Trains for two updates on real tensors, on this rank of those that there are; the second one's timeline."""
     follower = Follower(config, env, EventLog("cpu"))
-    follower.build(lambda: build_model(config, env.device))
+    if config.parallel.engine == "ddp":
+        follower.build(build_model(config, env.device))
+    else:
+        model = build_meta_model(config)
+        follower.build(model, initial_values(model))
     follower.update()
     follower.update()
     follower.save()

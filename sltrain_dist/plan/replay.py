@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.nn.parallel import distributed as data_parallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
@@ -26,8 +26,9 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.operators import operators_of
-from sltrain_dist.memory.record import fake_model
 from sltrain_dist.memory.result import Estimate
+from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment
@@ -68,7 +69,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     with fake_rank(config, rank, ranks, device) as (env, log):
         follower = Follower(eager, env, log, sends_ahead=device == "cuda")
-        follower.build(lambda: fake_model(eager))
+        follower.build(meta_model(eager))
         _without_messages(follower.engine)
         follower.update()  # makes the optimizer's states
         follower.update()
@@ -84,7 +85,7 @@ def fake_rank(
     with ExitStack() as stack:
         if ranks > 1 or config.parallel.engine != "ddp":
             stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the meta tensors of `meta_model`
         stack.enter_context(_fakeable())
         if device == "cuda":
             stack.enter_context(operators_of("cuda", config))
@@ -106,6 +107,12 @@ class Alone(Environment):
         return [self.world_size * value for value in values] if op == dist.ReduceOp.SUM else list(values)
 
 
+def meta_model(config: Config) -> LlamaForCausalLM:
+    """The model on the meta device. An engine that is built under FakeTensorMode gives it fake memory."""
+    with _disable_current_modes():  # fake parameters on the meta device could not be swapped for others
+        return build_meta_model(config)
+
+
 @contextmanager
 def _fake_group(rank: int, ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
@@ -117,17 +124,15 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
 
 @contextmanager
 def _fakeable() -> Iterator[None]:
-    """Without what looks at the values of tensors, which fake ones do not have."""
+    """Without what looks at the addresses of tensors, which fake ones do not have."""
+    reset = FSDPParam.reset_sharded_param
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
+    def reset_once(parameter: FSDPParam) -> None:
+        # Before the first pass it would see by addresses that nobody has replaced the shards.
+        if parameter._sharded_param_data.is_meta:
+            reset(parameter)
 
-    with (
-        replaced(data_parallel, "_verify_param_shape_across_processes", nothing),
-        replaced(data_parallel, "_sync_module_states", nothing),
-        # Before the first pass it sees by addresses that nobody has replaced the shards.
-        replaced(FSDPParam, "reset_sharded_param", nothing),
-    ):
+    with replaced(FSDPParam, "reset_sharded_param", reset_once):
         yield
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.int8_weight import plain
-from sltrain_dist.numerics.keyed import draw_seed, fill_
+from sltrain_dist.numerics.keyed import Initial, draw_seed
 from sltrain_dist.sparse_lowrank.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.convert import fit
 from sltrain_dist.sparse_lowrank.cost import Path
@@ -116,15 +116,20 @@ class SLLinear(nn.Module):
             self.support.reset()  # with a seed its positions never change
         self._reset_values()
 
-    def _reset_values(self) -> None:
+    def initial_values(self) -> dict[str, Initial]:
+        """How each parameter is initialised: by (seed, name), or as newly drawn where the seed is None."""
         bound = 1 / math.sqrt(self.in_features)
         seed = draw_seed() if self.seed is None else self.seed
-        with torch.no_grad():
-            self.B.zero_()
-            fill_(self.A, seed, f"{self.name}.A", uniform=bound)
-            fill_(self.V, seed, f"{self.name}.V", uniform=bound)
-            if self.bias is not None:
-                self.bias.zero_()
+        values = {
+            "B": Initial.constant(0.0),
+            "A": Initial.uniform(bound, seed, f"{self.name}.A"),
+            "V": Initial.uniform(bound, seed, f"{self.name}.V"),
+        }
+        return values if self.bias is None else {**values, "bias": Initial.constant(0.0)}
+
+    def _reset_values(self) -> None:
+        for name, initial in self.initial_values().items():
+            initial.fill_(getattr(self, name))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         error_msgs = args[-1]
@@ -265,11 +270,17 @@ class LowRankLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Sets the initial values, in place: those of (seed, name), or newly drawn ones."""
+        for name, initial in self.initial_values().items():
+            initial.fill_(getattr(self, name))
+
+    def initial_values(self) -> dict[str, Initial]:
+        """How each parameter is initialised: by (seed, name), or as newly drawn where the seed is None."""
         seed = draw_seed() if self.seed is None else self.seed
-        with torch.no_grad():
-            fill_(self.A, seed, f"{self.name}.A", uniform=1 / math.sqrt(self.in_features))
+        return {
+            "A": Initial.uniform(1 / math.sqrt(self.in_features), seed, f"{self.name}.A"),
             # var(W) = s²·r·var(B)·var(A) = 1/(3n) with var(A) = 1/(3n) asks for var(B) = 1/(s²·r).
-            fill_(self.B, seed, f"{self.name}.B", uniform=math.sqrt(3 / self.rank) / self.scale)
+            "B": Initial.uniform(math.sqrt(3 / self.rank) / self.scale, seed, f"{self.name}.B"),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., n) to (..., m)."""

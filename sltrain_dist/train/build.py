@@ -22,7 +22,7 @@ from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import write_whole, writing
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
-from sltrain_dist.models.build import build_model, supports_fingerprint
+from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.blocks import prepare_blocks
 from sltrain_dist.parallel.communication import Traffic
@@ -113,10 +113,9 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     notes = [] if reader is None else _compare(reader, config)
 
     say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
-    model = build_model(config, env.device)
-    supports = supports_fingerprint(model)
-    engine = build_engine(model, config, env)
-    state = TrainState() if reader is None else _restore(reader, engine, env, supports)
+    engine = start_engine(config, env, reader)
+    supports = supports_fingerprint(engine.module)
+    state = TrainState() if reader is None else _restore(reader, env, supports)
     abandoned = store.abandon_after(state.step)
     loader = TrainLoader(
         config.data,
@@ -177,8 +176,31 @@ def predict(config: Config, ranks: int) -> Estimate:
     return estimate(config, ranks=ranks)
 
 
+def start_engine(config: Config, env: Environment, reader: CheckpointReader | None = None) -> Engine:
+    """Builds the model in its engine, where a rank gets memory for no more of it than it will hold.
+
+    Values are then set in place: those of a checkpoint, or initial ones, which are those of :func:`build_model` to the
+    bit on any number of ranks.
+
+    Args:
+        config: The run.
+        env: This process among all.
+        reader: Reads the checkpoint; None to start from initial values.
+    """
+    if reader is None and config.parallel.engine == "ddp":
+        return build_engine(build_model(config, env.device), config, env)
+    model = build_meta_model(config)
+    initial = initial_values(model)
+    engine = build_engine(model, config, env)
+    if reader is None:
+        engine.load(initial, 0)
+    else:
+        engine.load(reader.read, reader.step)
+    return engine
+
+
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:
-    """Wraps the model in the engine that the configuration names.
+    """Wraps the model in the engine that the configuration names; one on the meta device has no values then.
 
     Blocks are first made to recompute, then compiled, then sharded: each of these acts on what is inside it.
     """
@@ -283,14 +305,13 @@ def _compare(reader: CheckpointReader, config: Config) -> list[str]:
     return check_resumable(reader.config(), config, str(reader.path))
 
 
-def _restore(reader: CheckpointReader, engine: Engine, env: Environment, supports: str) -> TrainState:
+def _restore(reader: CheckpointReader, env: Environment, supports: str) -> TrainState:
     saved = read_saved(reader.state, reader.step, str(reader.path))
     if saved.supports != supports:
         raise CheckpointError(
             f"{reader.path} was made with other supports (fingerprint {saved.supports}, here {supports}), "
             "although seed and model agree: this version draws them differently; resume with the version that saved it"
         )
-    engine.load(reader.read, saved.counters.step)
     if len(saved.rng) == env.world_size:
         restore_rng(saved.rng[env.rank], env.device)
     return saved.counters

@@ -8,12 +8,11 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.batching import BEGIN
 from sltrain_dist.errors import ExitCode
-from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
-from sltrain_dist.train.build import build_engine, predict, prepare_corpus
+from sltrain_dist.train.build import predict, prepare_corpus, start_engine
 from sltrain_dist.train.exit import Outcome
 from sltrain_dist.train.memory import MemoryWatch
 from sltrain_dist.train.step import Rows, forward_backward
@@ -34,7 +33,7 @@ def dry_run(config: Config, env: Environment) -> Outcome:
     say(f"data: {corpus.num_shards} shards, tokenizer {corpus.tokenizer}")
     for what, value in MemoryWatch(config, env, predict).summary():
         say(f"{what}: {value}")
-    engine = build_engine(build_model(config, env.device), config, env)
+    engine = start_engine(config, env)
     rows = made_up_rows(config, env.rank, passes * config.train.micro_batch)
     engine.begin_update(config.optim.lr, None)
     reset = config.data.reset_attention

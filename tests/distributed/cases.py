@@ -25,6 +25,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.batching import BEGIN
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
+from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.parallel import engine as engines
 from sltrain_dist.parallel import environment
@@ -33,7 +34,7 @@ from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.held import Replicated
 from sltrain_dist.parallel.in_backward import InBackward
 from sltrain_dist.parallel.traffic import TrafficMeter
-from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.step import Rows, forward_backward
 from tests.small import TRAINED
 
@@ -260,17 +261,36 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     return held
 
 
-def whole_weights(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
-    """All parameters, put together from the pieces that the ranks would save."""
-    mine = [(c.name, c.shape, c.start, c.data.clone()) for c in engine.chunks() if c.name.startswith("model.")]
-    weights: dict[str, torch.Tensor] = {}
+def whole_tensors(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
+    """All parameters and optimizer states, put together from the pieces that the ranks would save."""
+    mine = [(chunk.name, chunk.shape, chunk.start, chunk.data.clone()) for chunk in engine.chunks()]
+    tensors: dict[str, torch.Tensor] = {}
     covered: dict[str, int] = {}
     for name, shape, start, data in itertools.chain.from_iterable(env.gather(mine)):
-        whole = weights.setdefault(name, torch.full(shape, torch.nan))
-        whole.view(-1)[start : start + data.numel()] = data.float()
+        whole = tensors.setdefault(name, torch.empty(shape, dtype=data.dtype))
+        whole.view(-1)[start : start + data.numel()] = data
         covered[name] = covered.get(name, 0) + data.numel()
-    assert all(covered[name] == whole.numel() for name, whole in weights.items())
-    return weights
+    assert all(covered[name] == whole.numel() for name, whole in tensors.items())
+    return tensors
+
+
+def whole_weights(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
+    """All parameters, in float32."""
+    return {name: t.float() for name, t in whole_tensors(engine, env).items() if name.startswith("model.")}
+
+
+def first_weights(config: Config) -> dict[str, torch.Tensor]:
+    """What one process starts from."""
+    named = build_model(config).named_parameters()
+    return {f"model.{name}{ending}": part for name, p in named for ending, part in parts_of(p).items()}
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not the same to the bit, or that only one of both has."""
+    both = found.keys() & expected.keys()
+    return sorted(
+        (found.keys() ^ expected.keys()) | {name for name in both if not torch.equal(found[name], expected[name])}
+    )
 
 
 def small_quantized() -> contextlib.AbstractContextManager[Any]:
@@ -285,7 +305,8 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     # Without a compiler, but with its tracing: what is asked here is whether the engines survive that.
     backend = mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     with backend:
-        engine = build_engine(build_model(config, env.device), config, env)
+        engine = start_engine(config, env)
+    first = whole_tensors(engine, env)
     share = case.batch // env.world_size
     losses, norms = [], []
     held: dict[str, int] = {}
@@ -304,6 +325,7 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
+        "first": first,
         "weights": whole_weights(engine, env),
         "replicas_equal": all(digest == digests[0] for digest in digests),
         "held": env.gather(held),
@@ -314,7 +336,7 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
 def norms_with_one_bad_value(case: Case, env: Environment) -> list[float]:
     """Every rank's gradient norm, where a single gradient on the last rank is infinite."""
     config = config_of(case, env.world_size)
-    engine = build_engine(build_model(config, env.device), config, env)
+    engine = start_engine(config, env)
     share = GLOBAL_BATCH // env.world_size
     forward_backward(engine, global_rows(0)[env.rank * share :][:share], config.train.micro_batch, env)
     if env.rank == env.world_size - 1:

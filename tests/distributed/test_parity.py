@@ -29,6 +29,8 @@ from .cases import (
     Case,
     cases_on,
     config_of,
+    differing,
+    first_weights,
     runs,
     small_quantized,
     train,
@@ -81,6 +83,13 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     for name, weight in want["weights"].items():
         error = float((got["weights"][name] - weight).norm() / weight.norm())
         assert error <= (1e-6 if exact else of_weights), name
+
+
+@each_run
+def test_starts_from_the_same_weights(trained: dict[int, dict[str, Any]], ranks: int, case: Case) -> None:
+    """To the bit."""
+    want = first_weights(config_of(case, ranks))
+    assert differing(trained[ranks][case.name]["first"], want) == []
 
 
 @each_run

@@ -14,7 +14,7 @@ from sltrain_dist.parallel.blocks import prepare_blocks
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.train.build import build_engine
+from sltrain_dist.train.build import start_engine
 
 from ..unit.test_model import small, tokens, warmed
 from ..unit.test_reset_attention import SHAPES as HEADS
@@ -142,7 +142,7 @@ def test_int8_weights_train_as_on_the_cpu(support: str) -> None:
     losses: dict[str, list[float]] = {"cpu": [], "cuda": []}
     for device, found in losses.items():
         env = Environment(0, 1, 0, torch.device(device))
-        engine = build_engine(build_model(config, device), config, env)
+        engine = start_engine(config, env)
         assert {t.dtype for t in engine.tensors()["parameters"]} == {torch.int8, torch.float32, torch.bfloat16}
         norm = None
         for _ in range(20):

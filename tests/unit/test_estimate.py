@@ -163,10 +163,10 @@ def test_it_is_what_a_replay_takes(case: str) -> None:
     config = config_of(values)
     found, expected = estimate(config, ranks=ranks).phases(), replay(config, ranks).phases()
     assert list(found) == list(expected)
+    rotary = 8 * config.data.seq_len * config.model.head_dim  # whose table a GPU's host computes
     for phase, point in expected.items():
-        # FSDP2 takes a little more than shards and whole model while it cuts them.
-        share = 0.1 if phase == "init" else 0.01
-        assert abs(found[phase].total - point.total) < share * point.total + _SCALARS, phase
+        off = _SCALARS + (rotary if phase == "init" else 0)
+        assert abs(found[phase].total - point.total) < 0.01 * point.total + off, phase
     for group in ("gradients", "states", "master_weights", "index"):
         assert found["update"].groups().get(group) == expected["update"].groups().get(group)
 

@@ -10,7 +10,13 @@ from torch import nn
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
-from sltrain_dist.models.build import build_meta_model, build_model, sparse_layers, supports_fingerprint
+from sltrain_dist.models.build import (
+    build_meta_model,
+    build_model,
+    initial_values,
+    sparse_layers,
+    supports_fingerprint,
+)
 from sltrain_dist.models.count import block_linears, count_parameters, model_flops_per_token
 from sltrain_dist.models.loss import IGNORE
 
@@ -129,6 +135,16 @@ def test_initial_weights_do_not_depend_on_what_else_is_built() -> None:
     three_state = three.state_dict()
     for name, value in two.state_dict().items():
         assert torch.equal(value, three_state[name])
+
+
+@pytest.mark.parametrize("method", ["sltrain", "lowrank", "full"])
+def test_initial_values_can_be_read_by_range(method: str) -> None:
+    config = small(reparam={"method": method}, train={"dtype": "bf16"})
+    read = initial_values(build_meta_model(config))
+    for name, parameter in build_model(config).named_parameters():
+        last = parameter.numel() - 1
+        got = torch.cat([read(f"model.{name}", 0, last), read(f"model.{name}", last, 1)])
+        assert torch.equal(got.bfloat16(), parameter.detach().view(-1)), name
 
 
 def test_initial_weights_follow_the_seed() -> None:

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.memory.record import fake_model
 from sltrain_dist.parallel.partition import RankBytes, rank_bytes
 from sltrain_dist.plan.follow import follow, without_mesh
-from sltrain_dist.plan.replay import fake_rank, replay
+from sltrain_dist.plan.replay import fake_rank, meta_model, replay
 from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -83,7 +82,7 @@ def test_following_does_not_change_what_is_followed(case: str) -> None:
     peak = max(p.total for p in replay(config, ranks, device="cpu").timeline if p.phase not in ("init", "save"))
     with fake_rank(config, 0, ranks, "cpu") as (env, tracker):
         with tracker, without_mesh():
-            engine = build_engine(fake_model(config), config, env)
+            engine = build_engine(meta_model(config), config, env)
         for _ in range(2):
             gc.collect()
             tracker.begin("update")

@@ -50,9 +50,8 @@ class FsdpTimeline(Timeline):
         return accumulates_locally(self.config.parallel)
 
     def init(self) -> None:
-        """The model is built whole on every rank, and lives until all of it has been dealt out."""
-        built = self.held.dealt_values * self.width
-        self.point("init", "shards, and the whole model that they are cut from", {"buffers.unsharded_model": built})
+        """Shards get memory, and initial values are drawn into them in chunks on the host."""
+        self.point("init", "shards, and what is whole on every rank")
 
     # An update
 

@@ -95,8 +95,22 @@ class ZeroTimeline(Timeline):
             self.add(FLAT, padding * self.width)
 
     def init(self) -> None:
-        whole_model = self.width * self.sharded_values
-        self.point("init", "flat copy of the model", {"buffers.unsharded_model": whole_model})
+        """DeepSpeed's engine is made, and tries its buffers; no value is set before all of them are there.
+
+        In stages 1 and 2 the parameters lie in the flat buffer from the beginning.
+        """
+        part = self.part * self.width
+        if self.stage < 3:
+            largest = self.held.largest_dealt * self.width
+            copies = {FLAT: max(part, largest)} if self.offload else {FLAT: part, "gradients": part}
+            self.point("init", "flat weights, and a rank's partition of them", copies)
+            return
+        whole = (self.block_values - self.block_values // self.ranks) * self.width
+        self.point("init", "the last block, whole before it is partitioned", {GATHERED: whole})
+        tables = sum(item.count * item.parameter.values for item in self.held.dealt if not item.in_layer)
+        self.point("init", "embedding and head, before they are partitioned", {GATHERED: tables * self.width})
+        copies = {BUCKET: self.bucket * self.width}
+        self.point("init", "partitions", copies if self.offload else {**copies, FLAT: part, "gradients": part})
 
     def hold_more(self) -> None:
         optim, width = self.config.optim, self.width

@@ -1,0 +1,126 @@
+"""How ZeRO starts: a model gets no more memory than its stage keeps, before DeepSpeed's engine is made.
+
+DeepSpeed takes a whole model and deals it out. In stages 1 and 2 it copies the parameters into flat buffers, so that
+they live twice; in stage 3 they are whole on every rank first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.models.build import give_memory, materialise
+from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
+from sltrain_dist.optim.factory import parameter_groups
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel.partition import zero12_partition
+
+
+class FlatGroup(NamedTuple):
+    """One of the optimizer's groups, whose parameters are views of one flat tensor, in their order."""
+
+    parameters: list[nn.Parameter]
+    flat: Tensor
+
+
+def partition_by_layer(
+    deepspeed: Any, model: LlamaForCausalLM, sharded: Collection[str], settings: dict[str, Any], device: torch.device
+) -> list[tuple[str, nn.Parameter]]:
+    """Stage 3: partitions the decoder layers, each of which is whole for a moment, one after another.
+
+    Args:
+        deepspeed: The library.
+        model: Parameters that are not sharded leave its modules' registries.
+        sharded: Names of the parameters that are.
+        settings: DeepSpeed's configuration.
+        device: Where parameters are used.
+
+    Returns:
+        All parameters by name.
+    """
+    empty = partial(torch.empty_like, device=device)
+    later = {parameter for name, parameter in model.named_parameters() if name in sharded}
+    materialise(model, lambda tensor: tensor if tensor in later else empty(tensor))
+    remainder = [(name, parameter) for name, parameter in model.named_parameters() if name not in sharded]
+    # Given a module, stage 3 partitions all that is registered in it, and steps only what it was given.
+    _withhold(model, (parameter for _, parameter in remainder))
+    # Layers that share an input are applied without being called, so that hooks on them would not run.
+    deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
+    for layer in model.model.layers:
+        give_memory(layer, empty)
+        deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
+    materialise(model, empty)  # what else is sharded: DeepSpeed partitions it with the engine
+    return [*model.named_parameters(), *remainder]
+
+
+def give_flat_memory(
+    model: LlamaForCausalLM, sharded: Collection[str], optim: OptimConfig, env: Environment
+) -> list[FlatGroup]:
+    """Stages 1 and 2: gives a model on the meta device memory in which each of the optimizer's groups is flat.
+
+    Returns:
+        The groups. None where the model has memory already, whose parameters lie each by itself.
+    """
+
+    def groups() -> list[list[nn.Parameter]]:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if name in sharded]
+        return [group["params"] for group in parameter_groups(named, optim)]
+
+    flats: list[Tensor] = []
+    views: dict[Tensor, Tensor] = {}
+    for group in groups():
+        if not group[0].is_meta:
+            return []
+        total, part = zero12_partition([tuple(parameter.shape) for parameter in group], env.world_size)
+        flat = torch.empty(env.world_size * part, dtype=group[0].dtype, device=env.device)
+        flat[total:].zero_()
+        pieces = flat[:total].split([parameter.numel() for parameter in group])
+        views.update({meta: piece.view(meta.shape) for meta, piece in zip(group, pieces, strict=True)})
+        flats.append(flat)
+    materialise(model, lambda tensor: views[tensor] if tensor in views else torch.empty_like(tensor, device=env.device))
+    return [FlatGroup(group, flat) for group, flat in zip(groups(), flats, strict=True)]
+
+
+@contextmanager
+def use_flat_memory(deepspeed: Any, groups: list[FlatGroup]) -> Iterator[None]:
+    """Lets stages 1 and 2 take these groups' memory as their flat buffers.
+
+    DeepSpeed would copy each group into a new flat buffer, beside which the model lives once more until all has been
+    copied. It does so where `parallel.deepspeed` asks for an order or a padding that the groups do not have.
+    """
+    stage_1_and_2 = deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
+    copy = stage_1_and_2.flatten_dense_tensors_aligned
+
+    def flatten(
+        optimizer: Any,
+        parameters: list[nn.Parameter],
+        alignment: int,
+        use_cpu_data: bool = False,
+        param_padding: list[int] | None = None,
+    ) -> Tensor:
+        for group in groups if not any(param_padding or ()) else ():
+            if list(map(id, parameters)) == list(map(id, group.parameters)) and group.flat.numel() % alignment == 0:
+                return group.flat
+        return copy(optimizer, parameters, alignment, use_cpu_data=use_cpu_data, param_padding=param_padding)
+
+    stage_1_and_2.flatten_dense_tensors_aligned = flatten
+    try:
+        yield
+    finally:
+        stage_1_and_2.flatten_dense_tensors_aligned = copy
+
+
+def _withhold(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Makes parameters plain attributes of their modules: the modules use them, but do not list them."""
+    withheld = {id(parameter) for parameter in parameters}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in withheld:
+                del module._parameters[name]
+                module.__dict__[name] = parameter

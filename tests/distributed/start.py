@@ -1,0 +1,117 @@
+"""Starts every engine on several processes, and looks at what its shards hold and what starting took.
+
+Run under torchrun as a script, this writes what it saw to the file that it is given.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.memory.device import Device
+from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.parallel import environment
+from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.tracking.live_bytes import LiveBytes
+from sltrain_dist.train.build import start_engine
+from sltrain_dist.train.step import forward_backward
+from tests.distributed.cases import (
+    Case,
+    config_of,
+    differing,
+    first_weights,
+    global_rows,
+    small_quantized,
+    whole_tensors,
+)
+
+CASES = (
+    Case("fsdp"),
+    Case("fsdp", shard="all", tied=True, weights="blocks", dtype="bf16"),
+    Case("fsdp", offload=True, dtype="mixed", weights="lowrank"),
+    Case("fsdp", weights="stratified", bits=8, update="per_layer"),
+    Case("zero1", weights="full"),
+    Case("zero1", shard="all", tied=True, dtype="bf16"),
+    Case("zero2"),
+    Case("zero2", shard="all", offload=True, dtype="mixed"),
+    Case("zero3", weights="stratified"),
+    Case("zero3", shard="all", tied=True, dtype="bf16"),
+    Case("zero3", offload=True, dtype="mixed", weights="lowrank"),
+    Case("ddp", weight_bits=8, bits=8, tied=True),
+)
+CPU = Device("cpu", kernels=False, fused=False, span=1 << 16)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds, in memory: as much of a reader as starting needs."""
+
+    tensors: dict[str, torch.Tensor]
+    step: int
+
+    def read(self, name: str, start: int, count: int) -> torch.Tensor:
+        with _disable_current_modes():  # a file's tensors are not live
+            return self.tensors[name].view(-1)[start : start + count].clone()
+
+
+@small_quantized()
+def start(case: Case, env: Environment) -> dict[str, Any]:
+    """Starts a case from initial values, makes an update, and starts it again from what a checkpoint would hold.
+
+    Returns:
+        Which values were not those that were expected, and for each rank the most live bytes of every part.
+    """
+    config = config_of(case, env.world_size)
+    tracker, rows = LiveBytes(), global_rows(0)[env.rank :: env.world_size]
+    tracker.begin("start")
+    with tracker:
+        engine = start_engine(config, env)
+    initial = differing(whole_tensors(engine, env), first_weights(config))
+    gc.collect()
+    tracker.begin("update")
+    with tracker:
+        engine.begin_update(config.optim.lr, None)
+        forward_backward(engine, rows, config.train.micro_batch, env)
+        engine.clip_gradients()
+        engine.update()
+    saved = Saved(whole_tensors(engine, env), 1)
+    del engine
+    gc.collect()
+    again = LiveBytes()
+    with again:
+        engine = start_engine(config, env, cast(CheckpointReader, saved))
+    resumed = differing(whole_tensors(engine, env), saved.tensors)
+    update = tracker.stretches[-1].peak
+    planned = max(p.total for p in estimate(config, ranks=env.world_size, device=CPU).timeline if p.phase == "init")
+    return {
+        "initial": initial,
+        "resumed": resumed,
+        "start": env.gather(tracker.stretches[1].peak),
+        "resume": env.gather(again.peak),
+        "update": env.gather(update),
+        "planned": planned,
+    }
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    env = environment.start(60, need_group=True)
+    results = {case.name: start(case, env) for case in CASES}
+    if env.is_main:
+        Path(out).write_text(json.dumps(results))
+    env.gather(None)  # no rank is gone before all are done
+    sys.stderr.flush()
+    os._exit(0)  # see cases.py
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,56 @@
+"""Starting an engine gives every rank its part of what one process starts from, and takes less than an update."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sltrain_dist.models.count import parameter_shapes
+
+from .cases import Case, config_of
+from .launch import torchrun
+from .start import CASES
+
+pytest.importorskip("deepspeed")
+
+RANKS = 3
+"""What divides few sizes: shards are uneven, and some are padded. test_parity.py looks at 1, 2 and 4 ranks."""
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each case did, by its name; one launch for all."""
+    out = tmp_path_factory.mktemp("start") / "start.json"
+    run = torchrun(Path(__file__).with_name("start.py"), str(out), ranks=RANKS)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@each_case
+def test_values_are_those_of_one_process_or_of_the_checkpoint(started: dict[str, Any], case: Case) -> None:
+    """To the bit: initial weights, and on resume weights and states."""
+    assert started[case.name]["initial"] == []
+    assert started[case.name]["resumed"] == []
+
+
+@each_case
+def test_starting_takes_less_than_an_update(started: dict[str, Any], case: Case) -> None:
+    found = started[case.name]
+    for start, resume, update in zip(found["start"], found["resume"], found["update"], strict=True):
+        assert max(start, resume) < update
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.offload], ids=lambda case: case.name)
+def test_starting_takes_what_is_planned(started: dict[str, Any], case: Case) -> None:
+    """But for values on their way from the host, which is the device here, and for messages that gloo still holds."""
+    config = config_of(case, RANKS)
+    shapes = parameter_shapes(config.model, config.reparam)
+    on_their_way = 4 * max(math.prod(shape) for _, shape in shapes)
+    planned = started[case.name]["planned"]
+    assert planned <= max(started[case.name]["start"]) <= 1.02 * planned + on_their_way

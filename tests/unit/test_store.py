@@ -1,0 +1,193 @@
+"""memory/store.py: recordings outlive the process, and whatever happens to them on disk, plans are right."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sltrain_dist.config.load import build_config, merged
+from sltrain_dist.config.schema import Config
+from sltrain_dist.memory import record, recorded_model, store
+from sltrain_dist.memory.estimate import estimate, recordings_of
+from sltrain_dist.memory.recording import dumps, loads
+from tests.small import PLANNED
+
+CONFIG = build_config(
+    merged(PLANNED, {"parallel": {"engine": "ddp"}, "optim": {"state_bits": 8}, "eval": {"source": "embedded"}})
+)
+
+
+def forget() -> None:
+    """What a new process would not know."""
+    store._found.clear()
+    store.problems.clear()
+    store.directory.cache_clear()
+    for cached in (recorded_model._model, recorded_model._layer, recorded_model.evaluation_passes):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield store.directory()
+    forget()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was recorded."""
+    kinds: list[str] = []
+    for kind in ("layer", "ends", "evaluation", "step"):
+        make = getattr(record, f"record_{kind}")
+
+        def wrapped(*args: Any, kind: str = kind, make: Any = make) -> Any:
+            kinds.append(kind)
+            return make(*args)
+
+        monkeypatch.setattr(record, f"record_{kind}", wrapped)
+    return kinds
+
+
+def test_what_is_on_disk_is_not_recorded_again(directory: Path, made: list[str]) -> None:
+    first = estimate(CONFIG)
+    assert {"layer", "ends", "evaluation", "step"} == set(made)
+    assert len(list(directory.glob("*.json"))) == len(made)
+    made.clear()
+    forget()
+    assert estimate(CONFIG) == first and made == []
+
+
+def test_models_of_other_depth_and_other_engines_share_recordings(made: list[str]) -> None:
+    estimate(CONFIG)
+    made.clear()
+    estimate(_changed(CONFIG, {"model": {"num_layers": 7}}))
+    estimate(_changed(CONFIG, {"optim": {"update": "per_layer"}}))
+    estimate(_changed(CONFIG, {"parallel": {"engine": "fsdp"}, "train": {"global_batch": 8}}), ranks=4)
+    assert set(made) <= {"step"}  # of shards
+
+
+def test_what_a_recording_depends_on_makes_another(made: list[str]) -> None:
+    estimate(CONFIG)
+    for changed in ({"data": {"seq_len": 24}}, {"reparam": {"rank": 4}}, {"train": {"dtype": "fp32"}}):
+        made.clear()
+        estimate(_changed(CONFIG, changed))
+        assert "layer" in made
+
+
+def test_only_some_layers_are_recomputed(made: list[str]) -> None:
+    every_third = {"activation_checkpointing": "selective", "checkpoint_policy": "blocks", "checkpoint_every": 3}
+    config = _changed(CONFIG, {"model": {"num_layers": 7}, "train": every_third})
+    assert recorded_model.recorded_model(config, "cuda").order == (0, 1, 1, 0, 1, 1, 0)
+    assert made.count("layer") == 2
+
+
+def _changed(config: Config, values: dict[str, Any]) -> Config:
+    return build_config(merged(config.model_dump(exclude_unset=True), values))
+
+
+DAMAGES: dict[str, Any] = {
+    "cut": lambda text: text[: len(text) // 2],
+    "empty": lambda text: b"",
+    "a number of another value": lambda text: text.replace(b"1", b"2"),
+    "of another kind": lambda text: b"0\n{}\n{}",
+    "no text": lambda text: b"\xff\x00" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_recorded_anew(directory: Path, damage: str, made: list[str]) -> None:
+    first = estimate(CONFIG)
+    for path in directory.glob("*.json"):
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    count = len(made)
+    made.clear()
+    forget()
+    assert estimate(CONFIG) == first and len(made) == count
+    made.clear()
+    forget()
+    assert estimate(CONFIG) == first and made == []  # they are whole again
+
+
+def test_other_sources_are_recorded_anew(directory: Path, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate(CONFIG)
+    made.clear()
+    forget()
+    monkeypatch.setattr(store.importlib.metadata, "version", lambda name: "another")
+    assert store.directory() != directory
+    estimate(CONFIG)
+    assert "layer" in made
+
+
+def test_a_source_that_changes_changes_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {source for source in store._SOURCES if not source.endswith(".py")}
+    assert {"sparse_lowrank", "models", "optim", "parallel", "numerics", "memory"} <= sources
+    for source in sources:
+        (tmp_path / "package" / source).mkdir(parents=True)
+        (tmp_path / "package" / source / "code.py").write_text("before")
+    (tmp_path / "package" / "tracking").mkdir()
+    (tmp_path / "package" / "tracking" / "live_bytes.py").write_text("before")
+    monkeypatch.setattr(store.sltrain_dist, "__file__", str(tmp_path / "package" / "__init__.py"))
+    before = store._version()
+    (tmp_path / "package" / "models" / "code.py").write_text("after")
+    assert store._version() != before
+
+
+@pytest.mark.parametrize("problem", ["a file", "full", "read-only"])
+def test_where_nothing_can_be_written_plans_are_right(
+    tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch, made: list[str]
+) -> None:
+    expected = estimate(CONFIG)
+    forget()
+    if problem == "a file":
+        (tmp_path / "elsewhere").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+        number = errno.ENOSPC if problem == "full" else errno.EROFS
+
+        def refuse(*unused: Any) -> None:
+            raise OSError(number, "cannot be written")
+
+        monkeypatch.setattr(store, "write_whole", refuse)
+    assert estimate(CONFIG) == expected
+    assert len(store.problems) == 1 and str(store.directory()) in store.problems[0]
+    made.clear()
+    assert estimate(CONFIG) == expected and made == []  # this process remembers
+
+
+def test_several_processes_may_record_the_same_at_once(directory: Path) -> None:
+    code = (
+        "import json, sys; from sltrain_dist.config.load import build_config;"
+        "from sltrain_dist.memory.estimate import estimate;"
+        "print(estimate(build_config(json.loads(sys.argv[1]))).peak_bytes)"
+    )
+    values = CONFIG.model_dump_json(exclude_unset=True)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, values], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    peaks = {process.communicate()[0].strip() for process in processes}
+    assert peaks == {str(estimate(CONFIG).peak_bytes)}
+    assert not list(directory.glob("*.tmp"))
+
+
+def test_missing_recordings_are_made_by_several_processes(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_WORTH_PROCESSES", 2)
+    reports: list[tuple[int, int]] = []
+    store.record_missing(recordings_of(CONFIG), 2, lambda done, total: reports.append((done, total)))
+    assert reports[0] == (0, 3) and reports[-1] == (3, 3)
+    estimate(CONFIG)
+    assert set(made) == {"step"}
+
+
+def test_recordings_are_read_as_they_were_written() -> None:
+    for request in recordings_of(CONFIG):
+        recording = request.get()
+        assert loads(type(recording), dumps(recording)) == recording
