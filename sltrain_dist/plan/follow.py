@@ -199,7 +199,8 @@ class Follower:
             for state in optimizer.state.values():
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        log.assign([value], "master_weights" if key == MASTER else "states")
+                        component = {MASTER: "master_weights", "step": "temporaries.scalars"}.get(key, "states")
+                        log.assign([value], component)
             log.leave()
 
         with ExitStack() as stack:
