@@ -41,9 +41,15 @@ DeviceType = Literal["cuda", "cpu"]
 """Whose operators are recorded."""
 
 _SOURCES = (
-    "numerics", "sparse_lowrank", "optim", "models", "parallel", "tracking/live_bytes.py", "memory",
-    "plan/paper/published.py",
-)  # fmt: skip
+    "numerics",
+    "sparse_lowrank",
+    "optim",
+    "models",
+    "parallel",
+    "tracking/live_bytes.py",
+    "memory",
+    "plan/paper",
+)
 """What a recording may depend on. More than what it does: recording anew takes little, a stale recording is wrong."""
 _KEPT_S = 30 * 24 * 3600
 """Seconds for which recordings of other versions are kept after they were made."""

@@ -86,6 +86,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items(
 PLANNING_WITH_TORCH = {
     "plan.follow",
     "plan.paper.published",
+    "plan.paper.published_optimizers",
     "plan.replay",
     "memory.events",
     "memory.operators",

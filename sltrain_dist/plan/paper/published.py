@@ -1,8 +1,7 @@
-"""The algorithm of the published code (with torch), to be recorded: eager modules, and the optimizers that it calls.
+"""The algorithm of the published code's model as eager torch modules, to be recorded.
 
 Written from what arXiv 2406.02214 and 2403.03507 (GaLore, on whose training script it builds) describe, with Hugging
-Face's LLaMA and torch's unfused attention as they were then. Tensors are fake: only what is allocated matters, and
-values that change nothing about that (epsilons, learning rates) are left out.
+Face's LLaMA and torch's unfused attention as they were then. The layers of full and galore are dense.
 """
 
 from __future__ import annotations
@@ -13,21 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
-from sltrain_dist.memory.events import EventLog
-from sltrain_dist.memory.record import record_ends, record_layer, transient_bytes
-from sltrain_dist.memory.recording import PublishedRecording, UpdateRecording
-from sltrain_dist.optim.state_layout import QUANTIZED_FROM
+from sltrain_dist.memory.record import record_ends, record_layer
+from sltrain_dist.memory.recording import PublishedRecording
+from sltrain_dist.plan.paper.published_optimizers import record_update
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
 BF16 = torch.bfloat16
-
-ADAM8BIT_BLOCK = 2048
-"""Values that share a float32 scale in bitsandbytes' block-wise optimizers before its version 0.45 (of 2024)."""
 
 
 def record(config: Config) -> PublishedRecording:
@@ -35,7 +28,7 @@ def record(config: Config) -> PublishedRecording:
     layer = record_layer(config, config.train.micro_batch, "cuda", PublishedLlama)
     ends = record_ends(config, config.train.micro_batch, "cuda", PublishedLlama)
     distinct = {(each.shape, each.replaced): None for each in (*layer.parameters, *ends.parameters)}
-    return PublishedRecording(layer, ends, tuple(_record_update(*each, config) for each in distinct))
+    return PublishedRecording(layer, ends, tuple(record_update(*each, config) for each in distinct))
 
 
 class PublishedLlama(nn.Module):
@@ -227,89 +220,3 @@ def _build(B: Tensor, A: Tensor, V: Tensor, positions: Tensor) -> Tensor:
     W = B @ A
     W.view(-1).index_add_(0, positions, V)
     return W
-
-
-# Optimizers
-
-
-def _record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> UpdateRecording:
-    with FakeTensorMode():
-        parameter = nn.Parameter(torch.empty(shape, dtype=BF16))
-        gradient = parameter.grad = torch.empty_like(parameter)
-        bits, log = config.optim.state_bits, EventLog("cuda")
-        galore = config.reparam.method == "galore" and replaced
-        optimizer = GaLore(parameter, config.reparam.rank, bits) if galore else _adam(parameter, bits, foreach=True)
-        log.leave_out([parameter, gradient])
-        with log:
-            optimizer.step()  # makes the states
-            flops = log.flops
-            log.begin_part("step")
-            if config.optim.update == "whole":
-                gradient.clone()  # on its way to the CPU, where the script takes the gradient's norm
-            optimizer.step()
-        states = {key: value.nbytes for state in optimizer.state.values() for key, value in state.items()}
-    projector = states.pop("projector", 0)
-    states.pop("step", None)  # on the CPU
-    return UpdateRecording(
-        shape=shape,
-        replaced=replaced,
-        transient_bytes=transient_bytes(log, "step"),
-        state_bytes={"states": sum(states.values()), "states.projectors": projector},
-        flops=log.flops - flops,
-    )
-
-
-def _adam(parameter: nn.Parameter, bits: int, *, foreach: bool) -> Optimizer:
-    return Adam8bit([parameter]) if bits == 8 else Adam([parameter], foreach=foreach)
-
-
-class Adam8bit(Optimizer):
-    """bitsandbytes' block-wise Adam. Its kernel updates states and parameter in place, and allocates nothing."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    def step(self) -> None:  # type: ignore[override]
-        """Makes the states; what the kernel does needs no memory."""
-        for parameter in self.param_groups[0]["params"]:
-            small = parameter.numel() < QUANTIZED_FROM  # its states stay float32, a rule that we took over
-            for moment in () if self.state[parameter] else ("exp_avg", "exp_avg_sq"):
-                dtype = torch.float32 if small else torch.uint8
-                self.state[parameter][moment] = torch.zeros_like(parameter, dtype=dtype)
-                if not small:
-                    scales = -(-parameter.numel() // ADAM8BIT_BLOCK)
-                    self.state[parameter][f"{moment}_scales"] = torch.zeros(scales)
-
-
-class GaLore(Optimizer):
-    """Adam of a gradient that is projected to a low rank, in a step that renews the projector.
-
-    Args:
-        parameter: (m, n).
-        rank: Rank of the projected gradient, (m, rank) or (rank, n): the longer side stays.
-        bits: Of Adam's states.
-    """
-
-    def __init__(self, parameter: nn.Parameter, rank: int, bits: int) -> None:
-        super().__init__([parameter], {})
-        self._parameter, self._rank = parameter, rank
-        self._low = nn.Parameter(torch.empty(0, dtype=BF16))  # in the parameter's place while Adam steps
-        self._adam = _adam(self._low, bits, foreach=False)
-
-    def step(self) -> None:  # type: ignore[override]
-        """Projects, steps and projects back."""
-        gradient = self._parameter.grad
-        assert gradient is not None
-        m, n = gradient.shape
-        right = m >= n
-        projector = self.state[self._parameter]["projector"] = self._projector(gradient, right)
-        projected = gradient @ projector.t() if right else projector.t() @ gradient
-        self._low.data, self._low.grad = torch.zeros_like(projected), projected
-        self._adam.step()
-        self._parameter.data.add_(self._low.data @ projector if right else projector @ self._low.data)
-        self.state[self._low] = self._adam.state[self._low]
-        self._low.data, self._low.grad = torch.empty(0, dtype=BF16), None
-
-    def _projector(self, gradient: Tensor, right: bool) -> Tensor:
-        u, _, vh = torch.linalg.svd(gradient.to(torch.float32), full_matrices=False)
-        return (vh[: self._rank] if right else u[:, : self._rank]).to(BF16)
