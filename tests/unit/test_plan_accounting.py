@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -106,6 +108,19 @@ def test_emulated_components() -> None:
     assert sltrain.phases()["forward"].total < sltrain.peak_bytes
 
 
+def test_recorded_once_and_then_without_torch() -> None:
+    settings = {"preset": "llama_60m", "reparam": {"method": "full"}}
+    peak = reference_estimate(build_config(settings)).peak_bytes
+    script = (
+        "import sys\nfrom sltrain_dist.config.load import build_config\n"
+        "from sltrain_dist.plan.paper.reference import reference_estimate\n"
+        f"print(reference_estimate(build_config({settings!r})).peak_bytes)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"{peak}\n"), result.stderr
+
+
 def test_emulated_projection() -> None:
     """GaLore at down_proj (4096, 11008): projectors in bf16; two copies of the gradient, U and V in float32."""
     peak = reference_estimate(seven_b(*BARS["8-bit GaLore, per layer"][0])).peak
@@ -119,7 +134,7 @@ def test_emulated_projection() -> None:
 
 @pytest.mark.parametrize("measured", [22.8, 22.02])
 def test_galore_with_recomputation(measured: float) -> None:
-    """7B on an RTX 4090, 16 sequences of 256 tokens, as GaLore's authors and Q-GaLore's measured it, in GB."""
+    """7B on an RTX 4090, 16 sequences of 256 tokens, in GB by GaLore's README and in Q-GaLore's run."""
     batch = {"micro_batch": 16, "global_batch": 16}
     estimate, kept = (
         reference_estimate(seven_b("galore", 8, "per_layer", activation_checkpointing=how, **batch))

@@ -22,7 +22,7 @@ def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> Upd
 
     Args:
         shape: Its shape.
-        replaced: Whether it belongs to a linear layer that GaLore projects.
+        replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
         config: The run.
     """
     with FakeTensorMode():
@@ -50,9 +50,9 @@ def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> Upd
 
 
 def make_optimizer(parameters: list[nn.Parameter], replaced: bool, config: Config) -> Optimizer:
-    """Makes the optimizer of parameters, of one if it is `replaced` with method galore."""
+    """Makes the optimizer of some parameters; GaLore's takes one, which belongs to a `replaced` linear layer."""
     if config.reparam.method == "galore" and replaced:
-        return GaLore(*parameters, config.reparam.rank, config.optim.state_bits)
+        return GaLore(parameters[0], config.reparam.rank, config.optim.state_bits)
     return Adam8bit(parameters) if config.optim.state_bits == 8 else Adam(parameters, foreach=True)
 
 
