@@ -220,7 +220,8 @@ class EventLog(StorageWatch):
         """Notes the calls of modules, and when their part of the backward pass begins.
 
         Args:
-            modules: By name; those that :data:`KINDS` does not have are left out.
+            modules: By name; those that :data:`KINDS` does not have are left out. What a module with an attribute
+                `component` allocates in its forward pass belongs to that.
             begins: Called with "forward", "recomputation" or "backward", and the module's name.
         """
         for name, module in modules:
@@ -229,6 +230,10 @@ class EventLog(StorageWatch):
             if kind is not None:
                 module.register_forward_pre_hook(functools.partial(self._enters, name, kind, begins))
                 module.register_forward_hook(functools.partial(self._leaves, name, kind, begins), always_call=True)
+            component = getattr(module, "component", None)
+            if isinstance(component, str):
+                module.register_forward_pre_hook(lambda *_, to=component: self.enter(to))
+                module.register_forward_hook(lambda *_: self.leave())
 
     def _enters(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any) -> None:
         again = torch._C._current_graph_task_id() != -1

@@ -46,8 +46,14 @@ def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **kwargs: Any) -> i
     return 4 * batch * heads * length * (width + 1)
 
 
+def _svd(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
+    """A column-major copy, because cuSOLVER overwrites its input (torch's BatchLinearAlgebraLib.cpp)."""
+    return matrix.nbytes
+
+
 SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
+    aten._linalg_svd.default: _svd,
 }
 """Bytes that operators take on CUDA while they run, beside what they return. Not counted: partial sums of
 `kernels.blocks_values`, at most 512 tiles of 64×64 in float32 (8.4 MB), and workspaces of the matrix libraries."""

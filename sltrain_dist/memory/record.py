@@ -7,7 +7,7 @@ after the layers around a gap. So a recording of each distinct layer serves mode
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -40,17 +40,41 @@ RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of what goes from one layer to the next, and of its gradient."""
 _NOTHING = Pass(())
 
+Build = Callable[[Config], Any]
+"""Makes a model of fake tensors whose modules are named and called as those of `LlamaForCausalLM`."""
 
-def record_layer(config: Config, micro_batch: int, device: DeviceType) -> LayerRecording:
+
+def fake_model(config: Config) -> LlamaForCausalLM:
+    """The model with fake parameters and buffers, under FakeTensorMode."""
+    model = build_meta_model(config)
+    for module in model.modules():  # not to_empty, which cannot swap fake parameters
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.tie()
+    return model
+
+
+def _prepared_model(config: Config) -> LlamaForCausalLM:
+    """The same, with activations checkpointed as the configuration says."""
+    model = fake_model(config)
+    prepare_blocks(model, config.train)
+    return model
+
+
+def record_layer(
+    config: Config, micro_batch: int, device: DeviceType, build: Build = _prepared_model
+) -> LayerRecording:
     """Records a decoder layer.
 
     Args:
         config: A run of one layer, whose activations are checkpointed as the configuration says of it.
         micro_batch: Sequences of a forward pass.
         device: Whose operators.
+        build: Makes the model.
     """
-    with _recording(config, device) as (model, log):
-        prepare_blocks(model, config.train)
+    with _recording(config, device, build) as (model, log):
         layer = model.model.layers[0]
         _gather(layer, config)
         parameters = list(layer.named_parameters())
@@ -80,9 +104,9 @@ def record_layer(config: Config, micro_batch: int, device: DeviceType) -> LayerR
     )
 
 
-def record_ends(config: Config, micro_batch: int, device: DeviceType) -> EndsRecording:
+def record_ends(config: Config, micro_batch: int, device: DeviceType, build: Build = fake_model) -> EndsRecording:
     """Records embedding, last norm, head and loss. Arguments as of :func:`record_layer`."""
-    with _recording(config, device) as (model, log):
+    with _recording(config, device, build) as (model, log):
         model.model.layers[0] = _Gap(log)
         parameters = list(model.named_parameters())
         _watch(log, model.named_modules(), parameters)
@@ -108,7 +132,7 @@ def record_ends(config: Config, micro_batch: int, device: DeviceType) -> EndsRec
 
 def record_evaluation(config: Config, micro_batch: int, device: DeviceType) -> EvaluationRecording:
     """Records a forward pass without gradients. Arguments as of :func:`record_layer`."""
-    with _recording(config, device) as (model, log):
+    with _recording(config, device, fake_model) as (model, log):
         _gather(model.model.layers[0], config)
         model.model.layers.append(_Gap(log))
         layer = model.model.layers[0]
@@ -154,30 +178,23 @@ def record_step(
         with log:
             log.begin_part("step")
             optimizer.step()
-        steps = log.passes().get("step", _NOTHING).steps
-    return StepRecording(max((sum(step.peak.values()) for step in steps), default=0))
+    return StepRecording(transient_bytes(log, "step"))
 
 
-def fake_model(config: Config) -> LlamaForCausalLM:
-    """The model with fake parameters and buffers, under FakeTensorMode."""
-    model = build_meta_model(config)
-    for module in model.modules():  # not to_empty, which cannot swap fake parameters
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-    model.tie()
-    return model
+def transient_bytes(log: EventLog, part: str) -> int:
+    """Most bytes at a time in a part of what a log has seen, beside those at its start."""
+    steps = log.passes().get(part, _NOTHING).steps
+    return max((sum(step.peak.values()) for step in steps), default=0)
 
 
 @contextmanager
-def _recording(config: Config, device: DeviceType) -> Iterator[tuple[LlamaForCausalLM, EventLog]]:
+def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tuple[Any, EventLog]]:
     """A model of fake tensors, and a log for it."""
     enabled = gc.isenabled()
     gc.disable()  # cycles of other code must not be freed among the events
     try:
         with FakeTensorMode(), operators_of(device, config):
-            yield fake_model(config), EventLog(device)
+            yield build(config), EventLog(device)
     finally:
         if enabled:
             gc.enable()

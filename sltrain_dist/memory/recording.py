@@ -157,7 +157,41 @@ class StepRecording:
     transient_bytes: int
 
 
-Recording = LayerRecording | EndsRecording | EvaluationRecording | StepRecording
+@dataclass(frozen=True)
+class UpdateRecording:
+    """The update of parameters that are alike by an optimizer that is not ours.
+
+    Attributes:
+        shape: Shape of each of them.
+        replaced: As of :class:`Parameter`.
+        transient_bytes: Most bytes at a time beside parameter, gradient and states.
+        state_bytes: Bytes of its states, by component.
+        flops: Floating-point operations of matrix products.
+    """
+
+    shape: tuple[int, ...]
+    replaced: bool
+    transient_bytes: int
+    state_bytes: Bytes
+    flops: int
+
+
+@dataclass(frozen=True)
+class PublishedRecording:
+    """The code that was published with the paper (plan/paper/published.py).
+
+    Attributes:
+        layer: A decoder layer.
+        ends: What is before and after the layers.
+        updates: The distinct updates of parameters.
+    """
+
+    layer: LayerRecording
+    ends: EndsRecording
+    updates: tuple[UpdateRecording, ...]
+
+
+Recording = LayerRecording | EndsRecording | EvaluationRecording | StepRecording | PublishedRecording
 """What is kept on disk."""
 
 

@@ -30,6 +30,7 @@ from sltrain_dist.memory.recording import (
     EndsRecording,
     EvaluationRecording,
     LayerRecording,
+    PublishedRecording,
     Recording,
     StepRecording,
     dumps,
@@ -40,7 +41,16 @@ from sltrain_dist.optim.state_layout import Place, decays
 DeviceType = Literal["cuda", "cpu"]
 """Whose operators are recorded."""
 
-_SOURCES = ("numerics", "sparse_lowrank", "optim", "models", "parallel", "tracking/live_bytes.py", "memory")
+_SOURCES = (
+    "numerics",
+    "sparse_lowrank",
+    "optim",
+    "models",
+    "parallel",
+    "tracking/live_bytes.py",
+    "memory",
+    "plan/paper",
+)
 """What a recording may depend on. More than what it does: recording anew takes little, a stale recording is wrong."""
 _WORTH_PROCESSES = 8
 """Missing recordings from which on processes are started, which takes seconds."""
@@ -52,6 +62,7 @@ _KINDS: dict[str, type[Recording]] = {
     "ends": EndsRecording,
     "evaluation": EvaluationRecording,
     "step": StepRecording,
+    "published": PublishedRecording,
 }
 
 problems: list[str] = []
@@ -65,12 +76,14 @@ class Request:
     Attributes:
         kind: What of.
         key: All that it depends on, as JSON.
-        arguments: For :mod:`sltrain_dist.memory.record`.
+        arguments: For what makes it.
+        make: Makes it; None: :mod:`sltrain_dist.memory.record`.
     """
 
-    kind: Literal["layer", "ends", "evaluation", "step"]
+    kind: Literal["layer", "ends", "evaluation", "step", "published"]
     key: str
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
+    make: Callable[..., Recording] | None = field(default=None, compare=False, repr=False)
 
     def get(self) -> Any:
         """The recording."""
@@ -88,6 +101,11 @@ class Request:
         return True
 
     def _record(self) -> Recording:
+        recording = (self.make or self._make())(*self.arguments)
+        _write(self, recording)
+        return recording
+
+    def _make(self) -> Callable[..., Recording]:
         from sltrain_dist.memory import record  # not at the top: torch takes seconds to import
 
         make: dict[str, Callable[..., Recording]] = {
@@ -96,9 +114,7 @@ class Request:
             "evaluation": record.record_evaluation,
             "step": record.record_step,
         }
-        recording = make[self.kind](*self.arguments)
-        _write(self, recording)
-        return recording
+        return make[self.kind]
 
 
 _found: dict[Request, Recording] = {}
@@ -170,6 +186,19 @@ def step_request(
         name=part.name, device=device, int8=int8, low_bit=low_bit,
     )  # fmt: skip
     return Request("step", key, (optim, dtype, part, device, int8, low_bit))
+
+
+def published_request(config: Config, make: Callable[[Config], PublishedRecording]) -> Request:
+    """Asks for the code that was published with the paper, which `make` records."""
+    key = _key(
+        model=_of(config.model, but={"num_layers"}),
+        reparam=_of(config.reparam),
+        optim=_of(config.optim),
+        checkpointing=config.train.activation_checkpointing,
+        micro_batch=config.train.micro_batch,
+        seq_len=config.data.seq_len,
+    )
+    return Request("published", key, (_of_one_layer(config, ()),), make)
 
 
 def _of_layer(

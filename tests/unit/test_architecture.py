@@ -85,7 +85,15 @@ ONLY_IN = {
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items() if name != "__init__"}
 
-PLANNING_WITH_TORCH = {"plan.follow", "plan.replay", "memory.events", "memory.operators", "memory.record"}
+PLANNING_WITH_TORCH = {
+    "plan.follow",
+    "plan.paper.published",
+    "plan.paper.published_optimizers",
+    "plan.replay",
+    "memory.events",
+    "memory.operators",
+    "memory.record",
+}
 """The rest of the planner runs on login nodes."""
 TORCH_FREE |= {name for name in MODULES if name.startswith(("memory.", "plan."))} - PLANNING_WITH_TORCH
 
