@@ -115,6 +115,7 @@ class ZeroEngine:
 
     def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
         deepspeed = _import_deepspeed()
+        deepspeed.init_distributed(dist_init_required=False)  # on the process group that there is; zero.Init asks it
         self._env, self._stage, self._offload = env, config.parallel.zero_stage, config.parallel.cpu_offload
         self._lr, self._clip = config.optim.lr, config.optim.clip
         self._state_names = STATE_NAMES[config.optim.name]

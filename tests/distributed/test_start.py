@@ -52,5 +52,8 @@ def test_starting_takes_what_is_planned(started: dict[str, Any], case: Case) -> 
     config = config_of(case, RANKS)
     shapes = parameter_shapes(config.model, config.reparam)
     on_their_way = 4 * max(math.prod(shape) for _, shape in shapes)
-    planned = started[case.name]["planned"]
-    assert planned <= max(started[case.name]["start"]) <= 1.02 * planned + on_their_way
+    found = started[case.name]
+    planned = max(found["planned"])
+    assert planned <= max(found["start"]) <= 1.02 * planned + on_their_way
+    if case.engine == "zero3":  # whose first moment is a layer that is whole
+        assert max(found["partition"]) <= found["planned"][0] + 2048
