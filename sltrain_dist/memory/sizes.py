@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from sltrain_dist.config.rules import is_recomputed, keeps_attention, loss_chunk_tokens
+from sltrain_dist.config.rules import is_recomputed, keeps_attention, keeps_products, loss_chunk_tokens
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
+from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.block import Block, Recompute
 from sltrain_dist.memory.device import Device
 from sltrain_dist.memory.gradients import Parameter
@@ -70,6 +71,11 @@ def sizes(config: Config, device: Device, *, micro_batch: int | None = None) -> 
 def _recompute(config: Config, index: int) -> Recompute:
     if not is_recomputed(index, config.train):
         return "nothing"
+    if keeps_products(config.train):
+        raise ConfigError(
+            "the memory planner does not know train.checkpoint_policy=ops; plan with attention, which takes less, and "
+            "with train.activation_checkpointing=none, which takes more"
+        )
     return "all but attention" if keeps_attention(config.train) else "all"
 
 

@@ -10,7 +10,7 @@ import torch
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
-from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.sparse_lowrank import SLLinear
@@ -95,7 +95,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(weights: dict[str, Any
         torch.compiler.reset()
         config = small(reparam=weights, train={"compile": compiled})
         model = warmed(config).cuda()
-        prepare_blocks(model, config.train)
+        prepare_layers(model, config.train)
         ids = tokens(config, 3).cuda()
         model(ids, ids).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
