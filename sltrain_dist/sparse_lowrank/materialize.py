@@ -56,9 +56,7 @@ class Materialize(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _multiply(
-    x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, block_rows: int
-) -> Tensor:
+def _multiply(x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, block_rows: int) -> Tensor:
     """xWᵀ, (T, m)."""
     B, A, V = (plain(parameter, x.dtype) for parameter in (B, A, V))
     if block_rows >= support.m:
