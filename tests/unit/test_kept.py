@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -135,6 +136,20 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
+
+
+def test_the_backward_pass_may_run_in_another_thread() -> None:
+    """As autograd's does on a GPU."""
+    gradients = []
+    for call in (lambda function, x: function(x), again):
+        made, x = layer(path="factored"), inputs()
+        loss = call(lambda x, made=made: torch.mm(made(x).sin(), torch.eye(M)), x).sum()
+        with Products() as products, ThreadPoolExecutor(1) as thread:
+            thread.submit(loss.backward).result()
+        assert products.calls == 0  # the mode is of this thread, and so is nothing of the backward pass
+        gradients.append([x.grad, made.B.grad, made.A.grad, made.V.grad])
+    for want, got in zip(*gradients, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_outside_of_checkpoints_nothing_is_kept() -> None:
