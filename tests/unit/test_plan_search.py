@@ -202,7 +202,7 @@ def test_time_of_recomputation(config: Config) -> None:
         for each in (full, attention, products)
     ]
     assert 1.15 * usual < times[1] < times[0] < 1.35 * usual
-    assert usual < times[2] < 1.1 * usual
+    assert usual < times[2] < 1.15 * usual  # norms, rotations and the like
 
 
 def test_time_of_communication(config: Config) -> None:
