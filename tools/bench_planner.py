@@ -66,7 +66,7 @@ LEVERS: dict[str, tuple[Any, ...]] = {
     "train.dtype": ("bf16", "bf16", "fp32", "mixed"),
     "train.micro_batch": (1, 2, 4, 8),
     "train.activation_checkpointing": ("none", "full", "selective"),
-    "train.checkpoint_policy": ("blocks", "attention"),
+    "train.checkpoint_policy": ("blocks", "attention", "ops"),
     "train.checkpoint_every": (2, 3),
     "train.loss_chunk_tokens": (None, None, 0, 256),
 }

@@ -283,15 +283,20 @@ def loss_chunk_tokens(config: Config) -> int:
 
 
 def is_recomputed(index: int, train: TrainConfig) -> bool:
-    """Whether activations of block number `index` are computed again, all or all but attention's output."""
+    """Whether activations of decoder layer number `index` are computed again, all or all but some outputs."""
     if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
         return index % train.checkpoint_every == 0
     return train.activation_checkpointing != "none"
 
 
 def keeps_attention(train: TrainConfig) -> bool:
-    """Whether blocks that are computed again keep attention's output."""
-    return train.activation_checkpointing == "selective" and train.checkpoint_policy == "attention"
+    """Whether decoder layers that are computed again keep attention's output."""
+    return train.activation_checkpointing == "selective" and train.checkpoint_policy in ("attention", "ops")
+
+
+def keeps_products(train: TrainConfig) -> bool:
+    """Whether decoder layers that are computed again keep the outputs of their linear layers, too."""
+    return train.activation_checkpointing == "selective" and train.checkpoint_policy == "ops"
 
 
 def passes_twice(optim: OptimConfig) -> bool:
@@ -359,8 +364,8 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
             ("train.checkpoint_policy", "train.checkpoint_every"),
         ),
         (
-            "train.checkpoint_policy=attention",
-            train.checkpoint_policy == "attention",
+            f"train.checkpoint_policy={train.checkpoint_policy}",
+            train.checkpoint_policy != "blocks",
             ("train.checkpoint_every",),
         ),
         ("data.workers=0", config.data.workers == 0, ("data.prefetch",)),

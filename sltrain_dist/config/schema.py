@@ -285,10 +285,11 @@ class TrainConfig(Section):
     activation_checkpointing: Memory[Literal["none", "full", "selective"]] = "none"
     """Activations that are not kept but computed again in the backward pass. full: all inside every decoder
     block. selective: as checkpoint_policy says."""
-    checkpoint_policy: Memory[Literal["blocks", "attention"]] = "blocks"
+    checkpoint_policy: Memory[Literal["blocks", "attention", "ops"]] = "blocks"
     """With activation_checkpointing=selective. blocks: every checkpoint_every-th block as a whole.
     attention: in every block all but the output of attention itself, whose cost grows with the square of
-    seq_len."""
+    seq_len. ops: in every block all but the outputs of attention and of the linear layers, so that no matrix
+    product is computed twice; between none and attention in memory, and little slower than none."""
     checkpoint_every: Memory[Annotated[int, Field(ge=2)]] = 2
     """With checkpoint_policy=blocks: one in so many blocks is computed again."""
     loss_chunk_tokens: Memory[CountOrZero | None] = None

@@ -33,7 +33,7 @@ from sltrain_dist.numerics.device import DeviceType, emulate
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.optim.state_layout import Place
-from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.partition import is_factor, is_sharded
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
@@ -59,7 +59,7 @@ def fake_model(config: Config) -> LlamaForCausalLM:
 def _prepared_model(config: Config) -> LlamaForCausalLM:
     """The same, with activations checkpointed as the configuration says."""
     model = fake_model(config)
-    prepare_blocks(model, config.train)
+    prepare_layers(model, config.train)
     return model
 
 

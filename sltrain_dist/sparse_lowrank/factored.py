@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain_dist.numerics.int8_weight import plain
+from sltrain_dist.sparse_lowrank.kept import keep
 from sltrain_dist.sparse_lowrank.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -32,13 +33,9 @@ class Factored(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, supports: Sequence[Support], scales: Sequence[float], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        layers = _by_layer(parameters, x.dtype)
-        h = _inner(x, layers, scales)
-        ctx.supports, ctx.scales = supports, scales
-        outputs, arranged = _sparse_forward(x, layers, supports)
-        for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
-            y.addmm_(h_i, B.to(x.dtype).t())
-        ctx.arranged = arranged is not None
+        arranged = _arranged(x, supports)
+        outputs, h = keep(lambda: _factored_forward(x, arranged, _by_layer(parameters, x.dtype), supports, scales))
+        ctx.supports, ctx.scales, ctx.arranged = supports, scales, arranged is not None
         ctx.save_for_backward(x if arranged is None else arranged, h, *parameters)
         return tuple(differentiable(y) for y in outputs)
 
@@ -58,6 +55,17 @@ def _by_layer(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Factors]
     """int8 weights by their values; other parameters as they are."""
     values = [plain(parameter, dtype) for parameter in parameters]
     return [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3)]
+
+
+def _factored_forward(
+    x: Tensor, arranged: Tensor | None, layers: Sequence[Factors], supports: Sequence[Support], scales: Sequence[float]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The layers' outputs, (T, m), and h."""
+    h = _inner(x, layers, scales)
+    outputs = _sparse_forward(x, arranged, layers, supports)
+    for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
+        y.addmm_(h_i, B.to(x.dtype).t())
+    return tuple(outputs), h
 
 
 def factored_backward(
@@ -113,22 +121,24 @@ def factored_backward(
     return dx, gradients
 
 
+def _arranged(x: Tensor, supports: Sequence[Support]) -> Tensor | None:
+    """x as the supports' products arrange it, where all layers arrange it alike and it is to be kept."""
+    products = supports[0].products(x)
+    return products.arrange_inputs(x) if products.keeps_arranged and len(_groups(supports)) == 1 else None
+
+
 def _sparse_forward(
-    x: Tensor, layers: Sequence[Factors], supports: Sequence[Support]
-) -> tuple[list[Tensor], Tensor | None]:
-    """xSᵀ of every layer, (T, m); and x as it is arranged, where all layers arrange it alike and it is to be kept."""
+    x: Tensor, arranged: Tensor | None, layers: Sequence[Factors], supports: Sequence[Support]
+) -> list[Tensor]:
+    """xSᵀ of every layer, (T, m)."""
     outputs: list[Tensor] = []
-    groups = _groups(supports)
-    kept: Tensor | None = None
-    for group in groups:
+    for group in _groups(supports):
         products = [supports[i].products(x) for i in group]
         weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(group, products, strict=True)]
         slices = _slices(x, products[0].step(x))
         if len(slices) == 1:
-            inputs = products[0].arrange_inputs(x)
+            inputs = products[0].arrange_inputs(x) if arranged is None else arranged
             outputs += [p.multiply(w, inputs) for p, w in zip(products, weights, strict=True)]
-            if len(groups) == 1 and products[0].keeps_arranged:
-                kept = inputs
             continue
         ys = [x.new_empty(x.shape[0], supports[i].m) for i in group]
         for part in slices:
@@ -136,7 +146,7 @@ def _sparse_forward(
             for product, w, y in zip(products, weights, ys, strict=True):
                 product.multiply(w, inputs, y[part])
         outputs += ys
-    return outputs, kept
+    return outputs
 
 
 def _sparse_backward(

@@ -11,6 +11,7 @@ from torch import Tensor
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.sparse_lowrank.cost import Path, Plan, choose_plan
 from sltrain_dist.sparse_lowrank.factored import Factored
+from sltrain_dist.sparse_lowrank.kept import keeps
 from sltrain_dist.sparse_lowrank.materialize import Materialize
 from sltrain_dist.sparse_lowrank.support import Support
 
@@ -180,4 +181,4 @@ def _check_shapes(x: Tensor, operand: Operand) -> None:
 
 def _plus_bias(y: Tensor, bias: Tensor) -> Tensor:
     # What is compiled may be a view that an autograd function returned, which must not be written to.
-    return y + bias if torch.compiler.is_compiling() else y.add_(bias)
+    return y + bias if torch.compiler.is_compiling() or keeps() else y.add_(bias)

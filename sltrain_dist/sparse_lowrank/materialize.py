@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.factored import differentiable, factored_backward, scaled_mm
+from sltrain_dist.sparse_lowrank.kept import keep
 from sltrain_dist.sparse_lowrank.support import Support
 
 
@@ -38,13 +39,8 @@ class Materialize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, B, A, V)
         ctx.support, ctx.scale, ctx.block_rows, ctx.dense_backward = support, scale, block_rows, dense_backward
-        B, A, V = (plain(parameter, x.dtype) for parameter in (B, A, V))
-        if block_rows >= support.m:
-            return torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, 0, support.m).t())
-        y = x.new_empty(x.shape[0], support.m)
-        for first, last in _blocks(support.m, block_rows):
-            y[:, first:last] = torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, first, last).t())
-        return differentiable(y)
+        outputs, _ = keep(lambda: ((_multiply(x, B, A, V, support, scale, block_rows),), None))
+        return outputs[0] if block_rows >= support.m else differentiable(outputs[0])
 
     @staticmethod
     @once_differentiable
@@ -58,6 +54,17 @@ class Materialize(torch.autograd.Function):
             dx, (rest,) = factored_backward(x, None, grads, [(B, A, V)], [ctx.support], [ctx.scale], needs)
             gradients = (dx, *rest)
         return *gradients, None, None, None, None
+
+
+def _multiply(x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, block_rows: int) -> Tensor:
+    """xWᵀ, (T, m)."""
+    B, A, V = (plain(parameter, x.dtype) for parameter in (B, A, V))
+    if block_rows >= support.m:
+        return torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, 0, support.m).t())
+    y = x.new_empty(x.shape[0], support.m)
+    for first, last in _blocks(support.m, block_rows):
+        y[:, first:last] = torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, first, last).t())
+    return y
 
 
 def build_rows(

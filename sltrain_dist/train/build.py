@@ -24,7 +24,7 @@ from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
@@ -204,7 +204,7 @@ def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> E
 
     Blocks are first made to recompute, then compiled, then sharded: each of these acts on what is inside it.
     """
-    prepare_blocks(model, config.train)
+    prepare_layers(model, config.train)
     if config.parallel.engine == "zero":
         return ZeroEngine(model, config, env)
     if config.parallel.engine == "fsdp":

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-from sltrain_dist.config.rules import accumulates_locally, is_recomputed, keeps_attention, micro_batches_per_update
+from sltrain_dist.config.rules import (
+    accumulates_locally,
+    is_recomputed,
+    keeps_attention,
+    keeps_products,
+    micro_batches_per_update,
+)
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.build import DTYPES
@@ -110,6 +116,7 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
         clip += f" by {optim.clip_mode.replace('_', ' ')}"
     recomputed = sum(is_recomputed(index, train) for index in range(config.model.num_layers))
     kept = ", but attention" if keeps_attention(train) else ""
+    kept += " and linear layers" if keeps_products(train) else ""
     blocks = [
         *([f"activations of {recomputed} of {config.model.num_layers} recomputed{kept}"] if recomputed else []),
         *(["compiled"] if train.compile else []),

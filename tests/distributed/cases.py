@@ -111,23 +111,25 @@ BY_HAND = (
     Case("zero2", tied=True, chunk=5),
     Case("zero3", shard="all", tied=True, chunk=5),
     Case("zero3", tied=True),
-    Case("fsdp", checkpointing="full", compiled=True),
+    Case("fsdp", checkpointing="ops", compiled=True),
     Case("zero3", weights="blocks", compiled=True, chunk=5),
     *(
         Case(engine, dtype="bf16", clip=0.05, accumulation=3, chunk=5)
         for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")
     ),
     *(Case(engine, dtype="mixed", shard="all", chunk=5) for engine in ("ddp", "fsdp", "zero2", "zero3")),
-    Case("fsdp", dtype="mixed", checkpointing="full"),
+    Case("fsdp", dtype="mixed", checkpointing="ops"),
+    Case("zero1", weights="full", checkpointing="ops"),
+    Case("zero2", weights="blocks", checkpointing="ops"),
     *(Case(engine, update="per_layer", clip=0.05, clip_mode="two_pass") for engine in ("ddp", "fsdp")),
     *(Case(engine, update="per_layer", clip=0.05, clip_mode="per_parameter") for engine in ("ddp", "fsdp")),
     Case("fsdp", update="per_layer", clip=0.05, accumulation=3, replicas=2),
     Case("fsdp", update="per_layer", clip=0.05, clip_mode="per_parameter", replicas=2, optimizer="sgd"),
     Case("fsdp", update="per_layer", shard="all", tied=True, accumulation=3),
-    Case("ddp", update="per_layer", tied=True, checkpointing="full"),
+    Case("ddp", update="per_layer", tied=True, checkpointing="ops"),
     Case("ddp", packed=True, update="per_layer"),
     Case("fsdp", packed=True, accumulation=3, checkpointing="attention"),
-    Case("zero3", packed=True, checkpointing="full"),
+    Case("zero3", packed=True, checkpointing="ops"),
     Case("fsdp", update="per_layer", checkpointing="full", compiled=True),
     *(Case(engine, update="per_layer", dtype="bf16", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp")),
     *(Case(engine, update="per_layer", dtype="mixed") for engine in ("ddp", "fsdp")),
@@ -164,7 +166,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
     if case.weights in ("full", "lowrank"):
         reparam |= {"method": case.weights, "support": "random"}
     recompute: dict[str, Any] = {"activation_checkpointing": case.checkpointing}
-    if case.checkpointing in ("blocks", "attention"):
+    if case.checkpointing in ("blocks", "attention", "ops"):
         recompute = {"activation_checkpointing": "selective", "checkpoint_policy": case.checkpointing}
     zero = case.engine.startswith("zero")
     return build_config(

@@ -10,7 +10,7 @@ import torch
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
-from sltrain_dist.parallel.blocks import prepare_blocks
+from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.sparse_lowrank import SLLinear
@@ -95,7 +95,29 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(weights: dict[str, Any
         torch.compiler.reset()
         config = small(reparam=weights, train={"compile": compiled})
         model = warmed(config).cuda()
-        prepare_blocks(model, config.train)
+        prepare_layers(model, config.train)
+        ids = tokens(config, 3).cuda()
+        model(ids, ids).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "weights", [{"support": "random", "path": "materialize"}, {"support": "blocks", "path": "factored"}], ids=str
+)
+def test_kept_products_change_no_gradient(weights: dict[str, Any], compiled: bool) -> None:
+    """The layers are computed again in the thread of the backward pass, which is another one on a GPU."""
+    gradients = []
+    kept = {"activation_checkpointing": "selective", "checkpoint_policy": "ops", "compile": compiled}
+    for train in ({}, kept):
+        torch.compiler.reset()
+        config = small(reparam=weights, train=train)
+        model = warmed(config).cuda()
+        prepare_layers(model, config.train)
         ids = tokens(config, 3).cuda()
         model(ids, ids).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

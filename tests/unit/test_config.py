@@ -556,6 +556,14 @@ class TestRules:
                 ),
                 ["train.checkpoint_every has no effect with train.checkpoint_policy=attention"],
             ),
+            (
+                (
+                    "train.activation_checkpointing=selective",
+                    "train.checkpoint_policy=ops",
+                    "train.checkpoint_every=4",
+                ),
+                ["train.checkpoint_every has no effect with train.checkpoint_policy=ops"],
+            ),
             (("eval.every=5",), ["eval.every has no effect with eval.source=null"]),
             (("eval.every=5", "eval.source=embedded"), []),
             (("optim.name=sgd", "optim.beta2=0.5"), ["optim.beta2 has no effect with optim.name=sgd"]),

@@ -109,3 +109,4 @@ def test_which_blocks_are_recomputed() -> None:
     assert chosen(activation_checkpointing="full") == [0, 1, 2, 3, 4]
     assert chosen(activation_checkpointing="selective", checkpoint_every=2) == [0, 2, 4]
     assert chosen(activation_checkpointing="selective", checkpoint_policy="attention") == [0, 1, 2, 3, 4]
+    assert chosen(activation_checkpointing="selective", checkpoint_policy="ops") == [0, 1, 2, 3, 4]

@@ -186,14 +186,20 @@ def test_what_is_slower(config: Config, change: Callable[[Config], Config]) -> N
 
 
 def test_time_of_recomputation(config: Config) -> None:
-    """Of large micro-batches, which launches do not hold up: about a third more, and less with attention kept."""
-    full, attention = (
-        {"activation_checkpointing": kind, "checkpoint_policy": "attention"} for kind in ("full", "selective")
+    """Of large micro-batches, which launches do not hold up: about a third more, and less with attention or all
+    products kept."""
+    full, attention, products = (
+        {"activation_checkpointing": kind, "checkpoint_policy": policy}
+        for kind, policy in (("full", "attention"), ("selective", "attention"), ("selective", "ops"))
     )
     large = changed(config, train={"micro_batch": 64}, data={"seq_len": 2048})
     usual = update_time(large, 1, 0).compute
-    times = [update_time(changed(large, train={**each, "micro_batch": 64}), 1, 0).compute for each in (full, attention)]
+    times = [
+        update_time(changed(large, train={**each, "micro_batch": 64}), 1, 0).compute
+        for each in (full, attention, products)
+    ]
     assert 1.15 * usual < times[1] < times[0] < 1.35 * usual
+    assert usual < times[2] < 1.15 * usual  # norms, rotations and the like
 
 
 def test_time_of_communication(config: Config) -> None:

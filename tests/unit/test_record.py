@@ -67,7 +67,7 @@ DRAWN: dict[str, tuple[Any, ...]] = {
     "train.dtype": ("bf16", "fp32", "mixed"),
     "train.micro_batch": (1, 3),
     "train.activation_checkpointing": ("none", "full", "selective"),
-    "train.checkpoint_policy": ("blocks", "attention"),
+    "train.checkpoint_policy": ("blocks", "attention", "ops"),
     "train.loss_chunk_tokens": (None, 0, 50),
 }
 """Settings, and what they are drawn from; what stands there twice comes twice as often."""

@@ -16,7 +16,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.batching import pack_rows
 from sltrain_dist.models.build import initialise
 from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel.blocks import _ATTENTION, prepare_blocks
+from sltrain_dist.parallel.checkpointing import _ATTENTION, prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.train.evaluate import evaluate
@@ -132,7 +132,7 @@ def test_training_settings_change_nothing(how: dict[str, object]) -> None:
         model = warmed(config)
         # Tracing alone: `fullgraph` fails at a graph break without a compiler too.
         with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
-            prepare_blocks(model, config.train)
+            prepare_layers(model, config.train)
         engine = DDPEngine(model, config.optim, SINGLE)
         evaluated = evaluate(engine, packed(), 2, SINGLE, reset_attention=True)
         loss, _ = forward_backward(engine, packed(), 2, SINGLE, reset_attention=True)

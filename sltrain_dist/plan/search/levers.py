@@ -62,6 +62,7 @@ def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> l
             (
                 Setting("none", {"train.activation_checkpointing": "none"}),
                 Setting("every 2nd block", _selective("blocks")),
+                Setting("all but products", _selective("ops")),
                 Setting("all but attention", _selective("attention")),
                 Setting("full", {"train.activation_checkpointing": "full"}),
             ),

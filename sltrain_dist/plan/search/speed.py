@@ -14,6 +14,7 @@ from sltrain_dist.config.rules import (
     accumulates_locally,
     is_recomputed,
     keeps_attention,
+    keeps_products,
     micro_batches_per_update,
     passes_twice,
 )
@@ -103,7 +104,9 @@ def _pass_seconds(config: Config) -> float:
     for index in range(model.num_layers):
         block, launches = linears + 3.5 * attention + 3 * copies, 1.0
         if is_recomputed(index, train):  # another forward pass, a third of both passes
-            block += linears / 3 + copies + (0 if keeps_attention(train) else attention)
+            block += copies
+            block += 0 if keeps_products(train) else linears / 3
+            block += 0 if keeps_attention(train) else attention
             launches += 1 / 3
         total += max(block * unit, launches * KERNELS_PER_BLOCK * LAUNCH_S)
     return total
