@@ -98,6 +98,7 @@ class EventLog(StorageWatch):
         self._assigned: dict[int, str] = {}
         self._ignored_new: set[int] = set()
         self._ignored_free: set[int] = set()
+        self._shared: set[int] = set()
         self._numbers = 0
         self._sizes: dict[int, int] = {}
 
@@ -188,6 +189,10 @@ class EventLog(StorageWatch):
         """Leaves out that a storage is freed: another recording has it."""
         self.assign([tensor], component)
         self._ignored_free.add(self.number(tensor))
+
+    def share(self, tensor: Tensor, component: str) -> None:
+        """Takes over a storage that all layers use: it is freed with the last of them, and is a step of its own."""
+        self._shared.add(self.number(self.take_over(tensor, component)))
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Leaves out storages that exist already and are accounted for elsewhere."""
@@ -300,6 +305,10 @@ class EventLog(StorageWatch):
             elif event.what == "free" and event.storage not in self._ignored_free:
                 if arrived:
                     writer.cut(released=gradients[event.storage])
+                elif event.storage in self._shared:
+                    writer.cut()
+                    writer.add(components[event.storage], -event.size)
+                    writer.cut(shared=True)
                 else:
                     writer.add(components[event.storage], -event.size)
             elif event.what == "arrives":
@@ -350,10 +359,10 @@ class _StepWriter:
             self._most, self._peak_where = self._total, self.where
             self._peak = {key: value for key, value in self._live.items() if value}
 
-    def cut(self, arrives: tuple[int, int] | None = None, released: int | None = None) -> None:
+    def cut(self, arrives: tuple[int, int] | None = None, released: int | None = None, *, shared: bool = False) -> None:
         """Ends a step."""
         end = {key: value for key, value in self._live.items() if value}
-        self._steps.append(Step(self._peak_where or self.where, self._peak, end, arrives, released))
+        self._steps.append(Step(self._peak_where or self.where, self._peak, end, arrives, released, shared))
         self._clear()
 
     def finish(self) -> Sequence[Step]:

@@ -72,6 +72,8 @@ def play(
     gradients: Gradients | None = None,
     in_flight: tuple[Parameter, ...] = (),
     of_remainder: Gradients | None = None,
+    *,
+    last: bool = False,
 ) -> Played:
     """Plays a pass.
 
@@ -81,6 +83,7 @@ def play(
         in_flight: Parameters whose gradients are in flight at its start.
         of_remainder: What becomes of the gradients of the dense remainder, where that is something else. Then only
             these are ever in flight.
+        last: Whether it is the last pass to use what all layers share.
     """
     balance = _Balance()
     remainder = of_remainder and of_remainder.sink(in_flight)
@@ -88,6 +91,8 @@ def play(
     taken_by: dict[int, _Sink] = {}
     freed: set[int] = set()
     for step, following in zip(recorded.of.steps, (*recorded.of.steps[1:], _NO_STEP), strict=True):
+        if step.shared and not last:
+            continue
         balance.rise(step.peak, step.where)
         balance.add(step.end)
         balance.where = step.where

@@ -38,6 +38,8 @@ from sltrain_dist.parallel.partition import is_factor, is_sharded
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of what goes from one layer to the next, and of its gradient."""
+SHARED = ("activations.rotary", "activations.rotary", "activations.mask")
+"""Components of what all layers are given: cosines, sines and the mask."""
 _NOTHING = Pass(())
 
 Build = Callable[[Config], Any]
@@ -81,14 +83,17 @@ def record_layer(
         _watch(log, [("layers.0", layer), *list(layer.named_modules())[1:]], parameters)
         batch = _Batch(config, micro_batch)
         seed, shared = torch.zeros((), requires_grad=True), _shared(model, batch)
-        _leave_out(log, model, [seed, *shared])
+        _leave_out(log, model, [seed])
+        for tensor, component in zip(shared, SHARED, strict=True):
+            if tensor is not None:
+                log.share(tensor, component)
         with log:
             with _autocast(model):
                 shape = (micro_batch, config.data.seq_len, config.model.hidden_size)
                 x = _LayerInput.apply(seed, log, shape, model.model.embed_tokens.weight.dtype)
                 log.begin_part("forward")
                 y = layer(x, *shared)
-                del x
+                del x, shared
                 log.hand_over(y, RESIDUAL)
                 log.begin_part("leave autocast")
             log.begin_part("")
@@ -326,9 +331,9 @@ class _Gap(nn.Module):
 
     def forward(self, x: Tensor, *shared: Tensor | None) -> Tensor:
         """Maps the first layer's input to the last layer's output."""
-        for tensor, component in zip(shared, ("rotary", "rotary", "mask"), strict=True):
+        for tensor, component in zip(shared, SHARED, strict=True):
             if tensor is not None:
-                self._log.hand_over(tensor, f"activations.{component}")
+                self._log.hand_over(tensor, component)
         self._log.hand_over(x, RESIDUAL)
         return _ThroughLayers.apply(x, self._log)
 

@@ -26,6 +26,7 @@ class Step:
             Several gradients may share one.
         released: The storage of gradients that autograd lets go of at the end. It is freed there unless somebody
             else keeps it.
+        shared: Whether it only frees what all layers share, which happens in the last of them to use it.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Step:
     end: Bytes
     arrives: tuple[int, int] | None = None
     released: int | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)

@@ -165,13 +165,12 @@ class Timeline:
         played = play(self.model.loss_backward, gradients)
         self.apply("backward", "", played)
         for layer, kind in reversed(list(enumerate(self.model.order))):
-            played = play(self.model.layers[kind].backward, gradients, played.in_flight)
+            played = play(self.model.layers[kind].backward, gradients, played.in_flight, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
         self.end_backward(gradients, played)
 
     def end_backward(self, gradients: Gradients, played: Played) -> None:
         """From the first layer's input on; `played` is what was before."""
-        self.clear("activations.rotary", "activations.mask")
         played = play(self.model.embedding_backward, gradients, played.in_flight)
         self.apply("backward", "", played)
         self.apply("backward", "last updates", receive_all(gradients, played.in_flight))

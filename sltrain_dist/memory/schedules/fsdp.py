@@ -102,12 +102,11 @@ class FsdpTimeline(Timeline):
                 self.add(GATHERED, block)
                 prefetched = gather * min(ahead, layer)
             self.add(GATHERED, prefetched)
-            played = play(model.layers[kind].backward, of_layer, played.in_flight, of_remainder)
+            played = play(model.layers[kind].backward, of_layer, played.in_flight, of_remainder, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
             self.add(GATHERED, -block)
             self._reduce(f"layer {layer}", in_layer=True)
             self.add(GATHERED, -prefetched)
-        self.clear("activations.rotary", "activations.mask")
         played = play(model.embedding_backward, ends, played.in_flight)
         self.apply("backward", "", played)
         if not self.remainder_is_whole:

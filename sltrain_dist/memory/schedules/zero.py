@@ -181,7 +181,9 @@ class ZeroTimeline(Timeline):
             if layer < layers - 1 and block:
                 self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
-            played = play(model.layers[kind].backward, self.gradients_of_layer(full=full), (), of_remainder)
+            played = play(
+                model.layers[kind].backward, self.gradients_of_layer(full=full), (), of_remainder, last=layer == 0
+            )
             self.apply("backward", f"layer {layer}", played)
             if self.stage == 3:
                 if full:
@@ -189,7 +191,6 @@ class ZeroTimeline(Timeline):
                 self.add("gradients", -self.width * self.held.dealt_in(layer=True))
             self.add(GATHERED, -block - coming)
         of_table = Gradients("keep", self.width) if self.stage == 3 and self._table() else ends
-        self.clear("activations.rotary", "activations.mask")
         self.apply("backward", "", play(model.embedding_backward, of_table))
         self._reduce(full=full)
         message = self.width * self.held.whole_values
