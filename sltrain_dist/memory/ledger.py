@@ -38,7 +38,7 @@ class Gradients:
         use: "keep": they wait for the update. "add": they are added to what is there, an earlier micro-batch's or
             a bucket, and freed. "step": a per-layer update uses them up.
         width: Bytes of a value.
-        step_bytes: With "step", transient bytes of the step of each parameter, by its shape.
+        step_bytes: With "step", transient bytes of the step of each parameter.
         in_flight_bytes: With "step", most bytes that are being summed over the ranks meanwhile; None on one rank.
         frees_earlier: Whether gradients of earlier micro-batches are freed as these come.
         message_bytes: With "add", bytes of a copy in which a full bucket is sent.
@@ -46,7 +46,7 @@ class Gradients:
 
     use: Literal["keep", "add", "step"]
     width: int
-    step_bytes: tuple[tuple[tuple[int, ...], int], ...] = ()
+    step_bytes: tuple[tuple[Parameter, int], ...] = ()
     in_flight_bytes: int | None = None
     frees_earlier: bool = False
     message_bytes: int = 0
@@ -260,4 +260,4 @@ class _Step:
             balance.count("gradients", -self._released.pop(storage))
 
     def _use(self, balance: _Balance, parameter: Parameter) -> None:
-        balance.rise({"temporaries.update": self._step_bytes[parameter.shape]}, f"{balance.where}, update")
+        balance.rise({"temporaries.update": self._step_bytes[parameter]}, f"{balance.where}, update")

@@ -123,7 +123,7 @@ class Timeline:
         """What becomes of the last micro-batch's gradients of parameters that are whole on every rank."""
         several = self.passes > 1
         if self.config.optim.update == "per_layer":
-            steps = {item.parameter.shape: self.step_bytes(item) for item in self.held.items if not item.dealt}
+            steps = {item.parameter: self.step_bytes(item) for item in self.held.items if not item.dealt}
             in_flight = _IN_FLIGHT_BYTES if self.ranks > 1 else None
             return Gradients("step", self.width, tuple(steps.items()), in_flight, frees_earlier=several)
         return Gradients(
@@ -197,6 +197,11 @@ class Timeline:
         codes = (place.count for place in places if is_quantized(place.shape, bits))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
+    @property
+    def gathered_in_evaluation(self) -> int:
+        """Most bytes of sharded parameters that are gathered at a time in an evaluation."""
+        return 0
+
     def evaluate(self) -> None:
         """Forward pass of an evaluation, of which nothing is kept."""
         evaluation = self.config.eval
@@ -206,6 +211,7 @@ class Timeline:
         request = evaluation_request(self.config, micro_batch, self.device)
         embedding, layer, loss = map(play, evaluation_passes(request))
         before = dict(self.base)
+        self.add("buffers.gathered", self.gathered_in_evaluation)
         self.add("batch", self.batch_bytes(micro_batch * self.config.data.seq_len))
         self.apply("forward", "evaluation", embedding)
         for _ in self.model.order:

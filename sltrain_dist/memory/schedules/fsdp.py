@@ -81,6 +81,14 @@ class FsdpTimeline(Timeline):
         self.leave_autocast()
         self.add(GATHERED, -gather)
 
+    @property
+    def gathered_in_evaluation(self) -> int:
+        """A layer with the buffer that it came in, those that are prefetched, and the root, which stays."""
+        layer = self.held.gathered_in(layer=True) * self.gathered_width
+        ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
+        buffers = layer * (1 + ahead) if self.shards > 1 else 0
+        return layer + buffers + self.held.gathered_in(layer=False) * self.width
+
     def backward(self) -> None:
         parallel, model = self.config.parallel, self.model
         layers, ahead = len(model.order), parallel.prefetch_blocks

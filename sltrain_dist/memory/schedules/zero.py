@@ -159,6 +159,12 @@ class ZeroTimeline(Timeline):
         self.apply("forward", "", play(self.model.loss))
         self.leave_autocast()
 
+    @property
+    def gathered_in_evaluation(self) -> int:
+        """In stage 3 a layer, those that are prefetched, and the embedding's or the head's weight."""
+        ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
+        return (self.block_values * self.width * (1 + ahead) + self._table()) if self.stage == 3 else 0
+
     def _table(self) -> int:
         """Bytes of the embedding's, or the head's, weight where it is gathered."""
         return self.model.ends.parameters[0].values * self.width if self.config.parallel.shard == "all" else 0
