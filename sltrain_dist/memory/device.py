@@ -1,34 +1,11 @@
-"""What the planner takes for granted of a device (no torch)."""
+"""Device memory beside the bytes of tensors (no torch): context, communicators, workspaces, the allocator's rest."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 from sltrain_dist.config.schema import ParallelConfig
 
 MIB = 1 << 20
 
-
-@dataclass(frozen=True)
-class Device:
-    """A kind of device.
-
-    Attributes:
-        type: As in `torch.device`; it decides which path a layer takes.
-        kernels: Whether Triton's kernels are used (sparse_lowrank/kernels.py).
-        fused: Whether RMSNorm is one kernel forward and one backward, and attention's scratch memory torch's own.
-        span: Values that the optimizers of :mod:`sltrain_dist.optim.low_bit` update at a time.
-    """
-
-    type: Literal["cuda", "cpu"] = "cuda"
-    kernels: bool = True
-    fused: bool = True
-    span: int = 1 << 21
-
-
-CUDA = Device()
-"""What plans are made for. Triton comes with torch's CUDA builds."""
 
 CONTEXT_BYTES = 770 * MIB
 """CUDA context with the kernels that a run loads, which is outside of the allocator: 0.80 GB on an H200 with CUDA 13
