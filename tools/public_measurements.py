@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Self
 
 from benchmarking import table
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from sltrain_dist.plan.units import parse_device_memory
 
 from sltrain_dist.config.load import build_config, merged, parse_override
 from sltrain_dist.config.presets import PRESETS
@@ -23,6 +22,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.device import SLACK, communicators, outside_bytes
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
+from sltrain_dist.plan.device_memory import parse_device_memory
 from sltrain_dist.plan.paper.reference import reference_estimate
 
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "docs/reports/public-measurements.csv"

@@ -54,8 +54,8 @@ class Gradients:
     def sink(self, in_flight: Sequence[Parameter]) -> _Sink:
         """Takes the gradients of one pass, at whose start those of some parameters are in flight."""
         if self.use == "step":
-            return _Step(self, in_flight)
-        return _Keep() if self.use == "keep" else _Add(self)
+            return _UseGradients(self, in_flight)
+        return _KeepGradients() if self.use == "keep" else _AddGradients(self)
 
 
 @dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once
@@ -172,8 +172,8 @@ class _Sink(Protocol):
         """Uses gradients that are in flight until at most so many bytes are."""
 
 
-class _Keep:
-    """They become `.grad` and wait for the update."""
+class _KeepGradients:
+    """Gradients become `.grad` and wait for the update."""
 
     in_flight: tuple[Parameter, ...] = ()
     adds = False
@@ -192,8 +192,8 @@ class _Keep:
         pass
 
 
-class _Add:
-    """They are added to what is there, and freed."""
+class _AddGradients:
+    """Gradients are added to what is there, and freed."""
 
     in_flight: tuple[Parameter, ...] = ()
     adds = True
@@ -214,8 +214,8 @@ class _Add:
         pass
 
 
-class _Step:
-    """Per-layer updates use them up, at once or when they come back from the other ranks."""
+class _UseGradients:
+    """Per-layer updates use gradients up, at once or when they come back from the other ranks."""
 
     def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
         self._how, self.adds = how, how.frees_earlier

@@ -36,14 +36,16 @@ def operators_of(device: DeviceType, config: Config) -> Iterator[None]:
         yield
 
 
-def _flash_backward(grad: Tensor, query: Tensor, *rest: Any, **kwargs: Any) -> int:
-    """The gradients of queries and one sum a row are in float32 while they are added up (flash_attn's mha_bwd)."""
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> int:
+    """The gradients of queries and one sum a row are in float32 while they are added up; with grouped heads keys and
+    values have gradients for every query head first (flash_attn's mha_bwd)."""
     batch, heads, length, width = query.shape
     if query.dtype == torch.float32 or kwargs.get("attn_mask") is not None:
         # The memory-efficient kernel, which adds up in the gradients themselves. Flash attention takes no mask.
         return 4 * batch * heads * length
+    expanded = 2 * batch * heads * length * width * query.element_size() if key.shape[1] != heads else 0
     length, width = -(-length // 128) * 128, -(-width // 32) * 32
-    return 4 * batch * heads * length * (width + 1)
+    return 4 * batch * heads * length * (width + 1) + expanded
 
 
 def _svd(matrix: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.memory.events import EventLog
@@ -40,6 +41,7 @@ RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of what goes from one layer to the next, and of its gradient."""
 SHARED = ("activations.rotary", "activations.rotary", "activations.mask")
 """Components of what all layers are given: cosines, sines and the mask."""
+_ATTENTION_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _NOTHING = Pass(())
 
 Build = Callable[[Config], Any]
@@ -84,16 +86,16 @@ def record_layer(
         batch = _Batch(config, micro_batch)
         seed, shared = torch.zeros((), requires_grad=True), _shared(model, batch)
         _leave_out(log, model, [seed])
-        for tensor, component in zip(shared, SHARED, strict=True):
-            if tensor is not None:
-                log.share(tensor, component)
+        for given, component in zip(shared, SHARED, strict=True):
+            if given is not None:
+                log.share(given, component)
         with log:
             with _autocast(model):
                 shape = (micro_batch, config.data.seq_len, config.model.hidden_size)
                 x = _LayerInput.apply(seed, log, shape, model.model.embed_tokens.weight.dtype)
                 log.begin_part("forward")
                 y = layer(x, *shared)
-                del x, shared
+                del x, shared, given
                 log.hand_over(y, RESIDUAL)
                 log.begin_part("leave autocast")
             log.begin_part("")
@@ -166,7 +168,7 @@ def record_step(
         int8: Whether it is an int8 weight.
         low_bit: Whether int8 weights are stepped by the same optimizer, which then is another one.
     """
-    with FakeTensorMode(), emulate(device):
+    with by_itself(), FakeTensorMode(), emulate(device):
         shape = (part.count // part.row, *part.shape[1:]) if part.is_matrix else (part.count,)
         kind = getattr(torch, dtype)
         value = Int8Weight.empty(shape, kind, "cpu") if int8 else torch.empty(shape, dtype=kind)
@@ -176,11 +178,10 @@ def record_step(
             named.append(("without gradient", nn.Parameter(Int8Weight.empty((1, 1), kind, "cpu"))))
         optimizer = make_optimizer(named, optim, places={part.name: part}, agree=lambda _: None)
         parameter.grad = torch.empty(shape, dtype=kind)
-        optimizer.step()  # makes the states
         log = EventLog(device)
-        states = (value for state in optimizer.state.values() for value in state.values())
-        log.leave_out([*parts_of(parameter).values(), parameter.grad, *filter(torch.is_tensor, states)])
+        log.leave_out([*parts_of(parameter).values(), parameter.grad])
         with log:
+            optimizer.step()  # makes the states
             log.begin_part("step")
             optimizer.step()
     return StepRecording(transient_bytes(log, "step"))
@@ -198,11 +199,23 @@ def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tup
     enabled = gc.isenabled()
     gc.disable()  # cycles of other code must not be freed among the events
     try:
-        with FakeTensorMode(), operators_of(device, config):
+        with by_itself(), FakeTensorMode(), operators_of(device, config):
             yield build(config), EventLog(device)
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Makes what is recorded in the block independent of the state of torch around it."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        sdpa_kernel(list(_ATTENTION_KERNELS)),
+    ):
+        yield
 
 
 _WHERE = {

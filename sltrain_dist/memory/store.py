@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -42,6 +43,7 @@ DeviceType = Literal["cuda", "cpu"]
 """Whose operators are recorded."""
 
 _SOURCES = (
+    "config/rules.py",
     "numerics",
     "sparse_lowrank",
     "optim",
@@ -55,7 +57,7 @@ _SOURCES = (
 _WORTH_PROCESSES = 8
 """Missing recordings from which on processes are started, which takes seconds."""
 _KEPT_S = 30 * 24 * 3600
-"""Seconds for which recordings of other versions are kept after they were made."""
+"""Seconds for which another version's recordings are kept after the last of them was made."""
 
 _KINDS: dict[str, type[Recording]] = {
     "layer": LayerRecording,
@@ -85,6 +87,11 @@ class Request:
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
     make: Callable[..., Recording] | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def device(self) -> DeviceType:
+        """Whose operators. Those of this machine's CPU depend on its number of threads, and are not kept on disk."""
+        return "cpu" if "cpu" in self.arguments else "cuda"
+
     def get(self) -> Any:
         """The recording."""
         if self not in _found:
@@ -101,7 +108,8 @@ class Request:
         return True
 
     def _record(self) -> Recording:
-        recording = (self.make or self._make())(*self.arguments)
+        with _recording:
+            recording = (self.make or self._make())(*self.arguments)
         _write(self, recording)
         return recording
 
@@ -118,6 +126,8 @@ class Request:
 
 
 _found: dict[Request, Recording] = {}
+_recording = threading.Lock()
+"""One thread records at a time: a GPU is emulated in the whole process."""
 
 
 def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[int, int], None]) -> None:
@@ -296,6 +306,8 @@ def _path(request: Request) -> Path:
 
 def _read(request: Request) -> Recording | None:
     """A recording from disk; None where there is no whole one."""
+    if request.device == "cpu":
+        return None
     try:
         digest, key, text = _path(request).read_bytes().split(b"\n", 2)
         if digest.decode() == _digest(key, text) and key.decode() == request.key:
@@ -306,7 +318,7 @@ def _read(request: Request) -> Recording | None:
 
 
 def _write(request: Request, recording: Recording) -> None:
-    if problems:
+    if problems or request.device == "cpu":
         return
     key, text = request.key.encode(), dumps(recording)
     try:

@@ -148,7 +148,7 @@ class ZeroEngine:
                 raise
             raise ConfigError(
                 f"parallel.deepspeed = {config.parallel.deepspeed}: DeepSpeed refuses it: {error}"
-            ) from None
+            ) from error
 
     @property
     def module(self) -> nn.Module:

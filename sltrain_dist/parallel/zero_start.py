@@ -6,6 +6,7 @@ they live twice; in stage 3 they are whole on every rank first.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -65,7 +66,7 @@ def give_flat_memory(
     """Stages 1 and 2: gives a model on the meta device memory in which each of the optimizer's groups is flat.
 
     Returns:
-        The groups. None where the model has memory already, whose parameters lie each by itself.
+        The groups; an empty list where the model has memory already, whose parameters lie each by itself.
     """
 
     def groups() -> list[list[nn.Parameter]]:
@@ -107,6 +108,13 @@ def use_flat_memory(deepspeed: Any, groups: list[FlatGroup]) -> Iterator[None]:
         for group in groups if not any(param_padding or ()) else ():
             if list(map(id, parameters)) == list(map(id, group.parameters)) and group.flat.numel() % alignment == 0:
                 return group.flat
+        if groups:
+            warnings.warn(
+                "DeepSpeed copies the model at the start, so that it lives twice for a moment: it asks for an order "
+                "or a padding of parameters that was not foreseen (parallel.deepspeed, or another DeepSpeed)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return copy(optimizer, parameters, alignment, use_cpu_data=use_cpu_data, param_padding=param_padding)
 
     stage_1_and_2.flatten_dense_tensors_aligned = flatten

@@ -72,11 +72,6 @@ class Follower:
             initial: Reads the values that it is then given; None to leave it as it is.
         """
         log, engine, bits = self.log, self.config.parallel.engine, self.config.optim.state_bits
-        if bits in BLOCKS:  # tables that are made once in a process, and kept
-            with log, log.within("temporaries.levels"):
-                for signed in (True, False):
-                    tables = quantizer(bits, BLOCKS[bits], self.env.device, signed=signed)
-                    log.add([tables.levels, tables.borders, tables.table])
         log.begin(("init", "engine"))
         with log, self._hooks_before_others(), without_mesh():
             log.watch(model.named_modules(), self._module_begins)
@@ -93,6 +88,12 @@ class Follower:
                 self._assign_model(self.engine.module)
             for parameter in self.engine.module.parameters():
                 self._watch_gradient(parameter)
+        log.begin(None)
+        if bits in BLOCKS:  # tables that are made once in a process, and kept
+            with log, log.within("temporaries.levels"):
+                for signed in (True, False):
+                    tables = quantizer(bits, BLOCKS[bits], self.env.device, signed=signed)
+                    log.add([tables.levels, tables.borders, tables.table])
 
     def update(self) -> None:
         """Makes an update of the first and the last micro-batch. The first update's moments are not reported."""

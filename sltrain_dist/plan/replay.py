@@ -51,6 +51,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
 
     Raises:
         ConfigError: The run cannot be replayed, or not be made on so many ranks.
+        RuntimeError: This process has a process group; replay in a process of its own.
     """
     if config.parallel.engine == "zero":
         raise ConfigError(

@@ -79,7 +79,7 @@ class MemoryWatch:
         self._reported = False
         try:
             self.predicted = predict(config, env.world_size)
-        except Exception as error:  # a defect of the planner is none of the run
+        except Exception as error:  # a planner bug must not stop training
             self.failure = f"{type(error).__name__}: {error}"
 
     def summary(self) -> list[tuple[str, str]]:

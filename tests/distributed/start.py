@@ -18,7 +18,6 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.checkpoint.store import CheckpointReader
-from sltrain_dist.memory.device import Device
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.parallel import environment, zero, zero_start
 from sltrain_dist.parallel.environment import Environment
@@ -49,7 +48,6 @@ CASES = (
     Case("zero3", offload=True, dtype="mixed", weights="lowrank"),
     Case("ddp", weight_bits=8, bits=8, tied=True),
 )
-CPU = Device("cpu", kernels=False, fused=False, span=1 << 16)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
     tracker.begin("start")
     with tracker, mock.patch.object(zero, "partition_by_layer", partition):
         engine = start_engine(config, env)
-    started = [stretch.peak for stretch in tracker.stretches[1:]]
+    started = [interval.peak for interval in tracker.intervals[1:]]
     initial = differing(whole_tensors(engine, env), first_weights(config))
     gc.collect()
     tracker.begin("update")
@@ -99,8 +97,8 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
     with again:
         engine = start_engine(config, env, cast(CheckpointReader, saved))
     resumed = differing(whole_tensors(engine, env), saved.tensors)
-    update = tracker.stretches[-1].peak
-    timeline = estimate(config, ranks=env.world_size, device=CPU).timeline
+    update = tracker.intervals[-1].peak
+    timeline = estimate(config, ranks=env.world_size, device="cpu").timeline
     return {
         "initial": initial,
         "resumed": resumed,

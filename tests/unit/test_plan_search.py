@@ -54,7 +54,7 @@ def test_several_processes_find_the_same(config: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr("sltrain_dist.plan.search.combinations._MIN_CANDIDATES_FOR_PROCESSES", 1)
     levers = named_levers(config, 2, ["state bits", "recompute", "update"])
     alone, shared = (search(config, 2, levers, closed_form, workers=workers).rows for workers in (1, 2))
-    assert shared == alone and len(alone) == 24
+    assert shared == alone and len(alone) == 30
 
 
 def test_other_methods(config: Config) -> None:

@@ -80,18 +80,18 @@ def test_following_does_not_change_what_is_followed(case: str) -> None:
     ranks, sections = PLAIN[case]
     config = config_of(**{**sections, "train": {"global_batch": 2 * ranks, **sections.get("train", {})}})
     peak = max(p.total for p in replay(config, ranks, device="cpu").timeline if p.phase not in ("init", "save"))
-    with fake_rank(config, 0, ranks, "cpu") as (env, tracker):
-        with tracker, without_mesh():
+    with fake_rank(config, 0, ranks, "cpu") as (env, log):
+        with log, without_mesh():
             engine = build_engine(meta_model(config), config, env)
         for _ in range(2):
             gc.collect()
-            tracker.begin("update")
-            with tracker:
+            log.begin("update")
+            with log:
                 engine.begin_update(config.optim.lr, 1.0)
                 forward_backward(engine, made_up_rows(config, 0, config.train.global_batch // ranks), 2, env)
                 engine.clip_gradients()
                 engine.update()
-    assert tracker.stretches[-1].peak == peak
+    assert sum(log.moments()[-1].components.values()) == peak
 
 
 def test_a_whole_preset_takes_what_it_takes() -> None:
@@ -139,14 +139,14 @@ def test_components_follow_the_sharding_rules(case: str) -> None:
 def test_gathered_blocks_and_what_is_saved() -> None:
     """FSDP2 keeps gathered blocks where it is told to, and activation checkpointing keeps a block's input."""
     kept, freed, again = (
-        replay(config_of(**sections, model={"num_layers": 6}), 1).peak_of("forward").groups()
+        replay(config_of(**sections, model={"num_layers": 4}), 1).peak_of("forward").groups()
         for sections in (
             {"parallel": {"engine": "fsdp", "reshard_after_forward": False}},
             {"parallel": {"engine": "fsdp"}},
             {"parallel": {"engine": "fsdp"}, "train": {"activation_checkpointing": "full"}},
         )
     )
-    assert kept["buffers"] > 2 * freed["buffers"] > 0
+    assert kept["buffers"] > 1.5 * freed["buffers"] > 0
     assert again["activations"] < freed["activations"] / 3
 
 

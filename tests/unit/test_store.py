@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sltrain_dist
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory import record, recorded_model, store
 from sltrain_dist.memory.estimate import estimate, recordings_of
 from sltrain_dist.memory.recording import dumps, loads
+from sltrain_dist.numerics import device
 from tests.small import PLANNED
 
 CONFIG = build_config(
@@ -127,17 +133,60 @@ def test_other_sources_are_recorded_anew(directory: Path, made: list[str], monke
 
 
 def test_a_source_that_changes_changes_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = {source for source in store._SOURCES if not source.endswith(".py")}
-    assert {"sparse_lowrank", "models", "optim", "parallel", "numerics", "memory"} <= sources
-    for source in sources:
-        (tmp_path / "package" / source).mkdir(parents=True)
-        (tmp_path / "package" / source / "code.py").write_text("before")
-    (tmp_path / "package" / "tracking").mkdir()
-    (tmp_path / "package" / "tracking" / "live_bytes.py").write_text("before")
+    package = Path(sltrain_dist.__file__).parent
+    shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(store.sltrain_dist, "__file__", str(tmp_path / "package" / "__init__.py"))
-    before = store._version()
-    (tmp_path / "package" / "models" / "code.py").write_text("after")
-    assert store._version() != before
+    versions = {store._version()}
+    for source in store._SOURCES:
+        path = tmp_path / "package" / source
+        path = path if path.suffix else next(path.rglob("[a-z]*.py"))
+        path.write_text(path.read_text() + "# changed")
+        versions.add(store._version())
+    assert len(versions) == 1 + len(store._SOURCES)
+
+
+def test_all_that_records_is_among_the_sources() -> None:
+    """Settings are in the keys, and errors and files are not recorded."""
+    code = "import sys, sltrain_dist.memory.record, sltrain_dist.plan.paper.published; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    paths = {
+        name.removeprefix("sltrain_dist.").replace(".", "/") for name in modules if name.startswith("sltrain_dist.")
+    }
+    aside = ("config/", "config", "errors", "files", "plan", "streams", "tracking")
+    missing = {p for p in paths if not p.startswith(tuple(s.removesuffix(".py") for s in store._SOURCES))}
+    assert {path for path in missing if not path.startswith(aside[0]) and path not in aside} == set()
+
+
+@pytest.mark.parametrize("around", ["no_grad", "inference_mode", "autocast", "math"])
+def test_recordings_do_not_depend_on_the_state_of_torch(around: str, made: list[str]) -> None:
+    expected = estimate(CONFIG)
+    for path in store.directory().glob("*.json"):
+        path.unlink()
+    forget()
+    state = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "math": lambda: sdpa_kernel(SDPBackend.MATH),
+    }[around]
+    with state():
+        assert estimate(CONFIG) == expected
+    assert made.count("layer") == 2
+
+
+def test_recordings_of_this_machines_operators_are_not_kept(directory: Path) -> None:
+    estimate(CONFIG, device="cpu")
+    assert not list(directory.glob("*.json"))
+
+
+def test_threads_may_record_at_once() -> None:
+    """A GPU is emulated in the whole process, and no longer than a recording takes."""
+    others = [_changed(CONFIG, {"data": {"seq_len": length}}) for length in (8, 24, 40)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(estimate, others))
+    assert not device.is_emulated("cuda")
+    forget()
+    assert found == [estimate(config) for config in others]
 
 
 @pytest.mark.parametrize("problem", ["a file", "full", "read-only"])

@@ -105,7 +105,8 @@ class Timeline:
         self.add("states", states)
         self.add("master_weights", masters)
         if self.passes > 1:
-            waiting = self.held.waiting_values(whole=self.waits_whole, with_dealt=on_device)
+            # Where they wait whole, they have not been on their way to the host yet.
+            waiting = self.held.waiting_values(whole=self.waits_whole, with_dealt=on_device or self.waits_whole)
             self.add("gradients", waiting * self.width)
         self.add("temporaries.scalars", self.scalar_bytes())
         if optim.state_bits in BLOCKS:
@@ -182,8 +183,11 @@ class Timeline:
             self.point("update", "made in the backward pass")
             return
         items = self.held.on_device(with_dealt=self.dealt_on_device)
-        if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters together
-            taken = sum(item.count * self.step_bytes(item) for item in items)
+        if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
+            taken = max(
+                sum(item.count * self.step_bytes(item) for item in items if item.dealt is dealt)
+                for dealt in (False, True)
+            )
         else:
             taken = max(map(self.step_bytes, items), default=0)
         self.point("update", "step of the optimizer", {"temporaries.update": taken})

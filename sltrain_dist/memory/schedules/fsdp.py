@@ -83,11 +83,12 @@ class FsdpTimeline(Timeline):
 
     @property
     def gathered_in_evaluation(self) -> int:
-        """A layer with the buffer that it came in, those that are prefetched, and the root, which stays."""
+        """A layer (without resharding: all) with its buffer, those that are prefetched, and the root, which stays."""
         layer = self.held.gathered_in(layer=True) * self.gathered_width
         ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
         buffers = layer * (1 + ahead) if self.shards > 1 else 0
-        return layer + buffers + self.held.gathered_in(layer=False) * self.width
+        kept = 1 if self.config.parallel.reshard_after_forward else len(self.model.order)
+        return layer * kept + buffers + self.held.gathered_in(layer=False) * self.width
 
     def backward(self) -> None:
         parallel, model = self.config.parallel, self.model

@@ -9,7 +9,7 @@ from torch.optim import Adam, Optimizer
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.events import EventLog
-from sltrain_dist.memory.record import transient_bytes
+from sltrain_dist.memory.record import by_itself, transient_bytes
 from sltrain_dist.memory.recording import UpdateRecording
 from sltrain_dist.optim.state_layout import QUANTIZED_FROM
 
@@ -25,7 +25,7 @@ def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> Upd
         replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
         config: The run.
     """
-    with FakeTensorMode():
+    with by_itself(), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
         gradient = parameter.grad = torch.empty_like(parameter)
         optimizer, log = make_optimizer([parameter], replaced, config), EventLog("cuda")
