@@ -32,8 +32,8 @@ SAMPLE = [case for case in cases(11, 6, max_layers=2, on_one=False) if case["val
 
 
 def test_the_grid_covers_every_setting() -> None:
-    drawn = list(cases(7, 200, max_layers=None, on_one=False))
-    assert drawn[:5] == list(cases(7, 5, max_layers=None, on_one=False))
+    drawn = list(cases(8, 200, max_layers=None, on_one=False))
+    assert drawn[:5] == list(cases(8, 5, max_layers=None, on_one=False))
     assert len({json.dumps(case) for case in drawn}) == 200
     for lever, choices in LEVERS.items():
         section, _, field = lever.partition(".")
