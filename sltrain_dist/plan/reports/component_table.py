@@ -22,7 +22,7 @@ class DisplayUnit:
         return DisplayUnit("GB", 10**9) if estimate.peak_bytes >= 10**9 else DisplayUnit("MB", 10**6)
 
     def cell(self, num_bytes: int) -> str:
-        """Formats a table's cell with three decimals, so that columns line up; a cell that would read 0.000 is empty."""
+        """Formats a table's cell with three decimals, so that columns line up; empty if it would read 0.000."""
         return f"{num_bytes / self.size:,.3f}" if 2000 * num_bytes >= self.size else ""
 
 
