@@ -209,13 +209,19 @@ def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tup
 @contextmanager
 def by_itself() -> Iterator[None]:
     """Makes what is recorded in the block independent of the state of torch around it."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        sdpa_kernel(list(_ATTENTION_KERNELS)),
-    ):
-        yield
+    enabled = torch.is_autocast_enabled("cpu")
+    # Not autocast(enabled=False): within any other autocast, its cache is not cleared where training clears it.
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(list(_ATTENTION_KERNELS)):
+            yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
 
 
 _WHERE = {

@@ -71,16 +71,19 @@ class MemoryWatch:
 
     def __init__(self, config: Config, env: Environment, predict: Predict) -> None:
         self._config, self._env = config, env
-        self.predicted: Estimate | None = None
         self.observed: Observed | None = None
-        self.failure = ""
         self._held: dict[str, int] = {}
         self._tracker: LiveBytes | None = None
         self._reported = False
-        try:
-            self.predicted = predict(config, env.world_size)
-        except Exception as error:  # a planner bug must not stop training
-            self.failure = f"{type(error).__name__}: {error}"
+
+        def predicted() -> tuple[Estimate | None, str]:
+            try:
+                return predict(config, env.world_size), ""
+            except Exception as error:  # a planner bug must not stop training
+                return None, f"{type(error).__name__}: {error}"
+
+        # On one rank, for all: what must be recorded takes processor time that the others would have to share.
+        self.predicted, self.failure = env.on_main(predicted)
 
     def summary(self) -> list[tuple[str, str]]:
         """Rows of the start-up summary."""

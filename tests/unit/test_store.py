@@ -159,7 +159,9 @@ def test_all_that_records_is_among_the_sources() -> None:
 
 @pytest.mark.parametrize("around", ["no_grad", "inference_mode", "autocast", "math"])
 def test_recordings_do_not_depend_on_the_state_of_torch(around: str, made: list[str]) -> None:
-    expected = estimate(CONFIG)
+    mixed = _changed(CONFIG, {"train": {"dtype": "mixed", "activation_checkpointing": "full"}})
+    mixed = _changed(mixed, {"reparam": {"method": "lowrank"}})
+    expected = [estimate(config) for config in (CONFIG, mixed)]
     for path in store.directory().glob("*.json"):
         path.unlink()
     forget()
@@ -170,8 +172,9 @@ def test_recordings_do_not_depend_on_the_state_of_torch(around: str, made: list[
         "math": lambda: sdpa_kernel(SDPBackend.MATH),
     }[around]
     with state():
-        assert estimate(CONFIG) == expected
-    assert made.count("layer") == 2
+        assert [estimate(config) for config in (CONFIG, mixed)] == expected
+        assert torch.is_autocast_enabled("cpu") is (around == "autocast")
+    assert made.count("layer") == 4
 
 
 def test_recordings_of_this_machines_operators_are_not_kept(directory: Path) -> None:
