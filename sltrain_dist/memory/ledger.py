@@ -221,6 +221,7 @@ class _UseGradients:
         self._how, self.adds = how, how.frees_earlier
         self._step_bytes = dict(how.step_bytes)
         self._sent: deque[tuple[Parameter, int | None]] = deque((parameter, None) for parameter in in_flight)
+        self._values_in_flight = sum(parameter.values for parameter in in_flight)
         self._users: dict[int, int] = {}
         self._released: dict[int, int] = {}
 
@@ -234,6 +235,7 @@ class _UseGradients:
             if self._how.frees_earlier:
                 balance.count("gradients", -parameter.values * self._how.width)
             return
+        self._values_in_flight += parameter.values
         if self._how.frees_earlier:  # added to that of earlier micro-batches, which is what is sent
             self._sent.append((parameter, None))
         else:
@@ -246,8 +248,9 @@ class _UseGradients:
         self._free(balance, storage)
 
     def receive(self, balance: _Balance, at_most: int) -> None:
-        while sum(parameter.values for parameter, _ in self._sent) * self._how.width > at_most:
+        while self._values_in_flight * self._how.width > at_most:
             parameter, storage = self._sent.popleft()
+            self._values_in_flight -= parameter.values
             self._use(balance, parameter)
             if storage is None:  # of an earlier pass
                 balance.count("gradients", -parameter.values * self._how.width)

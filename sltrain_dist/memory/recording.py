@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class Parameter:
     replaced: bool
     int8: bool
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Number of values."""
         return prod(self.shape)

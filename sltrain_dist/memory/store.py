@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +201,7 @@ def step_request(
 def published_request(config: Config, make: Callable[[Config], PublishedRecording]) -> Request:
     """Asks for the code that was published with the paper, which `make` records."""
     key = _key(
-        model=_of(config.model, but={"num_layers"}),
+        model=_of(config.model, but=frozenset({"num_layers"})),
         reparam=_of(config.reparam),
         optim=_of(config.optim),
         checkpointing=config.train.activation_checkpointing,
@@ -217,7 +217,7 @@ def _of_layer(
     """(key, arguments)."""
     gathers = config.parallel.engine == "fsdp" and config.train.dtype == "mixed"
     key = _key(
-        model=_of(config.model, but={"num_layers", "vocab_size", "tie_head"}),
+        model=_of(config.model, but=frozenset({"num_layers", "vocab_size", "tie_head"})),
         reparam=_of(config.reparam),
         dtype=config.train.dtype,
         gathered_in_bf16=config.parallel.shard if gathers else None,
@@ -232,7 +232,7 @@ def _of_layer(
 
 def _of_ends(config: Config, micro_batch: int, device: DeviceType) -> str:
     return _key(
-        model=_of(config.model, but={"num_layers", "intermediate_size"}),
+        model=_of(config.model, but=frozenset({"num_layers", "intermediate_size"})),
         weight_bits=config.reparam.weight_bits,
         dtype=config.train.dtype,
         loss_chunk_tokens=loss_chunk_tokens(config),
@@ -265,7 +265,8 @@ def _of_one_layer(config: Config, checkpointing: Checkpointing) -> Config:
     return config.model_copy(update={"model": model, "train": train})
 
 
-def _of(section: BaseModel, but: Iterable[str] = ()) -> dict[str, Any]:
+@lru_cache(4096)
+def _of(section: BaseModel, but: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The fields of a section that memory depends on."""
     fields = type(section).model_fields
     return {name: getattr(section, name) for name in fields if MEMORY in fields[name].metadata and name not in but}
