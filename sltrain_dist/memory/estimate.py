@@ -14,8 +14,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.memory.schedules.fsdp import FsdpTimeline
 from sltrain_dist.memory.schedules.zero import ZeroTimeline
-from sltrain_dist.memory.store import DeviceType, Request, ends_request, evaluation_request, layer_requests
+from sltrain_dist.memory.store import Request, ends_request, evaluation_request, layer_requests
 from sltrain_dist.models.count import count_parameters
+from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.parallel.communication import update_traffic
 
 _RELATIVE_ERROR = {"ddp": 0.05, "fsdp": 0.05, "zero": 0.1}

@@ -104,48 +104,34 @@ class Holdings:
             for layer in (False, True)
         }
 
-    def by_group(self, *, with_dealt: bool) -> dict[str, int]:
-        """Values that the rank holds, by the group of parameters; with padding."""
-        sums: dict[str, int] = defaultdict(int)
-        for item in self.items:
-            if with_dealt or not item.dealt:
-                sums[item.parameter.component] += item.count * item.values
-        return sums
+    def on_device(self, *, with_dealt: bool) -> tuple[Holding, ...]:
+        """What the rank holds on the device; `with_dealt`: also of what is dealt out."""
+        return tuple(item for item in self.items if with_dealt or not item.dealt)
 
-    def int8_saving(self, width: int) -> dict[str, int]:
-        """Bytes that int8 weights do not take of `width` a value, by group; they are whole on every rank."""
+    def stored_bytes(self, width: int, *, with_dealt: bool) -> dict[str, int]:
+        """Bytes of parameters that the rank holds, by component, with padding; `width`: of a value."""
         sums: dict[str, int] = defaultdict(int)
-        for item in self.items:
-            if item.parameter.int8:
-                sums[item.parameter.component] += item.count * (
-                    width * item.values - item.parameter.stored_bytes(width)
-                )
+        for item in self.on_device(with_dealt=with_dealt):
+            each = item.parameter.stored_bytes(width) if item.parameter.int8 else width * item.values
+            sums[item.parameter.component] += item.count * each
         return sums
 
     def waiting_values(self, *, whole: bool, with_dealt: bool) -> int:
         """Values of gradients between two micro-batches; `whole` where all but the last leave them unreduced."""
-        return sum(
-            item.count * (item.parameter.values if whole else item.values)
-            for item in self.items
-            if with_dealt or not item.dealt
-        )
-
-    def on_device(self, *, with_dealt: bool) -> list[Holding]:
-        """What the rank holds on the device; `with_dealt`: also of what is dealt out."""
-        return [item for item in self.items if with_dealt or not item.dealt]
+        items = self.on_device(with_dealt=with_dealt)
+        return sum(item.count * (item.parameter.values if whole else item.values) for item in items)
 
     def states(self, optim: OptimConfig, width: int, *, with_dealt: bool) -> tuple[int, int]:
         """Bytes of (optimizer states, fp32 copies) that the rank holds; `width`: of a parameter's value."""
         key = (optim, width, with_dealt)
         if key not in self._states:
             states = masters = 0
-            for item in self.items:
-                if with_dealt or not item.dealt:
-                    for stored in stored_states(item.place, optim, width):
-                        if stored.key == MASTER:
-                            masters += item.count * stored.nbytes
-                        else:
-                            states += item.count * stored.nbytes
+            for item in self.on_device(with_dealt=with_dealt):
+                for stored in stored_states(item.place, optim, width):
+                    if stored.key == MASTER:
+                        masters += item.count * stored.nbytes
+                    else:
+                        states += item.count * stored.nbytes
             self._states[key] = states, masters
         return self._states[key]
 

@@ -8,7 +8,8 @@ from functools import cached_property, lru_cache
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.ledger import Recorded
 from sltrain_dist.memory.recording import EndsRecording, EvaluationRecording, LayerRecording, Parameter
-from sltrain_dist.memory.store import DeviceType, Request, ends_request, layer_requests
+from sltrain_dist.memory.store import Request, ends_request, layer_requests
+from sltrain_dist.numerics.device import DeviceType
 
 
 @dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once

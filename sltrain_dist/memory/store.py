@@ -37,10 +37,8 @@ from sltrain_dist.memory.recording import (
     dumps,
     loads,
 )
+from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import Place, decays
-
-DeviceType = Literal["cuda", "cpu"]
-"""Whose operators are recorded."""
 
 _SOURCES = (
     "config/rules.py",
@@ -79,18 +77,15 @@ class Request:
         kind: What of.
         key: All that it depends on, as JSON.
         arguments: For what makes it.
+        device: Whose operators. Those of this machine's CPU depend on its number of threads, and are not kept on disk.
         make: Makes it; None: :mod:`sltrain_dist.memory.record`.
     """
 
     kind: Literal["layer", "ends", "evaluation", "step", "published"]
     key: str
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
+    device: DeviceType = "cuda"
     make: Callable[..., Recording] | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def device(self) -> DeviceType:
-        """Whose operators. Those of this machine's CPU depend on its number of threads, and are not kept on disk."""
-        return "cpu" if "cpu" in self.arguments else "cuda"
 
     def get(self) -> Any:
         """The recording."""
@@ -161,20 +156,22 @@ def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], t
     """Asks for the distinct decoder layers of a run; and which of them each layer is, the first layer first."""
     policies = [_checkpointing(config, index) for index in range(config.model.num_layers)]
     distinct = list(dict.fromkeys(policies))
-    requests = [Request("layer", *_of_layer(config, policy, config.train.micro_batch, device)) for policy in distinct]
+    requests = [
+        Request("layer", *_of_layer(config, policy, config.train.micro_batch, device), device) for policy in distinct
+    ]
     return requests, tuple(map(distinct.index, policies))
 
 
 def evaluation_request(config: Config, micro_batch: int, device: DeviceType) -> Request:
     """Asks for a forward pass of an evaluation."""
     layer, arguments = _of_layer(config, _NO_CHECKPOINTING, micro_batch, device)
-    return Request("evaluation", _key(layer=layer, ends=_of_ends(config, micro_batch, device)), arguments)
+    return Request("evaluation", _key(layer=layer, ends=_of_ends(config, micro_batch, device)), arguments, device)
 
 
 def ends_request(config: Config, micro_batch: int, device: DeviceType) -> Request:
     """Asks for what is before and after the layers."""
     key = _of_ends(config, micro_batch, device)
-    return Request("ends", key, (_of_one_layer(config, _NO_CHECKPOINTING), micro_batch, device))
+    return Request("ends", key, (_of_one_layer(config, _NO_CHECKPOINTING), micro_batch, device), device)
 
 
 def step_request(
@@ -195,7 +192,7 @@ def step_request(
         optim=_of(optim), dtype=dtype, shape=part.shape, start=part.start, count=part.count, borders=part.borders,
         name=part.name, device=device, int8=int8, low_bit=low_bit,
     )  # fmt: skip
-    return Request("step", key, (optim, dtype, part, device, int8, low_bit))
+    return Request("step", key, (optim, dtype, part, device, int8, low_bit), device)
 
 
 def published_request(config: Config, make: Callable[[Config], PublishedRecording]) -> Request:
@@ -208,7 +205,7 @@ def published_request(config: Config, make: Callable[[Config], PublishedRecordin
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
     )
-    return Request("published", key, (_of_one_layer(config, ()),), make)
+    return Request("published", key, (_of_one_layer(config, ()),), make=make)
 
 
 def _of_layer(

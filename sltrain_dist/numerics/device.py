@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # what plans without torch imports the type of devices
+    from torch import Tensor
 
 DeviceType = Literal["cuda", "cpu"]
 """A kind of device, as in `torch.device.type`."""

@@ -39,6 +39,7 @@ TORCH_FREE = {
     "config.presets",
     "config.load",
     "config.rules",
+    "numerics.device",
     "numerics.splitmix",
     "numerics.int8_layout",
     "sparse_lowrank.layout",

@@ -10,7 +10,8 @@ from sltrain_dist.memory.holdings import Holding, Holdings, holdings
 from sltrain_dist.memory.ledger import Gradients, Played, play, receive_all
 from sltrain_dist.memory.recorded_model import RecordedModel, evaluation_passes
 from sltrain_dist.memory.result import Phase, Point
-from sltrain_dist.memory.store import DeviceType, evaluation_request, step_request
+from sltrain_dist.memory.store import evaluation_request, step_request
+from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
 from sltrain_dist.parallel.partition import value_bytes
 
@@ -76,10 +77,8 @@ class Timeline:
 
     def hold_parameters(self) -> None:
         """Parameters, index and the rotary table, and DDP's buckets."""
-        for group, values in self.held.by_group(with_dealt=self.dealt_on_device).items():
-            self.add(group, values * self.width)
-        for group, saved in self.held.int8_saving(self.width).items():
-            self.add(group, -saved)
+        for component, size in self.held.stored_bytes(self.width, with_dealt=self.dealt_on_device).items():
+            self.add(component, size)
         if self.buckets:
             self.add("gradients", self.held.total_values * self.width)
         self.add("index", self.model.index_bytes)
@@ -168,10 +167,6 @@ class Timeline:
         for layer, kind in reversed(list(enumerate(self.model.order))):
             played = play(self.model.layers[kind].backward, gradients, played.in_flight, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
-        self.end_backward(gradients, played)
-
-    def end_backward(self, gradients: Gradients, played: Played) -> None:
-        """From the first layer's input on; `played` is what was before."""
         played = play(self.model.embedding_backward, gradients, played.in_flight)
         self.apply("backward", "", played)
         self.apply("backward", "last updates", receive_all(gradients, played.in_flight))

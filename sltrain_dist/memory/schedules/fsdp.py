@@ -1,8 +1,8 @@
 """An update under FSDP2 (no torch), as torch.distributed.fsdp's _fsdp_param_group.py and _fsdp_collectives.py make it.
 
-A block's shards are gathered into one buffer and copied out to its parameters; on one rank they are only copied. In
-the forward pass the buffer lives until the next block's is copied out. After a block's backward pass its gradients are
-copied into one buffer for the reduce-scatter, which lives until the next block's.
+A layer's shards are gathered into one buffer and copied out to its parameters; on one rank they are only copied. In
+the forward pass the buffer lives until the next layer's is copied out. After a layer's backward pass its gradients are
+copied into one buffer for the reduce-scatter, which lives until the next layer's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FsdpTimeline(Timeline):
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
         self.apply("forward", "", play(model.embedding))
         for layer, kind in enumerate(model.order):
-            # The buffer before, the root's at first, lives until this block's has been copied out.
+            # The buffer before, the root's at first, lives until this layer's has been copied out.
             if layer == 0:
                 coming, before = gather, 0
             else:
@@ -97,7 +97,7 @@ class FsdpTimeline(Timeline):
         gather = block if self.shards > 1 else 0
         ends, of_layer = self.gradients_of_ends(), self.unsharded(self.gathered_width)
         of_remainder = ends if self.remainder_is_whole else None
-        # The root, where it has parameters, prefetches the last block.
+        # The root, where it has parameters, prefetches the last layer.
         early = gather if parallel.reshard_after_forward and not self.remainder_is_whole else 0
         self.add(GATHERED, early)
         played = play(model.loss_backward, ends)
@@ -140,14 +140,14 @@ class FsdpTimeline(Timeline):
 
     @cached_property
     def shard_steps(self) -> dict[bool, int]:
-        """Bytes that an update takes of a shard of a block's parameters (true), or of the root's."""
+        """Bytes that an update takes of a shard of a layer's parameters (true), or of the root's."""
         steps = {False: 0, True: 0}
         for item in self.held.dealt:
             steps[item.in_layer] = max(steps[item.in_layer], self.step_bytes(item))
         return steps
 
     def _reduce(self, where: str, *, in_layer: bool) -> None:
-        """Reduce-scatter of the gradients of a block, or the root; with per-layer updates, the update of its shards."""
+        """Reduce-scatter of the gradients of a layer, or the root; with per-layer updates, the update of its shards."""
         values = self.held.gathered_in(layer=in_layer)
         gradient_width = self.gathered_width if in_layer else self.width
         whole_values = self.held.dealt_in(layer=in_layer)
