@@ -150,7 +150,7 @@ class SealedModel(BaseModel):
     A manifest without a checksum is of an older version of this program.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     checksum: Sha256 | None = None
     """SHA-256 over all other values, as JSON with sorted keys."""

@@ -48,7 +48,7 @@ SupportKind = Literal["random", "stratified", "blocks"]
 class Section(BaseModel):
     """What all sections share: no unknown keys, no type coercion, no change after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @field_validator("run_dir", "source", "tokenizer", "cache_dir", "resume", "mlflow_uri", check_fields=False)
     @classmethod

@@ -54,8 +54,5 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
 
 def recordings_of(config: Config, device: DeviceType = "cuda") -> list[Request]:
     """The recordings that take longest of those that an estimate of a run needs."""
-    micro_batch = config.train.micro_batch
-    wanted = [*layer_requests(config, device)[0], ends_request(config, micro_batch, device)]
-    if config.eval.source is not None:
-        wanted.append(evaluation_request(config, config.eval.micro_batch or micro_batch, device))
-    return wanted
+    wanted = [*layer_requests(config, device)[0], ends_request(config, device), evaluation_request(config, device)]
+    return [request for request in wanted if request is not None]

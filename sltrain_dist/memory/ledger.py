@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import Literal
 
-from sltrain_dist.memory.recording import Bytes, Parameter, Pass, Step
+from sltrain_dist.memory.recording import Bytes, Parameter, Recording, Step
 
 _MANY = 4096
 
@@ -53,22 +54,13 @@ class Gradients:
 
     def sink(self, in_flight: Sequence[Parameter]) -> _Sink:
         """Takes the gradients of one pass, at whose start those of some parameters are in flight."""
-        if self.use == "step":
-            return _UseGradients(self, in_flight)
-        return _KeepGradients() if self.use == "keep" else _AddGradients(self)
-
-
-@dataclass(frozen=True, eq=False)  # looked up by identity, which is faster: equal ones are made once
-class Recorded:
-    """A pass, and the parameters whose gradients arrive in it."""
-
-    of: Pass
-    parameters: tuple[Parameter, ...] = ()
+        return _UpdateSink(self, in_flight) if self.use == "step" else _Sink(self)
 
 
 @lru_cache(_MANY)
 def play(
-    recorded: Recorded,
+    recording: Recording,
+    name: str,
     gradients: Gradients | None = None,
     in_flight: tuple[Parameter, ...] = (),
     of_remainder: Gradients | None = None,
@@ -78,19 +70,20 @@ def play(
     """Plays a pass.
 
     Args:
-        recorded: The pass.
+        recording: What the pass is of.
+        name: Of the pass.
         gradients: What becomes of them; None if there are none.
         in_flight: Parameters whose gradients are in flight at its start.
         of_remainder: What becomes of the gradients of the dense remainder, where that is something else. Then only
             these are ever in flight.
         last: Whether it is the last pass to use what all layers share.
     """
-    balance = _Balance()
+    played, balance = recording.passes[name], _Balance()
     remainder = of_remainder and of_remainder.sink(in_flight)
     sink = (gradients or _NO_GRADIENTS).sink(() if remainder else in_flight)
     taken_by: dict[int, _Sink] = {}
     freed: set[int] = set()
-    for step, following in zip(recorded.of.steps, (*recorded.of.steps[1:], _NO_STEP), strict=True):
+    for step, following in pairwise((*played.steps, _NO_STEP)):
         if step.shared and not last:
             continue
         balance.rise(step.peak, step.where)
@@ -98,16 +91,16 @@ def play(
         balance.where = step.where
         if step.arrives is not None:
             index, storage = step.arrives
-            parameter = recorded.parameters[index]
+            parameter = recording.parameters[index]
             takes = remainder if remainder and not parameter.replaced else sink
             taken_by[storage] = takes
             if takes.adds and following == Step(following.where, {}, {}, released=storage):
                 # Autograd adds it to an earlier gradient, and frees it before anybody is told.
-                takes.released(balance, storage, recorded.of.gradient_bytes[storage])
+                takes.released(balance, storage, played.gradient_bytes[storage])
                 freed.add(storage)
             takes.arrives(balance, parameter, storage)
         if step.released is not None and step.released not in freed:
-            taken_by[step.released].released(balance, step.released, recorded.of.gradient_bytes[step.released])
+            taken_by[step.released].released(balance, step.released, played.gradient_bytes[step.released])
     return Played(balance.peak, balance.peak_where, balance.live, (remainder or sink).in_flight)
 
 
@@ -152,73 +145,40 @@ class _Balance:
                 self.peak[component] = self.peak.get(component, 0) + size
 
 
-class _Sink(Protocol):
-    """Decides about gradients."""
-
-    adds: bool
-    """Whether a gradient is added to what is there already."""
-
-    @property
-    def in_flight(self) -> tuple[Parameter, ...]:
-        """Parameters whose gradients are being summed over the ranks, the oldest first."""
-
-    def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
-        """A parameter's gradient is complete."""
-
-    def released(self, balance: _Balance, storage: int, size: int) -> None:
-        """Autograd lets go of a storage of gradients."""
-
-    def receive(self, balance: _Balance, at_most: int) -> None:
-        """Uses gradients that are in flight until at most so many bytes are."""
-
-
-class _KeepGradients:
-    """Gradients become `.grad` and wait for the update."""
+class _Sink:
+    """Takes the gradients of a pass: they become `.grad` and wait, or are added to what is there, and freed."""
 
     in_flight: tuple[Parameter, ...] = ()
-    adds = False
+    """Parameters whose gradients are being summed over the ranks, the oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: Gradients) -> None:
+        self._how, self.adds = how, how.use == "add"
         self._kept: set[int] = set()
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
-        self._kept.add(storage)
-
-    def released(self, balance: _Balance, storage: int, size: int) -> None:
-        if storage not in self._kept:
-            balance.count("gradients", -size)
-
-    def receive(self, balance: _Balance, at_most: int) -> None:
-        pass
-
-
-class _AddGradients:
-    """Gradients are added to what is there, and freed."""
-
-    in_flight: tuple[Parameter, ...] = ()
-    adds = True
-
-    def __init__(self, how: Gradients) -> None:
-        self._how = how
-
-    def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:
+        """A parameter's gradient is complete."""
+        if not self.adds:
+            self._kept.add(storage)
         if self._how.frees_earlier:
             balance.count("gradients", -parameter.values * self._how.width)
         if self._how.message_bytes:
             balance.rise({"buffers.messages": self._how.message_bytes}, balance.where)
 
     def released(self, balance: _Balance, storage: int, size: int) -> None:
-        balance.count("gradients", -size)
+        """Autograd lets go of a storage of gradients."""
+        if storage not in self._kept:
+            balance.count("gradients", -size)
 
     def receive(self, balance: _Balance, at_most: int) -> None:
-        pass
+        """Uses gradients that are in flight until at most so many bytes are."""
 
 
-class _UseGradients:
+class _UpdateSink(_Sink):
     """Per-layer updates use gradients up, at once or when they come back from the other ranks."""
 
     def __init__(self, how: Gradients, in_flight: Sequence[Parameter]) -> None:
-        self._how, self.adds = how, how.frees_earlier
+        super().__init__(how)
+        self.adds = how.frees_earlier
         self._step_bytes = dict(how.step_bytes)
         self._sent: deque[tuple[Parameter, int | None]] = deque((parameter, None) for parameter in in_flight)
         self._values_in_flight = sum(parameter.values for parameter in in_flight)
@@ -226,7 +186,7 @@ class _UseGradients:
         self._released: dict[int, int] = {}
 
     @property
-    def in_flight(self) -> tuple[Parameter, ...]:
+    def in_flight(self) -> tuple[Parameter, ...]:  # type: ignore[override]
         return tuple(parameter for parameter, _ in self._sent)
 
     def arrives(self, balance: _Balance, parameter: Parameter, storage: int) -> None:

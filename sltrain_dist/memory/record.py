@@ -17,32 +17,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sltrain_dist.config.schema import Config, OptimConfig
+from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.operators import operators_of
-from sltrain_dist.memory.recording import (
-    EndsRecording,
-    EvaluationRecording,
-    LayerRecording,
-    Parameter,
-    Pass,
-    StepRecording,
-)
+from sltrain_dist.memory.recording import Parameter, Recording
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.llama import LlamaForCausalLM, document_mask
+from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.device import DeviceType, emulate
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.optim.state_layout import Place
 from sltrain_dist.parallel.checkpointing import prepare_layers
-from sltrain_dist.parallel.partition import is_factor, is_sharded
+from sltrain_dist.parallel.partition import Shard, is_factor, is_sharded
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of what goes from one layer to the next, and of its gradient."""
 SHARED = ("activations.rotary", "activations.rotary", "activations.mask")
 """Components of what all layers are given: cosines, sines and the mask."""
 _ATTENTION_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-_NOTHING = Pass(())
 
 Build = Callable[[Config], Any]
 """Makes a model of fake tensors whose modules are named and called as those of `LlamaForCausalLM`."""
@@ -68,105 +60,105 @@ def _prepared_model(config: Config) -> LlamaForCausalLM:
 
 
 def record_layer(
-    config: Config, micro_batch: int, device: DeviceType, build: Build = _prepared_model
-) -> LayerRecording:
+    config: Config, gathered: Shard | None, device: DeviceType, build: Build = _prepared_model
+) -> Recording:
     """Records a decoder layer.
 
     Args:
         config: A run of one layer, whose activations are checkpointed as the configuration says of it.
-        micro_batch: Sequences of a forward pass.
+        gathered: Which parameters are gathered in the type of matrix products.
         device: Whose operators.
         build: Makes the model.
     """
     with _recording(config, device, build) as (model, log):
         layer = model.model.layers[0]
-        _gather(layer, config)
+        _gather(layer, gathered)
         parameters = list(layer.named_parameters())
+        like = {"size": (*_batch(config)[0].shape, config.model.hidden_size), "dtype": model.model.norm.weight.dtype}
+
+        def starts(_: nn.Module, given: tuple[Tensor | None, ...]) -> None:
+            for tensor, component in zip(given[1:], SHARED, strict=True):
+                if tensor is not None:
+                    log.share(tensor, component)
+            log.begin_part("forward")
+
+        layer.register_forward_pre_hook(starts)
         _watch(log, [("layers.0", layer), *list(layer.named_modules())[1:]], parameters)
-        batch = _Batch(config, micro_batch)
-        seed, shared = torch.zeros((), requires_grad=True), _shared(model, batch)
-        _leave_out(log, model, [seed])
-        for given, component in zip(shared, SHARED, strict=True):
-            if given is not None:
-                log.share(given, component)
-        with log:
-            with _autocast(model):
-                shape = (micro_batch, config.data.seq_len, config.model.hidden_size)
-                x = _LayerInput.apply(seed, log, shape, model.model.embed_tokens.weight.dtype)
-                log.begin_part("forward")
-                y = layer(x, *shared)
-                del x, shared, given
-                log.hand_over(y, RESIDUAL)
-                log.begin_part("leave autocast")
+
+        def ends(y: Tensor) -> Tensor:
+            log.hand_over(y, RESIDUAL)
             log.begin_part("")
-            _LayerOutput.apply(y, log).backward()
-        passes = log.passes()
-    return LayerRecording(
-        parameters=_parameters(parameters, prefix="model.layers.0."),
-        index_bytes=sum(buffer.nbytes for name, buffer in layer.named_buffers() if ".support." in name),
-        forward=passes["forward"],
-        leave_autocast=passes.get("leave autocast", _NOTHING).end,
-        backward=passes["backward"],
-        flops=log.flops,
-    )
+            stands_for_loss = y.new_empty(())
+            log.begin_part("leave autocast")
+            return stands_for_loss
+
+        def goes_back(_: Tensor) -> Tensor:
+            gradient = log.take_over(torch.empty(**like), RESIDUAL_GRADIENT)
+            log.begin_part("backward")
+            return gradient
+
+        def is_back(gradient: Tensor) -> None:
+            log.hand_over(gradient, RESIDUAL_GRADIENT)
+            log.begin_part("")
+
+        model.model.embed_tokens = _StandIn(lambda _: log.take_over(torch.empty(**like), RESIDUAL), is_back)
+        model.model.norm = _StandIn(ends, goes_back)
+        input_ids, _, *positions = _batch(config)
+        _leave_out(log, model, [input_ids, *positions])
+        with log:
+            with torch.autocast("cpu", model.autocast, enabled=model.autocast is not None):
+                end = model.model(input_ids, *positions)
+            log.begin_part("")
+            end.backward()
+    indices = sum(buffer.nbytes for name, buffer in layer.named_buffers() if ".support." in name)
+    return Recording(log.passes(), _parameters(parameters, "model.layers.0."), log.flops, {"buffers": indices})
 
 
-def record_ends(config: Config, micro_batch: int, device: DeviceType, build: Build = fake_model) -> EndsRecording:
+def record_ends(config: Config, device: DeviceType, build: Build = fake_model) -> Recording:
     """Records embedding, last norm, head and loss. Arguments as of :func:`record_layer`."""
     with _recording(config, device, build) as (model, log):
-        model.model.layers[0] = _Gap(log)
-        parameters = list(model.named_parameters())
+        model.model.layers[0] = _stand_in_for_layers(log)
+        parameters = [(name, parameter) for name, parameter in model.named_parameters() if ".layers." not in name]
         _watch(log, model.named_modules(), parameters)
-        batch = _Batch(config, micro_batch)
-        _leave_out(log, model, batch.tensors())
+        batch = _batch(config)
+        _leave_out(log, model, batch)
         with log:
             log.begin_part("embedding")
-            loss = model(batch.input_ids, batch.labels, batch.positions)
+            loss = model(*batch)
             log.begin_part("loss backward")
             (loss * 1.0).backward()  # as parallel/engine.py: backward_of
             log.begin_part("")
-        passes = log.passes()
-    return EndsRecording(
-        parameters=_parameters(parameters),
-        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
-        embedding=passes["embedding"],
-        loss=passes["loss"],
-        loss_backward=passes["loss backward"],
-        embedding_backward=passes["embedding backward"],
-        flops=log.flops,
-    )
+    tables = sum(buffer.nbytes for buffer in model.buffers())
+    return Recording(log.passes(), _parameters(parameters), log.flops, {"buffers": tables})
 
 
-def record_evaluation(config: Config, micro_batch: int, device: DeviceType) -> EvaluationRecording:
+def record_evaluation(config: Config, gathered: Shard | None, device: DeviceType) -> Recording:
     """Records a forward pass without gradients. Arguments as of :func:`record_layer`."""
     with _recording(config, device, fake_model) as (model, log):
-        _gather(model.model.layers[0], config)
-        model.model.layers.append(_Gap(log))
         layer = model.model.layers[0]
+        _gather(layer, gathered)
+        model.model.layers.append(_stand_in_for_layers(log))
         layer.register_forward_pre_hook(lambda *_: log.begin_part("layer"))
         _watch(log, model.named_modules(), [])
-        batch = _Batch(config, micro_batch)
-        _leave_out(log, model, batch.tensors())
+        batch = _batch(config)
+        _leave_out(log, model, batch)
         with log, torch.no_grad():
             log.begin_part("embedding")
-            model(batch.input_ids, batch.labels, batch.positions)
+            model(*batch)
             log.begin_part("")
-        passes = log.passes()
-    return EvaluationRecording(passes["embedding"], passes["layer"], passes["loss"])
+    return Recording(log.passes())
 
 
-def record_step(
-    optim: OptimConfig, dtype: str, part: Place, device: DeviceType, int8: bool, low_bit: bool
-) -> StepRecording:
+def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bool, device: DeviceType) -> Recording:
     """Records an optimizer's step of one part of a parameter.
 
     Args:
-        optim: Optimizer settings.
+        config: Has the optimizer's settings.
         dtype: Type of the parameter, as torch calls it.
         part: What is stepped of it.
-        device: Whose operators.
         int8: Whether it is an int8 weight.
         low_bit: Whether int8 weights are stepped by the same optimizer, which then is another one.
+        device: Whose operators.
     """
     with by_itself(), FakeTensorMode(), emulate(device):
         shape = (part.count // part.row, *part.shape[1:]) if part.is_matrix else (part.count,)
@@ -176,7 +168,7 @@ def record_step(
         named = [(part.name, parameter)]
         if low_bit:
             named.append(("without gradient", nn.Parameter(Int8Weight.empty((1, 1), kind, "cpu"))))
-        optimizer = make_optimizer(named, optim, places={part.name: part}, agree=lambda _: None)
+        optimizer = make_optimizer(named, config.optim, places={part.name: part}, agree=lambda _: None)
         parameter.grad = torch.empty(shape, dtype=kind)
         log = EventLog(device)
         log.leave_out([*parts_of(parameter).values(), parameter.grad])
@@ -184,13 +176,13 @@ def record_step(
             optimizer.step()  # makes the states
             log.begin_part("step")
             optimizer.step()
-    return StepRecording(transient_bytes(log, "step"))
+    return Recording(sizes={"step": transient_bytes(log, "step")})
 
 
 def transient_bytes(log: EventLog, part: str) -> int:
     """Most bytes at a time in a part of what a log has seen, beside those at its start."""
-    steps = log.passes().get(part, _NOTHING).steps
-    return max((sum(step.peak.values()) for step in steps), default=0)
+    passes = log.passes()
+    return max((sum(step.peak.values()) for step in passes[part].steps), default=0) if part in passes else 0
 
 
 @contextmanager
@@ -257,12 +249,10 @@ def _leave_out(log: EventLog, model: nn.Module, tensors: Iterable[Tensor | None]
     log.leave_out(tensor for tensor in tensors if tensor is not None)
 
 
-def _gather(layer: nn.Module, config: Config) -> None:
+def _gather(layer: nn.Module, gathered: Shard | None) -> None:
     """Under mixed precision FSDP2 gathers what it shards in the type of matrix products."""
-    if config.parallel.engine != "fsdp" or config.train.dtype != "mixed":
-        return
     for name, parameter in layer.named_parameters():
-        if is_sharded(f"model.layers.0.{name}", config.parallel.shard):
+        if gathered is not None and is_sharded(f"model.layers.0.{name}", gathered):
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -283,92 +273,57 @@ def component_of(name: str) -> Literal["factors", "sparse_values", "dense"]:
     return "sparse_values" if last == "V" else "factors"
 
 
-class _Batch:
-    """A micro-batch, with its positions where documents are told apart."""
-
-    def __init__(self, config: Config, micro_batch: int) -> None:
-        shape = (micro_batch, config.data.seq_len)
-        self.input_ids = torch.empty(shape, dtype=torch.int64)
-        self.labels = torch.empty(shape, dtype=torch.int64)
-        self.positions = torch.empty(shape, dtype=torch.int64) if config.data.reset_attention else None
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them."""
-        return self.input_ids, self.labels, self.positions
+def _batch(config: Config) -> list[Tensor]:
+    """Token ids and labels of a micro-batch, and positions where documents are told apart."""
+    shape = (config.train.micro_batch, config.data.seq_len)
+    return [torch.empty(shape, dtype=torch.int64) for _ in range(3 if config.data.reset_attention else 2)]
 
 
-def _autocast(model: LlamaForCausalLM) -> torch.autocast:
-    return torch.autocast("cpu", model.autocast, enabled=model.autocast is not None)
+class _StandIn(nn.Module):
+    """Stands for modules that are not recorded.
 
+    Args:
+        there: Gives the output for what the module is called with.
+        back: Gives the gradient of the input for that of the output.
+    """
 
-def _shared(model: LlamaForCausalLM, batch: _Batch) -> tuple[Tensor | None, ...]:
-    """What all layers share: cosines and sines, and the mask."""
-    dtype = model.model.embed_tokens.weight.dtype
-    table = model.model.rotary_emb(batch.input_ids.shape[1], dtype, batch.positions)
-    if batch.positions is None:
-        return (*table, None)
-    return (*table, document_mask(batch.positions, model.autocast or dtype))
-
-
-class _LayerInput(torch.autograd.Function):
-    """Stands for the layer before: gives the input, and takes its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, seed: Tensor, log: EventLog, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        ctx.log = log
-        return log.take_over(seed.new_empty(shape, dtype=dtype), RESIDUAL)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        ctx.log.hand_over(grads[0], RESIDUAL_GRADIENT)
-        ctx.log.begin_part("")
-        return None, None, None, None
-
-
-class _LayerOutput(torch.autograd.Function):
-    """Stands for the layer after: takes the output, and gives its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, log: EventLog) -> Tensor:
-        ctx.log, ctx.like = log, (tuple(y.shape), y.dtype)
-        return y.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        shape, dtype = ctx.like
-        gradient = ctx.log.take_over(grads[0].new_empty(shape, dtype=dtype), RESIDUAL_GRADIENT)
-        ctx.log.begin_part("backward")
-        return gradient, None
-
-
-class _Gap(nn.Module):
-    """Stands for all decoder layers: what it is given belongs to them, and what it gives comes from them."""
-
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, there: Callable[..., Tensor], back: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
-        self._log = log
+        self._there, self._back = there, back
+        self._seed = nn.Parameter(torch.empty(()))  # so that the output has a gradient, whatever the input is
 
-    def forward(self, x: Tensor, *shared: Tensor | None) -> Tensor:
-        """Maps the first layer's input to the last layer's output."""
-        for tensor, component in zip(shared, SHARED, strict=True):
-            if tensor is not None:
-                self._log.hand_over(tensor, component)
-        self._log.hand_over(x, RESIDUAL)
-        return _ThroughLayers.apply(x, self._log)
+    def forward(self, *given: Tensor | None) -> Tensor:
+        out: Tensor = _ThereAndBack.apply(self._there, self._back, self._seed, *given)
+        return out
 
 
-class _ThroughLayers(torch.autograd.Function):
+class _ThereAndBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log: EventLog) -> Tensor:
-        ctx.log = log
+    def forward(ctx: Any, there: Any, back: Any, seed: Tensor, *given: Tensor | None) -> Tensor:
+        ctx.back, ctx.others = back, (None,) * (len(given) - 1)
+        out: Tensor = there(*given)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, ctx.back(grads[0]), *ctx.others
+
+
+def _stand_in_for_layers(log: EventLog) -> _StandIn:
+    """What it is given belongs to the decoder layers, and what it gives comes from them."""
+
+    def there(x: Tensor, *shared: Tensor | None) -> Tensor:
+        for tensor, component in zip((x, *shared), (RESIDUAL, *SHARED), strict=True):
+            if tensor is not None:
+                log.hand_over(tensor, component)
         y = log.take_over(torch.empty_like(x), RESIDUAL)
         log.begin_part("loss")
         return y
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        log = ctx.log
-        log.hand_over(grads[0], RESIDUAL_GRADIENT)
-        gradient = log.take_over(torch.empty_like(grads[0]), RESIDUAL_GRADIENT)
+    def back(gradient: Tensor) -> Tensor:
+        log.hand_over(gradient, RESIDUAL_GRADIENT)
+        before = log.take_over(torch.empty_like(gradient), RESIDUAL_GRADIENT)
         log.begin_part("embedding backward")
-        return gradient, None
+        return before
+
+    return _StandIn(there, back)

@@ -1,13 +1,23 @@
-"""Recordings of what modules allocate and free, in a form without torch that is kept on disk."""
+"""Recordings of what modules allocate and free, in a form without torch that is kept on disk.
+
+Passes by name, in the order in which they begin:
+
+- A decoder layer: "forward" begins with the layer's input live and ends with its output as well. "leave autocast" frees
+  cast weights at the end of the model's forward pass. "backward" begins with the gradient of the output live and ends
+  with that of the input.
+- What is before and after the layers: "embedding" ends with the first layer's input and what all layers share, "loss"
+  begins with the last layer's output, "loss backward" ends with its gradient, and "embedding backward" begins with the
+  gradient of the first layer's input.
+- An evaluation: "embedding", "layer", which ends with its output in its input's place, and "loss".
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
-
-from pydantic import TypeAdapter
 
 from sltrain_dist.numerics.int8_layout import int8_bytes
 
@@ -50,17 +60,6 @@ class Pass:
     steps: tuple[Step, ...]
     gradient_bytes: tuple[int, ...] = ()
 
-    @property
-    def end(self) -> Bytes:
-        """Bytes by component that are live at the end, relative to the start, where no gradient is kept."""
-        sums: dict[str, int] = {}
-        for step in self.steps:
-            for component, size in step.end.items():
-                sums[component] = sums.get(component, 0) + size
-            if step.released is not None:
-                sums["gradients"] = sums.get("gradients", 0) - self.gradient_bytes[step.released]
-        return sums
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -68,7 +67,7 @@ class Parameter:
 
     Attributes:
         name: Its name in the module, such as "mlp.up_proj.B".
-        component: "factors", "sparse_values" or "dense".
+        component: What its bytes are called.
         shape: Its shape.
         replaced: Whether it belongs to a linear layer that SLTrain replaces, whatever the method.
         int8: Whether it is an int8 weight.
@@ -90,132 +89,42 @@ class Parameter:
         return int8_bytes(self.shape) if self.int8 else width * self.values
 
 
-@dataclass(frozen=True)
-class LayerRecording:
-    """A decoder layer.
+@dataclass(frozen=True, eq=False)  # looked up by identity, which is fast: store.py makes equal ones once
+class Recording:
+    """What was recorded of one thing.
 
     Attributes:
-        parameters: In the order of `named_parameters()`.
-        index_bytes: Bytes of the supports' buffers.
-        forward: Begins with the layer's input live, ends with its output as well.
-        leave_autocast: Bytes that become free at the end of the model's forward pass, negative.
-        backward: Begins with the gradient of the output live, ends with that of the input.
-        flops: Floating-point operations of both passes.
+        passes: By name.
+        parameters: In the order of `named_parameters()`; those whose gradients arrive in the passes.
+        flops: Floating-point operations of all passes.
+        sizes: Other bytes: "buffers" (supports' indices of a layer, or the rotary table), "step" (most at a time that
+            an optimizer's step takes beside parameter, gradient and states), and states by component.
     """
 
-    parameters: tuple[Parameter, ...]
-    index_bytes: int
-    forward: Pass
-    leave_autocast: Bytes
-    backward: Pass
-    flops: int
-
-
-@dataclass(frozen=True)
-class EndsRecording:
-    """What is before and after the decoder layers: embedding, last norm, head and loss.
-
-    Attributes:
-        parameters: In the order of `named_parameters()`.
-        buffer_bytes: Bytes of the rotary table.
-        embedding: Forward pass to the first layer's input. Ends with that and what all layers share.
-        loss: From the last layer's output to the loss.
-        loss_backward: From the loss to the gradient of the last layer's output.
-        embedding_backward: From the gradient of the first layer's input.
-        flops: Floating-point operations of all of these.
-    """
-
-    parameters: tuple[Parameter, ...]
-    buffer_bytes: int
-    embedding: Pass
-    loss: Pass
-    loss_backward: Pass
-    embedding_backward: Pass
-    flops: int
-
-
-@dataclass(frozen=True)
-class EvaluationRecording:
-    """A forward pass without gradients.
-
-    Attributes:
-        embedding: To the first layer's input. Ends with that and what all layers share.
-        layer: Begins with the layer's input live, ends with its output in its place.
-        loss: From the last layer's output to the loss.
-    """
-
-    embedding: Pass
-    layer: Pass
-    loss: Pass
-
-
-@dataclass(frozen=True)
-class StepRecording:
-    """A step of an optimizer, of one part of a parameter.
-
-    Attributes:
-        transient_bytes: Most bytes at a time beside parameter, gradient and states.
-    """
-
-    transient_bytes: int
-
-
-@dataclass(frozen=True)
-class UpdateRecording:
-    """The update of parameters that are alike by an optimizer that is not ours.
-
-    Attributes:
-        shape: Shape of each of them.
-        replaced: As of :class:`Parameter`.
-        transient_bytes: Most bytes at a time beside parameter, gradient and states.
-        state_bytes: Bytes of its states, by component.
-        flops: Floating-point operations of matrix products.
-    """
-
-    shape: tuple[int, ...]
-    replaced: bool
-    transient_bytes: int
-    state_bytes: Bytes
-    flops: int
-
-
-@dataclass(frozen=True)
-class PublishedRecording:
-    """The code that was published with the paper (plan/paper/published.py).
-
-    Attributes:
-        layer: A decoder layer.
-        ends: What is before and after the layers.
-        updates: The distinct updates of parameters.
-    """
-
-    layer: LayerRecording
-    ends: EndsRecording
-    updates: tuple[UpdateRecording, ...]
-
-
-Recording = LayerRecording | EndsRecording | EvaluationRecording | StepRecording | PublishedRecording
-"""What is kept on disk."""
+    passes: dict[str, Pass] = field(default_factory=dict)
+    parameters: tuple[Parameter, ...] = ()
+    flops: int = 0
+    sizes: Bytes = field(default_factory=dict)
 
 
 def dumps(recording: Recording) -> bytes:
     """A recording as JSON."""
-    return _adapter(type(recording)).dump_json(recording, exclude_defaults=True)
+    return json.dumps(asdict(recording)).encode()
 
 
-def loads(kind: type[Recording], text: bytes) -> Recording:
-    """A recording from JSON.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    recording: Recording = _adapter(kind).validate_json(text)
-    return recording
-
-
-_adapters: dict[Any, TypeAdapter[Any]] = {}
+def loads(text: bytes) -> Recording:
+    """A recording from what :func:`dumps` wrote."""
+    values = json.loads(text)
+    return Recording(
+        {name: _pass(**value) for name, value in values["passes"].items()},
+        tuple(Parameter(**{**value, "shape": tuple(value["shape"])}) for value in values["parameters"]),
+        values["flops"],
+        values["sizes"],
+    )
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """The reader and writer of a kind, which takes long to make."""
-    return _adapters.setdefault(kind, _adapters.get(kind) or TypeAdapter(kind))
+def _pass(steps: list[dict[str, Any]], gradient_bytes: list[int]) -> Pass:
+    return Pass(
+        tuple(Step(**{**step, "arrives": step["arrives"] and tuple(step["arrives"])}) for step in steps),
+        tuple(gradient_bytes),
+    )

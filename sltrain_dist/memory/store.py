@@ -15,30 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel
+from pkgutil import resolve_name
+from typing import Any, TypeVar
 
 import sltrain_dist
 from sltrain_dist.config.paths import default_cache_dir
 from sltrain_dist.config.rules import is_recomputed, loss_chunk_tokens
-from sltrain_dist.config.schema import MEMORY, Config, OptimConfig
+from sltrain_dist.config.schema import MEMORY, Config, DataConfig, OptimConfig, ReparamConfig, Section, TrainConfig
 from sltrain_dist.files import write_whole
-from sltrain_dist.memory.recording import (
-    EndsRecording,
-    EvaluationRecording,
-    LayerRecording,
-    PublishedRecording,
-    Recording,
-    StepRecording,
-    dumps,
-    loads,
-)
+from sltrain_dist.memory.recording import Recording, dumps, loads
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import Place, decays
+from sltrain_dist.parallel.partition import Shard
+
+S = TypeVar("S", bound=Section)
 
 _SOURCES = (
     "config/rules.py",
@@ -57,14 +50,6 @@ _WORTH_PROCESSES = 8
 _KEPT_S = 30 * 24 * 3600
 """Seconds for which another version's recordings are kept after the last of them was made."""
 
-_KINDS: dict[str, type[Recording]] = {
-    "layer": LayerRecording,
-    "ends": EndsRecording,
-    "evaluation": EvaluationRecording,
-    "step": StepRecording,
-    "published": PublishedRecording,
-}
-
 problems: list[str] = []
 """Why recordings cannot be kept on disk; empty where they can."""
 
@@ -74,50 +59,30 @@ class Request:
     """A recording that is wanted.
 
     Attributes:
-        kind: What of.
+        make: Module and function of this package that makes it, such as "memory.record:record_layer".
         key: All that it depends on, as JSON.
-        arguments: For what makes it.
         device: Whose operators. Those of this machine's CPU depend on its number of threads, and are not kept on disk.
-        make: Makes it; None: :mod:`sltrain_dist.memory.record`.
+        arguments: For the function: a run in which only what it depends on is set, and more.
     """
 
-    kind: Literal["layer", "ends", "evaluation", "step", "published"]
+    make: str
     key: str
+    device: DeviceType
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
-    device: DeviceType = "cuda"
-    make: Callable[..., Recording] | None = field(default=None, compare=False, repr=False)
 
-    def get(self) -> Any:
+    def get(self) -> Recording:
         """The recording."""
-        if self not in _found:
-            _found[self] = _read(self) or self._record()
+        if not self.is_known():
+            with _recording:
+                _found[self] = resolve_name(f"sltrain_dist.{self.make}")(*self.arguments)  # imports torch
+            _write(self, _found[self])
         return _found[self]
 
     def is_known(self) -> bool:
         """Whether it need not be recorded."""
-        if self not in _found:
-            read = _read(self)
-            if read is None:
-                return False
+        if self not in _found and (read := _read(self)) is not None:
             _found[self] = read
-        return True
-
-    def _record(self) -> Recording:
-        with _recording:
-            recording = (self.make or self._make())(*self.arguments)
-        _write(self, recording)
-        return recording
-
-    def _make(self) -> Callable[..., Recording]:
-        from sltrain_dist.memory import record  # not at the top: torch takes seconds to import
-
-        make: dict[str, Callable[..., Recording]] = {
-            "layer": record.record_layer,
-            "ends": record.record_ends,
-            "evaluation": record.record_evaluation,
-            "step": record.record_step,
-        }
-        return make[self.kind]
+        return self in _found
 
 
 _found: dict[Request, Recording] = {}
@@ -142,36 +107,45 @@ def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[in
     report(0, len(missing))
     # Not forked: the caller may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done, (request, recording) in enumerate(zip(missing, pool.map(_get, missing), strict=True), start=1):
+        for done, (request, recording) in enumerate(zip(missing, pool.map(Request.get, missing), strict=True), start=1):
             _found[request] = recording
             if done * 10 // len(missing) > (done - 1) * 10 // len(missing):
                 report(done, len(missing))
 
 
-def _get(request: Request) -> Any:
-    return request.get()
+# What each recording depends on
 
 
 def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:
     """Asks for the distinct decoder layers of a run; and which of them each layer is, the first layer first."""
-    policies = [_checkpointing(config, index) for index in range(config.model.num_layers)]
-    distinct = list(dict.fromkeys(policies))
-    requests = [
-        Request("layer", *_of_layer(config, policy, config.train.micro_batch, device), device) for policy in distinct
-    ]
-    return requests, tuple(map(distinct.index, policies))
+    micro_batch, gathered = config.train.micro_batch, _gathered(config)
+    recomputed = [is_recomputed(index, config.train) for index in range(config.model.num_layers)]
+    distinct = list(dict.fromkeys(recomputed))
+    settings = (_of_layer(config, micro_batch, again=again) for again in distinct)
+    requests = [request("memory.record:record_layer", device, gathered, **sections) for sections in settings]
+    return requests, tuple(map(distinct.index, recomputed))
 
 
-def evaluation_request(config: Config, micro_batch: int, device: DeviceType) -> Request:
-    """Asks for a forward pass of an evaluation."""
-    layer, arguments = _of_layer(config, _NO_CHECKPOINTING, micro_batch, device)
-    return Request("evaluation", _key(layer=layer, ends=_of_ends(config, micro_batch, device)), arguments, device)
-
-
-def ends_request(config: Config, micro_batch: int, device: DeviceType) -> Request:
+def ends_request(config: Config, device: DeviceType) -> Request:
     """Asks for what is before and after the layers."""
-    key = _of_ends(config, micro_batch, device)
-    return Request("ends", key, (_of_one_layer(config, _NO_CHECKPOINTING), micro_batch, device), device)
+    return request(
+        "memory.record:record_ends",
+        device,
+        model=only_memory(config.model, num_layers=1, intermediate_size=1),
+        reparam=ReparamConfig(method="full", weight_bits=config.reparam.weight_bits),
+        data=_of_data(config),
+        train=_of_loss(config, config.train.micro_batch),
+    )
+
+
+def evaluation_request(config: Config, device: DeviceType) -> Request | None:
+    """Asks for a forward pass of an evaluation; None where a run has none."""
+    if config.eval.source is None:
+        return None
+    micro_batch = config.eval.micro_batch or config.train.micro_batch
+    sections = _of_layer(config, micro_batch, again=False)
+    sections |= {"model": only_memory(config.model, num_layers=1), "train": _of_loss(config, micro_batch)}
+    return request("memory.record:record_evaluation", device, _gathered(config), **sections)
 
 
 def step_request(
@@ -188,89 +162,60 @@ def step_request(
         low_bit: Whether int8 weights are stepped by the same optimizer.
     """
     part = Place("weight" if decays(part.name, optim) else "norm", part.shape, part.start, part.count, part.borders)
-    key = _key(
-        optim=_of(optim), dtype=dtype, shape=part.shape, start=part.start, count=part.count, borders=part.borders,
-        name=part.name, device=device, int8=int8, low_bit=low_bit,
-    )  # fmt: skip
-    return Request("step", key, (optim, dtype, part, device, int8, low_bit), device)
+    return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=only_memory(optim))
 
 
-def published_request(config: Config, make: Callable[[Config], PublishedRecording]) -> Request:
-    """Asks for the code that was published with the paper, which `make` records."""
-    key = _key(
-        model=_of(config.model, but=frozenset({"num_layers"})),
-        reparam=_of(config.reparam),
-        optim=_of(config.optim),
-        checkpointing=config.train.activation_checkpointing,
-        micro_batch=config.train.micro_batch,
-        seq_len=config.data.seq_len,
-    )
-    return Request("published", key, (_of_one_layer(config, ()),), make=make)
+@lru_cache(1 << 14)
+def request(make: str, device: DeviceType, *more: Any, **sections: Section) -> Request:
+    """Asks for any recording.
+
+    Args:
+        make: Module and function that makes it, from a configuration, `more` and the device.
+        device: Whose operators.
+        more: What else it depends on; dataclasses, and what JSON has.
+        sections: Sections of the configuration. What is not set in them, it does not depend on.
+    """
+    settings = {name: section.model_dump(exclude_unset=True) for name, section in sections.items()}
+    key = json.dumps([settings, *more], sort_keys=True, default=asdict)
+    return Request(make, key, device, (Config.model_validate(sections), *more, device))
 
 
-def _of_layer(
-    config: Config, checkpointing: Checkpointing, micro_batch: int, device: DeviceType
-) -> tuple[str, tuple[Any, ...]]:
-    """(key, arguments)."""
+def _of_layer(config: Config, micro_batch: int, *, again: bool) -> dict[str, Section]:
+    """Settings that a decoder layer depends on; `again`: its activations are computed again."""
+    train, checkpointing = config.train, {}
+    if again and (train.activation_checkpointing == "full" or train.checkpoint_policy == "blocks"):
+        checkpointing = {"activation_checkpointing": "full"}
+    elif again:
+        checkpointing = {"activation_checkpointing": "selective", "checkpoint_policy": train.checkpoint_policy}
+    return {
+        "model": only_memory(config.model, num_layers=1, vocab_size=1, tie_head=False),
+        "reparam": only_memory(config.reparam),
+        "data": _of_data(config),
+        "train": TrainConfig.model_validate({"dtype": train.dtype, "micro_batch": micro_batch, **checkpointing}),
+    }
+
+
+def _gathered(config: Config) -> Shard | None:
+    """What mixed precision under FSDP2 gathers in the type of matrix products."""
     gathers = config.parallel.engine == "fsdp" and config.train.dtype == "mixed"
-    key = _key(
-        model=_of(config.model, but=frozenset({"num_layers", "vocab_size", "tie_head"})),
-        reparam=_of(config.reparam),
-        dtype=config.train.dtype,
-        gathered_in_bf16=config.parallel.shard if gathers else None,
-        checkpointing=checkpointing,
-        micro_batch=micro_batch,
-        seq_len=config.data.seq_len,
-        reset_attention=config.data.reset_attention,
-        device=device,
-    )
-    return key, (_of_one_layer(config, checkpointing), micro_batch, device)
+    return config.parallel.shard if gathers else None
 
 
-def _of_ends(config: Config, micro_batch: int, device: DeviceType) -> str:
-    return _key(
-        model=_of(config.model, but=frozenset({"num_layers", "intermediate_size"})),
-        weight_bits=config.reparam.weight_bits,
-        dtype=config.train.dtype,
-        loss_chunk_tokens=loss_chunk_tokens(config),
-        micro_batch=micro_batch,
-        seq_len=config.data.seq_len,
-        reset_attention=config.data.reset_attention,
-        device=device,
-    )
+def _of_data(config: Config) -> DataConfig:
+    return DataConfig(seq_len=config.data.seq_len, reset_attention=config.data.reset_attention)
 
 
-Checkpointing = tuple[tuple[str, str], ...]
-"""Settings of activation checkpointing, (key, value) each."""
-_NO_CHECKPOINTING: Checkpointing = (("activation_checkpointing", "none"),)
-
-
-def _checkpointing(config: Config, index: int) -> Checkpointing:
-    """Settings with which the only layer of a model is checkpointed as layer number `index` is here."""
-    train = config.train
-    if not is_recomputed(index, train):
-        return _NO_CHECKPOINTING
-    if train.activation_checkpointing == "full" or train.checkpoint_policy == "blocks":
-        return (("activation_checkpointing", "full"),)
-    return (("activation_checkpointing", "selective"), ("checkpoint_policy", train.checkpoint_policy))
-
-
-def _of_one_layer(config: Config, checkpointing: Checkpointing) -> Config:
-    """The run cut down to one layer, uncompiled."""
-    model = config.model.model_copy(update={"num_layers": 1})
-    train = config.train.model_copy(update={**dict(checkpointing), "compile": False})
-    return config.model_copy(update={"model": model, "train": train})
+def _of_loss(config: Config, micro_batch: int) -> TrainConfig:
+    chunk = loss_chunk_tokens(config)
+    return TrainConfig(dtype=config.train.dtype, micro_batch=micro_batch, loss_chunk_tokens=chunk)
 
 
 @lru_cache(4096)
-def _of(section: BaseModel, but: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The fields of a section that memory depends on."""
+def only_memory(section: S, **changed: Any) -> S:
+    """A section in which only those fields are set that memory depends on, some of them to other values."""
     fields = type(section).model_fields
-    return {name: getattr(section, name) for name in fields if MEMORY in fields[name].metadata and name not in but}
-
-
-def _key(**values: Any) -> str:
-    return json.dumps(values, sort_keys=True)
+    kept = {name: getattr(section, name) for name in fields if MEMORY in fields[name].metadata}
+    return type(section)(**{**kept, **changed})
 
 
 # On disk
@@ -299,7 +244,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _path(request: Request) -> Path:
-    return directory() / f"{hashlib.sha256(f'{request.kind} {request.key}'.encode()).hexdigest()[:40]}.json"
+    return directory() / f"{hashlib.sha256(f'{request.make} {request.key}'.encode()).hexdigest()[:40]}.json"
 
 
 def _read(request: Request) -> Recording | None:
@@ -309,7 +254,7 @@ def _read(request: Request) -> Recording | None:
     try:
         digest, key, text = _path(request).read_bytes().split(b"\n", 2)
         if digest.decode() == _digest(key, text) and key.decode() == request.key:
-            return loads(_KINDS[request.kind], text)
+            return loads(text)
     except (OSError, ValueError):
         pass
     return None

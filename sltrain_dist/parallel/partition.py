@@ -15,6 +15,8 @@ from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, Reparam
 from sltrain_dist.models.count import parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
+Shard = Literal["factors", "all"]
+"""What an engine shards: see `parallel.shard`."""
 Named = tuple[tuple[str, tuple[int, ...]], ...]
 """(name, shape) of parameters. A tuple, so that what follows from it can be looked up: the planner asks often."""
 _MANY = 256
@@ -35,7 +37,7 @@ def is_factor(name: str) -> bool:
     return _REPLACED.search(name) is not None
 
 
-def is_sharded(name: str, shard: Literal["factors", "all"]) -> bool:
+def is_sharded(name: str, shard: Shard) -> bool:
     """Whether an engine that shards deals a parameter out."""
     return shard == "all" or is_factor(name)
 
@@ -46,9 +48,7 @@ def dealt(config: Config) -> tuple[Named, Named]:
 
 
 @lru_cache(maxsize=_MANY)
-def _dealt(
-    model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Literal["factors", "all"]
-) -> tuple[Named, Named]:
+def _dealt(model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Shard) -> tuple[Named, Named]:
     shapes = parameter_shapes(model, reparam)
     sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
     known = {name for name, _ in sharded}

@@ -1,4 +1,7 @@
-"""How far a command has come, on standard error: something that moves on a terminal, plain lines elsewhere."""
+"""How far a command has come, on standard error: something that moves on a terminal, plain lines elsewhere.
+
+Rich is imported where it is used: all commands import this, and few show progress.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """Takes lines on what is being done: one that changes on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     if console.is_terminal:
         with console.status("starting") as status:
@@ -23,12 +26,13 @@ def status_line() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Takes the number of finished parts and a note: a bar on a terminal, plain lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done, note: print(f"{done}/{total} {note}", file=sys.stderr, flush=True)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     columns = (
         TextColumn(what),
         BarColumn(),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ def forget() -> None:
     store._found.clear()
     store.problems.clear()
     store.directory.cache_clear()
-    for cached in (recorded_model._model, recorded_model._layer, recorded_model.evaluation_passes):
-        cached.cache_clear()
+    recorded_model.model_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -242,4 +242,4 @@ def test_missing_recordings_are_made_by_several_processes(made: list[str], monke
 def test_recordings_are_read_as_they_were_written() -> None:
     for request in recordings_of(CONFIG):
         recording = request.get()
-        assert loads(type(recording), dumps(recording)) == recording
+        assert asdict(loads(dumps(recording))) == asdict(recording)

@@ -8,7 +8,7 @@ from functools import cached_property
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings
 from sltrain_dist.memory.ledger import Gradients, Played, play, receive_all
-from sltrain_dist.memory.recorded_model import RecordedModel, evaluation_passes
+from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.memory.store import evaluation_request, step_request
 from sltrain_dist.numerics.device import DeviceType
@@ -77,12 +77,11 @@ class Timeline:
 
     def hold_parameters(self) -> None:
         """Parameters, index and the rotary table, and DDP's buckets."""
-        for component, size in self.held.stored_bytes(self.width, with_dealt=self.dealt_on_device).items():
-            self.add(component, size)
+        self.add_all(self.held.stored_bytes(self.width, with_dealt=self.dealt_on_device))
         if self.buckets:
             self.add("gradients", self.held.total_values * self.width)
         self.add("index", self.model.index_bytes)
-        self.add("dense.rotary", self.model.ends.buffer_bytes)
+        self.add("dense.rotary", self.model.ends.sizes["buffers"])
 
     def batch_bytes(self, tokens: int) -> int:
         """Bytes of ids and labels, int64, and of positions where documents are told apart."""
@@ -137,37 +136,33 @@ class Timeline:
         dtype, int8 = _DTYPES[self.width], item.parameter.int8
         # One int8 weight makes LowBitAdam the optimizer of all (optim/factory.py).
         low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
-        return (
-            step_request(self.config.optim, dtype, item.place, self.device, int8=int8, low_bit=low_bit)
-            .get()
-            .transient_bytes
-        )
+        request = step_request(self.config.optim, dtype, item.place, self.device, int8=int8, low_bit=low_bit)
+        return request.get().sizes["step"]
 
     # An update
 
     def forward(self) -> None:
         """Forward pass of the last micro-batch."""
-        self.apply("forward", "", play(self.model.embedding))
+        self.apply("forward", "", play(self.model.ends, "embedding"))
         for layer, kind in enumerate(self.model.order):
-            self.apply("forward", f"layer {layer}", play(self.model.layers[kind].forward))
-        self.apply("forward", "", play(self.model.loss))
+            self.apply("forward", f"layer {layer}", play(self.model.layers[kind], "forward"))
+        self.apply("forward", "", play(self.model.ends, "loss"))
         self.leave_autocast()
 
     def leave_autocast(self) -> None:
         """Its cache of cast weights is cleared at the end of the forward pass."""
         for kind in self.model.order:
-            for component, size in self.model.layers[kind].recording.leave_autocast.items():
-                self.add(component, size)
+            self.add_all(play(self.model.layers[kind], "leave autocast").end)
 
     def backward(self) -> None:
         """Its backward pass."""
         gradients = self.gradients
-        played = play(self.model.loss_backward, gradients)
+        played = play(self.model.ends, "loss backward", gradients)
         self.apply("backward", "", played)
         for layer, kind in reversed(list(enumerate(self.model.order))):
-            played = play(self.model.layers[kind].backward, gradients, played.in_flight, last=layer == 0)
+            played = play(self.model.layers[kind], "backward", gradients, played.in_flight, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
-        played = play(self.model.embedding_backward, gradients, played.in_flight)
+        played = play(self.model.ends, "embedding backward", gradients, played.in_flight)
         self.apply("backward", "", played)
         self.apply("backward", "last updates", receive_all(gradients, played.in_flight))
 
@@ -203,19 +198,16 @@ class Timeline:
 
     def evaluate(self) -> None:
         """Forward pass of an evaluation, of which nothing is kept."""
-        evaluation = self.config.eval
-        if evaluation.source is None:
+        request = evaluation_request(self.config, self.device)
+        if request is None:
             return
-        micro_batch = evaluation.micro_batch or self.config.train.micro_batch
-        request = evaluation_request(self.config, micro_batch, self.device)
-        embedding, layer, loss = map(play, evaluation_passes(request))
+        recording = request.get()
+        micro_batch = self.config.eval.micro_batch or self.config.train.micro_batch
         before = dict(self.base)
         self.add("buffers.gathered", self.gathered_in_evaluation)
         self.add("batch", self.batch_bytes(micro_batch * self.config.data.seq_len))
-        self.apply("forward", "evaluation", embedding)
-        for _ in self.model.order:
-            self.apply("forward", "evaluation", layer)
-        self.apply("forward", "evaluation", loss)
+        for name in ("embedding", *("layer" for _ in self.model.order), "loss"):
+            self.apply("forward", "evaluation", play(recording, name))
         self.base = before
 
     # Bookkeeping
@@ -226,16 +218,19 @@ class Timeline:
         if size:
             self.base[component] = size
 
-    def clear(self, *components: str) -> None:
-        """Uncounts all bytes of some components."""
-        for component in components:
-            self.base.pop(component, None)
+    def add_all(self, sizes: Mapping[str, int]) -> None:
+        """The same by component."""
+        for component, size in sizes.items():
+            self.add(component, size)
+
+    def clear(self, component: str) -> None:
+        """Uncounts all bytes of a component."""
+        self.base.pop(component, None)
 
     def apply(self, phase: Phase, where: str, played: Played) -> None:
         """Adds what a pass does."""
         self.point(phase, ", ".join(part for part in (where, played.where) if part), played.peak)
-        for component, size in played.end.items():
-            self.add(component, size)
+        self.add_all(played.end)
 
     def point(self, phase: Phase, where: str, more: Mapping[str, int] | None = None) -> None:
         """Records a moment at which more lives than what stays."""

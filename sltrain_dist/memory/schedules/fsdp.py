@@ -62,7 +62,7 @@ class FsdpTimeline(Timeline):
         gather = block if self.shards > 1 else 0
         root = self.held.gathered_in(layer=False) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
-        self.apply("forward", "", play(model.embedding))
+        self.apply("forward", "", play(model.ends, "embedding"))
         for layer, kind in enumerate(model.order):
             # The buffer before, the root's at first, lives until this layer's has been copied out.
             if layer == 0:
@@ -74,10 +74,10 @@ class FsdpTimeline(Timeline):
                 self.add(GATHERED, -root)
             during = gather * (1 + min(ahead, layers - 1 - layer))
             self.add(GATHERED, during + block)
-            self.apply("forward", f"layer {layer}", play(model.layers[kind].forward))
+            self.apply("forward", f"layer {layer}", play(model.layers[kind], "forward"))
             self.add(GATHERED, -during - (block if parallel.reshard_after_forward else 0))
         self.add(GATHERED, gather)
-        self.apply("forward", "", play(model.loss))
+        self.apply("forward", "", play(model.ends, "loss"))
         self.leave_autocast()
         self.add(GATHERED, -gather)
 
@@ -100,7 +100,7 @@ class FsdpTimeline(Timeline):
         # The root, where it has parameters, prefetches the last layer.
         early = gather if parallel.reshard_after_forward and not self.remainder_is_whole else 0
         self.add(GATHERED, early)
-        played = play(model.loss_backward, ends)
+        played = play(model.ends, "loss backward", ends)
         self.apply("backward", "", played)
         self.add(GATHERED, -early)
         for layer, kind in reversed(list(enumerate(model.order))):
@@ -111,12 +111,12 @@ class FsdpTimeline(Timeline):
                 self.add(GATHERED, block)
                 prefetched = gather * min(ahead, layer)
             self.add(GATHERED, prefetched)
-            played = play(model.layers[kind].backward, of_layer, played.in_flight, of_remainder, last=layer == 0)
+            played = play(model.layers[kind], "backward", of_layer, played.in_flight, of_remainder, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
             self.add(GATHERED, -block)
             self._reduce(f"layer {layer}", in_layer=True)
             self.add(GATHERED, -prefetched)
-        played = play(model.embedding_backward, ends, played.in_flight)
+        played = play(model.ends, "embedding backward", ends, played.in_flight)
         self.apply("backward", "", played)
         if not self.remainder_is_whole:
             self.add(GATHERED, -self.held.gathered_in(layer=False) * self.width)

@@ -147,16 +147,16 @@ class ZeroTimeline(Timeline):
         block = self.block_values * self.width
         table = self._table()
         self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is fetched early
-        self.apply("forward", "", play(self.model.embedding))
+        self.apply("forward", "", play(self.model.ends, "embedding"))
         for layer, kind in enumerate(self.model.order):
             coming = block * min(ahead, layers - 1 - layer)
             self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
-            self.apply("forward", f"layer {layer}", play(self.model.layers[kind].forward))
+            self.apply("forward", f"layer {layer}", play(self.model.layers[kind], "forward"))
             self.add(GATHERED, -block - coming)
         # The last block is used again at once, and the one before it is gathered meanwhile.
         self.add(GATHERED, block + block * min(ahead, layers - 1) - table)
-        self.apply("forward", "", play(self.model.loss))
+        self.apply("forward", "", play(self.model.ends, "loss"))
         self.leave_autocast()
 
     @property
@@ -171,7 +171,7 @@ class ZeroTimeline(Timeline):
 
     def backward(self) -> None:
         ends, model = self.gradients_of_ends(), self.model
-        self.apply("backward", "", play(model.loss_backward, ends))
+        self.apply("backward", "", play(model.ends, "loss backward", ends))
         if self.stage < 3:
             self.clear(BUCKET)
             self.add(BUCKET, self.bucket * self.width)
@@ -188,7 +188,7 @@ class ZeroTimeline(Timeline):
                 self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
             self.add(GATHERED, block + coming)
             played = play(
-                model.layers[kind].backward, self.gradients_of_layer(full=full), (), of_remainder, last=layer == 0
+                model.layers[kind], "backward", self.gradients_of_layer(full=full), (), of_remainder, last=layer == 0
             )
             self.apply("backward", f"layer {layer}", played)
             if self.stage == 3:
@@ -197,7 +197,7 @@ class ZeroTimeline(Timeline):
                 self.add("gradients", -self.width * self.held.dealt_in(layer=True))
             self.add(GATHERED, -block - coming)
         of_table = Gradients("keep", self.width) if self.stage == 3 and self._table() else ends
-        self.apply("backward", "", play(model.embedding_backward, of_table))
+        self.apply("backward", "", play(model.ends, "embedding backward", of_table))
         self._reduce(full=full)
         message = self.width * self.held.whole_values
         if message and self.ranks > 1:

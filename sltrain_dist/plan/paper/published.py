@@ -15,20 +15,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
-from sltrain_dist.memory.record import record_ends, record_layer
-from sltrain_dist.memory.recording import PublishedRecording
-from sltrain_dist.plan.paper.published_optimizers import record_update
+from sltrain_dist.memory import record
+from sltrain_dist.memory.recording import Recording
+from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
 BF16 = torch.bfloat16
 
 
-def record(config: Config) -> PublishedRecording:
-    """Records a decoder layer, what is before and after the layers, and the update of every parameter of these."""
-    layer = record_layer(config, config.train.micro_batch, "cuda", PublishedLlama)
-    ends = record_ends(config, config.train.micro_batch, "cuda", PublishedLlama)
-    distinct = {(each.shape, each.replaced): None for each in (*layer.parameters, *ends.parameters)}
-    return PublishedRecording(layer, ends, tuple(record_update(*each, config) for each in distinct))
+def record_layer(config: Config, device: DeviceType) -> Recording:
+    """Records a decoder layer."""
+    return record.record_layer(config, None, device, PublishedLlama)
+
+
+def record_ends(config: Config, device: DeviceType) -> Recording:
+    """Records what is before and after the layers."""
+    return record.record_ends(config, device, PublishedLlama)
 
 
 class PublishedLlama(nn.Module):

@@ -10,25 +10,27 @@ from torch.optim import Adam, Optimizer
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.record import by_itself, transient_bytes
-from sltrain_dist.memory.recording import UpdateRecording
+from sltrain_dist.memory.recording import Recording
+from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import QUANTIZED_FROM
 
 ADAM8BIT_BLOCK = 2048
 """Values that share a float32 scale in bitsandbytes' block-wise optimizers before its version 0.45 (of 2024)."""
 
 
-def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> UpdateRecording:
-    """Records the update of a parameter.
+def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device: DeviceType) -> Recording:
+    """Records the update of a parameter: its transient bytes as "step", and the bytes of its states by component.
 
     Args:
-        shape: Its shape.
-        replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
         config: The run.
+        shape: Shape of the parameter.
+        replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
+        device: Whose operators.
     """
     with by_itself(), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
         gradient = parameter.grad = torch.empty_like(parameter)
-        optimizer, log = make_optimizer([parameter], replaced, config), EventLog("cuda")
+        optimizer, log = make_optimizer([parameter], replaced, config), EventLog(device)
         log.leave_out([parameter, gradient])
         with log:
             optimizer.step()  # makes the states
@@ -40,13 +42,8 @@ def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> Upd
         states = {key: value.nbytes for state in optimizer.state.values() for key, value in state.items()}
     projector = states.pop("projector", 0)
     states.pop("step", None)  # on the CPU
-    return UpdateRecording(
-        shape=shape,
-        replaced=replaced,
-        transient_bytes=transient_bytes(log, "step"),
-        state_bytes={"states": sum(states.values()), "states.projectors": projector},
-        flops=log.flops - flops,
-    )
+    sizes = {"step": transient_bytes(log, "step"), "states": sum(states.values()), "states.projectors": projector}
+    return Recording(flops=log.flops - flops, sizes=sizes)
 
 
 def make_optimizer(parameters: list[nn.Parameter], replaced: bool, config: Config) -> Optimizer:

@@ -8,16 +8,14 @@ is not documented and left out.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import Config, DataConfig, TrainConfig
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.holdings import Holding
-from sltrain_dist.memory.recorded_model import RecordedLayer, RecordedModel
-from sltrain_dist.memory.recording import PublishedRecording, UpdateRecording
+from sltrain_dist.memory.recorded_model import model_of
+from sltrain_dist.memory.recording import Recording
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.memory.store import Request, published_request
+from sltrain_dist.memory.store import only_memory, request
 
 RELATIVE_ERROR = 0.1
 """Of the emulation; the four 7B bars of Figure 3 are within it (docs/planner_search.md)."""
@@ -34,7 +32,7 @@ def reference_estimate(config: Config) -> Estimate:
         ConfigError: The published code has no such setting.
     """
     _check(config)
-    update = _Update(config, published_request(config, _record))
+    update = _Update(config)
     return Estimate(
         timeline=tuple(update.points()),
         reserved_bytes=0,  # the paper's figures are of allocated tensors
@@ -67,27 +65,20 @@ def _check(config: Config) -> None:
         raise ConfigError("\n".join(f"--implementation reference: {line}" for line in wrong))
 
 
-def _record(config: Config) -> PublishedRecording:
-    from sltrain_dist.plan.paper.published import record  # not at the top: torch takes seconds to import
-
-    return record(config)
-
-
-@lru_cache(64)
-def _model(request: Request, layers: int) -> RecordedModel:
-    recording: PublishedRecording = request.get()
-    return RecordedModel((RecordedLayer(recording.layer),), (0,) * layers, recording.ends)
-
-
 class _Update(Timeline):
     """One update of the published code."""
 
-    def __init__(self, config: Config, request: Request) -> None:
-        recording: PublishedRecording = request.get()
-        self._updates = {(each.shape, each.replaced): each for each in recording.updates}
-        micro_batches = config.train.global_batch // config.train.micro_batch
-        passes = 1 if config.optim.update == "per_layer" else micro_batches
-        super().__init__(config, _model(request, config.model.num_layers), 1, passes, "cuda")
+    def __init__(self, config: Config) -> None:
+        train, again = config.train, config.train.activation_checkpointing
+        sections = {
+            "model": only_memory(config.model, num_layers=1),
+            "reparam": only_memory(config.reparam),
+            "data": DataConfig(seq_len=config.data.seq_len),
+            "train": TrainConfig(micro_batch=train.micro_batch, activation_checkpointing=again),
+        }
+        layer, ends = (request(f"plan.paper.published:record_{of}", "cuda", **sections) for of in ("layer", "ends"))
+        passes = 1 if config.optim.update == "per_layer" else train.global_batch // train.micro_batch
+        super().__init__(config, model_of((layer,), (0,) * config.model.num_layers, ends), 1, passes, "cuda")
 
     def points(self) -> list[Point]:
         """See :class:`Timeline`; the published code's step, and nothing of a save or an evaluation."""
@@ -109,8 +100,8 @@ class _Update(Timeline):
     def hold_more(self) -> None:
         """States, and gradients that wait for the last micro-batch."""
         for item in self.held.items:
-            for component, size in self._update_of(item).state_bytes.items():
-                self.add(component, item.count * size)
+            for component in ("states", "states.projectors"):
+                self.add(component, item.count * self._update_of(item).sizes[component])
         if self.passes > 1:
             self.add("gradients", self.held.total_values * self.width)
 
@@ -119,8 +110,8 @@ class _Update(Timeline):
         return 24 * tokens
 
     def step_bytes(self, item: Holding) -> int:
-        """Transient bytes of the optimizer's step; the most of any parameter of that shape."""
-        return max(each.transient_bytes for (shape, _), each in self._updates.items() if shape == item.parameter.shape)
+        """Transient bytes of the optimizer's step."""
+        return self._update_of(item).sizes["step"]
 
     def update(self) -> None:
         """The step of whole updates."""
@@ -132,5 +123,7 @@ class _Update(Timeline):
             taken = max(map(self.step_bytes, self.held.items))
         self.point("update", "step of the optimizer", {"temporaries.update": taken})
 
-    def _update_of(self, item: Holding) -> UpdateRecording:
-        return self._updates[item.parameter.shape, item.parameter.replaced]
+    def _update_of(self, item: Holding) -> Recording:
+        sections = {"reparam": only_memory(self.config.reparam), "optim": only_memory(self.config.optim)}
+        make, parameter = "plan.paper.published_optimizers:record_update", item.parameter
+        return request(make, "cuda", parameter.shape, parameter.replaced, **sections).get()
