@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -83,16 +84,27 @@ def write_synced(path: Path, content: str | bytes) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file that is whole under its name, or is what it was before, also after a power cut.
+    """As :func:`writing_whole`, with all of the content at once."""
+    with writing_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
-    A file that is replaced passes its permissions on; a new one follows the umask.
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is whole under its name when the block ends, or is what it was before, also after a power cut.
+
+    Until then it has another name, which no other process uses. A file that is replaced passes its permissions on; a
+    new one follows the umask.
 
     Raises:
         OSError: It cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        write_synced(temporary, content)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
         temporary.replace(path)
@@ -100,6 +112,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_path(path.parent)
+
+
+def lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
+    """Locks an open file or directory until it is closed, or the process ends.
+
+    Some cluster file systems have no locks; there, two processes at a time go unnoticed.
+
+    Args:
+        file: The file, or the descriptor of a directory.
+        wait: Whether to wait while another process holds it.
+
+    Returns:
+        False if another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def has_its_name(file: IO[Any], path: Path) -> bool:

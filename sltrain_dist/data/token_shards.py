@@ -12,8 +12,6 @@ that a position means the same document as in the text.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +24,9 @@ from pydantic import ConfigDict, Field, RootModel, model_validator
 from sltrain_dist.data.documents import Encoder, Fault
 from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import FileName, NumBytes, SealedModel, Sha256, read_model, sha256_of
+from sltrain_dist.files import FileName, NumBytes, SealedModel, Sha256, read_model, sha256_of, write_whole
 
 MANIFEST = "token_shards.json"
-TEMPORARY = ".tmp"
-"""Suffix of files that are being written."""
 _FORMAT = 1
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -185,7 +181,7 @@ def read_record(path: Path, job: TokenJob) -> TokenShard | None:
 
 def write_record(path: Path, shard: TokenShard) -> None:
     """Writes what :func:`read_record` reads."""
-    write_durably(path, _Record(shard).model_dump_json().encode())
+    write_whole(path, _Record(shard).model_dump_json())
 
 
 def open_manifest(directory: Path) -> TokenManifest:
@@ -318,29 +314,3 @@ def _map(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         return np.empty(0, dtype)  # nothing cannot be mapped
     # A plain array over the map: slicing np.memmap itself takes ten times as long.
     return np.asarray(np.memmap(path, dtype, mode="r")).view(np.ndarray)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole under its name or not there, also after a power cut."""
-    temporary = temporary_for(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    put_in_place(temporary, path)
-
-
-def temporary_for(path: Path) -> Path:
-    """A name of its own for a file that is to become `path`: what an earlier command, killed a moment ago, has left
-    running may still be writing to its."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Renames a file that is safely on the disk, and makes the name as safe."""
-    temporary.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

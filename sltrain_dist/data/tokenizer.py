@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import os
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import write_error
+from sltrain_dist.files import write_error, write_whole
 
 _LINE_CHARS = 4000
 """Longer lines are cut for training: SentencePiece drops what exceeds its `max_sentence_length`."""
@@ -167,7 +166,8 @@ def train_tokenizer(
     held_out, training = _split(sample)
     model = _train(training, vocab_size, model_type, character_coverage)
     try:
-        _write_atomically(output, model)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, model)
     except OSError as error:
         raise write_error(f"cannot write the tokenizer {output}", error, DataError) from None
     return _measure(Tokenizer(output), output, sample, held_out)
@@ -275,13 +275,3 @@ def _measure(tokenizer: Tokenizer, path: Path, sample: list[str], held_out: list
 
 def _num_bytes(text: str) -> int:
     return len(text.encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

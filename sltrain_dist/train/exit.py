@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from sltrain_dist.files import (
     NO_SPACE,
     TEMPORARY,
     has_its_name,
+    lock,
     make_directory,
     storage_message,
     sync_path,
@@ -115,7 +115,7 @@ def _alone(path: Path) -> Iterator[None]:
             locked = False
             while not locked:
                 file = stack.enter_context(path.open("r+b"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file, wait=True)
                 locked = has_its_name(file, path)  # else another rank has replaced it in the meantime
         yield
 
@@ -124,14 +124,9 @@ def _lock(run_dir: Path) -> bool:
     if run_dir.resolve() in _held:
         return False
     descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(descriptor):
         os.close(descriptor)
         return False
-    except OSError:
-        # A file system that cannot lock directories: two runs in one go unnoticed there, nothing else changes.
-        pass
     _held[run_dir.resolve()] = descriptor
     return True
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,3 +152,29 @@ def test_what_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "list.json").write_bytes(content)
     with pytest.raises(ValueError):
         read_model(tmp_path / "list.json", Listed)
+
+
+def test_a_file_has_no_name_before_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(KeyError), files.writing_whole(path) as file:
+        file.write(b"some")
+        assert not path.exists()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with files.writing_whole(path) as file:
+        file.write(b"all")
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"all"]
+
+
+def test_a_lock_is_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "lock").open("w") as one, (tmp_path / "lock").open("w") as other:
+        assert files.lock(one) and not files.lock(other)
+        one.close()
+        assert files.lock(other, wait=True)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with (tmp_path / "lock").open("w") as one:
+        assert files.lock(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import json
@@ -30,7 +29,7 @@ from sltrain_dist.data.prepare.shards import (
     write_corpus,
 )
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import write_error
+from sltrain_dist.files import lock, write_error
 
 Report = Callable[[str], None]
 
@@ -295,11 +294,7 @@ def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
     except OSError as error:
         raise write_error(f"data.cache_dir = {cache} cannot be written to; set another", error, DataError) from None
     with file:
-        # Some cluster file systems have no locks. Results are renamed into place, hence right without one too.
-        with suppress(OSError):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report(f"waiting for another process that makes the embedded corpus in {cache}; a minute or a few")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        if not lock(file):
+            report(f"waiting for another process that makes the embedded corpus in {cache}; a minute or a few")
+            lock(file, wait=True)
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -26,22 +25,18 @@ from sltrain_dist.data.retry import Fetcher
 from sltrain_dist.data.source import read_documents
 from sltrain_dist.data.token_shards import (
     MANIFEST,
-    TEMPORARY,
     TokenJob,
     TokenManifest,
     TokenShard,
     damage,
     is_prepared,
-    put_in_place,
     read_manifest,
     read_record,
-    temporary_for,
-    write_durably,
     write_record,
 )
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import write_error
+from sltrain_dist.files import TEMPORARY, lock, write_error, write_whole, writing_whole
 
 _CAUSES = tuple(fault.value for fault in Fault)
 _LOCK = ".lock"
@@ -124,7 +119,7 @@ def prepare_tokens(
                     report(count, shard)
             tally.check(at_end=True)
             manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
-            write_durably(output / MANIFEST, manifest.to_json().encode())
+            write_whole(output / MANIFEST, manifest.to_json())
             for task in tasks:
                 _record(task).unlink(missing_ok=True)
             return manifest
@@ -184,7 +179,7 @@ def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
         # From here on nobody takes the directory for finished; what is whole is known by records of its own.
         for number, shard in whole.items():
             write_record(output / f"{number:05d}.shard.json", shard)
-        write_durably(output / MANIFEST, TokenManifest(str(output), job, _CAUSES, ()).to_json().encode())
+        write_whole(output / MANIFEST, TokenManifest(str(output), job, _CAUSES, ()).to_json())
     return whole
 
 
@@ -233,9 +228,9 @@ def _make_shard(task: _Task) -> TokenShard:
         raise DataError(f"the tokenizer {task.tokenizer_path} has changed since the preparation began")
     lengths: list[int] = []
     causes = bytearray()
-    tokens = _DurableFile(task.directory / f"{task.name}.tokens")
-    index = _DurableFile(task.directory / f"{task.name}.index")
-    with tokens as tokens_file, index as index_file:
+    paths = [task.directory / f"{task.name}.{kind}" for kind in ("tokens", "index")]
+    with writing_whole(paths[0]) as tokens_file, writing_whole(paths[1]) as index_file:
+        tokens, index = _HashedFile(tokens_file), _HashedFile(index_file)
         records = read_documents(source, job.text_field, max_bytes=job.max_document_bytes, expected=task.expected)
         for _, result in encode_documents(records, tokenizer, job.text_field, None):
             if isinstance(result, Fault):
@@ -244,55 +239,35 @@ def _make_shard(task: _Task) -> TokenShard:
             else:
                 lengths.append(len(result) + 1)
                 causes.append(0)
-                tokens_file.write(np.append(result, np.int32(job.eos_id)).astype(job.dtype).tobytes())
+                tokens.write(np.append(result, np.int32(job.eos_id)).astype(job.dtype).tobytes())
         starts = np.zeros(len(lengths) + 1, dtype="<i8")
         np.cumsum(lengths, out=starts[1:])
-        index_file.write(starts.tobytes() + bytes(causes))
+        index.write(starts.tobytes() + bytes(causes))
     shard = TokenShard(
         name=task.name,
         documents=len(lengths),
         tokens=int(starts[-1]),
         faults={cause: causes.count(1 + number) for number, cause in enumerate(_CAUSES) if 1 + number in causes},
-        files={file.path.name: (file.size, file.digest) for file in (tokens, index)},
+        files={path.name: (file.size, file.digest) for path, file in zip(paths, (tokens, index), strict=True)},
     )
     write_record(_record(task), shard)
     return shard
 
 
-class _DurableFile:
-    """A file that is hashed as it is written, and appears under its name at the end."""
+class _HashedFile:
+    """A file that is hashed as it is written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._temporary = temporary_for(path)
-        self._sha256 = hashlib.sha256()
-        self._file: IO[bytes] | None = None
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._sha256, self.size = file, hashlib.sha256(), 0
 
     @property
     def digest(self) -> str:
         return self._sha256.hexdigest()
 
     def write(self, content: bytes) -> None:
-        assert self._file is not None
         self._file.write(content)
         self._sha256.update(content)
         self.size += len(content)
-
-    def __enter__(self) -> _DurableFile:
-        self._file = self._temporary.open("wb")
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        assert self._file is not None
-        with self._file as file:
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
-        if kind is None:
-            put_in_place(self._temporary, self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
 
 
 def _record(task: _Task) -> Path:
@@ -304,9 +279,7 @@ def _claimed(output: Path) -> Iterator[None]:
     """Makes the directory and keeps a second preparation out of it."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is writing to {output}; wait for it, or choose another one") from None
+        if not lock(file):
+            raise ConfigError(f"another process is writing to {output}; wait for it, or choose another one")
         yield
     (output / _LOCK).unlink(missing_ok=True)
