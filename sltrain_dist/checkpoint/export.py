@@ -18,12 +18,13 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from sltrain_dist.files import make_directory, sync_path, write_synced, writing
-from sltrain_dist.models.build import DTYPES, build_meta_model, join_fingerprints
+from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.held import load_values
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,7 +70,7 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
         with writing(f"the model {output}"):
             make_directory(temporary)
             special_ids = _write_tokenizer(checkpoint, temporary, config)
-            parameters = _write_tensors(temporary, reader, config, DTYPES[dtype], shard_bytes)
+            parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)
             hugging_face = _hugging_face_config(config, dtype) | special_ids
             write_synced(temporary / "config.json", json.dumps(hugging_face, indent=2) + "\n")
             sync_path(temporary)

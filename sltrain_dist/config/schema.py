@@ -8,7 +8,7 @@ it is. Rules that involve several fields live in :mod:`sltrain_dist.config.rules
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -267,6 +267,41 @@ class ParallelConfig(Section):
     """Seconds after which a collective that got no answer, or a data worker that sends nothing, ends the run."""
 
 
+class Precision(NamedTuple):
+    """Types of a run's values, by torch's names for them.
+
+    Attributes:
+        parameter: Of parameters and gradients, and of optimizer states with `optim.state_bits: 16`.
+        product: Of what matrix products take; fsdp gathers the weights of decoder layers in it.
+    """
+
+    parameter: Literal["bfloat16", "float32"]
+    product: Literal["bfloat16", "float32"]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether products take another type than that of the parameters."""
+        return self.parameter != self.product
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of a value of a parameter."""
+        return 2 if self.parameter == "bfloat16" else 4
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of a value in a matrix product."""
+        return 2 if self.product == "bfloat16" else 4
+
+
+PRECISIONS = {
+    "bf16": Precision("bfloat16", "bfloat16"),
+    "fp32": Precision("float32", "float32"),
+    "mixed": Precision("float32", "bfloat16"),
+}
+"""By what `train.dtype` says."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -303,6 +338,11 @@ class TrainConfig(Section):
     as scheduled, and supports unchanged."""
     dry_run: bool = False
     """Build everything, make one update on made-up data, report the peak memory and stop."""
+
+    @property
+    def precision(self) -> Precision:
+        """What `dtype` means."""
+        return PRECISIONS[self.dtype]
 
 
 class EvalConfig(Section):

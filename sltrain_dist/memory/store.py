@@ -197,7 +197,7 @@ def _of_layer(config: Config, micro_batch: int, *, again: bool) -> dict[str, Sec
 
 def _gathered(config: Config) -> Shard | None:
     """What mixed precision under FSDP2 gathers in the type of matrix products."""
-    gathers = config.parallel.engine == "fsdp" and config.train.dtype == "mixed"
+    gathers = config.parallel.engine == "fsdp" and config.train.precision.is_mixed
     return config.parallel.shard if gathers else None
 
 

@@ -17,9 +17,6 @@ from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.keyed import Initial
 from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mixed": torch.float32}
-"""Types of parameters by the name that `train.dtype` uses."""
-
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:
     """Builds the whole model on `device`, with its initial values, which depend on (seed, parameter name) only.
@@ -43,10 +40,11 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
     check_trainable(config)
     with torch.device("meta"):
         factory = linear_factory(config.reparam, config.seed, config.model.init_std)
-        autocast = torch.bfloat16 if config.train.dtype == "mixed" else None
+        precision = config.train.precision
+        autocast = getattr(torch, precision.product) if precision.is_mixed else None
         chunk_tokens = loss_chunk_tokens(config)
         model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast, chunk_tokens)
-    dtype = DTYPES[config.train.dtype]
+    dtype = getattr(torch, precision.parameter)
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
         parameter.data = parameter.data.to(dtype)
     _quantize(model, config.reparam)

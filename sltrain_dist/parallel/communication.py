@@ -13,7 +13,6 @@ from sltrain_dist.parallel.partition import (
     agreed_bytes,
     dealt,
     optimizer_groups,
-    value_bytes,
     zero3_values,
     zero12_partition,
 )
@@ -60,7 +59,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     block for the forward and for the backward pass; what it finds gathered it does not gather again, so that
     its figure is the most it sends, and the least is about half of that for a model of one block.
     """
-    parallel, width = config.parallel, value_bytes(config)
+    parallel, width = config.parallel, config.train.precision.parameter_bytes
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if accumulates_locally(parallel) else passes
     sharded, whole = dealt(config)
@@ -84,11 +83,11 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
 
 
 def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
-    parallel, width = config.parallel, value_bytes(config)
+    parallel, width = config.parallel, config.train.precision.parameter_bytes
     ranks = world_size // parallel.replicas
     blocks, root = _padded_values(sharded, ranks)
     gathers = passes * (2 if parallel.reshard_after_forward else 1)
-    gathered_width = 2 if config.train.dtype == "mixed" else width
+    gathered_width = config.train.precision.product_bytes
     # The root keeps its own parameters from the forward to the backward pass.
     gathered = gathers * gathered_width * blocks + passes * width * root
     reduced = reductions * width * (blocks + root)

@@ -180,7 +180,7 @@ class FSDPEngine:
     def _shard(self, mesh: DeviceMesh, config: Config, ignored: set[nn.Parameter]) -> None:
         """Wraps every block, then the root, which gathers what is left: embedding, last norm and head."""
         parallel, cuda = config.parallel, self._env.device.type == "cuda"
-        mixed = config.train.dtype == "mixed"
+        mixed = config.train.precision.is_mixed
         # The operator casts its input itself; casting a block's would round the residual stream.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if mixed else None,

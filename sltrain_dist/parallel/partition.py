@@ -119,7 +119,7 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     """
     parallel, optim = config.parallel, config.optim
     sharded, remainder = dealt(config)
-    width = value_bytes(config)
+    width = config.train.precision.parameter_bytes
     states = sum(state_bytes(whole(name, shape), optim, width) for name, shape in remainder)
     parts: tuple[int, ...] = (0, 0, 0)
     if parallel.engine == "fsdp":
@@ -149,12 +149,7 @@ def waiting_bytes(config: Config, world_size: int) -> int:
     sharded, remainder = dealt(config)
     ranks = 1 if accumulates_locally(config.parallel) else world_size // config.parallel.replicas
     values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
-    return value_bytes(config) * (values + sum(math.prod(shape) for _, shape in remainder))
-
-
-def value_bytes(config: Config) -> int:
-    """Bytes of one value of a parameter or a gradient."""
-    return 2 if config.train.dtype == "bf16" else 4
+    return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in remainder))
 
 
 @lru_cache(maxsize=_MANY)

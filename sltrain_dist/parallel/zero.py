@@ -69,7 +69,7 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
         "steps_per_print": 1 << 62,
         "wall_clock_breakdown": False,
     }
-    if train.dtype == "bf16":
+    if train.precision.parameter == "bfloat16":
         values["bf16"] = {
             "enabled": True,
             # Pure bf16, as under every other engine: no fp32 masters, states in bf16.

@@ -188,7 +188,7 @@ def _peak_flops(run: Run) -> float | None:
     if run.env.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(run.env.device))
-    per_device = peak and (peak.fp32 if run.config.train.dtype == "fp32" else peak.bf16)
+    per_device = peak and (peak.fp32 if run.config.train.precision.product == "float32" else peak.bf16)
     return run.env.world_size * per_device if per_device else None
 
 

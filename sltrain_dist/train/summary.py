@@ -17,7 +17,6 @@ from sltrain_dist.config.rules import (
 )
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
-from sltrain_dist.models.build import DTYPES
 from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import state_bytes, whole
 from sltrain_dist.parallel.communication import Traffic, update_traffic
@@ -47,7 +46,7 @@ def summarise(config: Config, env: Environment, run_dir: Path, shards: int, resu
 def _model(config: Config) -> list[tuple[str, str]]:
     counted = count_parameters(config.model, config.reparam)
     full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
-    width = torch.finfo(DTYPES[config.train.dtype]).bits // 8
+    width = config.train.precision.parameter_bytes
     shapes = parameter_shapes(config.model, config.reparam)
     states = sum(state_bytes(whole(name, shape), config.optim, width) for name, shape in shapes)
     kinds = [
@@ -80,7 +79,7 @@ def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
             nonzeros(m, n, reparam.density, reparam.support),
             reparam.support,
             config.train.micro_batch * config.data.seq_len,
-            bits=32 if config.train.dtype == "fp32" else 16,
+            bits=8 * config.train.precision.product_bytes,
             device=env.device.type,
             path=reparam.path,
         )

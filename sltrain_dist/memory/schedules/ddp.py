@@ -13,13 +13,11 @@ from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.memory.store import evaluation_request, step_request
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
-from sltrain_dist.parallel.partition import value_bytes
 
 _IN_FLIGHT_BYTES = 1 << 25
 """As parallel/in_backward.py."""
 _LEVELS_BYTES = 1 << 16
 """Bytes of a quantizer's table (numerics/blockwise.py), of which there are two; beside it are levels and borders."""
-_DTYPES = {2: "bfloat16", 4: "float32"}
 
 
 class Timeline:
@@ -35,7 +33,7 @@ class Timeline:
 
     def __init__(self, config: Config, model: RecordedModel, ranks: int, passes: int, device: DeviceType) -> None:
         self.config, self.model, self.ranks, self.passes, self.device = config, model, ranks, passes, device
-        self.width = value_bytes(config)
+        self.width = config.train.precision.parameter_bytes
         self.tokens = config.train.micro_batch * config.data.seq_len
         self.base: dict[str, int] = {}
         self.timeline: list[Point] = []
@@ -133,7 +131,7 @@ class Timeline:
         """Transient bytes of the optimizer's step of what the rank holds of a parameter."""
         if not item.place.count:
             return 0
-        dtype, int8 = _DTYPES[self.width], item.parameter.int8
+        dtype, int8 = self.config.train.precision.parameter, item.parameter.int8
         # One int8 weight makes LowBitAdam the optimizer of all (optim/factory.py).
         low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
         request = step_request(self.config.optim, dtype, item.place, self.device, int8=int8, low_bit=low_bit)

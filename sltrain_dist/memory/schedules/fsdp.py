@@ -35,7 +35,7 @@ class FsdpTimeline(Timeline):
     @property
     def gathered_width(self) -> int:
         """Bytes of a value of a layer's parameters as they are gathered: mixed precision gathers them in bf16."""
-        return 2 if self.config.train.dtype == "mixed" else self.width
+        return self.config.train.precision.product_bytes
 
     @cached_property
     def held(self) -> Holdings:

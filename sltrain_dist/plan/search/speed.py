@@ -20,7 +20,6 @@ from sltrain_dist.config.rules import (
 )
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
-from sltrain_dist.parallel.partition import value_bytes
 from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
 from sltrain_dist.sparse_lowrank.layout import nonzeros
 
@@ -91,7 +90,7 @@ def _pass_seconds(config: Config) -> float:
     """Returns the seconds of a micro-batch's forward and backward pass."""
     model, train = config.model, config.train
     tokens, seq_len = train.micro_batch * config.data.seq_len, config.data.seq_len
-    bits = 32 if train.dtype == "fp32" else 16
+    bits = 8 * train.precision.product_bytes
     unit = _multiply_add_seconds(bits)
     linears = _linear_cost(model, config.reparam, tokens, bits)
     # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
@@ -115,7 +114,7 @@ def _pass_seconds(config: Config) -> float:
 def layer_plans(config: Config) -> tuple[Plan, ...]:
     """Returns how each linear layer of a block is applied on a GPU. The method must be sltrain."""
     tokens = config.train.micro_batch * config.data.seq_len
-    return _plans(config.model, config.reparam, tokens, 32 if config.train.dtype == "fp32" else 16)
+    return _plans(config.model, config.reparam, tokens, 8 * config.train.precision.product_bytes)
 
 
 @lru_cache(maxsize=4096)
@@ -156,7 +155,7 @@ def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: 
 
 def _step_seconds(config: Config, ranks: int) -> float:
     """Returns the seconds of the optimizer step on a rank's share of the parameters."""
-    optim, parallel, width = config.optim, config.parallel, value_bytes(config)
+    optim, parallel, width = config.optim, config.parallel, config.train.precision.parameter_bytes
     counted = count_parameters(config.model, config.reparam)
     whole = counted.remainder if parallel.shard == "factors" else 0
     shards = 1 if parallel.engine == "ddp" else ranks // parallel.replicas
