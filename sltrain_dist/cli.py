@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from sltrain_dist.config.paths import path_option
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, ExitCode, SltrainError
 from sltrain_dist.files import NO_SPACE
 from sltrain_dist.plan.command import plan
@@ -222,8 +222,8 @@ def _prepare_tokens(
     processes: int,
 ) -> None:
     from sltrain_dist.data.prepare.tokens import prepare_tokens
-    from sltrain_dist.data.retry import Fetcher
-    from sltrain_dist.data.source import resolve_source
+    from sltrain_dist.data.sources.resolve import resolve_source
+    from sltrain_dist.data.sources.retry import Fetcher
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
@@ -345,7 +345,7 @@ def verify(
     """
     from sltrain_dist.checkpoint.contents import damage
     from sltrain_dist.checkpoint.manifest import list_directories
-    from sltrain_dist.data.token_shards import is_prepared
+    from sltrain_dist.data.sources.token_shards import is_prepared
 
     if is_prepared(path):
         _verify_tokens(path)
@@ -362,7 +362,7 @@ def verify(
 
 
 def _verify_tokens(path: Path) -> None:
-    from sltrain_dist.data.token_shards import damage, open_manifest
+    from sltrain_dist.data.sources.token_shards import damage, open_manifest
 
     manifest = open_manifest(path)
     problems: list[str] = []

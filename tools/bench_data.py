@@ -34,11 +34,11 @@ import transformers
 from benchmarking import positive, table
 
 from sltrain_dist.config.schema import DataConfig
-from sltrain_dist.data.batching import count_tokens
 from sltrain_dist.data.documents import parse
 from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.tokens import prepare_tokens
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
+from sltrain_dist.data.stream.rows import count_tokens
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.streams import replace_unprintable
 

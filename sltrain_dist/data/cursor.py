@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sltrain_dist.data.files.identity import CONTENT_DIGITS, UNKNOWN
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
-from sltrain_dist.data.stream import StreamSettings, StreamState
+from sltrain_dist.data.sources.identity import CONTENT_DIGITS, UNKNOWN
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.stream.virtual_stream import StreamSettings, StreamState
 from sltrain_dist.errors import CheckpointError
 
 _VERSION = 1

@@ -155,7 +155,7 @@ def encode_documents(
     """Token ids of each document, with its index, in the order given.
 
     Args:
-        records: Documents and their indices, as :func:`sltrain_dist.data.source.read_documents` yields them.
+        records: Documents and their indices, as :func:`sltrain_dist.data.sources.resolve.read_documents` yields them.
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON object.
         max_tokens: How many leading tokens of a document matter; None: all. More may come, and these are the same

@@ -8,11 +8,11 @@ from itertools import chain
 import numpy as np
 
 from sltrain_dist.config.schema import DataConfig, EvalConfig
-from sltrain_dist.data.batching import count_tokens, make_rows
-from sltrain_dist.data.corpus import open_corpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.retry import Fetcher, RetryPolicy
-from sltrain_dist.data.token_shards import manifest_for
+from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
+from sltrain_dist.data.sources.token_shards import manifest_for
+from sltrain_dist.data.stream.corpus import open_corpus
+from sltrain_dist.data.stream.rows import count_tokens, make_rows
 from sltrain_dist.errors import DataError
 
 _BLOCK = 64

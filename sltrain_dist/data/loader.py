@@ -17,11 +17,11 @@ from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data import order
 from sltrain_dist.data.cursor import data_order, make_cursor, merge_states, read_cursor
 from sltrain_dist.data.documents import Fault, TokenIds
-from sltrain_dist.data.files.identity import identify
-from sltrain_dist.data.group import StreamGroup, Update
-from sltrain_dist.data.retry import Cause, RetryPolicy
-from sltrain_dist.data.stream import StreamSettings, StreamState, WeightedSource
-from sltrain_dist.data.token_shards import manifest_for
+from sltrain_dist.data.sources.identity import identify
+from sltrain_dist.data.sources.retry import Cause, RetryPolicy
+from sltrain_dist.data.sources.token_shards import manifest_for
+from sltrain_dist.data.stream.stream_group import StreamGroup, Update
+from sltrain_dist.data.stream.virtual_stream import StreamSettings, StreamState, WeightedSource
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker
 from sltrain_dist.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ class TrainLoader:
 
     Args:
         data: The data section of the configuration. Its `source` and `tokenizer` are not looked at.
-        shards: What `data.source` resolves to, see :func:`sltrain_dist.data.source.resolve_source`.
+        shards: What `data.source` resolves to, see :func:`sltrain_dist.data.sources.resolve.resolve_source`.
         tokenizer_path: The SentencePiece model file.
         seed: Seed of the order of documents.
         global_batch: Rows of an update, over all ranks.

@@ -24,10 +24,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from sltrain_dist.data.files.identity import check_unchanged
-from sltrain_dist.data.group import StreamGroup, Update
 from sltrain_dist.data.order import StreamShare
-from sltrain_dist.data.stream import StreamSettings, StreamState
+from sltrain_dist.data.sources.identity import check_unchanged
+from sltrain_dist.data.stream.stream_group import StreamGroup, Update
+from sltrain_dist.data.stream.virtual_stream import StreamSettings, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError, SltrainError
 

@@ -14,9 +14,9 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
 from sltrain_dist.data.prepare.build import build_embedded
-from sltrain_dist.data.retry import Fetcher, RetryPolicy
-from sltrain_dist.data.source import resolve_source
-from sltrain_dist.data.token_shards import count_shards
+from sltrain_dist.data.sources.resolve import resolve_source
+from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
+from sltrain_dist.data.sources.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import write_whole, writing

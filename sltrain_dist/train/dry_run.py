@@ -6,7 +6,7 @@ import numpy as np
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.batching import BEGIN
+from sltrain_dist.data.stream.rows import BEGIN
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.parallel.environment import Environment

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sltrain_dist.data.batching import count_labels
+from sltrain_dist.data.stream.rows import count_labels
 from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.environment import Environment

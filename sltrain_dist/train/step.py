@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sltrain_dist.data.batching import BEGIN, count_labels, count_tokens
+from sltrain_dist.data.stream.rows import BEGIN, count_labels, count_tokens
 from sltrain_dist.errors import DataError
 from sltrain_dist.models.loss import IGNORE
 from sltrain_dist.parallel import watchdog

@@ -22,7 +22,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.batching import BEGIN
+from sltrain_dist.data.stream.rows import BEGIN
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import parts_of

@@ -12,8 +12,8 @@ from backports import zstd
 
 from sltrain_dist.data.prepare.build import PrepareOptions, prepare_files
 from sltrain_dist.data.prepare.tokens import prepare_tokens
-from sltrain_dist.data.source import resolve_source
-from sltrain_dist.data.token_shards import MANIFEST
+from sltrain_dist.data.sources.resolve import resolve_source
+from sltrain_dist.data.sources.token_shards import MANIFEST
 from sltrain_dist.errors import DataError
 
 from ..unit.test_token_shards import verify

@@ -8,7 +8,7 @@ import numpy as np
 
 from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data.loader import TrainLoader, merge_states
-from sltrain_dist.data.stream import StreamSettings
+from sltrain_dist.data.stream.virtual_stream import StreamSettings
 
 BATCHINGS = {
     "pad": {"batching": "pad"},

@@ -78,7 +78,7 @@ ONLY_IN = {
     "mlflow": {"tracking.mlflow"},
     "sentencepiece": {"data.tokenizer"},
     "tokenizers": {"data.tokenizer_json"},
-    "datasets": {"data.source"},
+    "datasets": {"data.sources.resolve"},
     "jinja2": {"plan.reports.page"},
     "triton": {"sparse_lowrank.triton_kernels"},
 }

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltrain_dist.data.batching import BEGIN, PADDING, count_labels, count_tokens, make_rows, pack_rows, pad_rows
+from sltrain_dist.data.stream.rows import BEGIN, PADDING, count_labels, count_tokens, make_rows, pack_rows, pad_rows
 
 EOS = 1
 documents_strategy = st.lists(

@@ -8,9 +8,9 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from sltrain_dist.data.files.kinds import MANIFEST, Kind, codec_of, is_held_out, is_metadata, kind_of
 from sltrain_dist.data.prepare.build import PrepareOptions, prepare_files
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources.kinds import MANIFEST, Kind, codec_of, is_held_out, is_metadata, kind_of
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard
 

@@ -11,8 +11,8 @@ import pytest
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.documents import Fault, Text, encode_documents, parse
-from sltrain_dist.data.source import read_documents, resolve_source
-from sltrain_dist.data.stream import Stream, StreamState
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
+from sltrain_dist.data.stream.virtual_stream import Stream, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import (

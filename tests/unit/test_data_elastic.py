@@ -5,8 +5,8 @@ import pytest
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data import order
-from sltrain_dist.data.group import StreamGroup
-from sltrain_dist.data.stream import StreamState
+from sltrain_dist.data.stream.stream_group import StreamGroup
+from sltrain_dist.data.stream.virtual_stream import StreamState
 from sltrain_dist.numerics.splitmix import integers
 from tests.unit.data_helpers import (
     BATCHINGS,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sltrain_dist.config.schema import EvalConfig
-from sltrain_dist.data.batching import PADDING, count_tokens
 from sltrain_dist.data.evaluation import evaluation_rows
+from sltrain_dist.data.stream.rows import PADDING, count_tokens
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError
 from sltrain_dist.models.loss import IGNORE
@@ -120,7 +120,7 @@ def test_prefixes_give_the_tokens_of_whole_documents(shared_data, model):
     from itertools import islice
 
     from sltrain_dist.data.documents import encode_documents
-    from sltrain_dist.data.source import read_documents
+    from sltrain_dist.data.sources.resolve import read_documents
 
     cut = 0
     for name in ("c4/c4-validation.00000.json.gz", "text/gutenberg.00000.json.gz"):

@@ -18,8 +18,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sltrain_dist.data import loader as loader_module
-from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
+from sltrain_dist.data.sources.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import NumberTokenizer, data_config, make_loaders, write_shard
 from tests.unit.fault_server import cut, flip, serve, stall, status

@@ -18,11 +18,11 @@ from pyarrow import feather
 
 from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data.documents import Fault
-from sltrain_dist.data.files import identity
-from sltrain_dist.data.files.compression import decompressed
-from sltrain_dist.data.files.identity import check_unchanged, identify
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources import identity
+from sltrain_dist.data.sources.compression import decompressed
+from sltrain_dist.data.sources.identity import check_unchanged, identify
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard
 

@@ -20,8 +20,8 @@ configs:
 """
 PROGRAM = """
 import json, sys
-from sltrain_dist.data.retry import Fetcher, RetryPolicy
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
 from sltrain_dist.errors import DataError
 waits, lines = [], []
 fetcher = Fetcher(RetryPolicy(retries=3), sleep=waits.append, jitter=lambda: 0.5, report=lines.append)

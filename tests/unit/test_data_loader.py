@@ -11,10 +11,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sltrain_dist.data import loader as loader_module
-from sltrain_dist.data.batching import PADDING
-from sltrain_dist.data.group import StreamGroup
 from sltrain_dist.data.loader import merge_states
-from sltrain_dist.data.stream import Stream, StreamState
+from sltrain_dist.data.stream.rows import PADDING
+from sltrain_dist.data.stream.stream_group import StreamGroup
+from sltrain_dist.data.stream.virtual_stream import Stream, StreamState
 from sltrain_dist.errors import CheckpointError, DataError
 from tests.unit.data_helpers import (
     BATCHINGS,

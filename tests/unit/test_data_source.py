@@ -17,9 +17,9 @@ from fsspec.spec import AbstractFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sltrain_dist.data import source
-from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
-from sltrain_dist.data.source import read_documents, resolve_source
+from sltrain_dist.data.sources import resolve
+from sltrain_dist.data.sources.resolve import read_documents, resolve_source
+from sltrain_dist.data.sources.retry import Cause, Fetcher, RetryPolicy
 from sltrain_dist.errors import DataError
 from tests.unit.data_helpers import write_shard
 
@@ -175,7 +175,7 @@ def test_a_local_file_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", shard)
 
-    monkeypatch.setattr(source.Path, "open", refuse)
+    monkeypatch.setattr(resolve.Path, "open", refuse)
     with pytest.raises(DataError, match=r"cannot read the shard .*x\.json at its start: PermissionError") as error:
         list(read_documents(shard, "text"))
     assert "credentials" not in str(error.value)
@@ -205,7 +205,7 @@ def test_globs_find_what_fsspecs_own_finds(pattern):
     for name in ("x1.json", "a/x1.json", "a/x3.json", "a/b/x2.json", "a/b/c/x2.txt", "b/x2.json", "b/d/e/f/x.json"):
         memory.pipe(f"/g/{name}", b"{}")
     expected = [name for name in memory.glob(f"/{pattern}") if memory.isfile(name)]
-    assert sorted(source._glob(memory, f"/{pattern}")) == sorted(expected)
+    assert sorted(resolve._glob(memory, f"/{pattern}")) == sorted(expected)
     assert bool(expected) == (pattern != "none/*")
 
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.batching import pack_rows
+from sltrain_dist.data.stream.rows import pack_rows
 from sltrain_dist.models.build import initialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.checkpointing import _ATTENTION, prepare_layers

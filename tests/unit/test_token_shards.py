@@ -16,8 +16,8 @@ from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.prepare import tokens as tokens_module
 from sltrain_dist.data.prepare.tokens import prepare_tokens
-from sltrain_dist.data.source import resolve_source
-from sltrain_dist.data.token_shards import MANIFEST, ShardReader, open_manifest, read_manifest
+from sltrain_dist.data.sources.resolve import resolve_source
+from sltrain_dist.data.sources.token_shards import MANIFEST, ShardReader, open_manifest, read_manifest
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from tests.unit.data_helpers import (
     BATCHINGS,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, OptimConfig, TrainConfig
-from sltrain_dist.data.batching import BEGIN, count_labels
+from sltrain_dist.data.stream.rows import BEGIN, count_labels
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitCode
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters

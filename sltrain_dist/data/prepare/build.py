@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain_dist.config.paths import default_cache_dir
-from sltrain_dist.data.files.kinds import base_name, printable
-from sltrain_dist.data.files.opening import num_bytes
 from sltrain_dist.data.prepare.clean import Cleaner, Deduplicator, Rules, unwrap
 from sltrain_dist.data.prepare.embedded import Installation, find_installation, find_packages, raw_documents
 from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
@@ -28,6 +26,8 @@ from sltrain_dist.data.prepare.shards import (
     temporary_prefix,
     write_corpus,
 )
+from sltrain_dist.data.sources.kinds import base_name, printable
+from sltrain_dist.data.sources.opening import num_bytes
 from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.files import lock, write_error
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sltrain_dist.data.documents import Fault, Record, Text, parse_json
-from sltrain_dist.data.files.directory import Report
-from sltrain_dist.data.files.kinds import DOCUMENTS, MAX_DOCUMENT_BYTES, Kind, base_name, kind_of, printable
-from sltrain_dist.data.files.opening import opened, reading_error
-from sltrain_dist.data.retry import Fetcher
-from sltrain_dist.data.source import read_documents as read_records
-from sltrain_dist.data.source import resolve_source
+from sltrain_dist.data.sources.directory import Report
+from sltrain_dist.data.sources.kinds import DOCUMENTS, MAX_DOCUMENT_BYTES, Kind, base_name, kind_of, printable
+from sltrain_dist.data.sources.opening import opened, reading_error
+from sltrain_dist.data.sources.resolve import read_documents as read_records
+from sltrain_dist.data.sources.resolve import resolve_source
+from sltrain_dist.data.sources.retry import Fetcher
 from sltrain_dist.errors import ConfigError, DataError
 
 TxtUnit = Literal["file", "paragraph"]

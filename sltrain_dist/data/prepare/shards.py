@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sltrain_dist import __version__
-from sltrain_dist.data.files.kinds import MANIFEST
 from sltrain_dist.data.prepare.inputs import Document
+from sltrain_dist.data.sources.kinds import MANIFEST
 from sltrain_dist.errors import DataError
 from sltrain_dist.files import write_error
 

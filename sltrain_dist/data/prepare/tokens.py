@@ -18,12 +18,12 @@ from typing import IO
 import numpy as np
 
 from sltrain_dist.data.documents import SAMPLE, Fault, Tally, encode_documents
-from sltrain_dist.data.files.identity import UNKNOWN, FileIdentity, identify
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
-from sltrain_dist.data.files.opening import num_bytes
-from sltrain_dist.data.retry import Fetcher
-from sltrain_dist.data.source import read_documents
-from sltrain_dist.data.token_shards import (
+from sltrain_dist.data.sources.identity import UNKNOWN, FileIdentity, identify
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.sources.opening import num_bytes
+from sltrain_dist.data.sources.resolve import read_documents
+from sltrain_dist.data.sources.retry import Fetcher
+from sltrain_dist.data.sources.token_shards import (
     MANIFEST,
     TokenJob,
     TokenManifest,
@@ -79,7 +79,7 @@ def prepare_tokens(
     again; in a finished directory, damaged shards are made anew.
 
     Args:
-        shards: What :func:`sltrain_dist.data.source.resolve_source` returned.
+        shards: What :func:`sltrain_dist.data.sources.resolve.resolve_source` returned.
         output: Directory to make, or to go on with.
         tokenizer_path: The SentencePiece model file.
         text_field: Key of the text in each JSON line.

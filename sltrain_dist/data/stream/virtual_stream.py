@@ -12,13 +12,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from sltrain_dist.data import order
-from sltrain_dist.data.batching import Batching, Truncate, make_rows
-from sltrain_dist.data.corpus import Block, Corpus, TextCorpus
 from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
-from sltrain_dist.data.files.identity import FileIdentity
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
-from sltrain_dist.data.retry import Cause, Fetcher, RetryPolicy
-from sltrain_dist.data.token_shards import TokenManifest
+from sltrain_dist.data.sources.identity import FileIdentity
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.sources.retry import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.sources.token_shards import TokenManifest
+from sltrain_dist.data.stream.corpus import Block, Corpus, TextCorpus
+from sltrain_dist.data.stream.rows import Batching, Truncate, make_rows
 from sltrain_dist.errors import CheckpointError, DataError
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sltrain_dist.data import order
-from sltrain_dist.data.corpus import TokenCorpus
 from sltrain_dist.data.documents import Encoder, Fault, TokenIds
-from sltrain_dist.data.retry import Cause
-from sltrain_dist.data.stream import Stream, StreamBase, StreamSettings, StreamState
-from sltrain_dist.data.token_stream import TokenStream
+from sltrain_dist.data.sources.retry import Cause
+from sltrain_dist.data.stream.corpus import TokenCorpus
+from sltrain_dist.data.stream.token_stream import TokenStream
+from sltrain_dist.data.stream.virtual_stream import Stream, StreamBase, StreamSettings, StreamState
 
 
 class Update(NamedTuple):

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data.documents import Encoder, Fault, Record, TokenIds, encode_documents, parse
-from sltrain_dist.data.files.identity import FileIdentity, check_unchanged
-from sltrain_dist.data.retry import Fetcher
-from sltrain_dist.data.source import read_documents
-from sltrain_dist.data.token_shards import ShardReader, TokenManifest
+from sltrain_dist.data.sources.identity import FileIdentity, check_unchanged
+from sltrain_dist.data.sources.resolve import read_documents
+from sltrain_dist.data.sources.retry import Fetcher
+from sltrain_dist.data.sources.token_shards import ShardReader, TokenManifest
 
 Order = npt.NDArray[np.int64]
 

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sltrain_dist.data import order
-from sltrain_dist.data.batching import BEGIN, PADDING
-from sltrain_dist.data.corpus import Block, TokenBlock, TokenCorpus
 from sltrain_dist.data.documents import TokenIds
-from sltrain_dist.data.stream import StreamBase, StreamSettings, StreamState
+from sltrain_dist.data.stream.corpus import Block, TokenBlock, TokenCorpus
+from sltrain_dist.data.stream.rows import BEGIN, PADDING
+from sltrain_dist.data.stream.virtual_stream import StreamBase, StreamSettings, StreamState
 
 
 class _Run(NamedTuple):
@@ -61,7 +61,7 @@ class TokenStream(StreamBase[_Run]):
         return rows
 
     def _pad(self, count: int) -> TokenIds:
-        """What :func:`sltrain_dist.data.batching.pad_rows` makes of the next documents."""
+        """What :func:`sltrain_dist.data.stream.rows.pad_rows` makes of the next documents."""
         seq_len = self._settings.seq_len
         rows = np.full((count, seq_len + 1), PADDING, dtype=np.int32)
         filled = 0
@@ -80,7 +80,7 @@ class TokenStream(StreamBase[_Run]):
         return rows
 
     def _pack(self, count: int) -> TokenIds:
-        """What :func:`sltrain_dist.data.batching.pack_rows` makes from the current token on.
+        """What :func:`sltrain_dist.data.stream.rows.pack_rows` makes from the current token on.
 
         A row's last token is the next row's first, so that the position stays at the last one.
         """

@@ -19,14 +19,14 @@ from pathlib import Path
 import fsspec
 from fsspec.utils import glob_translate
 
-from sltrain_dist.data import token_shards
 from sltrain_dist.data.documents import Fault, Record
-from sltrain_dist.data.files.directory import Report, corpus_files, document_files, matching_files
-from sltrain_dist.data.files.identity import FileIdentity
-from sltrain_dist.data.files.kinds import DOCUMENTS, MANIFEST, MAX_DOCUMENT_BYTES, TABLES, Kind, is_url, kind_of
-from sltrain_dist.data.files.opening import describe, opened, reading_error, remedy_for
-from sltrain_dist.data.files.tables import read_column
-from sltrain_dist.data.retry import Fetcher, status_of
+from sltrain_dist.data.sources import token_shards
+from sltrain_dist.data.sources.directory import Report, corpus_files, document_files, matching_files
+from sltrain_dist.data.sources.identity import FileIdentity
+from sltrain_dist.data.sources.kinds import DOCUMENTS, MANIFEST, MAX_DOCUMENT_BYTES, TABLES, Kind, is_url, kind_of
+from sltrain_dist.data.sources.opening import describe, opened, reading_error, remedy_for
+from sltrain_dist.data.sources.retry import Fetcher, status_of
+from sltrain_dist.data.sources.tables import read_column
 from sltrain_dist.errors import DataError
 
 _SAVED_BY_DATASETS = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
@@ -54,7 +54,7 @@ def resolve_source(
 
     Args:
         source: A file, a directory (the documents of the split in it, see
-            :func:`sltrain_dist.data.files.directory.document_files`; a corpus or token shards of `sltrain
+            :func:`sltrain_dist.data.sources.directory.document_files`; a corpus or token shards of `sltrain
             prepare-data`; what `datasets` has saved), a glob, a URL or URL glob, or a Hub dataset `owner/name`; or a
             list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
@@ -111,7 +111,7 @@ def read_documents(
     r"""Documents `first`, `first + step`, … of a shard, with their indices (from 0): lines or rows, unparsed.
 
     Lines end with `\n` only. Memory is bounded by `max_bytes`, or as
-    :func:`sltrain_dist.data.files.tables.read_column` says.
+    :func:`sltrain_dist.data.sources.tables.read_column` says.
 
     Args:
         shard: One of :func:`resolve_source`'s.

@@ -11,12 +11,12 @@ from pathlib import Path
 import fsspec
 from fsspec.registry import known_implementations
 
-from sltrain_dist.data.files.compression import decompressed
-from sltrain_dist.data.files.encoding import as_utf8, detect
-from sltrain_dist.data.files.identity import FileIdentity, check_unchanged
-from sltrain_dist.data.files.kinds import TABLES, Kind, codec_of, is_url, kind_of
-from sltrain_dist.data.remote import RemoteFile
-from sltrain_dist.data.retry import Fetcher, status_of
+from sltrain_dist.data.sources.compression import decompressed
+from sltrain_dist.data.sources.encoding import as_utf8, detect
+from sltrain_dist.data.sources.identity import FileIdentity, check_unchanged
+from sltrain_dist.data.sources.kinds import TABLES, Kind, codec_of, is_url, kind_of
+from sltrain_dist.data.sources.remote import RemoteFile
+from sltrain_dist.data.sources.retry import Fetcher, status_of
 from sltrain_dist.errors import DataError
 
 _READ_BYTES = 1 << 18

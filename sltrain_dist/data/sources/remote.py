@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 
-from sltrain_dist.data.retry import Fetcher, TruncatedError
+from sltrain_dist.data.sources.retry import Fetcher, TruncatedError
 from sltrain_dist.errors import DataError
 
 _SKIP_BYTES = 1 << 20

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from sltrain_dist.data.files.kinds import (
+from sltrain_dist.data.sources.kinds import (
     DOCUMENTS,
     MANIFEST,
     Kind,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sltrain_dist.data.files.kinds import is_url
+from sltrain_dist.data.sources.kinds import is_url
 from sltrain_dist.errors import DataError
 
 _HASHED_BYTES = 1 << 16

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pydantic import ConfigDict, Field, RootModel, model_validator
 
 from sltrain_dist.data.documents import Encoder, Fault
-from sltrain_dist.data.files.kinds import MAX_DOCUMENT_BYTES
+from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
 from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.files import FileName, NumBytes, SealedModel, Sha256, read_model, sha256_of, write_whole
 
@@ -48,7 +48,7 @@ class TokenJob:
     max_document_bytes: _Count = MAX_DOCUMENT_BYTES
     """Documents of more bytes are unusable."""
     contents: tuple[str, ...] = ()
-    """What each shard of the text source holds, see :mod:`sltrain_dist.data.files.identity`. Empty where an earlier
+    """What each shard of the text source holds, see :mod:`sltrain_dist.data.sources.identity`. Empty where an earlier
     version made the token shards, which did not look."""
 
     @property
@@ -204,7 +204,7 @@ def open_manifest(directory: Path) -> TokenManifest:
 def manifest_for(
     shards: Sequence[str], tokenizer: Encoder, text_field: str, max_document_bytes: int
 ) -> TokenManifest | None:
-    """The manifest, if `shards` (see :func:`sltrain_dist.data.source.resolve_source`) are token shards; else None.
+    """The manifest, if `shards` are token shards; else None. See sources/resolve.py.
 
     Raises:
         ConfigError: They were made with another tokenizer, of another field, or with another limit of length.

@@ -1,1 +1,0 @@
-"""How a single file of documents is recognised, decompressed and decoded."""
