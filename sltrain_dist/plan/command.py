@@ -20,8 +20,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.files import delete_file, write_error
 
 if TYPE_CHECKING:
-    from sltrain_dist.config.schema import Config
-
+    from sltrain_dist.plan.planned_run import PlannedRun
 
 _DEFAULT_ROWS = 12
 """Largest number of rows that a search lists without `--rows`."""
@@ -87,10 +86,11 @@ def plan(
     from sltrain_dist.plan.search.levers import for_one_device
 
     reference = implementation == "reference"
-    searching, reporting = {"--search": search, "--replay": replay}, {"--html": html, "--plot": plot}
+    searching = {"--search": search, "--replay": replay}
     if accounting:
-        given = {"--device-memory": device_memory, **reporting, **searching, "--implementation": reference}
-        _refuse({**given, "--ranks": ranks > 1}, "--accounting paper is arithmetic about a model alone")
+        given = {"--device-memory": device_memory, "--html": html, "--plot": plot, **searching}
+        given |= {"--implementation": reference, "--ranks": ranks > 1}
+        _refuse(given, "--accounting paper is arithmetic about a model alone")
     if reference:
         given = {**searching, f"--ranks {ranks}": ranks > 1}
         _refuse(given, "--implementation reference emulates one configuration on one GPU")
@@ -101,7 +101,15 @@ def plan(
         raise ConfigError(f"--plot {plot}: the suffix must be one of {', '.join(_PLOT_SUFFIXES)}")
     loaded = load_config(config, overrides or [])
     if accounting:
-        _print_accounting(loaded, as_json)
+        from sltrain_dist.plan.reports.json_report import accounting_json
+
+        result = accounting_json(loaded)
+        if as_json:
+            print(json.dumps(result, indent=2))
+        else:
+            from sltrain_dist.plan.reports.terminal import print_accounting
+
+            print_accounting(result)
         return
     for warning in without_effect(loaded):
         print(f"note: {warning}", file=sys.stderr)
@@ -132,6 +140,30 @@ def plan(
         )
     for problem in store.problems:
         print(f"note: recordings cannot be kept in {problem}: the next plan makes them anew", file=sys.stderr)
+    _report(planned, html, plot, as_json)
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Raises ConfigError if any of these options was given."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{reason}; leave out {', '.join(given)}")
+
+
+@contextmanager
+def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows on standard error how far a search is, unless it is over in a moment."""
+    if total < _MIN_COMBINATIONS_FOR_PROGRESS:
+        yield lambda done: None
+        return
+    from sltrain_dist.tracking.progress import progress_bar
+
+    with progress_bar("searching", total) as report:
+        yield lambda done: report(done, "combinations examined")
+
+
+def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Writes the files that were asked for, then prints JSON or text."""
     if html is not None:
         from sltrain_dist.plan.reports.page import render_page
 
@@ -148,39 +180,6 @@ def plan(
         from sltrain_dist.plan.reports.terminal import print_plan
 
         print_plan(planned)
-
-
-def _refuse(options: Mapping[str, object], reason: str) -> None:
-    """Raises ConfigError if any of these options was given."""
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise ConfigError(f"{reason}; leave out {', '.join(given)}")
-
-
-def _print_accounting(config: Config, as_json: bool) -> None:
-    from sltrain_dist.plan.paper.accounting import paper_table
-
-    table, method = paper_table(config.model, config.reparam), config.reparam.method
-    if as_json:
-        from sltrain_dist.plan.reports.json_report import accounting_json
-
-        print(json.dumps(accounting_json(table, method), indent=2))
-    else:
-        from sltrain_dist.plan.reports.terminal import print_accounting
-
-        print_accounting(table, method)
-
-
-@contextmanager
-def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on standard error how far a search is, unless it is over in a moment."""
-    if total < _MIN_COMBINATIONS_FOR_PROGRESS:
-        yield lambda done: None
-        return
-    from sltrain_dist.tracking.progress import progress_bar
-
-    with progress_bar("searching", total) as report:
-        yield lambda done: report(done, "combinations examined")
 
 
 def _write(option: str, path: Path, content: bytes) -> None:

@@ -40,9 +40,8 @@ _FORMS = (
 def parse_device_memory(text: str) -> int:
     """Returns the bytes of a device from a size or the name of a GPU.
 
-    Args:
-        text: A size such as "24GiB", "80GB", "80G" (the same as 80GB) or "24564 MiB", or the name of a GPU as
-            nvidia-smi prints it ("NVIDIA H100 80GB HBM3") or shorter as long as it is unambiguous ("H100", "3090 Ti").
+    Sizes are such as "24GiB", "80GB", "80G" (the same as 80GB) or "24564 MiB". The name of a GPU is as nvidia-smi
+    prints it ("NVIDIA H100 80GB HBM3"), or shorter as long as it is unambiguous ("H100", "3090 Ti").
 
     Raises:
         ConfigError: The text is neither, or a number without a unit that is too small to be in bytes.

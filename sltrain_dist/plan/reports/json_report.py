@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.result import Point
+from sltrain_dist.plan.paper.accounting import paper_table
 from sltrain_dist.plan.planned_run import PlannedRun, launch_command
 from sltrain_dist.plan.search.combinations import Row, SearchResult
-
-if TYPE_CHECKING:
-    from sltrain_dist.plan.paper.accounting import Method, PaperMemory
 
 
 def plan_json(planned: PlannedRun) -> dict[str, Any]:
@@ -42,8 +40,9 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
     return result
 
 
-def accounting_json(table: Sequence[PaperMemory], method: Method) -> dict[str, Any]:
-    """Returns the paper's accounting of one method, and of all methods for the same model."""
+def accounting_json(config: Config) -> dict[str, Any]:
+    """Returns the paper's accounting of a configuration's method, and of all methods for its model."""
+    method = config.reparam.method
     methods = {
         each.method: {
             "parameter_gb": float(each.parameter_gb),
@@ -52,7 +51,7 @@ def accounting_json(table: Sequence[PaperMemory], method: Method) -> dict[str, A
             "parameter_bytes": each.parameter_bytes,
             "optimizer_bytes": each.optimizer_bytes,
         }
-        for each in table
+        for each in paper_table(config.model, config.reparam)
     }
     return {"method": method, **methods[method], "methods": methods}
 

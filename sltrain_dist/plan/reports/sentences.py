@@ -136,7 +136,7 @@ def search_sentences(planned: PlannedRun) -> Iterator[str]:
 def search_columns(planned: PlannedRun) -> dict[str, list[str]]:
     """Returns the cells of the listed rows by the column's title: figures, and the settings in which the rows differ.
 
-    A cell is empty if its row has no such figure.
+    At least one row must be listed. A cell is empty if its row has no such figure.
     """
     rows, device_memory = planned.rows, planned.device_memory
     columns = {
@@ -151,7 +151,10 @@ def search_columns(planned: PlannedRun) -> dict[str, list[str]]:
     if any(row.replayed_bytes is not None for row in rows):
         replayed = [row.replayed_bytes for row in rows]
         columns["replayed peak"] = ["" if size is None else format_size(size) for size in replayed]
-    columns |= {name: [row.settings[name] for row in rows] for name in _varying(planned)}
+    for name in rows[0].settings:
+        values = [row.settings[name] for row in rows]
+        if len(set(values)) > 1:
+            columns[name] = values
     columns["parameters"] = [format_count(row.parameters) for row in rows]
     columns["FLOPs/token"] = [format_count(row.flops_per_token) for row in rows]
     sent = [row.comm_bytes_per_update for row in rows]
@@ -161,9 +164,9 @@ def search_columns(planned: PlannedRun) -> dict[str, list[str]]:
 
 def shared_settings(planned: PlannedRun) -> str:
     """Returns a sentence on the settings that are the same in all listed rows; empty if there are none."""
-    varying, settings = _varying(planned), planned.rows[0].settings if planned.rows else {}
-    shared = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in varying)
-    return f"In all of these: {shared}." if shared else ""
+    settings = planned.rows[0].settings.items()
+    shared = [f"{name} {value}" for name, value in settings if all(row.settings[name] == value for row in planned.rows)]
+    return f"In all of these: {', '.join(shared)}." if shared else ""
 
 
 def launch_sentences(planned: PlannedRun) -> Iterator[str]:
@@ -175,12 +178,6 @@ def launch_sentences(planned: PlannedRun) -> Iterator[str]:
     tokenizer = planned.config.data.tokenizer
     if tokenizer != "embedded" and not Path(tokenizer).is_file():
         yield f"There is no file {tokenizer} here: add data.tokenizer=FILE."
-
-
-def _varying(planned: PlannedRun) -> list[str]:
-    """Returns the names of the settings in which the listed rows differ."""
-    settings = [row.settings for row in planned.rows]
-    return [name for name in (settings[0] if settings else ()) if len({each[name] for each in settings}) > 1]
 
 
 def _overrides(values: Mapping[str, Any]) -> str:

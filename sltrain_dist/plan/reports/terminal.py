@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from rich.columns import Columns
 from rich.console import Console
@@ -15,9 +15,6 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.components import PHASES, component_rows, table_unit
 from sltrain_dist.plan.planned_run import PlannedRun
 from sltrain_dist.plan.reports import sentences
-
-if TYPE_CHECKING:
-    from sltrain_dist.plan.paper.accounting import Method, PaperMemory
 
 
 def print_plan(planned: PlannedRun) -> None:
@@ -36,17 +33,17 @@ def print_plan(planned: PlannedRun) -> None:
         _print_search(console, planned)
 
 
-def print_accounting(table: Sequence[PaperMemory], method: Method) -> None:
-    """Prints the paper's memory accounting of all methods for one model, and marks one of them."""
-    console, shown = _console(), _table()
-    shown.add_column("G = 1e9 bytes")
+def print_accounting(accounting: Mapping[str, Any]) -> None:
+    """Prints the paper's accounting, as :func:`accounting_json` returns it, and marks the configured method."""
+    console, table = _console(), _table()
+    table.add_column("G = 1e9 bytes")
     for name in ("parameters", "optimizer", "total"):
-        shown.add_column(name, justify="right")
-    for each in table:
-        mark, style = (" ◀", "bold") if each.method == method else ("", "")
-        cells = (each.parameter_gb, each.optimizer_gb, each.total_gb)
-        shown.add_row(each.method + mark, *map(str, cells), style=style)
-    _show(console, shown)
+        table.add_column(name, justify="right")
+    for method, memory in accounting["methods"].items():
+        mark, style = (" ◀", "bold") if method == accounting["method"] else ("", "")
+        cells = [f"{memory[key]:.2f}" for key in ("parameter_gb", "optimizer_gb", "total_gb")]
+        table.add_row(method + mark, *cells, style=style)
+    _show(console, table)
     console.print("As the paper's Table 2 counts: no gradients, no activations; parts are rounded, then added.")
 
 
