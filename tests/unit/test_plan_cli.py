@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -305,6 +306,18 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 6
     assert result.stderr.endswith("error: the output cannot be written: No space left on device\n")
+
+
+def test_an_unfinished_file_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def write_half(path: Path, content: bytes) -> None:
+        path.write_text(content.decode()[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "--html", str(tmp_path / "x.html")) == 6
+    assert "--html: cannot write" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("ranks", ["0", "-2", "2.5", "two"])
