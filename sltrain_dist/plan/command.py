@@ -183,12 +183,7 @@ def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: 
 
 
 def _write(option: str, path: Path, content: bytes) -> None:
-    """Writes a report's file.
-
-    Raises:
-        ConfigError: The file cannot be written.
-        StorageError: The disk is full; nothing of the file is left.
-    """
+    """Writes a report's file; of one that cannot be written to its end, nothing is left."""
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -195,7 +195,7 @@ def test_launch_commands(ranks: int, expected: str) -> None:
 
 @pytest.mark.parametrize("width", [36, 60])
 def test_narrow_terminals_cut_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, width: int
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -207,6 +207,9 @@ def test_narrow_terminals_cut_nothing(
     assert re.search(r"  forward ◀ [\d.]+  ", out) and re.search(r"to spare [\d.]+ GB", out)
     assert plan(monkeypatch, "--config", SMALL, "--accounting", "paper") == 0
     assert "…" not in capsys.readouterr().out
+    files = tmp_path / ("long-" * 20)
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, *search, "--save", str(files)) == 0
+    assert f"file{files}/plan-01.yaml" in re.sub(r"\s", "", capsys.readouterr().out)
 
 
 def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from rich.columns import Columns
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +14,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.components import PHASES, component_rows, table_unit
 from sltrain_dist.plan.planned_run import PlannedRun
 from sltrain_dist.plan.reports import sentences
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
+"""Keeps a title and its value on one line."""
 
 
 def print_plan(planned: PlannedRun) -> None:
@@ -66,10 +68,14 @@ def _show(console: Console, table: Table) -> None:
         console.print(table)
         return
     titles = [str(column.header) for column in table.columns]
+    # What is too long for a line is broken by the console.
+    wrapper = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent = wrapper.subsequent_indent = "  "
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):
         console.print(f"{titles[0]} {head}" if table.columns[0].justify == "right" else head)
         pairs = [f"{title} {cell}" for title, cell in zip(titles[1:], cells, strict=True) if cell]
-        console.print(Padding.indent(Columns(pairs, padding=(0, 2)), 2))
+        for line in wrapper.wrap("  ".join(pair.replace(" ", _NO_BREAK) for pair in pairs)):
+            console.print(line.replace(_NO_BREAK, " "))
 
 
 def _components(estimate: Estimate) -> Table:
