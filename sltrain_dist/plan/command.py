@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import ConfigError
+from sltrain_dist.files import delete_file, write_error
 
 if TYPE_CHECKING:
-    from sltrain_dist.config.schema import Config
-
+    from sltrain_dist.plan.planned_run import PlannedRun
 
 _DEFAULT_ROWS = 12
 """Largest number of rows that a search lists without `--rows`."""
@@ -29,24 +28,16 @@ _DEFAULT_ROWS = 12
 _MIN_COMBINATIONS_FOR_PROGRESS = 200
 """Number of combinations from which on a search shows its progress; fewer take less than a second."""
 
-
-class Accounting(StrEnum):
-    """Published memory accounting that `--accounting` can follow."""
-
-    paper = "paper"
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+"""Suffixes of the file formats of `--plot`."""
 
 
-class Implementation(StrEnum):
-    """Implementation of the method whose memory is predicted."""
-
-    ours = "ours"
-    reference = "reference"
+def _path(name: str, metavar: str, description: str) -> Any:
+    return typer.Option(name, parser=path_option(name), metavar=metavar, help=description)
 
 
 def plan(
-    config: Annotated[
-        Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file, as for training.")
-    ],
+    config: Annotated[Path, _path("--config", "FILE", "YAML file, as for training.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
     ] = None,
@@ -68,31 +59,20 @@ def plan(
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
     save: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path_option("--save"),
-            metavar="DIR",
-            help="With --search: directory for the listed rows' configurations.",
-        ),
+        Path | None, _path("--save", "DIR", "With --search: directory for the listed rows' configurations.")
     ] = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="Run a real update on tensors without data instead of playing recordings.")
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(parser=path_option("--html"), metavar="FILE", help="Write a page to this file.")
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path_option("--plot"), metavar="FILE", help="Write a picture to this file: .png, .svg or .pdf."
-        ),
-    ] = None,
+    html: Annotated[Path | None, _path("--html", "FILE", "Write a page to this file.")] = None,
+    plot: Annotated[Path | None, _path("--plot", "FILE", "Write a picture to this file: .png, .svg or .pdf.")] = None,
     accounting: Annotated[
-        Accounting | None, typer.Option(help="paper: the arithmetic of the paper's Table 2, for all five methods.")
+        Literal["paper"] | None,
+        typer.Option(help="paper: the arithmetic of the paper's Table 2, for all five methods."),
     ] = None,
     implementation: Annotated[
-        Implementation, typer.Option(help="reference: how the published code uses memory.")
-    ] = Implementation.ours,
+        Literal["ours", "reference"], typer.Option(help="reference: how the published code uses memory.")
+    ] = "ours",
 ) -> None:
     """Predicts the memory of a run, and searches for settings that fit a device.
 
@@ -102,22 +82,34 @@ def plan(
     from sltrain_dist.config.load import load_config, override_keys
     from sltrain_dist.config.rules import check_ranks, without_effect
     from sltrain_dist.memory import store
-    from sltrain_dist.plan.device_memory import parse_device_memory
     from sltrain_dist.plan.planned_run import add_search, plan_reference_run, plan_run
     from sltrain_dist.plan.search.levers import for_one_device
 
-    _check_options(
-        accounting=accounting,
-        reference=implementation is Implementation.reference,
-        ranks=ranks,
-        search=search,
-        replay=replay,
-        estimating={"--device-memory": device_memory, "--html": html, "--plot": plot},
-        searching={"--vary": vary, "--save": save, "--rows": rows},
-    )
+    reference = implementation == "reference"
+    searching = {"--search": search, "--replay": replay}
+    if accounting:
+        given = {"--device-memory": device_memory, "--html": html, "--plot": plot, **searching}
+        given |= {"--implementation": reference, "--ranks": ranks > 1}
+        _refuse(given, "--accounting paper is arithmetic about a model alone")
+    if reference:
+        given = {**searching, f"--ranks {ranks}": ranks > 1}
+        _refuse(given, "--implementation reference emulates one configuration on one GPU")
+    for option, value in {"--vary": vary, "--save": save, "--rows": rows}.items():
+        if value and not search:
+            raise ConfigError(f"{option} goes with --search")
+    if plot is not None and plot.suffix.lower() not in _PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {plot}: the suffix must be one of {', '.join(_PLOT_SUFFIXES)}")
     loaded = load_config(config, overrides or [])
     if accounting:
-        _print_accounting(loaded, as_json)
+        from sltrain_dist.plan.reports.json_report import accounting_json
+
+        result = accounting_json(loaded)
+        if as_json:
+            print(json.dumps(result, indent=2))
+        else:
+            from sltrain_dist.plan.reports.terminal import print_accounting
+
+            print_accounting(result)
         return
     for warning in without_effect(loaded):
         print(f"note: {warning}", file=sys.stderr)
@@ -125,8 +117,12 @@ def plan(
     if ranks == 1 and "parallel.engine" not in fixed:
         loaded = for_one_device(loaded)
     check_ranks(loaded, ranks)
-    device = None if device_memory is None else parse_device_memory(device_memory)
-    if implementation is Implementation.reference:
+    device = None
+    if device_memory is not None:
+        from sltrain_dist.plan.device_memory import parse_device_memory
+
+        device = parse_device_memory(device_memory)
+    if reference:
         planned = plan_reference_run(loaded, device)
     else:
         planned = plan_run(loaded, ranks, device, by_replay=replay and not search)
@@ -144,22 +140,14 @@ def plan(
         )
     for problem in store.problems:
         print(f"note: recordings cannot be kept in {problem}: the next plan makes them anew", file=sys.stderr)
-    if html is not None:
-        from sltrain_dist.plan.reports.page import write_page
+    _report(planned, html, plot, as_json)
 
-        write_page(planned, html)
-    if plot is not None:
-        from sltrain_dist.plan.reports.plot import write_plot
 
-        write_plot(planned, plot)
-    if as_json:
-        from sltrain_dist.plan.reports.json_report import plan_json
-
-        print(json.dumps(plan_json(planned), indent=2))
-    else:
-        from sltrain_dist.plan.reports.terminal import print_plan
-
-        print_plan(planned)
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Raises ConfigError if any of these options was given."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{reason}; leave out {', '.join(given)}")
 
 
 @contextmanager
@@ -174,39 +162,30 @@ def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: report(done, "combinations examined")
 
 
-def _check_options(
-    *,
-    accounting: Accounting | None,
-    reference: bool,
-    ranks: int,
-    search: bool,
-    replay: bool,
-    estimating: dict[str, object],
-    searching: dict[str, object],
-) -> None:
-    """Raises ConfigError for options that do not go together."""
-    given = [name for name, value in {**estimating, "--search": search, "--replay": replay}.items() if value]
-    if accounting and (given or reference or ranks > 1):
-        others = ", ".join([*given, *(["--implementation"] if reference else []), *(["--ranks"] if ranks > 1 else [])])
-        raise ConfigError(f"--accounting paper is arithmetic about a model alone; leave out {others}")
-    if reference and (search or replay or ranks > 1):
-        wrong = "--search" if search else "--replay" if replay else f"--ranks {ranks}"
-        raise ConfigError(f"--implementation reference emulates one configuration on one GPU; leave out {wrong}")
-    alone = next((name for name, value in searching.items() if value and not search), None)
-    if alone:
-        raise ConfigError(f"{alone} goes with --search")
+def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Writes the files that were asked for, then prints JSON or text."""
+    if html is not None:
+        from sltrain_dist.plan.reports.page import render_page
 
+        _write("--html", html, render_page(planned).encode())
+    if plot is not None:
+        from sltrain_dist.plan.reports.chart import draw_plot
 
-def _print_accounting(config: Config, as_json: bool) -> None:
-    from sltrain_dist.plan.paper.accounting import paper_memory, paper_table
-
-    table = paper_table(config.model, config.reparam)
-    memory = paper_memory(config.model, config.reparam)
+        _write("--plot", plot, draw_plot(planned, plot.suffix[1:]))
     if as_json:
-        from sltrain_dist.plan.reports.json_report import accounting_json
+        from sltrain_dist.plan.reports.json_report import plan_json
 
-        print(json.dumps(accounting_json(memory, table), indent=2))
+        print(json.dumps(plan_json(planned), indent=2))
     else:
-        from sltrain_dist.plan.reports.terminal import print_accounting
+        from sltrain_dist.plan.reports.terminal import print_plan
 
-        print_accounting(memory, table)
+        print_plan(planned)
+
+
+def _write(option: str, path: Path, content: bytes) -> None:
+    """Writes a report's file; of one that cannot be written to its end, nothing is left."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        delete_file(path)
+        raise write_error(f"{option}: cannot write {path}", error, ConfigError) from None

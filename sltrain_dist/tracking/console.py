@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from sltrain_dist.files import has_its_name, make_directory
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Value = float | int | str | None
 
@@ -65,7 +67,6 @@ class Console:
         self._log_path = log_path
         self._log: TextIO | None = _open_log(log_path)
         self._bar: Progress | None = None
-        self._task = TaskID(0)
         self._details: dict[str, Value] = {}
         self._screen_is_gone = False
         # A bar on what is no terminal would be a file full of control characters.
@@ -138,12 +139,14 @@ class Console:
 
     def _update_bar(self, step: int, tokens: int, eta_s: float | None) -> None:
         if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn  # slow, and not needed to format numbers
+
             columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
             self._bar = Progress(*columns, console=self._screen, refresh_per_second=4)
-            self._task = self._bar.add_task("", total=self._total)
+            self._bar.add_task("", total=self._total)
             self._bar.start()
         line = self._training_line(step, tokens, _details(self._details, _BAR), eta_s)
-        self._bar.update(self._task, completed=tokens if self._unit == "tokens" else step, description=line)
+        self._bar.update(self._bar.task_ids[0], completed=tokens if self._unit == "tokens" else step, description=line)
 
     def _training_line(self, step: int, tokens: int, details: Sequence[str], eta_s: float | None) -> str:
         eta = () if eta_s is None else (f"ETA {format_duration(eta_s)}",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -194,7 +195,7 @@ def test_launch_commands(ranks: int, expected: str) -> None:
 
 @pytest.mark.parametrize("width", [36, 60])
 def test_narrow_terminals_cut_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, width: int
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -206,6 +207,9 @@ def test_narrow_terminals_cut_nothing(
     assert re.search(r"  forward ◀ [\d.]+  ", out) and re.search(r"to spare [\d.]+ GB", out)
     assert plan(monkeypatch, "--config", SMALL, "--accounting", "paper") == 0
     assert "…" not in capsys.readouterr().out
+    files = tmp_path / ("long-" * 20)
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, *search, "--save", str(files)) == 0
+    assert f"file{files}/plan-01.yaml" in re.sub(r"\s", "", capsys.readouterr().out)
 
 
 def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +309,18 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert result.returncode == 6
     assert result.stderr.endswith("error: the output cannot be written: No space left on device\n")
+
+
+def test_an_unfinished_file_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def write_half(path: Path, content: bytes) -> None:
+        path.write_text(content.decode()[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert plan(monkeypatch, "--config", SMALL, *ONE_RANK, "--html", str(tmp_path / "x.html")) == 6
+    assert "--html: cannot write" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("ranks", ["0", "-2", "2.5", "two"])

@@ -19,6 +19,7 @@ from sltrain_dist.plan.components import GROUPS
 from sltrain_dist.plan.paper.reference import reference_estimate
 from sltrain_dist.plan.planned_run import PlannedRun, plan_run
 from sltrain_dist.plan.reports.page import render_page
+from sltrain_dist.plan.reports.sentences import search_columns, shared_settings
 from sltrain_dist.plan.search.combinations import SearchResult, SingleChange, evaluate
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
@@ -107,10 +108,19 @@ def test_every_number_is_in_a_table(planned: PlannedRun) -> None:
         if any(each >= unit / 2000 for each in sums):
             assert by_name[name] == [f"{each / unit:,.3f}" if each >= unit / 2000 else "" for each in sums]
     assert by_name["allocated"] == [f"{point.total / unit:,.3f}" for point in largest.values()]
-    files = [row[0] for row in reader.rows if ".yaml" in row[0]]
-    assert files == ["1 a/plan-01.yaml", "2 b.yaml"]
+    first, second = (row for row in reader.rows if ".yaml" in row[0])
+    assert (first[0], second[0]) == ("1 a/plan-01.yaml", "2 b.yaml")
+    assert list(zip(first[1:], second[1:], strict=True)) == [tuple(cells) for cells in search_columns(planned).values()]
     moments = [row for row in reader.rows if len(row) == 3 and row[0] != "moment"]
     assert [row[2] for row in moments] == [f"{point.total / unit:,.3f}" for point in planned.estimate.timeline]
+
+
+def test_settings_that_differ_are_columns(planned: PlannedRun) -> None:
+    columns = search_columns(planned)
+    figures = {"speed", "device", "to spare", "peak", "parameters", "FLOPs/token", "sent/update"}
+    assert columns.keys() - figures == {"micro-batch"} and columns["micro-batch"] == ["1 <&>", "2 <&>"]
+    shared = "state bits 8, recompute all but attention, engine zero 3, factors <&>"
+    assert shared_settings(planned) == f"In all of these: {shared}."
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.result import Point
-from sltrain_dist.plan.paper.accounting import PaperMemory
+from sltrain_dist.plan.paper.accounting import paper_table
 from sltrain_dist.plan.planned_run import PlannedRun, launch_command
 from sltrain_dist.plan.search.combinations import Row, SearchResult
 
@@ -40,10 +40,20 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
     return result
 
 
-def accounting_json(memory: PaperMemory, table: Sequence[PaperMemory]) -> dict[str, Any]:
-    """Returns the paper's accounting of one method, and of all methods for the same model."""
-    methods = {each.method: _accounting_cell_json(each) for each in table}
-    return {"method": memory.method, **_accounting_cell_json(memory), "methods": methods}
+def accounting_json(config: Config) -> dict[str, Any]:
+    """Returns the paper's accounting of a configuration's method, and of all methods for its model."""
+    method = config.reparam.method
+    methods = {
+        each.method: {
+            "parameter_gb": float(each.parameter_gb),
+            "optimizer_gb": float(each.optimizer_gb),
+            "total_gb": float(each.total_gb),
+            "parameter_bytes": each.parameter_bytes,
+            "optimizer_bytes": each.optimizer_bytes,
+        }
+        for each in paper_table(config.model, config.reparam)
+    }
+    return {"method": method, **methods[method], "methods": methods}
 
 
 def _components_json(point: Point) -> dict[str, int]:
@@ -70,27 +80,14 @@ def _search_json(found: SearchResult, planned: PlannedRun) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    keys = (
-        "relative_speed",
-        "peak_bytes",
-        "device_bytes",
-        "parameters",
-        "flops_per_token",
-        "comm_bytes_per_update",
-        "binding",
-    )
-    return {
+    result = {
         "settings": dict(row.settings),
-        **{key: getattr(row, key) for key in keys},
-        **({} if row.replayed_bytes is None else {"replayed_bytes": row.replayed_bytes}),
+        "relative_speed": row.relative_speed,
+        "peak_bytes": row.peak_bytes,
+        "device_bytes": row.device_bytes,
+        "parameters": row.parameters,
+        "flops_per_token": row.flops_per_token,
+        "comm_bytes_per_update": row.comm_bytes_per_update,
+        "binding": row.binding,
     }
-
-
-def _accounting_cell_json(memory: PaperMemory) -> dict[str, Any]:
-    return {
-        "parameter_gb": float(memory.parameter_gb),
-        "optimizer_gb": float(memory.optimizer_gb),
-        "total_gb": float(memory.total_gb),
-        "parameter_bytes": memory.parameter_bytes,
-        "optimizer_bytes": memory.optimizer_bytes,
-    }
+    return result if row.replayed_bytes is None else {**result, "replayed_bytes": row.replayed_bytes}

@@ -1,14 +1,13 @@
-"""What the planner found as sentences, for the terminal, the HTML page and the plot (no torch)."""
+"""What the planner found as sentences and as a table, for the terminal, the HTML page and the plot (no torch)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config
 from sltrain_dist.plan.components import GROUPS, PHASES, largest_group
 from sltrain_dist.plan.planned_run import PlannedRun, launch_command
 from sltrain_dist.tracking.console import format_bytes, format_count
@@ -22,8 +21,9 @@ def format_size(num_bytes: float) -> str:
     return format_bytes(num_bytes, decimal=True)
 
 
-def describe_run(config: Config, ranks: int) -> str:
+def describe_run(planned: PlannedRun) -> str:
     """Returns one line on the planned run: model, method, optimizer, batch, recomputation and ranks."""
+    config, ranks = planned.config, planned.ranks
     model, reparam, optim, parallel, train = config.model, config.reparam, config.optim, config.parallel, config.train
     name = f"{model.num_layers} blocks of width {model.hidden_size}"
     if config.preset and all(getattr(model, key) == value for key, value in PRESETS[config.preset]["model"].items()):
@@ -33,10 +33,10 @@ def describe_run(config: Config, ranks: int) -> str:
         method += f" r={reparam.rank}"
     if method.startswith("sltrain"):
         method += f" δ={reparam.density:g} {reparam.support}"
-    engine = f"zero {parallel.zero_stage}" if parallel.engine == "zero" else parallel.engine
     where = "1 rank" if ranks == 1 else f"{ranks} ranks"
     if parallel.engine != "ddp":
-        where += f", {engine}, shards {parallel.shard}"
+        stage = f" {parallel.zero_stage}" if parallel.engine == "zero" else ""
+        where += f", {parallel.engine}{stage}, shards {parallel.shard}"
     elif ranks > 1:
         where += ", ddp"
     update = ", per layer" if optim.update == "per_layer" else ""
@@ -69,28 +69,23 @@ def fact_sentences(planned: PlannedRun) -> Iterator[str]:
         yield f"With one rank, the plan is for {settings}, whatever the file says: add it to the training command."
 
 
-class Verdict(NamedTuple):
-    """Whether a run fits on the device: "warn" if it does by less than the estimate's error."""
+def verdict(planned: PlannedRun) -> tuple[Literal["good", "warn", "bad"], str]:
+    """Returns whether the run fits on the device: a level, and a sentence, which is empty if no device is named.
 
-    level: Literal["good", "warn", "bad"]
-    sentence: str
-
-
-def verdict(planned: PlannedRun) -> Verdict | None:
-    """Returns whether the run fits on the device; None if no device is named."""
+    The level is "warn" if the run fits by less than the estimate's error.
+    """
     estimate, margin = planned.estimate, planned.margin_bytes
     if planned.device_memory is None or margin is None:
-        return None
+        return "good", ""
     device = format_size(planned.device_memory)
     if margin < 0:
-        return Verdict("bad", f"Does NOT fit: it needs {format_size(-margin)} more than the device's {device}.")
+        return "bad", f"Does NOT fit: it needs {format_size(-margin)} more than the device's {device}."
     if margin < estimate.relative_error * estimate.peak_bytes:
-        return Verdict(
-            "warn",
+        return "warn", (
             f"Fits into {device}, but the {format_size(margin)} to spare are less than the estimate's error: "
-            "try train.dry_run=true on the device.",
+            "try train.dry_run=true on the device."
         )
-    return Verdict("good", f"Fits into {device}, with {format_size(margin)} to spare.")
+    return "good", f"Fits into {device}, with {format_size(margin)} to spare."
 
 
 def suggested_changes(planned: PlannedRun) -> tuple[str, list[tuple[str, str]]]:
@@ -102,13 +97,10 @@ def suggested_changes(planned: PlannedRun) -> tuple[str, list[tuple[str, str]]]:
         return "", []
     if not planned.changes:
         return "No single change makes it fit; --search looks for combinations.", []
-    changes = [
-        (
-            _overrides(change.values),
-            f"{format_size(change.row.device_bytes)}, {change.row.relative_speed:.2f} times as fast",
-        )
-        for change in planned.changes[:_MAX_CHANGES]
-    ]
+    changes = []
+    for change in planned.changes[:_MAX_CHANGES]:
+        outcome = f"{format_size(change.row.device_bytes)}, {change.row.relative_speed:.2f} times as fast"
+        changes.append((_overrides(change.values), outcome))
     return "Single changes that make it fit, the least slowdown first:", changes
 
 
@@ -139,6 +131,42 @@ def search_sentences(planned: PlannedRun) -> Iterator[str]:
         )
         if smallest.is_within_error(planned.device_memory):
             yield "It lacks less than the estimate's error: train.dry_run=true on the device shows whether it fits."
+
+
+def search_columns(planned: PlannedRun) -> dict[str, list[str]]:
+    """Returns the cells of the listed rows by the column's title: figures, and the settings in which the rows differ.
+
+    At least one row must be listed. A cell is empty if its row has no such figure.
+    """
+    rows, device_memory = planned.rows, planned.device_memory
+    columns = {
+        "speed": [f"{row.relative_speed:.2f}" for row in rows],
+        "device": [format_size(row.device_bytes) for row in rows],
+    }
+    if device_memory is not None:
+        marks = ["~" if row.is_within_error(device_memory) else "" for row in rows]
+        spare = [format_size(device_memory - row.device_bytes) for row in rows]
+        columns["to spare"] = [f"{mark}{size}" for mark, size in zip(marks, spare, strict=True)]
+    columns["peak"] = [format_size(row.peak_bytes) for row in rows]
+    if any(row.replayed_bytes is not None for row in rows):
+        replayed = [row.replayed_bytes for row in rows]
+        columns["replayed peak"] = ["" if size is None else format_size(size) for size in replayed]
+    for name in rows[0].settings:
+        values = [row.settings[name] for row in rows]
+        if len(set(values)) > 1:
+            columns[name] = values
+    columns["parameters"] = [format_count(row.parameters) for row in rows]
+    columns["FLOPs/token"] = [format_count(row.flops_per_token) for row in rows]
+    sent = [row.comm_bytes_per_update for row in rows]
+    columns["sent/update"] = [format_size(num_bytes) if num_bytes else "0" for num_bytes in sent]
+    return columns
+
+
+def shared_settings(planned: PlannedRun) -> str:
+    """Returns a sentence on the settings that are the same in all listed rows; empty if there are none."""
+    settings = planned.rows[0].settings.items()
+    shared = [f"{name} {value}" for name, value in settings if all(row.settings[name] == value for row in planned.rows)]
+    return f"In all of these: {', '.join(shared)}." if shared else ""
 
 
 def launch_sentences(planned: PlannedRun) -> Iterator[str]:
