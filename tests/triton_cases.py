@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sltrain_dist.sparse_lowrank import SLLinear, kernels
-from sltrain_dist.sparse_lowrank.blocks import BlockSupport
-from sltrain_dist.sparse_lowrank.linear import apply_shared
-from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport, stratified_column
-from sltrain_dist.sparse_lowrank.support import Products
+from sltrain_dist.sparse_lowrank import SLLinear
+from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
+from sltrain_dist.sparse_lowrank.layer import apply_shared
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
+from sltrain_dist.sparse_lowrank.supports.stratified import StratifiedSupport, stratified_column
+from sltrain_dist.sparse_lowrank.supports.support import Products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -196,7 +197,7 @@ def test_layers_use_the_kernels_and_agree(support: str, path: str, monkeypatch: 
 
     calls = []
     for name in ("stratified_add_", "stratified_take", "blocks_outputs", "blocks_inputs", "blocks_values"):
-        for module in (kernels, __import__("sltrain_dist.sparse_lowrank.stratified", fromlist=["x"])):
+        for module in (kernels, __import__("sltrain_dist.sparse_lowrank.supports.stratified", fromlist=["x"])):
             if hasattr(module, name):
                 original = getattr(module, name)
                 monkeypatch.setattr(module, name, lambda *a, o=original, n=name: calls.append(n) or o(*a))

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sltrain_dist.sparse_lowrank import triton_kernels as kernels
+from sltrain_dist.sparse_lowrank.kernels import triton_kernels as kernels
 
 PRODUCTS = {"R": 171, "K": 168, "PRECISION": "ieee"}
 INDEX = {"places": "*i32", "window_inputs": "*i32", "partial": "*fp32", "key": "*i64"}

@@ -25,9 +25,9 @@ from benchmarking import positive, sizes, some_of, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, SupportKind
 from sltrain_dist.memory.result import Point
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.plan.follow import follow
 from sltrain_dist.plan.replay import replay
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.tracking.live_bytes import storage_bytes
 from sltrain_dist.train.build import start_engine

@@ -21,7 +21,7 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.streams import replace_unprintable
-from sltrain_dist.train.heap import keep_freed_memory
+from sltrain_dist.train.malloc import keep_freed_memory
 
 METHODS = {
     "full": {"method": "full"},

@@ -26,7 +26,7 @@ from benchmarking import interleaved, positive, sizes, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.step import forward_backward
 

@@ -46,8 +46,8 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.optim.schedule import Progress, learning_rate
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.sparse_lowrank.blocks import BlockSupport, Order
+from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport, Order
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.step import Rows, forward_backward

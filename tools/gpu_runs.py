@@ -27,8 +27,8 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.estimate import estimate
-from sltrain_dist.parallel import environment
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime import environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.dry_run import made_up_rows

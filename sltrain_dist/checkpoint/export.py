@@ -20,8 +20,8 @@ from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from sltrain_dist.files import make_directory, sync_path, write_synced, writing
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
-from sltrain_dist.parallel.held import load_values
-from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+from sltrain_dist.parallel.pieces import load_values
+from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

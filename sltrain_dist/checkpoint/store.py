@@ -44,8 +44,8 @@ from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from sltrain_dist.files import make_directory, storage_message, sync_path, write_synced
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk
+from sltrain_dist.parallel.pieces import Chunk
+from sltrain_dist.runtime.environment import Environment
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.recording import Parameter
 from sltrain_dist.optim.state_layout import MASTER, Place, stored_states, whole
-from sltrain_dist.parallel.partition import fsdp_place
+from sltrain_dist.parallel.placement import fsdp_place
 
 Deal = Literal["nothing", "factors", "all"]
 """Which parameters are dealt out to the ranks."""

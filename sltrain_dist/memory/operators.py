@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry
 
-import sltrain_dist.sparse_lowrank.kernels  # noqa: F401  registers operators
+import sltrain_dist.sparse_lowrank.kernels.torch_kernels  # noqa: F401  registers operators
 from sltrain_dist.config.schema import Config
 from sltrain_dist.numerics.device import DeviceType, emulate
 

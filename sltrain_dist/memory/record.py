@@ -28,7 +28,7 @@ from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.optim.state_layout import Place
 from sltrain_dist.parallel.checkpointing import prepare_layers
-from sltrain_dist.parallel.partition import Shard, is_factor, is_sharded
+from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of what goes from one layer to the next, and of its gradient."""

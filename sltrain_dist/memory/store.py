@@ -29,7 +29,7 @@ from sltrain_dist.files import write_whole
 from sltrain_dist.memory.recording import Recording, dumps, loads
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import Place, decays
-from sltrain_dist.parallel.partition import Shard
+from sltrain_dist.parallel.placement import Shard
 
 S = TypeVar("S", bound=Section)
 
@@ -39,6 +39,7 @@ _SOURCES = (
     "sparse_lowrank",
     "optim",
     "models",
+    "runtime",
     "parallel",
     "tracking/live_bytes.py",
     "memory",

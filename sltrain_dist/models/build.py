@@ -15,7 +15,7 @@ from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.keyed import Initial
-from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
+from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
 from sltrain_dist.numerics.int8_layout import int8_bytes
-from sltrain_dist.sparse_lowrank.layout import nonzeros, values_shape
+from sltrain_dist.sparse_lowrank.sizes import nonzeros, values_shape
 
 
 @dataclass(frozen=True)

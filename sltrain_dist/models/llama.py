@@ -13,7 +13,7 @@ from sltrain_dist.models.elementwise import rms_norm, rotate
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.keyed import Initial
-from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.sparse_lowrank.layer import apply_shared
 
 LinearFactory = Callable[[int, int, str], nn.Module]
 """Makes the linear layer of (in_features, out_features, name)."""

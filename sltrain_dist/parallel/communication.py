@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
-from sltrain_dist.parallel.partition import (
+from sltrain_dist.parallel.placement import (
     Named,
     agreed_bytes,
     dealt,

@@ -16,9 +16,9 @@ from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated
-from sltrain_dist.parallel.in_backward import InBackward
+from sltrain_dist.parallel.per_layer import InBackward
+from sltrain_dist.parallel.pieces import Chunk, ReadChunk, Replicated
+from sltrain_dist.runtime.environment import Environment
 
 
 class DDPEngine:

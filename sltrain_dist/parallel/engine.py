@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sltrain_dist.optim.per_layer import coefficient
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, ReadChunk
+from sltrain_dist.optim.clipping import coefficient
+from sltrain_dist.parallel.pieces import Chunk, ReadChunk
+from sltrain_dist.runtime.environment import Environment
 
 Kind = Literal["parameters", "gradients", "states"]
 """What an engine's tensors are. parameters: with masters and shards. states: the optimizer's."""

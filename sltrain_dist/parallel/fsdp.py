@@ -19,10 +19,10 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, Held, Piece, ReadChunk, Replicated
-from sltrain_dist.parallel.in_backward import InBackward
-from sltrain_dist.parallel.partition import fsdp_rows, is_sharded, vector_borders
+from sltrain_dist.parallel.per_layer import InBackward
+from sltrain_dist.parallel.pieces import Chunk, Held, Piece, ReadChunk, Replicated
+from sltrain_dist.parallel.placement import fsdp_rows, is_sharded, vector_borders
+from sltrain_dist.runtime.environment import Environment
 
 
 class FSDPEngine:

@@ -20,10 +20,10 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk, ReadChunk, Replicated, load_values, read_into
-from sltrain_dist.parallel.partition import ZERO_BUCKET, is_sharded
+from sltrain_dist.parallel.pieces import Chunk, ReadChunk, Replicated, load_values, read_into
+from sltrain_dist.parallel.placement import ZERO_BUCKET, is_sharded
 from sltrain_dist.parallel.zero_start import FlatGroup, give_flat_memory, partition_by_layer, use_flat_memory
+from sltrain_dist.runtime.environment import Environment
 
 
 def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:

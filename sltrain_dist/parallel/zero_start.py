@@ -19,8 +19,8 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.models.build import give_memory, materialise
 from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
 from sltrain_dist.optim.factory import parameter_groups
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.partition import zero12_partition
+from sltrain_dist.parallel.placement import zero12_partition
+from sltrain_dist.runtime.environment import Environment
 
 
 class FlatGroup(NamedTuple):

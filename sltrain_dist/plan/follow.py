@@ -30,10 +30,10 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.blockwise import quantizer
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.optim.state_layout import BLOCKS, MASTER
-from sltrain_dist.parallel import fsdp, held
+from sltrain_dist.parallel import fsdp, pieces
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import ReadChunk
+from sltrain_dist.parallel.pieces import ReadChunk
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
@@ -214,7 +214,7 @@ class Follower:
             stack.enter_context(_within(log, FSDPParamGroup, "unshard", "buffers.gathered"))
             stack.enter_context(_within(log, FSDPParamGroup, "wait_for_unshard", "buffers.gathered"))
             stack.enter_context(_within(log, FSDPParamGroup, "post_backward", "buffers.reduced", self._reduces))
-            stack.enter_context(_within(log, held.Replicated, "all_reduce", "buffers.messages", self._sends))
+            stack.enter_context(_within(log, pieces.Replicated, "all_reduce", "buffers.messages", self._sends))
             yield
 
     @contextmanager
@@ -229,7 +229,7 @@ class Follower:
         self.log.assign([_local(grad) for grad in (*waiting, *reduced) if grad is not None], "gradients")
 
     @contextmanager
-    def _sends(self, replicas: held.Replicated) -> Iterator[None]:
+    def _sends(self, replicas: pieces.Replicated) -> Iterator[None]:
         """The all-reduce of what is whole on every rank."""
         self._begin("backward", "all-reduce")
         yield

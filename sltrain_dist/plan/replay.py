@@ -31,8 +31,8 @@ from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.plan.follow import Follower, replaced
+from sltrain_dist.runtime.environment import Environment
 
 T = TypeVar("T")
 

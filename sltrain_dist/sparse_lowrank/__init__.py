@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sltrain_dist.sparse_lowrank.blocks import BlockSupport
     from sltrain_dist.sparse_lowrank.functional import sl_linear
-    from sltrain_dist.sparse_lowrank.linear import LowRankLinear, SLLinear
-    from sltrain_dist.sparse_lowrank.random import RandomSupport
-    from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
+    from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
+    from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
+    from sltrain_dist.sparse_lowrank.supports.random import RandomSupport
+    from sltrain_dist.sparse_lowrank.supports.stratified import StratifiedSupport
 
 __all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "StratifiedSupport", "sl_linear"]
 

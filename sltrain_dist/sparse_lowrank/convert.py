@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 @torch.no_grad()

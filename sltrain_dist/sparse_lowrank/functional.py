@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.sparse_lowrank.cost import Path, Plan, choose_plan
-from sltrain_dist.sparse_lowrank.factored import Factored
 from sltrain_dist.sparse_lowrank.kept import keeps
-from sltrain_dist.sparse_lowrank.materialize import Materialize
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.paths.factored import Factored
+from sltrain_dist.sparse_lowrank.paths.materialize import Materialize
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.tracker import RunTracker
-from sltrain_dist.train.agree import check_agreement
-from sltrain_dist.train.feed import RowFeed
+from sltrain_dist.train.agreement import check_agreement
+from sltrain_dist.train.device_rows import RowFeed
 from sltrain_dist.train.memory import MemoryWatch
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows

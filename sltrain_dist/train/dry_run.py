@@ -9,7 +9,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.stream.rows import BEGIN
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.numerics.splitmix import integers, key64
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
 from sltrain_dist.train.build import predict, prepare_corpus, start_engine

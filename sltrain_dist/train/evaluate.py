@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sltrain_dist.data.stream.rows import count_labels
-from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime import watchdog
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.step import Rows, to_batch
 
 

@@ -15,14 +15,14 @@ from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.traffic import TrafficMeter
+from sltrain_dist.runtime import watchdog
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.build import Run
+from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
-from sltrain_dist.train.guard import check_finite, check_savable, not_learning
 from sltrain_dist.train.memory import MEASURED_UPDATE
 from sltrain_dist.train.sanity import check_update
 from sltrain_dist.train.state import rng_state

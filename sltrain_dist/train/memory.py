@@ -20,7 +20,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.device import WORKSPACE_BYTES
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
 from sltrain_dist.tracking.tracker import RunTracker

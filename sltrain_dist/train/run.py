@@ -19,14 +19,14 @@ from sltrain_dist.config.load import load_config, run_dir_of
 from sltrain_dist.config.rules import check_ranks, check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
-from sltrain_dist.parallel import watchdog
-from sltrain_dist.parallel.rank_variables import rank_variables
+from sltrain_dist.runtime import watchdog
+from sltrain_dist.runtime.rank_variables import rank_variables
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
-from sltrain_dist.train.heap import keep_freed_memory
+from sltrain_dist.train.malloc import keep_freed_memory
 from sltrain_dist.train.stop import StopRequest
 
 if TYPE_CHECKING:
-    from sltrain_dist.parallel.environment import Environment
+    from sltrain_dist.runtime.environment import Environment
     from sltrain_dist.tracking.mlflow import Status
 
 _CLEANUP_S = 15.0
@@ -63,7 +63,7 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
     if _one_of_several():
         _leave(outcome)
     if "torch" in sys.modules:  # without it, no process group has been started
-        from sltrain_dist.parallel import environment
+        from sltrain_dist.runtime import environment
 
         environment.stop()
     return outcome.code
@@ -87,7 +87,7 @@ def _leave(outcome: Outcome) -> NoReturn:
     a run that has done all it should.
     """
     if not _failed(outcome):
-        from sltrain_dist.parallel import environment
+        from sltrain_dist.runtime import environment
 
         try:
             environment.meet()  # rank 0 holds the store that the others may still need
@@ -107,8 +107,8 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
     check_trainable(config)
     rank, world_size, local_rank = rank_variables()
     check_ranks(config, world_size)
-    from sltrain_dist.parallel import environment
-    from sltrain_dist.train.agree import check_agreement, run_identity
+    from sltrain_dist.runtime import environment
+    from sltrain_dist.train.agreement import check_agreement, run_identity
 
     watchdog.start(rank, world_size, local_rank, config.parallel.timeout_s)
     if rank == 0 and world_size > 1:
@@ -207,7 +207,7 @@ def _explain(error: Exception) -> tuple[ExitCode, str]:
     advice = out_of_memory(error)
     if advice is not None:
         return ExitCode.CONFIG, advice
-    from sltrain_dist.parallel.environment import lost_peer
+    from sltrain_dist.runtime.environment import lost_peer
 
     return ExitCode.UNEXPECTED, lost_peer(error) or f"{type(error).__name__}: {error}"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sltrain_dist.errors import SanityError
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 
 
 def check_update(engine: Engine, env: Environment, *, step: int, lr: float, supports: str) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from sltrain_dist.data.stream.rows import BEGIN, count_labels, count_tokens
 from sltrain_dist.errors import DataError
 from sltrain_dist.models.loss import IGNORE
-from sltrain_dist.parallel import watchdog
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime import watchdog
+from sltrain_dist.runtime.environment import Environment
 
 Rows = npt.NDArray[np.int32]
 """(rows, seq_len + 1) token ids, −1 where there is none; documents' first tokens may carry `batching.BEGIN`."""

@@ -20,10 +20,10 @@ from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import state_bytes, whole
 from sltrain_dist.parallel.communication import Traffic, update_traffic
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.partition import waiting_bytes
+from sltrain_dist.parallel.placement import waiting_bytes
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank.cost import choose_plan
-from sltrain_dist.sparse_lowrank.layout import effective_density, nonzeros, stored_index_bytes
+from sltrain_dist.sparse_lowrank.sizes import effective_density, nonzeros, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.tracking.mlflow import Destination
 from sltrain_dist.train.exit import Outcome

@@ -28,12 +28,12 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.parallel import engine as engines
-from sltrain_dist.parallel import environment
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Replicated
-from sltrain_dist.parallel.in_backward import InBackward
+from sltrain_dist.parallel.per_layer import InBackward
+from sltrain_dist.parallel.pieces import Replicated
 from sltrain_dist.parallel.traffic import TrafficMeter
+from sltrain_dist.runtime import environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.step import Rows, forward_backward
 from tests.small import TRAINED

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
-from sltrain_dist.parallel import environment
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.plan.follow import follow
+from sltrain_dist.runtime import environment
+from sltrain_dist.runtime.environment import Environment
 from tests.small import PLANNED
 
 Timeline = list[tuple[str, str, dict[str, int]]]

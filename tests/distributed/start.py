@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.checkpoint.store import CheckpointReader
 from sltrain_dist.memory.estimate import estimate
-from sltrain_dist.parallel import environment, zero, zero_start
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.parallel import zero, zero_start
+from sltrain_dist.runtime import environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.live_bytes import LiveBytes
 from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.step import forward_backward

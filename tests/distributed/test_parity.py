@@ -14,8 +14,8 @@ import torch
 
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.communication import update_traffic
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.partition import rank_bytes
+from sltrain_dist.parallel.placement import rank_bytes
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train import step
 
 from .cases import (

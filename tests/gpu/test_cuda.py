@@ -12,7 +12,7 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.train.build import start_engine
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sltrain_dist.train.feed import RowFeed
+from sltrain_dist.train.device_rows import RowFeed
 from sltrain_dist.train.step import Rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from sltrain_dist.sparse_lowrank import SLLinear, kernels
+from sltrain_dist.sparse_lowrank import SLLinear
+from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
 
 from .. import triton_cases
 from ..triton_cases import *  # noqa: F403

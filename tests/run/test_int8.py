@@ -14,7 +14,7 @@ from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader
 from sltrain_dist.config.load import load_config
 from sltrain_dist.models.build import build_model
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 
 from .helpers import Corpus, metrics, outcome, saved_steps, tiny_config, train_here, write_config

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 
 T = TypeVar("T")
 SINGLE = Environment(0, 1, 0, torch.device("cpu"))

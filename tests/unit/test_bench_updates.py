@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sltrain_dist.config import presets
-from sltrain_dist.parallel.in_backward import InBackward
+from sltrain_dist.parallel.per_layer import InBackward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 

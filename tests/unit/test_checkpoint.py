@@ -19,8 +19,8 @@ from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
 from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Chunk
+from sltrain_dist.parallel.pieces import Chunk
+from sltrain_dist.runtime.environment import Environment
 
 from .ranks import SINGLE, on_ranks
 

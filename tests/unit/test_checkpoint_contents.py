@@ -19,7 +19,7 @@ from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
 from sltrain_dist.config.load import load_config
 from sltrain_dist.errors import CheckpointError
 from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.parallel.held import Chunk
+from sltrain_dist.parallel.pieces import Chunk
 
 from .ranks import SINGLE
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.parallel import environment
-from sltrain_dist.parallel.environment import Environment, rank_variables
+from sltrain_dist.runtime import environment
+from sltrain_dist.runtime.environment import Environment, rank_variables
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, StorageError
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 
 from .test_model import small, tokens, warmed
 

@@ -21,7 +21,7 @@ from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
 from sltrain_dist.numerics.rounding import rounding_key
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.optim.low_bit import LowBitAdam
-from sltrain_dist.parallel.partition import rank_bytes
+from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.train.build import build_engine

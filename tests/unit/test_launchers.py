@@ -14,7 +14,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 RANK = """
 import sys
-from sltrain_dist.parallel.launchers import lost_launcher
+from sltrain_dist.runtime.launchers import lost_launcher
 print(lost_launcher(), flush=True)
 for line in sys.stdin:
     print(lost_launcher(), flush=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import RandomSupport, SLLinear, sl_linear
-from sltrain_dist.sparse_lowrank.linear import apply_shared
+from sltrain_dist.sparse_lowrank.layer import apply_shared
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 STATE = "support._extra_state"

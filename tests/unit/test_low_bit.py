@@ -32,9 +32,9 @@ from sltrain_dist.optim.state_layout import (
     stored_states,
     whole,
 )
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Held, Piece
-from sltrain_dist.parallel.partition import fsdp_place, fsdp_rows, rank_bytes, vector_borders
+from sltrain_dist.parallel.pieces import Held, Piece
+from sltrain_dist.parallel.placement import fsdp_place, fsdp_rows, rank_bytes, vector_borders
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.state import check_resumable
 

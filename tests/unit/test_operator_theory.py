@@ -13,8 +13,8 @@ from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.convert import fit
 from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, choose_plan, plan_costs
-from sltrain_dist.sparse_lowrank.layout import nonzeros
-from sltrain_dist.sparse_lowrank.linear import SUPPORTS
+from sltrain_dist.sparse_lowrank.layer import SUPPORTS
+from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 each_kind = pytest.mark.parametrize("kind", KINDS)

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import SLLinear, functional
 from sltrain_dist.sparse_lowrank.cost import PLANS, Plan
-from sltrain_dist.sparse_lowrank.linear import apply_shared
-from sltrain_dist.sparse_lowrank.support import SLICE
+from sltrain_dist.sparse_lowrank.layer import apply_shared
+from sltrain_dist.sparse_lowrank.supports.support import SLICE
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

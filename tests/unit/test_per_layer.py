@@ -15,10 +15,10 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers
-from sltrain_dist.optim.per_layer import coefficient
+from sltrain_dist.optim.clipping import coefficient
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.held import Held
-from sltrain_dist.parallel.partition import waiting_bytes
+from sltrain_dist.parallel.pieces import Held
+from sltrain_dist.parallel.placement import waiting_bytes
 from sltrain_dist.train.step import Rows, forward_backward
 from tests.small import TRAINED
 from tests.unit.ranks import SINGLE

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.parallel.partition import RankBytes, rank_bytes
+from sltrain_dist.parallel.placement import RankBytes, rank_bytes
 from sltrain_dist.plan.follow import follow, without_mesh
 from sltrain_dist.plan.replay import fake_rank, meta_model, replay
-from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
+from sltrain_dist.sparse_lowrank.sizes import stored_index_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward

@@ -18,7 +18,7 @@ from sltrain_dist.models.build import initialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.checkpointing import _ATTENTION, prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.step import Batch, Rows, forward_backward, to_batch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain_dist.parallel import slurm
+from sltrain_dist.runtime import slurm
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.numerics.splitmix import key64
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.sparse_lowrank.blocks import BlockSupport, first_window, make_order
-from sltrain_dist.sparse_lowrank.layout import (
+from sltrain_dist.sparse_lowrank.layer import SUPPORTS
+from sltrain_dist.sparse_lowrank.sizes import (
     effective_density,
     nonzeros,
     num_windows,
@@ -23,8 +23,8 @@ from sltrain_dist.sparse_lowrank.layout import (
     values_per_row,
     window_starts,
 )
-from sltrain_dist.sparse_lowrank.linear import SUPPORTS
-from sltrain_dist.sparse_lowrank.stratified import (
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport, first_window, make_order
+from sltrain_dist.sparse_lowrank.supports.stratified import (
     StratifiedSupport,
     murmur_finalise,
     stratified_column,

@@ -30,15 +30,15 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.models.loss import IGNORE
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.schedule import Progress, learning_rate
-from sltrain_dist.parallel import launchers
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.reaper import Process
+from sltrain_dist.runtime import launchers
+from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.runtime.reaper import Process
 from sltrain_dist.tracking.console import format_count
+from sltrain_dist.train.divergence import check_finite, not_learning
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
 from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
-from sltrain_dist.train.guard import check_finite, not_learning
 from sltrain_dist.train.state import (
     TrainState,
     changed_settings,

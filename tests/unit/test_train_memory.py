@@ -16,8 +16,8 @@ from sltrain_dist.memory.device import WORKSPACE_BYTES
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
 from sltrain_dist.plan.follow import follow
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.train.build import build_engine, predict
 from sltrain_dist.train.dry_run import made_up_rows

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sltrain_dist.sparse_lowrank import kernels
-from sltrain_dist.sparse_lowrank.blocks import BlockSupport
+from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
 
 TESTS = Path(__file__).resolve().parents[1]
 

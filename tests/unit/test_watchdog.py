@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sltrain_dist.parallel import reaper, watchdog
+from sltrain_dist.runtime import reaper, watchdog
 
 REPO = Path(__file__).resolve().parents[2]
 LONG_S = 60
@@ -23,7 +23,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a program that uses the watchdog `dog`, with a limit of half a second."""
     lines = (
         "import ctypes, sys, time",
-        "from sltrain_dist.parallel import watchdog",
+        "from sltrain_dist.runtime import watchdog",
         "dog = watchdog.Watchdog('rank 1 on h2', 0.5, 'parallel.timeout_s = 0.5')",
         code,
     )
@@ -113,8 +113,8 @@ time.sleep(60)
 """
 RANK = """
 import os, subprocess, sys
-from sltrain_dist.parallel import reaper
-code = "from sltrain_dist.parallel import reaper; reaper.PATIENCE_S = 0.5; reaper._TERM_S = 0.3; reaper.main()"
+from sltrain_dist.runtime import reaper
+code = "from sltrain_dist.runtime import reaper; reaper.PATIENCE_S = 0.5; reaper._TERM_S = 0.3; reaper.main()"
 listener = subprocess.Popen([sys.executable, "-c", code, *sys.argv[1:3], "1.5", "rank 0 on h1"], stdin=subprocess.PIPE)
 """
 """Stands for a rank; its reaper calls half a second without an end too long, and one and a half of silence."""

@@ -15,7 +15,7 @@ from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
 
 _IN_FLIGHT_BYTES = 1 << 25
-"""As parallel/in_backward.py."""
+"""As parallel/per_layer.py."""
 _LEVELS_BYTES = 1 << 16
 """Bytes of a quantizer's table (numerics/blockwise.py), of which there are two; beside it are levels and borders."""
 
@@ -86,7 +86,7 @@ class Timeline:
         return (24 if self.config.data.reset_attention else 16) * tokens
 
     def rows_bytes(self) -> int:
-        """Bytes of the update's rows, int32, and on a GPU of the next update's (train/feed.py)."""
+        """Bytes of the update's rows, int32, and on a GPU of the next update's (train/device_rows.py)."""
         rows = self.passes * self.config.train.micro_batch
         return (2 if self.device == "cuda" else 1) * 4 * rows * (self.config.data.seq_len + 1)
 

@@ -15,7 +15,7 @@ from sltrain_dist.memory.holdings import Holdings, holdings
 from sltrain_dist.memory.ledger import Gradients, play
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.optim.state_layout import STATE_NAMES
-from sltrain_dist.parallel.partition import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
+from sltrain_dist.parallel.placement import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
 
 FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
 _SUB_GROUP = 1_000_000_000
@@ -260,7 +260,7 @@ class ZeroTimeline(Timeline):
 @lru_cache(maxsize=256)
 def _kept_values(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
     """Values of the gradients that each rank keeps in stages 1 and 2: whole ones, also of parameters that it shares;
-    as parallel/partition.py: rank_bytes."""
+    as parallel/placement.py: rank_bytes."""
     total, part = zero12_partition(shapes, ranks)
     kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
     start = 0

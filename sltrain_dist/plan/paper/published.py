@@ -18,7 +18,7 @@ from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.memory import record
 from sltrain_dist.memory.recording import Recording
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.sparse_lowrank.layout import nonzeros
+from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 BF16 = torch.bfloat16
 

@@ -21,7 +21,7 @@ from sltrain_dist.config.rules import (
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
-from sltrain_dist.sparse_lowrank.layout import nonzeros
+from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 MEMORY_BANDWIDTH = 4.1e12
 """Bytes per second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""

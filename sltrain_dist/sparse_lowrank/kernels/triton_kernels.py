@@ -1,7 +1,6 @@
 """Triton kernels for CUDA: the products of `blocks`, and the scatter and gather of `stratified`.
 
-The only module that imports triton. :mod:`sltrain_dist.sparse_lowrank.kernels` launches the kernels, and says what
-their arguments are.
+The only module that imports triton. :mod:`.torch_kernels` launches the kernels, and says what their arguments are.
 
 `blocks`. Reading permuted features of a row-major matrix from inside a product would move a 32-byte sector for
 every 2-byte element, and so cost as much as the dense layer (and Triton has no gather from shared memory: its

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltrain_dist.numerics.int8_weight import plain
-from sltrain_dist.sparse_lowrank.factored import differentiable, factored_backward, scaled_mm
 from sltrain_dist.sparse_lowrank.kept import keep
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.paths.factored import differentiable, factored_backward, scaled_mm
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 class Materialize(torch.autograd.Function):

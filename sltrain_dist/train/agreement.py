@@ -15,7 +15,7 @@ import torch
 from sltrain_dist import __version__
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.state import flatten
 
 

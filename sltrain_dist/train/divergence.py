@@ -12,7 +12,7 @@ from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.errors import DivergedError
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.parallel.environment import Environment
+from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.state import TrainState
 from sltrain_dist.train.step import Rows, to_batch
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sltrain_dist.errors import ConfigError, SltrainError
-from sltrain_dist.parallel import slurm, watchdog
-from sltrain_dist.parallel.rank_variables import rank_variables
+from sltrain_dist.runtime import slurm, watchdog
+from sltrain_dist.runtime.rank_variables import rank_variables
 
 T = TypeVar("T")
 

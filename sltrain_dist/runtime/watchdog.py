@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sltrain_dist.parallel import reaper
+from sltrain_dist.runtime import reaper
 
 GRACE_S = 15.0
 """A collective's own timeout comes first: its error says more than that nothing happened."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.splitmix import key_bytes
-from sltrain_dist.sparse_lowrank.kernels import stratified_add_, stratified_take, use_kernels
-from sltrain_dist.sparse_lowrank.layout import stratum_start
-from sltrain_dist.sparse_lowrank.support import Support, flatten_columns
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import stratified_add_, stratified_take, use_kernels
+from sltrain_dist.sparse_lowrank.sizes import stratum_start
+from sltrain_dist.sparse_lowrank.supports.support import Support, flatten_columns
 
 _MASK = 0xFFFFFFFF
 # All multipliers are odd, and given as negative numbers above 2^31: then a product with 32 bits fits int64.

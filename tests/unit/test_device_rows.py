@@ -12,7 +12,7 @@ import torch
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.errors import DataError
-from sltrain_dist.train.feed import RowFeed
+from sltrain_dist.train.device_rows import RowFeed
 from sltrain_dist.train.step import Rows
 
 from .data_helpers import NumberTokenizer, data_config, make_loaders, write_numbered

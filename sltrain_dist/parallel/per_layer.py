@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.optim.per_layer import PerLayerClip
+from sltrain_dist.optim.clipping import PerLayerClip
 from sltrain_dist.parallel.engine import squared_norm
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.parallel.held import Held, Piece
+from sltrain_dist.parallel.pieces import Held, Piece
+from sltrain_dist.runtime.environment import Environment
 
 _IN_FLIGHT_BYTES = 1 << 25
 """Gradients that may be on their way at a time. Enough to keep a link busy while the backward pass goes on, and

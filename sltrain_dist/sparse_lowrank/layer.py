@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.numerics.keyed import Initial, draw_seed
-from sltrain_dist.sparse_lowrank.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.convert import fit
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.sparse_lowrank.functional import Operand, sl_linear_shared
-from sltrain_dist.sparse_lowrank.materialize import build_rows
-from sltrain_dist.sparse_lowrank.random import RandomSupport
-from sltrain_dist.sparse_lowrank.stratified import StratifiedSupport
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.paths.materialize import build_rows
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
+from sltrain_dist.sparse_lowrank.supports.random import RandomSupport
+from sltrain_dist.sparse_lowrank.supports.stratified import StratifiedSupport
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSupport]] = {
     "random": RandomSupport,

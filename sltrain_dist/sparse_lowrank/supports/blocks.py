@@ -11,9 +11,16 @@ from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.splitmix import key64, permutation
-from sltrain_dist.sparse_lowrank.kernels import BlockProducts, use_kernels
-from sltrain_dist.sparse_lowrank.layout import num_windows, window_runs, window_starts
-from sltrain_dist.sparse_lowrank.support import Products, Support, Weights, flatten_columns, summed, untransposed
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import BlockProducts, use_kernels
+from sltrain_dist.sparse_lowrank.sizes import num_windows, window_runs, window_starts
+from sltrain_dist.sparse_lowrank.supports.support import (
+    Products,
+    Support,
+    Weights,
+    flatten_columns,
+    summed,
+    untransposed,
+)
 
 Order = Literal["random", "grouped", "strided", "natural"]
 """How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: runs of 8

@@ -19,7 +19,7 @@ from torch import Tensor
 from sltrain_dist.numerics.device import device_type, is_emulated
 
 Weights = tuple[Tensor, ...]
-"""As :data:`sltrain_dist.sparse_lowrank.support.Weights`, of which this module cannot know: supports use it."""
+"""As `Weights` in supports/support.py, of which this module cannot know: supports use it."""
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
@@ -130,7 +130,7 @@ class BlockProducts:
 
 
 def _kernels() -> ModuleType:
-    from sltrain_dist.sparse_lowrank import triton_kernels  # not at the top: Triton may not be installed
+    from sltrain_dist.sparse_lowrank.kernels import triton_kernels  # not at the top: Triton may not be installed
 
     return triton_kernels
 

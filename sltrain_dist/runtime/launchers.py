@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from sltrain_dist.parallel.reaper import Process
+from sltrain_dist.runtime.reaper import Process
 
 
 def launchers_of(process: Process | None) -> Iterator[Process]:

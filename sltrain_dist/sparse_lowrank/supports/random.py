@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.splitmix import integers
-from sltrain_dist.sparse_lowrank.layout import column_bytes, position_bytes
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.sizes import column_bytes, position_bytes
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 def random_positions(m: int, n: int, nnz: int, key: int) -> npt.NDArray[np.signedinteger]:

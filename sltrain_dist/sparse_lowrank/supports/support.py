@@ -25,7 +25,7 @@ from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.keyed import draw_seed
 from sltrain_dist.numerics.splitmix import key64
-from sltrain_dist.sparse_lowrank.layout import nonzeros, position_bytes, values_shape
+from sltrain_dist.sparse_lowrank.sizes import nonzeros, position_bytes, values_shape
 
 _STATE = struct.Struct(">QQ8s")
 """What a state dict holds of a support: its two keys and the fingerprint of its positions."""

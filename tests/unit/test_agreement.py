@@ -14,9 +14,9 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, SanityError
 from sltrain_dist.models.build import build_model, sparse_layers, supports_fingerprint
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.environment import Environment
-from sltrain_dist.train import agree
-from sltrain_dist.train.agree import check_agreement, run_identity
+from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.train import agreement
+from sltrain_dist.train.agreement import check_agreement, run_identity
 from sltrain_dist.train.sanity import check_update
 
 from .ranks import SINGLE, on_ranks
@@ -67,14 +67,14 @@ class TestAgreement:
             on_ranks(12, lambda env: check_agreement(env, {"parity": env.rank % 2}))
 
     def test_a_changed_line_of_code_is_another_version(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-        before = agree._source_fingerprint()
+        before = agreement._source_fingerprint()
         package = tmp_path / "sltrain_dist"
         (package / "train").mkdir(parents=True)
-        (package / "train" / "agree.py").write_text("x = 1\n")
-        monkeypatch.setattr(agree, "__file__", str(package / "train" / "agree.py"))
-        one = agree._source_fingerprint()
-        (package / "train" / "agree.py").write_text("x = 2\n")
-        assert len({before, one, agree._source_fingerprint()}) == 3
+        (package / "train" / "agreement.py").write_text("x = 1\n")
+        monkeypatch.setattr(agreement, "__file__", str(package / "train" / "agreement.py"))
+        one = agreement._source_fingerprint()
+        (package / "train" / "agreement.py").write_text("x = 2\n")
+        assert len({before, one, agreement._source_fingerprint()}) == 3
 
 
 class Faulty(DDPEngine):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.kept import keep
-from sltrain_dist.sparse_lowrank.support import Support
+from sltrain_dist.sparse_lowrank.supports.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
 """B, A and V of one layer."""

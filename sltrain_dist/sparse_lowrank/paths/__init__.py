@@ -1,0 +1,1 @@
+"""The two ways to apply a layer."""

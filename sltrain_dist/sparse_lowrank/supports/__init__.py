@@ -1,0 +1,1 @@
+"""The fixed positions of the sparse part: three ways to draw them."""
