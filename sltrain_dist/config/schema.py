@@ -133,8 +133,8 @@ class DataConfig(Section):
     """Where documents come from: "embedded" (English prose of the installed Python packages), a file, a
     directory, a glob, a URL that fsspec understands, or a Hub dataset such as allenai/c4; or a list. Files are
     JSON lines (also compressed), Parquet or Arrow. A directory means its files of data.split, by their names or by
-    the manifest of `sltrain prepare-data`. Or one directory of token shards, made by
-    `sltrain prepare-data --tokenizer`, read in the order of their text."""
+    the manifest of `sltrain prepare-text`. Or one directory of token shards, made by
+    `sltrain prepare-tokens`, read in the order of their text."""
     weights: list[PositiveFloat] | None = None
     """With a list as source: the share of every update's rows that comes from each of its entries, relative to
     the others'. Each repeats its own documents at its own pace. Part of the data order. Every stream reads one

@@ -70,9 +70,9 @@ class Tally:
             example = f"; for example line {line + 1} of {shard} ({fault.value})"
         remedies = ["Repair or leave out the file", f"check data.text_field={text_field!r}"]
         if self.faults[Fault.NOT_JSON] == self.documents:
-            remedies[1] = "write one JSON object a line; of plain text, `sltrain prepare-data` makes them"
+            remedies[1] = "write one JSON object a line; of plain text, `sltrain prepare-text` makes them"
         elif self.faults[Fault.INVALID_UTF8] == self.documents:
-            remedies[1] = "turn it into UTF-8, as `sltrain prepare-data --encoding latin-1` would"
+            remedies[1] = "turn it into UTF-8, as `sltrain prepare-text --encoding latin-1` would"
         elif self.faults[Fault.NO_TEXT] == self.documents:
             remedies[1] += " and that each line is one JSON object"
         if self.faults[Fault.TOO_LONG]:

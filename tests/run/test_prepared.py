@@ -1,4 +1,4 @@
-"""`sltrain prepare-data --tokenizer` killed and started again, and a run on what it made."""
+"""`sltrain prepare-tokens` killed and started again, and a run on what it made."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
         write_shard(tmp_path / "text" / f"{number}.json.gz", texts * copies)
     output, whole = tmp_path / "tokens", tmp_path / "whole"
     source = f"{tmp_path}/text/*.json.gz"
-    arguments = ["prepare-data", "--tokenizer", str(corpus.tokenizer), "-i", source, "--processes", "2"]
+    arguments = ["prepare-tokens", "--tokenizer", str(corpus.tokenizer), "-i", source, "--processes", "2"]
     with Process([*SLTRAIN, *arguments, "-o", output], tmp_path / "killed") as process:
         process.until(lambda: (output / "00000.shard.json").exists(), "the first shard")
         process.until(lambda: any(path.stat().st_size for path in output.glob(".*.tmp")), "a part of another one")

@@ -97,7 +97,7 @@ PLANNING_WITH_TORCH = {
     "memory.record",
 }
 """The rest of the planner runs on login nodes."""
-TORCH_FREE |= {name for name in MODULES if name.startswith(("memory.", "plan."))} - PLANNING_WITH_TORCH
+TORCH_FREE |= {name for name in MODULES if name.startswith(("memory.", "plan.", "cli."))} - PLANNING_WITH_TORCH
 
 
 def imports(path: Path) -> set[str]:

@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "prepare-data" in result.stdout and "train-tokenizer" in result.stdout
+    assert "prepare-text" in result.stdout and "train-tokenizer" in result.stdout
 
 
 def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -63,7 +63,9 @@ def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", [["sltrain_dist/cli.py", "train"], ["sltrain_dist/cli.py", "plan"], [PRETRAIN]])
+@pytest.mark.parametrize(
+    "command", [["sltrain_dist/cli/__main__.py", "train"], ["sltrain_dist/cli/__main__.py", "plan"], [PRETRAIN]]
+)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,9 +110,9 @@ def test_help_is_whole_on_a_narrow_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    assert _run(monkeypatch, "prepare-data", "--help") == 0
+    assert _run(monkeypatch, "prepare-text", "--help") == 0
     out = capsys.readouterr().out
-    assert all(option in out for option in ("--validation-fraction", "--max-bad-fraction", "--min-sentences"))
+    assert all(option in out for option in ("--validation-fraction", "--max-document-bytes", "--min-sentences"))
     assert "…" not in out
 
 
@@ -118,12 +120,12 @@ def test_paths_of_options_are_expanded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HERE", str(tmp_path))
-    assert _run(monkeypatch, "prepare-data", "-i", "$HERE/*.txt", "-o", "$HERE/out", "--shards", "1") == 0
+    assert _run(monkeypatch, "prepare-text", "-i", "$HERE/*.txt", "-o", "$HERE/out", "--shards", "1") == 0
     assert (tmp_path / "out" / "manifest.json").is_file()
     capsys.readouterr()
     for arguments, option in (
-        (["prepare-data", "-i", texts, "-o", "$NOPE/x"], "--output '$NOPE/x': the environment variable NOPE"),
-        (["prepare-data", "-i", "", "-o", "x"], "--input '': is empty"),
+        (["prepare-text", "-i", texts, "-o", "$NOPE/x"], "--output '$NOPE/x': the environment variable NOPE"),
+        (["prepare-text", "-i", "", "-o", "x"], "--input '': is empty"),
         (["train-tokenizer", "-i", texts, "-o", ""], "--output '': is empty"),
         (["verify", "~nobody-of-this-name"], "PATH '~nobody-of-this-name': there is no home directory"),
         (["export", "", "-o", "x"], "CHECKPOINT '': is empty"),
@@ -138,14 +140,14 @@ def test_out_of_memory_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", lambda *args, **kwargs: bytearray(2**62))
-    assert _run(monkeypatch, "prepare-data", "-o", str(tmp_path / "x"), "-i", "y") == 2
+    assert _run(monkeypatch, "prepare-text", "-o", str(tmp_path / "x"), "-i", "y") == 2
     assert capsys.readouterr().err == "error: this machine is out of memory (MemoryError)\n"
 
 
-def test_prepare_data(
+def test_prepare_text(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
 ) -> None:
-    arguments = ("prepare-data", "-i", texts, "-o", str(tmp_path / "out"), "--shards", "2", "--name", "foxes")
+    arguments = ("prepare-text", "-i", texts, "-o", str(tmp_path / "out"), "--shards", "2", "--name", "foxes")
     assert _run(monkeypatch, *arguments) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert sorted(manifest["files"]) == [
@@ -190,15 +192,15 @@ def test_every_command_reads_zstd(
     assert _run(monkeypatch, *arguments, latin) == 3
     assert "latin.txt is not UTF-8 text" in capsys.readouterr().err
     assert _run(monkeypatch, *arguments, latin, "-i", latin, "--encoding", "nonsense") == 2
-    assert _run(monkeypatch, "prepare-data", "-i", str(shard), "-o", str(tmp_path / "corpus")) == 0
-    assert _run(monkeypatch, "prepare-data", "-i", latin, "-o", str(tmp_path / "x"), "--no-clean") == 3
-    tokens = ("prepare-data", "-i", str(shard), "-o", str(tmp_path / "tokens"), "--tokenizer", model)
+    assert _run(monkeypatch, "prepare-text", "-i", str(shard), "-o", str(tmp_path / "corpus")) == 0
+    assert _run(monkeypatch, "prepare-text", "-i", latin, "-o", str(tmp_path / "x"), "--no-clean") == 3
+    tokens = ("prepare-tokens", "-i", str(shard), "-o", str(tmp_path / "tokens"), "--tokenizer", model)
     assert _run(monkeypatch, *tokens, "--encoding", "latin-1") == 2
     assert _run(monkeypatch, *tokens) == 0
     assert "documents  27" in capsys.readouterr().out
 
 
-def test_prepare_data_with_a_tokenizer(
+def test_prepare_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: str, tmp_path: Path
 ) -> None:
     """In two processes; a second run finds all done; a damaged shard is made again."""
@@ -207,7 +209,7 @@ def test_prepare_data_with_a_tokenizer(
     for shard in range(3):
         lines = [json.dumps({"text": f"Foxes of shard {shard} and line {line}."}) for line in range(20)]
         (tmp_path / f"part-{shard}.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = ["prepare-data", "--tokenizer", model, "-i", str(tmp_path / "part-*.jsonl"), "-o", str(output)]
+    arguments = ["prepare-tokens", "--tokenizer", model, "-i", str(tmp_path / "part-*.jsonl"), "-o", str(output)]
     capsys.readouterr()
     assert _run(monkeypatch, *arguments, "--processes", "2") == 0
     captured = capsys.readouterr()
@@ -226,20 +228,15 @@ def test_prepare_data_with_a_tokenizer(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["prepare-data", "-o", "out", "-i", "{texts}", "--processes", "2"], 2, "go with --tokenizer only"),
-        (
-            ["prepare-data", "-o", "out", "-i", "{broken}", "--tokenizer", "t.model", "--no-clean"],
-            2,
-            "prepare it first",
-        ),
-        (["prepare-data", "-o", "out", "-i", "{broken}", "--tokenizer", "none.model"], 3, "none.model"),
-        (["prepare-data", "-o", "out", "-i", "none/*.jsonl", "--tokenizer", "t.model"], 3, "check --input"),
-        (["prepare-data", "-o", "out"], 2, "either --input"),
-        (["prepare-data", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
-        (["prepare-data", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
-        (["prepare-data", "-o", "out", "-i", "none/*.txt"], 3, "no file matches"),
-        (["prepare-data", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
-        (["prepare-data", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
+        (["prepare-tokens", "-o", "out", "--tokenizer", "none.model"], 2, "give --input"),
+        (["prepare-tokens", "-o", "out", "-i", "{broken}", "--tokenizer", "none.model"], 3, "none.model"),
+        (["prepare-tokens", "-o", "out", "-i", "none/*.jsonl", "--tokenizer", "t.model"], 3, "check --input"),
+        (["prepare-text", "-o", "out"], 2, "either --input"),
+        (["prepare-text", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
+        (["prepare-text", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
+        (["prepare-text", "-o", "out", "-i", "none/*.txt"], 3, "no file matches"),
+        (["prepare-text", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
+        (["prepare-text", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
         (["train-tokenizer", "-o", "t.model"], 2, "give --input"),
         (["train-tokenizer", "-o", "t.model", "-i", "{texts}"], 2, "32000 is too large"),
         (["train-tokenizer", "-o", "t.model", "-i", "{broken}"], 3, "not JSON"),
@@ -266,7 +263,7 @@ def test_mistakes_are_one_message_and_a_code(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prepare-dat"], ["prepare-data", "-o", "x", "--shards", "0"], ["train-tokenizer"]]
+    "arguments", [["prepare-dat"], ["prepare-text", "-o", "x", "--shards", "0"], ["train-tokenizer"]]
 )
 def test_usage_errors_are_code_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     assert _run(monkeypatch, *arguments) == 2
@@ -279,5 +276,29 @@ def test_every_typed_error_has_its_code(
         raise CheckpointError("the checkpoint is damaged")
 
     monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", fail)
-    assert _run(monkeypatch, "prepare-data", "-o", str(tmp_path / "x"), "-i", "y") == 5
+    assert _run(monkeypatch, "prepare-text", "-o", str(tmp_path / "x"), "-i", "y") == 5
     assert capsys.readouterr().err == "error: the checkpoint is damaged\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [([], "prepare-text"), (["--tokenizer", "x"], "prepare-tokens"), (["--tokenizer=x"], "prepare-tokens")],
+)
+def test_the_former_name_of_two_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: list[str], command: str
+) -> None:
+    assert _run(monkeypatch, "prepare-data", *option, "-o", "out") == 2
+    first, error = capsys.readouterr().err.splitlines()
+    assert first == f"note: `sltrain prepare-data` is now `sltrain {command}`" and error.startswith("error: give ")
+    assert _run(monkeypatch, "prepare-data", *option, "--no-such-option") == 2
+    assert "No such option: --no-such-option" in capsys.readouterr().err
+
+
+def test_the_former_name_does_the_same(monkeypatch: pytest.MonkeyPatch, texts: str, tmp_path: Path) -> None:
+    for command in ("prepare-data", "prepare-text"):
+        assert _run(monkeypatch, command, "-i", texts, "-o", str(tmp_path / command), "--shards=2", "--no-dedup") == 0
+    names = sorted(path.name for path in (tmp_path / "prepare-text").iterdir())
+    assert names and all(
+        (tmp_path / "prepare-data" / name).read_bytes() == (tmp_path / "prepare-text" / name).read_bytes()
+        for name in names
+    )

@@ -113,7 +113,7 @@ def test_a_directory_of_a_readme_and_subdirectories(tmp_path):
 @pytest.mark.parametrize("entry", ["{0}", "{0}/*.txt", "{0}/a.txt"])
 def test_plain_text_needs_preparation(tmp_path, entry):
     (tmp_path / "a.txt").write_text("Text.")
-    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-data --input") as error:
+    with pytest.raises(DataError, match=r"plain text.*`sltrain prepare-text --input") as error:
         resolve_source(entry.format(tmp_path))
     assert shlex.quote(entry.format(tmp_path)) in str(error.value)
     assert names(resolve_source(entry.format(tmp_path), with_text=True)) == ["a.txt"]
@@ -121,7 +121,7 @@ def test_plain_text_needs_preparation(tmp_path, entry):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """What `sltrain prepare-data` makes, with a file that somebody has put beside it."""
+    """What `sltrain prepare-text` makes, with a file that somebody has put beside it."""
     source = write_shard(tmp_path / "x.jsonl", [f"text number {number}" for number in range(40)])
     prepare_files([source], tmp_path / "mine", PrepareOptions(clean=False, dedup=False, num_shards=2), name="my-test")
     write_shard(tmp_path / "mine" / "other.jsonl", ["text"])

@@ -133,7 +133,7 @@ def test_tally_names_counts_cause_and_line():
     assert "3 of 100 documents" in message
     assert "not_json: 2, empty: 1" in message
     assert "line 41 of s.json (not_json)" in message
-    assert "prepare-data" not in message
+    assert "prepare-text" not in message
 
 
 def test_the_remedy_fits_the_cause():
@@ -141,12 +141,12 @@ def test_the_remedy_fits_the_cause():
     for line in range(5):
         text.add("s", line, Fault.NOT_JSON)
         long.add("s", line, Fault.TOO_LONG if line else "text")
-    assert "write one JSON object a line; of plain text, `sltrain prepare-data` makes them" in str(
+    assert "write one JSON object a line; of plain text, `sltrain prepare-text` makes them" in str(
         text.error("here", 0, "text")
     )
     latin = Tally()
     latin.add("s", 0, Fault.INVALID_UTF8)
-    assert "turn it into UTF-8, as `sltrain prepare-data --encoding latin-1`" in str(latin.error("here", 0, "text"))
+    assert "turn it into UTF-8, as `sltrain prepare-text --encoding latin-1`" in str(latin.error("here", 0, "text"))
     array = Tally()
     array.add("s", 0, Fault.NO_TEXT)
     assert "check data.text_field='body' and that each line is one JSON object" in str(array.error("here", 0, "body"))

@@ -25,7 +25,7 @@ Report = Callable[[str], object]
 
 
 def corpus_files(directory: Path, split: str, report: Report = lambda line: None) -> list[str] | None:
-    """The shards of a split in a directory that `sltrain prepare-data` has made; None if it is no such directory.
+    """The shards of a split in a directory that `sltrain prepare-text` has made; None if it is no such directory.
 
     Args:
         directory: The directory.
@@ -50,7 +50,7 @@ def corpus_files(directory: Path, split: str, report: Report = lambda line: None
         actual = path.stat().st_size if path.is_file() else None
         if actual != sizes[file]:
             found = "is missing" if actual is None else f"has {actual:,} bytes instead of {sizes[file]:,}"
-            raise DataError(f"{path} {found}; copy it again, or make the corpus anew with `sltrain prepare-data`")
+            raise DataError(f"{path} {found}; copy it again, or make the corpus anew with `sltrain prepare-text`")
     others = {child.name for child in directory.iterdir() if _is_wanted(child.name, with_text=False)} - set(sizes)
     if others:
         report(f"{printable(str(directory))}: left out {_listed(others)}, not in {MANIFEST}; a glob would name them")
@@ -129,5 +129,5 @@ def _nothing_in(files: Sequence[str], directory: str) -> str:
     )
     message = f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
     if any(kind_of(file) is Kind.PLAIN_TEXT for file in files):
-        message = f"{message}, plain text needs `sltrain prepare-data --input {place} --output DIR`"
+        message = f"{message}, plain text needs `sltrain prepare-text --input {place} --output DIR`"
     return message

@@ -6,7 +6,7 @@ import re
 from enum import Enum
 
 MANIFEST = "manifest.json"
-"""Name of the manifest in a directory of text that `sltrain prepare-data` has made."""
+"""Name of the manifest in a directory of text that `sltrain prepare-text` has made."""
 
 MAX_DOCUMENT_BYTES = 32 << 20
 """Default of `data.max_document_bytes`."""
@@ -34,7 +34,7 @@ class Kind(Enum):
     ARROW = re.compile(r"\.arrow$", re.IGNORECASE)
     """Arrow's stream or file format."""
     PLAIN_TEXT = re.compile(r"\.(txt|text|md)" + _COMPRESSED, re.IGNORECASE)
-    """Text that `sltrain prepare-data` makes documents of."""
+    """Text that `sltrain prepare-text` makes documents of."""
     FOREIGN = re.compile(
         r"\.(csv|tsv|zip|tar|tgz|tar\.\w+|html?|xml|pdf|docx?|epub|pkl|npy|npz|pt|bin|safetensors)$", re.IGNORECASE
     )

@@ -55,7 +55,7 @@ def resolve_source(
     Args:
         source: A file, a directory (the documents of the split in it, see
             :func:`sltrain_dist.data.sources.directory.document_files`; a corpus or token shards of `sltrain
-            prepare-data`; what `datasets` has saved), a glob, a URL or URL glob, or a Hub dataset `owner/name`; or a
+            prepare-text`; what `datasets` has saved), a glob, a URL or URL glob, or a Hub dataset `owner/name`; or a
             list of these. Something that exists locally is never looked for on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset or of a directory.
@@ -92,7 +92,7 @@ def resolve_source(
             given = shlex.quote(source) if isinstance(source, str) else shard
             raise DataError(
                 f"{shard} is plain text, not JSON lines; make documents of it with "
-                f"`sltrain prepare-data --input {given} --output DIR` and set {key}=DIR"
+                f"`sltrain prepare-text --input {given} --output DIR` and set {key}=DIR"
             )
     return sorted(shards)
 

@@ -1,6 +1,6 @@
 """Prepared data: the token ids of every document of a text source, in files that are mapped into memory.
 
-A directory made by `sltrain prepare-data --tokenizer` holds two files for each shard of the source::
+A directory made by `sltrain prepare-tokens` holds two files for each shard of the source::
 
     00000.tokens   token ids of all documents, each followed by eos; uint16, or uint32 for larger vocabularies
     00000.index    int64 (documents + 1,): where in the tokens each document begins; then uint8 (documents,): 0, or
@@ -197,7 +197,7 @@ def open_manifest(directory: Path) -> TokenManifest:
         raise DataError(_unfinished(directory))
     for shard in manifest.shards:
         if problem := damage(directory, shard, hashes=False):
-            raise DataError(f"{problem}; run the same `sltrain prepare-data` again, which makes it anew")
+            raise DataError(f"{problem}; run the same `sltrain prepare-tokens` again, which makes it anew")
     return manifest
 
 
@@ -244,7 +244,7 @@ def count_shards(shards: Sequence[str]) -> int:
 
 def _unfinished(directory: Path | str) -> str:
     return (
-        f"the preparation of {directory} is not finished; run the same `sltrain prepare-data` again, which goes on "
+        f"the preparation of {directory} is not finished; run the same `sltrain prepare-tokens` again, which goes on "
         "where it stopped"
     )
 
@@ -290,7 +290,7 @@ class ShardReader:
     def __init__(self, manifest: TokenManifest, number: int) -> None:
         directory, shard = Path(manifest.directory), manifest.shards[number]
         if problem := damage(directory, shard, hashes=False):
-            raise DataError(f"{problem}; run the same `sltrain prepare-data` again, which makes it anew")
+            raise DataError(f"{problem}; run the same `sltrain prepare-tokens` again, which makes it anew")
         index = _map(directory / f"{shard.name}.index", np.dtype(np.uint8))
         split = 8 * (shard.documents + 1)
         self.tokens = _map(directory / f"{shard.name}.tokens", manifest.job.dtype)

@@ -1,0 +1,39 @@
+"""`sltrain export`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sltrain_dist.cli.options import OutputOption, print_table
+from sltrain_dist.config.paths import path_option
+from sltrain_dist.tracking.progress import status_line
+
+
+class Dtype(StrEnum):
+    """Type of exported weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."
+        ),
+    ],
+    output: OutputOption,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
+) -> None:
+    """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
+    from sltrain_dist.checkpoint.export import export_dense
+
+    with status_line() as report:
+        report(f"merging {checkpoint}")
+        parameters = export_dense(checkpoint, output, dtype=dtype.value)
+    print_table(f"Model in {output}", {"parameters": f"{parameters:,}", "type": dtype.value})
