@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.checkpointing import prepare_layers
-from sltrain_dist.parallel.communication import Traffic
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.fsdp import FSDPEngine
@@ -35,10 +34,13 @@ from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agreement import check_agreement
 from sltrain_dist.train.device_rows import RowFeed
 from sltrain_dist.train.memory import MemoryWatch
+from sltrain_dist.train.observer import Observer
+from sltrain_dist.train.sanity import SanityChecks
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.stop import StopRequest
 from sltrain_dist.train.summary import summarise
+from sltrain_dist.train.traffic import TrafficWatch
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Corpus:
         return count_shards(self.train_shards)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A run, ready to go."""
 
@@ -73,15 +75,13 @@ class Run:
     tracker: RunTracker
     stop: StopRequest
     supports: str
-    memory: MemoryWatch
+    observers: Sequence[Observer]
     rows: Rows | None = None
     """This rank's rows of the last update."""
     loss: float = math.nan
     """Of the last update."""
     perplexities: list[tuple[int, float]] = field(default_factory=list)
     """(step, perplexity) of the evaluations that this process made."""
-    traffic: Traffic | None = None
-    """What an update sends, once that has been measured."""
 
     def __post_init__(self) -> None:
         self.feed = RowFeed(self.loader, self.env.device)
@@ -154,20 +154,23 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
             tracker.note(f"changed since then: {note}")
     for path in abandoned:
         tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
+    observers: list[Observer] = [memory, TrafficWatch(env)]
+    if config.train.sanity_checks:
+        observers.append(SanityChecks(env, supports))
     return Run(
-        config,
-        env,
-        run_dir,
-        engine,
-        state,
-        loader,
-        corpus.eval_rows,
-        corpus.tokenizer,
-        store,
-        tracker,
-        stop,
-        supports,
-        memory,
+        config=config,
+        env=env,
+        run_dir=run_dir,
+        engine=engine,
+        state=state,
+        loader=loader,
+        eval_rows=corpus.eval_rows,
+        tokenizer=corpus.tokenizer,
+        store=store,
+        tracker=tracker,
+        stop=stop,
+        supports=supports,
+        observers=observers,
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,20 +14,16 @@ from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
-from sltrain_dist.parallel.communication import Traffic
-from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
-from sltrain_dist.train.memory import MEASURED_UPDATE
-from sltrain_dist.train.sanity import check_update
+from sltrain_dist.train.observer import Update
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
 from sltrain_dist.train.stop import StopAgreed
-from sltrain_dist.train.summary import describe_traffic
 
 
 @dataclass
@@ -98,13 +93,16 @@ def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
     with clock.meter.waiting_for_data():
         rows, sent = run.feed.take()
-    progress = state.progress(config.train, config.optim.warmup_steps)
-    lr = learning_rate(config.optim, progress)
     clock.updates += 1
-    last = config.train.steps is not None and state.step + 1 >= config.train.steps
-    with _measured(run, clock), run.memory.watching(engine, clock.updates, last=last):
+    step = state.step + 1
+    lr = learning_rate(config.optim, state.progress(config.train, config.optim.warmup_steps))
+    last = config.train.steps is not None and step >= config.train.steps
+    update = Update(clock.updates, step, lr, last)
+    with ExitStack() as watching:
+        for observer in run.observers:
+            watching.enter_context(observer.updating(engine, update))
         engine.begin_update(lr, state.grad_norm)
-        loss, tokens = forward_backward(
+        update.loss, update.tokens = forward_backward(
             engine,
             rows,
             config.train.micro_batch,
@@ -113,21 +111,21 @@ def _update(run: Run, clock: Clock) -> None:
             sent=sent,
             meanwhile=partial(_prepare_next, run, clock),
         )
-        run.memory.look(engine, clock.updates, last=last)
-        grad_norm = engine.clip_gradients()
-        check_finite(loss, grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
+        for observer in run.observers:
+            observer.backward_done(engine, update)
+        update.grad_norm = engine.clip_gradients()
+        check_finite(update.loss, update.grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
         engine.update()
-    run.memory.report(run.tracker)
-    run.rows, run.loss, state.grad_norm = rows, loss, grad_norm
-    state.first_loss = loss if state.first_loss is None else state.first_loss
     watchdog.warmed_up()
-    state.advance(tokens, config.optim.warmup_steps)
-    if config.train.sanity_checks:
-        check_update(engine, run.env, step=state.step, lr=lr, supports=run.supports)
-    clock.meter.add(tokens)
-    run.tracker.progress(state.step, state.tokens, loss)
+    run.rows, run.loss, state.grad_norm = rows, update.loss, update.grad_norm
+    state.first_loss = update.loss if state.first_loss is None else state.first_loss
+    state.advance(update.tokens, config.optim.warmup_steps)
+    for observer in run.observers:
+        observer.updated(engine, update, run.tracker)
+    clock.meter.add(update.tokens)
+    run.tracker.progress(state.step, state.tokens, update.loss)
     if _due(config.tracking.log_every, state.step) or state.finished(config.train):
-        _log(run, clock, loss=loss, lr=lr, grad_norm=grad_norm)
+        _log(run, clock, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
 
 
 def _prepare_next(run: Run, clock: Clock) -> None:
@@ -137,18 +135,6 @@ def _prepare_next(run: Run, clock: Clock) -> None:
         with clock.meter.waiting_for_data():
             run.feed.prepare(run.stop.reason)
         watchdog.beat("in a forward and backward pass")
-
-
-@contextmanager
-def _measured(run: Run, clock: Clock) -> Iterator[None]:
-    """Counts what one update sends. Every update sends the same, but counting costs time: one is counted."""
-    if run.env.world_size == 1 or clock.updates != MEASURED_UPDATE:
-        yield
-        return
-    with TrafficMeter() as meter:
-        yield
-    run.traffic = meter.traffic
-    run.tracker.note(f"measured: {describe_traffic(meter.traffic)}")
 
 
 def _log(run: Run, clock: Clock, **values: float) -> None:
@@ -169,18 +155,12 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
             "tokens_per_s": window.tokens_per_s,
             "data_wait_s": data_wait_s,
             "peak_memory_bytes": int(peak_bytes),
-            **run.memory.record(),
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
-            **_sent(run.traffic),
+            **{name: value for observer in run.observers for name, value in observer.values().items()},
             **_data_faults(run),
         }
     )
-
-
-def _sent(traffic: Traffic | None) -> dict[str, int]:
-    """Bytes that a rank sends in an update, by kind of collective."""
-    return {} if traffic is None else {f"sent_{kind}_bytes": round(sent) for kind, sent in asdict(traffic).items()}
 
 
 def _peak_flops(run: Run) -> float | None:

@@ -24,12 +24,10 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
 from sltrain_dist.tracking.tracker import RunTracker
+from sltrain_dist.train.observer import MEASURED_UPDATE, Observer, Update
 
 Predict = Callable[[Config, int], Estimate]
 """Estimates a run on a number of ranks."""
-
-MEASURED_UPDATE = 3
-"""In the first two DDP arranges its buckets, ZeRO 3 traces the model, and optimizers make their states."""
 
 _HELD: dict[str, tuple[str, ...]] = {
     "weights": ("factors", "sparse_values", "dense", "buffers.partition"),
@@ -56,7 +54,7 @@ class Observed:
     held: Mapping[str, int]
 
 
-class MemoryWatch:
+class MemoryWatch(Observer):
     """Looks at one update, and compares it with a prediction.
 
     Args:
@@ -99,23 +97,16 @@ class MemoryWatch:
         ]
 
     @contextmanager
-    def watching(self, engine: Engine, update: int, *, last: bool) -> Iterator[None]:
-        """Looks at what happens in the block, if it is an update to be measured.
-
-        Args:
-            engine: The engine.
-            update: Updates of this process, this one included.
-            last: Whether it is the run's last.
-        """
-        measured = _is_measured(update, last)
+    def updating(self, engine: Engine, update: Update) -> Iterator[None]:
+        """Looks at what happens in the block, if it is an update to be measured."""
         # From one update earlier: DDP's buckets are seen only when they are written to.
-        followed = measured or update == MEASURED_UPDATE - 1
+        followed = update.is_measured or update.number == MEASURED_UPDATE - 1
         tracker = self._follow(engine) if followed and self._env.device.type != "cuda" else None
         with nullcontext() if tracker is None else tracker:
             if tracker is not None:
-                tracker.begin(update)
+                tracker.begin(update.number)
             yield
-        if not measured:
+        if not update.is_measured:
             return
         peak = torch.cuda.max_memory_allocated() if tracker is None else tracker.intervals[-1].peak
         self._tracker = None
@@ -124,9 +115,9 @@ class MemoryWatch:
         peak_bytes, *largest = (int(value) for value in self._env.max([float(peak), *held]))
         self.observed = Observed(peak_bytes, dict(zip(_HELD, largest, strict=True)))
 
-    def look(self, engine: Engine, update: int, *, last: bool) -> None:
-        """Notes what the engine holds after the backward pass of the update that is measured."""
-        if not _is_measured(update, last):
+    def backward_done(self, engine: Engine, update: Update) -> None:
+        """Notes what the engine holds, if it is an update to be measured."""
+        if not update.is_measured:
             return
         tensors = engine.tensors()
         buffers = list(engine.module.named_buffers())
@@ -138,10 +129,10 @@ class MemoryWatch:
             "index of the supports": storage_bytes(index),
         }
 
-    def record(self) -> dict[str, int]:
-        """What every training line of metrics.jsonl says of memory, beside its own peak."""
-        known = {} if self.predicted is None else {"predicted_memory_bytes": self.predicted.peak_bytes}
-        return known if self.observed is None else {**known, "observed_memory_bytes": self.observed.peak_bytes}
+    def values(self) -> dict[str, float]:
+        """Predicted and observed peak."""
+        both = {"predicted_memory_bytes": self.predicted, "observed_memory_bytes": self.observed}
+        return {name: found.peak_bytes for name, found in both.items() if found is not None}
 
     def _follow(self, engine: Engine) -> LiveBytes:
         """A tracker that knows all tensors that are alive."""
@@ -151,7 +142,7 @@ class MemoryWatch:
             self._tracker.add([each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)])
         return self._tracker
 
-    def report(self, tracker: RunTracker) -> None:
+    def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
         """Says once what was found: a note, or a warning where it is further from the prediction than stated."""
         if self.observed is None or self._reported:
             return
@@ -188,7 +179,3 @@ class MemoryWatch:
             if abs(found - expected) > max(_TOLERANCE, _SHARE * expected):
                 wrong.append(f"{kind} take {format_bytes(found)} instead of {format_bytes(expected)}")
         return wrong
-
-
-def _is_measured(update: int, last: bool) -> bool:
-    return update == MEASURED_UPDATE or (last and update < MEASURED_UPDATE)

@@ -9,6 +9,24 @@ from sltrain_dist.errors import SanityError
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.tracking.tracker import RunTracker
+from sltrain_dist.train.observer import Observer, Update
+
+
+class SanityChecks(Observer):
+    """Checks every update that has been made.
+
+    Args:
+        env: This process among all.
+        supports: The supports' fingerprint, as it was when the run began.
+    """
+
+    def __init__(self, env: Environment, supports: str) -> None:
+        self._env, self._supports = env, supports
+
+    def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
+        """See :func:`check_update`."""
+        check_update(engine, self._env, step=update.step, lr=update.lr, supports=self._supports)
 
 
 def check_update(engine: Engine, env: Environment, *, step: int, lr: float, supports: str) -> None:

@@ -21,7 +21,8 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.train.build import build_engine, predict
 from sltrain_dist.train.dry_run import made_up_rows
-from sltrain_dist.train.memory import MEASURED_UPDATE, MemoryWatch
+from sltrain_dist.train.memory import MemoryWatch
+from sltrain_dist.train.observer import MEASURED_UPDATE, Update
 from sltrain_dist.train.step import forward_backward
 from tests.unit.ranks import SINGLE
 from tests.unit.test_replay import config_of
@@ -56,14 +57,15 @@ def trained(watch: MemoryWatch, config: Config, updates: int = MEASURED_UPDATE, 
     engine: Engine = build_engine(build_model(config), config, SINGLE)
     rows = made_up_rows(config, 0, config.train.global_batch)
     said: Any = Said()
-    for update in range(1, updates + 1):
-        with watch.watching(engine, update, last=update == steps):
+    for number in range(1, updates + 1):
+        update = Update(number, number, 1e-3, last=number == steps)
+        with watch.updating(engine, update):
             engine.begin_update(1e-3, 1.0)
             forward_backward(engine, rows, config.train.micro_batch, SINGLE)
-            watch.look(engine, update, last=update == steps)
+            watch.backward_done(engine, update)
             engine.clip_gradients()
             engine.update()
-        watch.report(said)
+        watch.updated(engine, update, said)
     return said
 
 
@@ -74,7 +76,7 @@ def test_a_right_prediction_is_noted_once(optim: dict[str, Any]) -> None:
     said = trained(watch, config, MEASURED_UPDATE + 2)
     assert said.warnings == [] and len(said.notes) == 1 and "of live tensors" in said.notes[0]
     assert watch.observed is not None and watch.predicted is not None
-    assert watch.record() == {
+    assert watch.values() == {
         "predicted_memory_bytes": watch.predicted.peak_bytes,
         "observed_memory_bytes": watch.observed.peak_bytes,
     }
@@ -140,7 +142,7 @@ def test_a_failing_planner_stops_nothing() -> None:
     assert "KeyError" in watch.summary()[0][1]
     said = trained(watch, config)
     assert said.warnings == [] and len(said.notes) == 1
-    assert list(watch.record()) == ["observed_memory_bytes"]
+    assert list(watch.values()) == ["observed_memory_bytes"]
 
 
 def test_the_largest_of_all_ranks_counts() -> None:

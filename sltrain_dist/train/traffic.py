@@ -1,0 +1,43 @@
+"""What an update of a run sends to other ranks: measured once, for every update sends the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from sltrain_dist.parallel.communication import Traffic
+from sltrain_dist.parallel.engine import Engine
+from sltrain_dist.parallel.traffic import TrafficMeter
+from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.tracking.tracker import RunTracker
+from sltrain_dist.train.observer import MEASURED_UPDATE, Observer, Update
+from sltrain_dist.train.summary import describe_traffic
+
+
+class TrafficWatch(Observer):
+    """Counts what one update sends; nothing on a single rank."""
+
+    def __init__(self, env: Environment) -> None:
+        self._counts = env.world_size > 1
+        self._traffic: Traffic | None = None
+
+    @contextmanager
+    def updating(self, engine: Engine, update: Update) -> Iterator[None]:
+        """Counts what is sent in the block, if it is the update that is measured."""
+        if not self._counts or update.number != MEASURED_UPDATE:
+            yield
+            return
+        with TrafficMeter() as meter:
+            yield
+        self._traffic = meter.traffic
+
+    def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
+        """Says once what was found."""
+        if self._traffic is not None and update.number == MEASURED_UPDATE:
+            tracker.note(f"measured: {describe_traffic(self._traffic)}")
+
+    def values(self) -> dict[str, float]:
+        """Bytes that a rank sends in an update, by kind of collective."""
+        sent = {} if self._traffic is None else asdict(self._traffic)
+        return {f"sent_{kind}_bytes": round(num_bytes) for kind, num_bytes in sent.items()}
