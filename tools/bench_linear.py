@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.count import block_linears
+from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import choose_plan
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 from sltrain_dist.streams import replace_unprintable
-from sltrain_dist.train.malloc import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))

@@ -20,8 +20,8 @@ from benchmarking import median_times, peak_bytes, positive, sizes, some_of, tab
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.optim.factory import make_optimizer
+from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.streams import replace_unprintable
-from sltrain_dist.train.malloc import keep_freed_memory
 
 METHODS = {
     "full": {"method": "full"},

@@ -30,17 +30,17 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.fsdp import FSDPEngine
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.runtime.stop import StopRequest
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agreement import check_agreement
 from sltrain_dist.train.device_rows import RowFeed
-from sltrain_dist.train.memory import MemoryWatch
-from sltrain_dist.train.observer import Observer
-from sltrain_dist.train.sanity import SanityChecks
+from sltrain_dist.train.observers.memory_watch import MemoryWatch
+from sltrain_dist.train.observers.observer import Observer
+from sltrain_dist.train.observers.sanity_checks import SanityChecks
+from sltrain_dist.train.observers.traffic_watch import TrafficWatch
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows
-from sltrain_dist.train.stop import StopRequest
 from sltrain_dist.train.summary import summarise
-from sltrain_dist.train.traffic import TrafficWatch
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.optim.schedule import learning_rate
 from sltrain_dist.runtime import watchdog
+from sltrain_dist.runtime.stop import StopAgreed
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.exit import Outcome
-from sltrain_dist.train.observer import Update
+from sltrain_dist.train.observers.observer import Update
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
-from sltrain_dist.train.stop import StopAgreed
 
 
 @dataclass

@@ -20,10 +20,10 @@ from sltrain_dist.config.rules import check_ranks, check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
 from sltrain_dist.runtime import watchdog
+from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.runtime.rank_variables import rank_variables
+from sltrain_dist.runtime.stop import StopRequest
 from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
-from sltrain_dist.train.malloc import keep_freed_memory
-from sltrain_dist.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from sltrain_dist.runtime.environment import Environment

@@ -17,7 +17,7 @@ from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train import agreement
 from sltrain_dist.train.agreement import check_agreement, run_identity
-from sltrain_dist.train.sanity import check_update
+from sltrain_dist.train.observers.sanity_checks import check_update
 
 from .ranks import SINGLE, on_ranks
 

@@ -25,7 +25,7 @@ from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.train.build import build_engine
-from sltrain_dist.train.sanity import check_update
+from sltrain_dist.train.observers.sanity_checks import check_update
 from tests.small import TRAINED
 
 from .ranks import SINGLE

@@ -1,4 +1,4 @@
-"""train/malloc.py: large blocks that are freed are used again, without new pages from the system."""
+"""runtime/malloc.py: large blocks that are freed are used again, without new pages from the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from sltrain_dist.train.malloc import keep_freed_memory
+from sltrain_dist.runtime.malloc import keep_freed_memory
 
 if {keep}:
     assert keep_freed_memory()

@@ -34,6 +34,7 @@ from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.runtime import launchers
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.reaper import Process
+from sltrain_dist.runtime.stop import StopRequest
 from sltrain_dist.tracking.console import format_count
 from sltrain_dist.train.divergence import check_finite, not_learning
 from sltrain_dist.train.dry_run import made_up_rows
@@ -49,7 +50,6 @@ from sltrain_dist.train.state import (
     rng_state,
 )
 from sltrain_dist.train.step import Rows, forward_backward, to_batch
-from sltrain_dist.train.stop import StopRequest
 from sltrain_dist.train.summary import summarise
 
 from .ranks import SINGLE, on_ranks

@@ -10,7 +10,7 @@ from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.tracker import RunTracker
-from sltrain_dist.train.observer import Observer, Update
+from sltrain_dist.train.observers.observer import Observer, Update
 
 
 class SanityChecks(Observer):

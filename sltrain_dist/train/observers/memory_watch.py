@@ -24,7 +24,7 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.live_bytes import LiveBytes, storage_bytes
 from sltrain_dist.tracking.tracker import RunTracker
-from sltrain_dist.train.observer import MEASURED_UPDATE, Observer, Update
+from sltrain_dist.train.observers.observer import MEASURED_UPDATE, Observer, Update
 
 Predict = Callable[[Config, int], Estimate]
 """Estimates a run on a number of ranks."""

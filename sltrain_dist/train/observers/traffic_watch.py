@@ -11,7 +11,7 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.traffic import TrafficMeter
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.tracker import RunTracker
-from sltrain_dist.train.observer import MEASURED_UPDATE, Observer, Update
+from sltrain_dist.train.observers.observer import MEASURED_UPDATE, Observer, Update
 from sltrain_dist.train.summary import describe_traffic
 
 

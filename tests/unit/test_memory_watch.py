@@ -1,4 +1,4 @@
-"""train/memory.py: predicted against observed memory, and who is to blame."""
+"""train/observers/memory_watch.py: predicted against observed memory, and who is to blame."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.train.build import build_engine, predict
 from sltrain_dist.train.dry_run import made_up_rows
-from sltrain_dist.train.memory import MemoryWatch
-from sltrain_dist.train.observer import MEASURED_UPDATE, Update
+from sltrain_dist.train.observers.memory_watch import MemoryWatch
+from sltrain_dist.train.observers.observer import MEASURED_UPDATE, Update
 from sltrain_dist.train.step import forward_backward
 from tests.unit.ranks import SINGLE
 from tests.unit.test_replay import config_of
