@@ -59,11 +59,11 @@ def prepare_text(
 
     The directory that it makes is a data.source, and an eval.source.
     """
-    from sltrain_dist.data.prepare import build
     from sltrain_dist.data.prepare import embedded as packages
+    from sltrain_dist.data.prepare import make_corpus
     from sltrain_dist.data.prepare.inputs import InputOptions
 
-    options = build.PrepareOptions(
+    options = make_corpus.PrepareOptions(
         inputs=InputOptions(txt_unit.value, text_field, encoding, max_document_bytes),
         unwrap=unwrap,
         clean=clean,
@@ -74,14 +74,14 @@ def prepare_text(
     )
     if embedded == bool(inputs):
         raise ConfigError("give either --input (files of your own) or --embedded, and not both")
-    if embedded and (options != build.PrepareOptions(num_shards=shards) or name != "corpus"):
+    if embedded and (options != make_corpus.PrepareOptions(num_shards=shards) or name != "corpus"):
         raise ConfigError("--embedded has rules of its own: only --output and --shards go with it")
     with status_line() as report:
         if inputs:
-            manifest = build.prepare_files(inputs, output, options, name=name, report=report)
+            manifest = make_corpus.prepare_files(inputs, output, options, name=name, report=report)
         else:
-            build.refuse_existing(output)
-            manifest = build.build_corpus_of_packages(
+            make_corpus.refuse_existing(output)
+            manifest = make_corpus.build_corpus_of_packages(
                 packages.find_installation(), output, num_shards=shards, report=report
             )
     print_table(

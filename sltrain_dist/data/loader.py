@@ -20,7 +20,7 @@ from sltrain_dist.data.documents import Fault, TokenIds
 from sltrain_dist.data.sources.identity import identify
 from sltrain_dist.data.sources.retry import Cause, RetryPolicy
 from sltrain_dist.data.sources.token_shards import manifest_for
-from sltrain_dist.data.stream.stream_group import StreamGroup, Update
+from sltrain_dist.data.stream.stream_group import StreamGroup, UpdateRows
 from sltrain_dist.data.stream.virtual_stream import StreamSettings, StreamState, WeightedSource
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.data.worker import Job, Worker
@@ -190,7 +190,7 @@ class TrainLoader:
             worker.join()
         self._failure = self._failure or RuntimeError("the loader is closed")
 
-    def _count(self, updates: Sequence[Update], wait_s: float) -> None:
+    def _count(self, updates: Sequence[UpdateRows], wait_s: float) -> None:
         faults = sum((update.faults_found for update in updates), Counter[Fault]())
         self.stats.wait_s += wait_s
         self.stats.documents = sum(update.documents_read for update in updates)

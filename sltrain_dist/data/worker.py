@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from sltrain_dist.data.order import StreamShare
 from sltrain_dist.data.sources.identity import check_unchanged
-from sltrain_dist.data.stream.stream_group import StreamGroup, Update
+from sltrain_dist.data.stream.stream_group import StreamGroup, UpdateRows
 from sltrain_dist.data.stream.virtual_stream import StreamSettings, StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError, SltrainError
@@ -66,7 +66,7 @@ class _Death(NamedTuple):
     """What comes last of a worker that has ended without saying why."""
 
 
-_Message = Update | _Failure | _Death
+_Message = UpdateRows | _Failure | _Death
 
 
 class Worker:
@@ -131,7 +131,7 @@ class Worker:
         self._patience_s = self._timeout_s
         return True
 
-    def next_update(self) -> Update:
+    def next_update(self) -> UpdateRows:
         """Waits for the next update.
 
         Raises:
@@ -140,7 +140,7 @@ class Worker:
         """
         self.wait(lambda: False)
         message, self._arrived = self._arrived, None
-        if isinstance(message, Update):
+        if isinstance(message, UpdateRows):
             return message
         if not isinstance(message, _Failure):
             raise self._death()
@@ -172,7 +172,7 @@ class Worker:
         message: _Message = _Death()
         try:
             self._connection.send(job)
-            while isinstance(message := self._connection.recv(), Update):
+            while isinstance(message := self._connection.recv(), UpdateRows):
                 self._inbox.put(message)
         except (EOFError, OSError):
             message = _Death()
@@ -230,14 +230,14 @@ def main() -> None:
         return
     parent = int(sys.argv[2])
     threading.Thread(target=_end_with_parent, args=(connection, parent), daemon=True).start()
-    outbox: queue.Queue[Update | _Failure] = queue.Queue(job.prefetch)
+    outbox: queue.Queue[UpdateRows | _Failure] = queue.Queue(job.prefetch)
     sender = threading.Thread(target=_send, args=(connection, outbox))
     sender.start()
     outbox.put(_produce(job, outbox))
     sender.join()
 
 
-def _produce(job: Job, outbox: queue.Queue[Update | _Failure]) -> _Failure:
+def _produce(job: Job, outbox: queue.Queue[UpdateRows | _Failure]) -> _Failure:
     """Makes updates until that fails."""
     try:
         group = StreamGroup(job.settings, Tokenizer(job.tokenizer_path), job.shares, job.states)
@@ -249,7 +249,7 @@ def _produce(job: Job, outbox: queue.Queue[Update | _Failure]) -> _Failure:
         return _Failure(None, traceback.format_exc())
 
 
-def _send(connection: Connection, outbox: queue.Queue[Update | _Failure]) -> None:
+def _send(connection: Connection, outbox: queue.Queue[UpdateRows | _Failure]) -> None:
     """Sends what the outbox holds, in a thread of its own, so that updates are prepared ahead."""
     while True:
         message = outbox.get()

@@ -48,7 +48,7 @@ def largest_group(estimate: Estimate) -> tuple[Group, int]:
     return group, sums[group]
 
 
-class Unit(NamedTuple):
+class TableUnit(NamedTuple):
     """Unit of a report's tables: its name and its bytes."""
 
     name: str
@@ -59,9 +59,9 @@ class Unit(NamedTuple):
         return f"{num_bytes / self.size:,.3f}" if 2000 * num_bytes >= self.size else ""
 
 
-def table_unit(estimate: Estimate) -> Unit:
+def table_unit(estimate: Estimate) -> TableUnit:
     """Returns GB of 1e9 bytes, or MB of 1e6 bytes if the peak is below 1 GB."""
-    return Unit("GB", 10**9) if estimate.peak_bytes >= 10**9 else Unit("MB", 10**6)
+    return TableUnit("GB", 10**9) if estimate.peak_bytes >= 10**9 else TableUnit("MB", 10**6)
 
 
 class ComponentRow(NamedTuple):
@@ -74,7 +74,7 @@ class ComponentRow(NamedTuple):
     """Bytes at each moment."""
 
 
-def component_rows(points: Sequence[Point], unit: Unit) -> list[ComponentRow]:
+def component_rows(points: Sequence[Point], unit: TableUnit) -> list[ComponentRow]:
     """Returns the rows of all groups that take bytes at any of the given moments, in the order of the reports.
 
     A group's components follow it if at least two of them are large enough to be seen in the unit.

@@ -13,7 +13,7 @@ from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
-from sltrain_dist.data.prepare.build import build_embedded
+from sltrain_dist.data.prepare.make_corpus import build_embedded
 from sltrain_dist.data.sources.resolve import resolve_source
 from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.sources.token_shards import count_shards
@@ -44,7 +44,7 @@ from sltrain_dist.train.summary import summarise
 
 
 @dataclass(frozen=True)
-class Corpus:
+class ResolvedData:
     """Where text comes from, resolved: shard lists, evaluation rows, tokenizer file."""
 
     train_shards: list[str]
@@ -217,7 +217,7 @@ def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> E
 
 def prepare_corpus(
     config: Config, env: Environment, say: Callable[[str], None], *, with_evaluation: bool = True
-) -> Corpus:
+) -> ResolvedData:
     """Resolves sources and tokenizer, building the embedded corpus where it is asked for and missing."""
     data, evaluation = config.data, config.eval
     train_source, eval_source, tokenizer_path = data.source, evaluation.source, data.tokenizer
@@ -265,7 +265,7 @@ def prepare_corpus(
         say(f"reading the evaluation data, up to eval.tokens = {evaluation.tokens:,} tokens")
         eval_rows = env.on_main(lambda: evaluation_rows(evaluation, data, eval_shards, tokenizer))
     source_sizes = [] if data.weights is None else [len(each) for each in resolved]
-    return Corpus(shards, source_sizes, eval_rows, Path(tokenizer_path))
+    return ResolvedData(shards, source_sizes, eval_rows, Path(tokenizer_path))
 
 
 def open_checkpoint(

@@ -15,7 +15,7 @@ from torch import Tensor
 from sltrain_dist.train.step import Rows
 
 
-class Loader(Protocol):
+class RowLoader(Protocol):
     """What of :class:`sltrain_dist.data.loader.TrainLoader` is needed here."""
 
     def __next__(self) -> Rows:
@@ -58,7 +58,7 @@ class RowFeed:
         ahead: Whether :meth:`prepare` does anything. Default: on CUDA. On the CPU it would only move the wait.
     """
 
-    def __init__(self, loader: Loader, device: torch.device, *, ahead: bool | None = None) -> None:
+    def __init__(self, loader: RowLoader, device: torch.device, *, ahead: bool | None = None) -> None:
         self._loader, self._device = loader, device
         self._runs_ahead = device.type == "cuda" if ahead is None else ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from sltrain_dist.data.prepare.build import PrepareOptions, prepare_files
+from sltrain_dist.data.prepare.make_corpus import PrepareOptions, prepare_files
 from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.sources.resolve import resolve_source
 from sltrain_dist.data.sources.token_shards import MANIFEST

@@ -6,6 +6,7 @@ import ast
 import configparser
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,25 @@ def test_a_library_has_one_home(library: str) -> None:
 def test_no_module_patches_another(name: str) -> None:
     """What must differ on fake tensors has a seam in the code (numerics/device.py)."""
     assert "unittest.mock" not in imports(MODULES[name]) and "unittest" not in imports(MODULES[name])
+
+
+SAME_MEANING = {"ddp", "fsdp", "zero", "build", "export", "tokenizer"}
+"""Names of two modules each: an engine, or a command, and what it is about."""
+
+
+def test_a_folder_is_seen_at_a_glance() -> None:
+    for folder in {path.parent for path in MODULES.values()}:
+        modules = [path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__")]
+        assert len(modules) <= 12, f"{folder.name}/ has {len(modules)} modules"
+
+
+def test_names_are_unique() -> None:
+    """Of modules, and of public classes: one word, one meaning."""
+    stems = Counter(path.stem for path in MODULES.values() if path.stem not in ("__init__", "__main__"))
+    assert {name for name, count in stems.items() if count > 1} == SAME_MEANING
+    trees = [ast.parse(path.read_text()) for path in MODULES.values()]
+    classes = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in classes.items() if count > 1 and not name.startswith("_")] == []
 
 
 def test_a_wheel_has_all_files_of_the_package() -> None:

@@ -139,7 +139,7 @@ def test_paths_of_options_are_expanded(
 def test_out_of_memory_is_a_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", lambda *args, **kwargs: bytearray(2**62))
+    monkeypatch.setattr("sltrain_dist.data.prepare.make_corpus.prepare_files", lambda *args, **kwargs: bytearray(2**62))
     assert _run(monkeypatch, "prepare-text", "-o", str(tmp_path / "x"), "-i", "y") == 2
     assert capsys.readouterr().err == "error: this machine is out of memory (MemoryError)\n"
 
@@ -275,7 +275,7 @@ def test_every_typed_error_has_its_code(
     def fail(*args: object, **kwargs: object) -> None:
         raise CheckpointError("the checkpoint is damaged")
 
-    monkeypatch.setattr("sltrain_dist.data.prepare.build.prepare_files", fail)
+    monkeypatch.setattr("sltrain_dist.data.prepare.make_corpus.prepare_files", fail)
     assert _run(monkeypatch, "prepare-text", "-o", str(tmp_path / "x"), "-i", "y") == 5
     assert capsys.readouterr().err == "error: the checkpoint is damaged\n"
 

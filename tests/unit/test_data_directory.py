@@ -8,7 +8,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from sltrain_dist.data.prepare.build import PrepareOptions, prepare_files
+from sltrain_dist.data.prepare.make_corpus import PrepareOptions, prepare_files
 from sltrain_dist.data.sources.kinds import MANIFEST, Kind, codec_of, is_held_out, is_metadata, kind_of
 from sltrain_dist.data.sources.resolve import read_documents, resolve_source
 from sltrain_dist.errors import DataError

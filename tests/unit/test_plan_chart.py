@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sltrain_dist.memory.result import Estimate, Point
-from sltrain_dist.plan.components import GROUPS, Unit, component_rows
+from sltrain_dist.plan.components import GROUPS, TableUnit, component_rows
 from sltrain_dist.plan.reports.chart import axis_ticks, stacked_chart
 
 
@@ -37,7 +37,7 @@ def test_ticks(top: int) -> None:
 
 def test_components_follow_their_group_if_two_of_them_can_be_seen() -> None:
     sizes = {"activations.mlp": 10**9, "activations.loss": 10**9, "dense": 10**9, "dense.rotary": 1}
-    rows = component_rows([Point("forward", "", sizes)], Unit("GB", 10**9))
+    rows = component_rows([Point("forward", "", sizes)], TableUnit("GB", 10**9))
     assert [row.name for row in rows] == ["dense weights", "activations", "loss", "mlp"]
     assert [row.is_detail for row in rows] == [False, False, True, True]
     assert [list(row.sizes) for row in rows] == [[10**9 + 1], [2 * 10**9], [10**9], [10**9]]

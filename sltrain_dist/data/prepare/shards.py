@@ -38,7 +38,7 @@ class SplitCounts:
 
 
 @dataclass
-class Manifest:
+class CorpusManifest:
     """What a corpus consists of, and what it was made from."""
 
     name: str
@@ -64,11 +64,11 @@ class Manifest:
 def write_corpus(
     directory: Path,
     documents: Iterable[tuple[Split, Document]],
-    manifest: Manifest,
+    manifest: CorpusManifest,
     *,
     num_shards: int,
     dropped: Counter[str],
-) -> Manifest:
+) -> CorpusManifest:
     """Writes `<name>-<split>.00000-of-00004.json.gz` and the manifest into an existing directory.
 
     Documents are dealt to a split's shards in turn, so that none is empty: few documents make fewer shards.

@@ -16,7 +16,7 @@ from sltrain_dist.data.stream.token_stream import TokenStream
 from sltrain_dist.data.stream.virtual_stream import Stream, StreamBase, StreamSettings, StreamState
 
 
-class Update(NamedTuple):
+class UpdateRows(NamedTuple):
     """What some streams give to one update."""
 
     rows: TokenIds
@@ -56,13 +56,13 @@ class StreamGroup:
             corpus = TokenCorpus(settings.prepared, settings.files)
             self._streams = [TokenStream(settings, corpus, share.stream, states[share.stream]) for share in shares]
 
-    def next_update(self) -> Update:
+    def next_update(self) -> UpdateRows:
         """The rows of the next update. Raises DataError as :meth:`Stream.take` does."""
         rows = [
             stream.take(share.rows)[share.begin : share.end]
             for share, stream in zip(self._shares, self._streams, strict=True)
         ]
-        return Update(
+        return UpdateRows(
             np.concatenate(rows),
             {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
             sum(stream.documents_read for stream in self._streams),

@@ -21,11 +21,16 @@ import pytest
 from backports import zstd
 
 from sltrain_dist.config.paths import default_cache_dir
-from sltrain_dist.data.prepare import build, embedded, shards
-from sltrain_dist.data.prepare.build import PrepareOptions, build_corpus_of_packages, build_embedded, prepare_files
+from sltrain_dist.data.prepare import embedded, make_corpus, shards
 from sltrain_dist.data.prepare.embedded import docstrings, find_installation, find_packages, raw_documents
 from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
-from sltrain_dist.data.prepare.shards import MANIFEST, Manifest, is_complete, new_directory, write_corpus
+from sltrain_dist.data.prepare.make_corpus import (
+    PrepareOptions,
+    build_corpus_of_packages,
+    build_embedded,
+    prepare_files,
+)
+from sltrain_dist.data.prepare.shards import MANIFEST, CorpusManifest, is_complete, new_directory, write_corpus
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError, StorageError
 
@@ -66,7 +71,7 @@ def site(tmp_path: Path) -> Path:
 @pytest.fixture
 def cached(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The fake packages are what is installed."""
-    monkeypatch.setattr(build, "find_installation", lambda: find_installation([site]))
+    monkeypatch.setattr(make_corpus, "find_installation", lambda: find_installation([site]))
     yield site.parent.parent / "cache"
 
 
@@ -263,7 +268,7 @@ def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def _build_in_process(site: str, cache: str, barrier: Any, results: Any) -> None:
-    build.find_installation = lambda: find_installation([Path(site)])  # type: ignore[assignment]
+    make_corpus.find_installation = lambda: find_installation([Path(site)])  # type: ignore[assignment]
     barrier.wait()
     lines: list[str] = []
     corpus = build_embedded(Path(cache), 300, report=lines.append)
@@ -288,13 +293,13 @@ def test_processes_that_build_at_once(site: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_build_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(make_corpus, "_REPORT_EVERY_S", 0.0)
     documents = [Document(str(number), "url", "source") for number in range(3)]
     lines: list[str] = []
-    assert list(build._reported(documents, lines.append)) == documents
+    assert list(make_corpus._reported(documents, lines.append)) == documents
     assert lines == [f"{count} docstrings and descriptions so far" for count in (1, 2, 3)]
-    monkeypatch.setattr(build, "_REPORT_EVERY_S", 60.0)
-    assert list(build._reported(documents, lines.append)) == documents
+    monkeypatch.setattr(make_corpus, "_REPORT_EVERY_S", 60.0)
+    assert list(make_corpus._reported(documents, lines.append)) == documents
     assert len(lines) == 3
 
 
@@ -304,7 +309,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as temporary:
-        write_corpus(temporary, documents(), Manifest("x", []), num_shards=2, dropped=Counter())
+        write_corpus(temporary, documents(), CorpusManifest("x", []), num_shards=2, dropped=Counter())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,7 +324,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards._SplitWriter, "close", full)
     refused = pytest.raises(StorageError, match=r"cannot write to .*: No space left on device")
     with refused, new_directory(tmp_path / "out") as temporary:
-        write_corpus(temporary, documents, Manifest("x", []), num_shards=2, dropped=Counter())
+        write_corpus(temporary, documents, CorpusManifest("x", []), num_shards=2, dropped=Counter())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from sltrain_dist.data.prepare.embedded import Installation, find_installation, 
 from sltrain_dist.data.prepare.inputs import Document, InputOptions, find_inputs, read_documents
 from sltrain_dist.data.prepare.markup import prose
 from sltrain_dist.data.prepare.shards import (
-    Manifest,
+    CorpusManifest,
     Split,
     is_complete,
     new_directory,
@@ -121,7 +121,7 @@ def build_corpus_of_packages(
     *,
     num_shards: int = _EMBEDDED_SHARDS,
     report: Report | None = None,
-) -> Manifest:
+) -> CorpusManifest:
     """Writes the corpus of an installation's prose into `directory`, which must not exist.
 
     Validation is made of whole packages, about a twentieth of the text, so that no package is in both.
@@ -146,7 +146,7 @@ def build_corpus_of_packages(
         return write_corpus(
             temporary,
             ((("validation" if d.source in validation else "train"), d) for d in documents),
-            Manifest(EMBEDDED, [f"{name} {version}" for name, version in installation.versions()]),
+            CorpusManifest(EMBEDDED, [f"{name} {version}" for name, version in installation.versions()]),
             num_shards=num_shards,
             dropped=dropped,
         )
@@ -159,7 +159,7 @@ def prepare_files(
     *,
     name: str = "corpus",
     report: Report | None = None,
-) -> Manifest:
+) -> CorpusManifest:
     """Cleans, deduplicates, splits and shards a user's files into `output`.
 
     A document's split depends on its text alone, but the first goes to validation and the second to training,
@@ -185,7 +185,9 @@ def prepare_files(
         manifest = write_corpus(
             temporary,
             _split(documents, options.validation_fraction),
-            Manifest(name, [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]),
+            CorpusManifest(
+                name, [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
+            ),
             num_shards=options.num_shards,
             dropped=dropped,
         )
