@@ -68,11 +68,7 @@ class PlannedRun:
 def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay: bool = False) -> PlannedRun:
     """Estimates a run of this code and, if it does not fit, looks for single changes that make it fit.
 
-    Args:
-        config: Configuration of the run.
-        ranks: World size.
-        device_memory: Bytes of each device; None to leave open whether the run fits.
-        by_replay: Whether to measure the peak by a replay on tensors without data.
+    With `by_replay`, the peak is measured by a replay on tensors without data.
 
     Raises:
         ConfigError: This code cannot train with the configuration, or a replay is not possible.
@@ -82,7 +78,7 @@ def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay
 
     result = estimate(config, ranks=ranks)
     if by_replay:
-        from sltrain_dist.plan.replay import replay
+        from sltrain_dist.plan.replay import replay  # not at the top: torch takes seconds to import
 
         # A replay has neither a CUDA context nor an allocator, so what these take is as estimated.
         result = replace(replay(config, ranks=ranks), reserved_bytes=result.reserved_bytes)
@@ -113,12 +109,12 @@ def add_search(
 
     Args:
         planned: The run that the search begins with.
-        vary: What is varied, see :func:`sltrain_dist.plan.search.levers.named_levers`; empty for the default levers.
+        vary: Values of `--vary`; empty for the default levers.
         fixed: Dotted keys that the default levers leave alone.
         max_rows: Largest number of rows that are listed.
         directory: Directory for the listed rows' configurations; None to save none.
         by_replay: Whether the first few listed rows are replayed.
-        progress: See :func:`sltrain_dist.plan.search.combinations.search`.
+        progress: Shows how far the search is.
 
     Raises:
         ConfigError: A lever is wrong, no combination can be run, or the directory cannot be written.
@@ -135,7 +131,11 @@ def add_search(
     front = found.front(planned.device_memory)
     rows = front[:max_rows]
     if by_replay:
-        rows = [_replayed(row, ranks) if index < _REPLAYED_ROWS else row for index, row in enumerate(rows)]
+        from sltrain_dist.plan.replay import replay
+
+        for index, row in enumerate(rows[:_REPLAYED_ROWS]):
+            if row.config.parallel.engine != "zero":  # DeepSpeed cannot be replayed
+                rows[index] = replace(row, replayed_bytes=replay(row.config, ranks=ranks).peak_bytes)
     files = [] if directory is None else save_rows(rows, directory, ranks)
     return replace(planned, search=found, rows=rows, rows_left_out=len(front) - len(rows), saved_files=files)
 
@@ -161,15 +161,8 @@ def _workers() -> int:
 def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
     """Writes the configuration of each row, ready to be trained, as `plan-01.yaml` and so on.
 
-    Each gets a run directory of its own, beside that of the configuration that the search began with.
-
-    Args:
-        rows: Rows of a search.
-        directory: Directory of the files; it is made if it does not exist.
-        ranks: World size, for the launch command in each file.
-
-    Returns:
-        Paths of the files.
+    Each gets a run directory of its own, beside that of the configuration that the search began with. The files'
+    directory is made if it does not exist. Returns their paths.
 
     Raises:
         ConfigError: The directory cannot be written, or holds one of the files.
@@ -209,11 +202,3 @@ def launch_command(path: str, ranks: int) -> str:
         return f"torchrun --standalone --nproc-per-node {ranks} -m sltrain_dist {command}"
     hosts = f"--nnodes {ranks // _DEVICES_PER_HOST} --nproc-per-node {_DEVICES_PER_HOST}"
     return f"torchrun {hosts} --node-rank I --master-addr HOST0 --master-port 29500 -m sltrain_dist {command}"
-
-
-def _replayed(row: Row, ranks: int) -> Row:
-    if row.config.parallel.engine == "zero":
-        return row  # DeepSpeed cannot be replayed
-    from sltrain_dist.plan.replay import replay
-
-    return replace(row, replayed_bytes=replay(row.config, ranks=ranks).peak_bytes)
