@@ -18,6 +18,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.search.combinations import Progress, Row, SearchResult, SingleChange, search, single_changes
 from sltrain_dist.plan.search.levers import default_levers, named_levers
 
+_WORKERS = len(os.sched_getaffinity(0))
+"""Number of processes for recordings and searches: the cores that this process may use."""
+
 _REPLAYED_ROWS = 3
 """Number of listed rows of a search that `--replay` replays; each takes seconds to a minute."""
 
@@ -107,14 +110,9 @@ def add_search(
 ) -> PlannedRun:
     """Searches for settings from a planned run, and returns the run with what was found.
 
-    Args:
-        planned: The run that the search begins with.
-        vary: Values of `--vary`; empty for the default levers.
-        fixed: Dotted keys that the default levers leave alone.
-        max_rows: Largest number of rows that are listed.
-        directory: Directory for the listed rows' configurations; None to save none.
-        by_replay: Whether the first few listed rows are replayed.
-        progress: Shows how far the search is.
+    `vary` holds the values of `--vary`; if it is empty, the default levers are varied, except for the `fixed` dotted
+    keys. At most `max_rows` rows are listed; they are saved in `directory`, and with `by_replay` the first few of them
+    are replayed.
 
     Raises:
         ConfigError: A lever is wrong, no combination can be run, or the directory cannot be written.
@@ -124,7 +122,7 @@ def add_search(
 
     config, ranks = planned.config, planned.ranks
     levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks, fixed)
-    found = search(config, ranks, levers, estimate, workers=_workers(), prepare=_record, progress=progress)
+    found = search(config, ranks, levers, estimate, workers=_WORKERS, prepare=_record, progress=progress)
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")
@@ -149,13 +147,9 @@ def _record(configs: Iterable[Config]) -> None:
     with status_line() as say:
         record_missing(
             (request for config in configs for request in recordings_of(config)),
-            _workers(),
+            _WORKERS,
             lambda done, total: say(f"recording what is new of the model: {done} of {total}"),
         )
-
-
-def _workers() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:

@@ -35,7 +35,7 @@ def planned() -> PlannedRun:
 
     names = {"state bits": "8", "recompute": "all but attention", "engine": "zero 3, factors <&>"}
     rows = [evaluate(config, {**names, "micro-batch": f"{number} <&>"}, 1, estimate) for number in (1, 2)]
-    found = SearchResult(start=rows[0], rows=rows)
+    found = SearchResult(rows)
     changes = [
         SingleChange({"train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}, rows[0])
     ]

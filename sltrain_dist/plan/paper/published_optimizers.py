@@ -18,13 +18,7 @@ ADAM8BIT_BLOCK = 2048
 
 
 def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> UpdateRecording:
-    """Records the update of a parameter.
-
-    Args:
-        shape: Its shape.
-        replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
-        config: The run.
-    """
+    """Records the update of a parameter; `replaced` says whether it belongs to a linear layer of attention or MLP."""
     with by_itself(), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
         gradient = parameter.grad = torch.empty_like(parameter)
@@ -50,7 +44,7 @@ def record_update(shape: tuple[int, ...], replaced: bool, config: Config) -> Upd
 
 
 def make_optimizer(parameters: list[nn.Parameter], replaced: bool, config: Config) -> Optimizer:
-    """Makes the optimizer of some parameters; GaLore's takes one, which belongs to a `replaced` linear layer."""
+    """Makes the optimizer of some parameters; GaLore projects the gradient of one, of a `replaced` linear layer."""
     if config.reparam.method == "galore" and replaced:
         return GaLore(parameters[0], config.reparam.rank, config.optim.state_bits)
     return Adam8bit(parameters) if config.optim.state_bits == 8 else Adam(parameters, foreach=True)

@@ -8,8 +8,6 @@ is not documented and left out.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.holdings import Holding
@@ -17,7 +15,7 @@ from sltrain_dist.memory.recorded_model import RecordedLayer, RecordedModel
 from sltrain_dist.memory.recording import PublishedRecording, UpdateRecording
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.memory.store import Request, published_request
+from sltrain_dist.memory.store import published_request
 
 RELATIVE_ERROR = 0.1
 """Of the emulation; the four 7B bars of Figure 3 are within it (docs/planner_search.md)."""
@@ -34,7 +32,7 @@ def reference_estimate(config: Config) -> Estimate:
         ConfigError: The published code has no such setting.
     """
     _check(config)
-    update = _Update(config, published_request(config, _record))
+    update = _Update(config, published_request(config, _record).get())
     return Estimate(
         timeline=tuple(update.points()),
         reserved_bytes=0,  # the paper's figures are of allocated tensors
@@ -73,21 +71,14 @@ def _record(config: Config) -> PublishedRecording:
     return record(config)
 
 
-@lru_cache(64)
-def _model(request: Request, layers: int) -> RecordedModel:
-    recording: PublishedRecording = request.get()
-    return RecordedModel((RecordedLayer(recording.layer),), (0,) * layers, recording.ends)
-
-
 class _Update(Timeline):
     """One update of the published code."""
 
-    def __init__(self, config: Config, request: Request) -> None:
-        recording: PublishedRecording = request.get()
+    def __init__(self, config: Config, recording: PublishedRecording) -> None:
         self._updates = {(each.shape, each.replaced): each for each in recording.updates}
+        model = RecordedModel((RecordedLayer(recording.layer),), (0,) * config.model.num_layers, recording.ends)
         micro_batches = config.train.global_batch // config.train.micro_batch
-        passes = 1 if config.optim.update == "per_layer" else micro_batches
-        super().__init__(config, _model(request, config.model.num_layers), 1, passes, "cuda")
+        super().__init__(config, model, 1, 1 if config.optim.update == "per_layer" else micro_batches, "cuda")
 
     def points(self) -> list[Point]:
         """See :class:`Timeline`; the published code's step, and nothing of a save or an evaluation."""

@@ -6,8 +6,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -85,13 +85,11 @@ class SearchResult:
     """The rows of a search, and the counts of the combinations that have none.
 
     Attributes:
-        start: Row of the configuration that the search began with.
         rows: Rows of the distinct configurations that can be run, in no particular order.
         refused: Number of combinations that cannot be run, by the key that was refused.
         equal: Number of combinations that differ from another one only in settings without effect.
     """
 
-    start: Row
     rows: list[Row] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     equal: int = 0
@@ -147,27 +145,20 @@ def search(
 ) -> SearchResult:
     """Estimates every combination of the levers' settings, at the same global batch.
 
-    Combinations that the configuration's own rules refuse are counted, not estimated.
-
-    Args:
-        config: Configuration that the search begins with.
-        ranks: World size.
-        levers: Settings that are varied.
-        estimate: Called once for each distinct configuration. It must be picklable if there are several workers.
-        workers: Number of processes for a large search.
-        prepare: Called with all configurations before the first of them is estimated.
-        progress: Shows how far the search is.
+    Combinations that the configuration's own rules refuse are counted, not estimated. `estimate` is called once for
+    each distinct configuration, and `prepare` with all of them before. A large search runs in so many `workers`, which
+    are processes; `estimate` must then be picklable.
     """
-    found = SearchResult(start=evaluate(config, {}, ranks, estimate))
+    found = SearchResult()
     candidates = _candidates(config, ranks, levers, found)
     if prepare is not None:
         prepare(candidate for candidate, _ in candidates)
-    work = partial(evaluate, ranks=ranks, estimate=estimate, start=found.start)
+    work = partial(evaluate, ranks=ranks, estimate=estimate, start=evaluate(config, {}, ranks, estimate))
     combinations = math.prod(len(lever.settings) for lever in levers)
     with nullcontext(_ignore) if progress is None else progress(combinations) as examined:
         examined(found.examined)
-        for row in _evaluate_all(candidates, work, workers):
-            found.rows.append(row)
+        for rows in _evaluate_all(candidates, work, workers):
+            found.rows += rows
             examined(found.examined)
     return found
 
@@ -195,19 +186,23 @@ def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Sear
     return list(candidates.values())
 
 
-def _evaluate_all(candidates: Sequence[_Candidate], work: Callable[..., Row], workers: int) -> Iterator[Row]:
-    """Yields the candidates' rows in order."""
-    if workers == 1 or len(candidates) < _MIN_CANDIDATES_FOR_PROCESSES:
-        yield from itertools.starmap(work, candidates)
-        return
-    from concurrent.futures import ProcessPoolExecutor  # slow to import, and not needed without a search
-    from multiprocessing import get_context
+def _evaluate_all(candidates: Sequence[_Candidate], work: Callable[..., Row], workers: int) -> Iterator[list[Row]]:
+    """Yields the candidates' rows in order, a chunk at a time.
 
-    # Neighbours go to one process, so that the estimator's caches are of use.
-    size = -(-len(candidates) // (4 * workers))
-    # A fork would be unsafe, because the caller may have threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, *zip(*candidates, strict=True), chunksize=size)
+    A chunk goes to one process. Its candidates are neighbours, so that the estimator's caches are of use.
+    """
+    size = max(1, -(-len(candidates) // (4 * workers)))
+    with ExitStack() as stack:
+        rows: Iterator[Row] = itertools.starmap(work, candidates)
+        if workers > 1 and len(candidates) >= _MIN_CANDIDATES_FOR_PROCESSES:
+            from concurrent.futures import ProcessPoolExecutor  # slow to import, and not needed for a small search
+            from multiprocessing import get_context
+
+            # A fork would be unsafe, because the caller may have threads.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            rows = pool.map(work, *zip(*candidates, strict=True), chunksize=size)
+        while chunk := list(itertools.islice(rows, size)):
+            yield chunk
 
 
 def single_changes(
@@ -238,9 +233,8 @@ def evaluate(
     """Estimates memory and time of one configuration. `start` is what the search began with, None if it is this."""
     found = estimate(config, ranks=ranks)
     seconds = update_time(config, ranks, found.comm_bytes_per_update).total
-    figures = {each.name: getattr(found, each.name) for each in fields(found)}
     return Row(
-        **{**figures, "timeline": (found.peak,)},
+        **vars(replace(found, timeline=(found.peak,))),
         config=config,
         settings=settings,
         seconds=seconds,
