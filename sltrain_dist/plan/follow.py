@@ -106,7 +106,7 @@ class Follower:
                 log.add([tables.levels, tables.borders, tables.table])
 
     def _update(self) -> None:
-        """Makes an update of two micro-batches: the first finds no gradients, the last finds all of them."""
+        """Makes an update of the first micro-batch, which finds no gradients, and the last, which finds all of them."""
         engine, log, optim, train = self.engine, self.log, self.config.optim, self.config.train
         passes = min(2, micro_batches_per_update(self.config, self.env.world_size))
         rows = made_up_rows(self.config, self.env.rank, passes * train.micro_batch)

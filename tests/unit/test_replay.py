@@ -15,7 +15,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.parallel.partition import RankBytes, rank_bytes
+from sltrain_dist.parallel.partition import RankBytes, rank_bytes, waiting_bytes
 from sltrain_dist.plan.follow import follow
 from sltrain_dist.plan.replay import fake_rank, replay
 from sltrain_dist.sparse_lowrank.layout import stored_index_bytes
@@ -137,6 +137,14 @@ def test_components_follow_the_sharding_rules(case: str) -> None:
     assert set(points["save", "checkpoint"]) <= {
         "factors", "sparse_values", "dense", "index", "states", "master_weights", "temporaries", "gradients", "buffers",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["fsdp on 1", "local"])
+def test_gradients_wait_for_the_last_micro_batch(case: str) -> None:
+    ranks, sections = HELD[case]
+    config = config_of(**{**sections, "train": {**sections.get("train", {}), "global_batch": 4 * ranks}})
+    points = {(point.phase, point.where): point.groups() for point in replay(config, ranks).timeline}
+    assert points["forward", "pass 2, embed_tokens"]["gradients"] == waiting_bytes(config, ranks)
 
 
 def test_gathered_blocks_and_what_is_saved() -> None:
