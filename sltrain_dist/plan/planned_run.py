@@ -18,6 +18,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.search.combinations import Progress, Row, SearchResult, SingleChange, search, single_changes
 from sltrain_dist.plan.search.levers import default_levers, named_levers
 
+_WORKERS = len(os.sched_getaffinity(0))
+"""Number of processes for recordings and searches: the cores that this process may use."""
+
 _REPLAYED_ROWS = 3
 """Number of listed rows of a search that `--replay` replays; each takes seconds to a minute."""
 
@@ -68,11 +71,7 @@ class PlannedRun:
 def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay: bool = False) -> PlannedRun:
     """Estimates a run of this code and, if it does not fit, looks for single changes that make it fit.
 
-    Args:
-        config: Configuration of the run.
-        ranks: World size.
-        device_memory: Bytes of each device; None to leave open whether the run fits.
-        by_replay: Whether to measure the peak by a replay on tensors without data.
+    With `by_replay`, the peak is measured by a replay on tensors without data.
 
     Raises:
         ConfigError: This code cannot train with the configuration, or a replay is not possible.
@@ -82,7 +81,7 @@ def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay
 
     result = estimate(config, ranks=ranks)
     if by_replay:
-        from sltrain_dist.plan.replay import replay
+        from sltrain_dist.plan.replay import replay  # not at the top: torch takes seconds to import
 
         # A replay has neither a CUDA context nor an allocator, so what these take is as estimated.
         result = replace(replay(config, ranks=ranks), reserved_bytes=result.reserved_bytes)
@@ -111,14 +110,9 @@ def add_search(
 ) -> PlannedRun:
     """Searches for settings from a planned run, and returns the run with what was found.
 
-    Args:
-        planned: The run that the search begins with.
-        vary: What is varied, see :func:`sltrain_dist.plan.search.levers.named_levers`; empty for the default levers.
-        fixed: Dotted keys that the default levers leave alone.
-        max_rows: Largest number of rows that are listed.
-        directory: Directory for the listed rows' configurations; None to save none.
-        by_replay: Whether the first few listed rows are replayed.
-        progress: See :func:`sltrain_dist.plan.search.combinations.search`.
+    `vary` holds the values of `--vary`; if it is empty, the default levers are varied, except for the `fixed` dotted
+    keys. At most `max_rows` rows are listed; they are saved in `directory`, and with `by_replay` the first few of them
+    are replayed.
 
     Raises:
         ConfigError: A lever is wrong, no combination can be run, or the directory cannot be written.
@@ -128,14 +122,18 @@ def add_search(
 
     config, ranks = planned.config, planned.ranks
     levers = named_levers(config, ranks, vary) if vary else default_levers(config, ranks, fixed)
-    found = search(config, ranks, levers, estimate, workers=_workers(), prepare=_record, progress=progress)
+    found = search(config, ranks, levers, estimate, workers=_WORKERS, prepare=_record, progress=progress)
     if not found.rows:
         reasons = ", ".join(f"{key} ({count})" for key, count in found.refused.most_common(3))
         raise ConfigError(f"--search: none of {found.examined:,} combinations can be run, mostly because of {reasons}")
     front = found.front(planned.device_memory)
     rows = front[:max_rows]
     if by_replay:
-        rows = [_replayed(row, ranks) if index < _REPLAYED_ROWS else row for index, row in enumerate(rows)]
+        from sltrain_dist.plan.replay import replay
+
+        for index, row in enumerate(rows[:_REPLAYED_ROWS]):
+            if row.config.parallel.engine != "zero":  # DeepSpeed cannot be replayed
+                rows[index] = replace(row, replayed_bytes=replay(row.config, ranks=ranks).peak_bytes)
     files = [] if directory is None else save_rows(rows, directory, ranks)
     return replace(planned, search=found, rows=rows, rows_left_out=len(front) - len(rows), saved_files=files)
 
@@ -149,27 +147,16 @@ def _record(configs: Iterable[Config]) -> None:
     with status_line() as say:
         record_missing(
             (request for config in configs for request in recordings_of(config)),
-            _workers(),
+            _WORKERS,
             lambda done, total: say(f"recording what is new of the model: {done} of {total}"),
         )
-
-
-def _workers() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
     """Writes the configuration of each row, ready to be trained, as `plan-01.yaml` and so on.
 
-    Each gets a run directory of its own, beside that of the configuration that the search began with.
-
-    Args:
-        rows: Rows of a search.
-        directory: Directory of the files; it is made if it does not exist.
-        ranks: World size, for the launch command in each file.
-
-    Returns:
-        Paths of the files.
+    Each gets a run directory of its own, beside that of the configuration that the search began with. The files'
+    directory is made if it does not exist. Returns their paths.
 
     Raises:
         ConfigError: The directory cannot be written, or holds one of the files.
@@ -209,11 +196,3 @@ def launch_command(path: str, ranks: int) -> str:
         return f"torchrun --standalone --nproc-per-node {ranks} -m sltrain_dist {command}"
     hosts = f"--nnodes {ranks // _DEVICES_PER_HOST} --nproc-per-node {_DEVICES_PER_HOST}"
     return f"torchrun {hosts} --node-rank I --master-addr HOST0 --master-port 29500 -m sltrain_dist {command}"
-
-
-def _replayed(row: Row, ranks: int) -> Row:
-    if row.config.parallel.engine == "zero":
-        return row  # DeepSpeed cannot be replayed
-    from sltrain_dist.plan.replay import replay
-
-    return replace(row, replayed_bytes=replay(row.config, ranks=ranks).peak_bytes)

@@ -7,16 +7,17 @@ updates are made, and the second is reported, beside whose forward and backward 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -24,20 +25,16 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate
-from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.operators import operators_of
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.llama import LlamaForCausalLM
-from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.engine import Engine
+from sltrain_dist.numerics.device import DeviceType
+from sltrain_dist.parallel import ddp, fsdp
 from sltrain_dist.plan.follow import Follower, replaced
 from sltrain_dist.runtime.environment import Environment
 
-T = TypeVar("T")
 
-
-def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cuda", "cpu"] = "cuda") -> Estimate:
+def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType = "cuda") -> Estimate:
     """What a run takes, by replaying it on fake tensors.
 
     Compiled runs are replayed as eager ones, which may take more or less.
@@ -68,50 +65,33 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: Literal["cu
         raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    with fake_rank(config, rank, ranks, device) as (env, log):
-        follower = Follower(eager, env, log, sends_ahead=device == "cuda")
-        follower.build(meta_model(eager))
-        _without_messages(follower.engine)
-        follower.update()  # makes the optimizer's states
-        follower.update()
-        follower.save()
-    return replace(estimate(config, ranks=ranks), timeline=follower.timeline(), method="replay")
+    model = build_meta_model(eager)
+    with fake_rank(config, rank, ranks, device) as env:
+        timeline = Follower(eager, env, device).run(model)
+    return replace(estimate(config, ranks=ranks), timeline=timeline, method="replay")
 
 
 @contextmanager
-def fake_rank(
-    config: Config, rank: int, ranks: int, device: Literal["cuda", "cpu"]
-) -> Iterator[tuple[Environment, EventLog]]:
-    """One of several ranks, on fake tensors, and what counts their bytes. Arguments as of :func:`replay`."""
+def fake_rank(config: Config, rank: int, ranks: int, device: DeviceType) -> Iterator[Environment]:
+    """One of several ranks, on fake tensors. Arguments as of :func:`replay`."""
     with ExitStack() as stack:
         if ranks > 1 or config.parallel.engine != "ddp":
             stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the meta tensors of `meta_model`
-        stack.enter_context(_fakeable())
-        if device == "cuda":
-            stack.enter_context(operators_of("cuda", config))
-        yield Alone(rank, ranks, rank, torch.device("cpu")), EventLog(device)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the meta tensors of the model
+        stack.enter_context(replaced(fsdp, "_mesh", _mesh))
+        stack.enter_context(replaced(FSDPParam, "reset_sharded_param", _reset_once))
+        stack.enter_context(replaced(ddp, "DistributedDataParallel", _StillDDP))
+        stack.enter_context(operators_of(device, config))
+        yield _Alone(rank, ranks, rank, torch.device("cpu"))
 
 
-class Alone(Environment):
+class _Alone(Environment):
     """A rank whose peers say what it says."""
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value] * self.world_size
-
-    def on_main(self, action: Callable[[], T]) -> T:
-        return action()
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.world_size > 1:
             torch.tensor(values, dtype=torch.float64, device=self.device)  # the message
         return [self.world_size * value for value in values] if op == dist.ReduceOp.SUM else list(values)
-
-
-def meta_model(config: Config) -> LlamaForCausalLM:
-    """The model on the meta device. An engine that is built under FakeTensorMode gives it fake memory."""
-    with _disable_current_modes():  # fake parameters on the meta device could not be swapped for others
-        return build_meta_model(config)
 
 
 @contextmanager
@@ -123,39 +103,34 @@ def _fake_group(rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _fakeable() -> Iterator[None]:
-    """Without what looks at the addresses of tensors, which fake ones do not have."""
-    reset = FSDPParam.reset_sharded_param
-
-    def reset_once(parameter: FSDPParam) -> None:
-        # Before the first pass it would see by addresses that nobody has replaced the shards.
-        if parameter._sharded_param_data.is_meta:
-            reset(parameter)
-
-    with replaced(FSDPParam, "reset_sharded_param", reset_once):
-        yield
+_make_mesh = fsdp._mesh
 
 
-def _without_messages(engine: Engine) -> None:
-    """DDP's buckets stay as they are: sending and rearranging them takes values, and no other amount of memory."""
-    ddp = engine._ddp if isinstance(engine, DDPEngine) else None
-    if ddp is None:
-        return
-
-    ddp.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
-    ddp.reducer = _Reducer(ddp.reducer)  # type: ignore[assignment]
+def _mesh(*args: Any) -> Any:
+    """Makes a mesh of ranks on real tensors, because it is looked into; it is a few numbers on the host."""
+    with _disable_current_modes():
+        return _make_mesh(*args)
 
 
-def _done(result: Tensor) -> torch.futures.Future[Tensor]:
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(result)
-    return future
+_reset_sharded_param = FSDPParam.reset_sharded_param
 
 
-class _Reducer:
-    """DDP's reducer, which never rearranges its buckets."""
+def _reset_once(parameter: FSDPParam) -> None:
+    """Leaves out FSDP2's check, by address, that nobody has replaced the shards. Fake tensors have no addresses."""
+    if parameter._sharded_param_data.is_meta:
+        _reset_sharded_param(parameter)
 
+
+class _StillDDP(DistributedDataParallel):
+    """DDP whose buckets stay as they are: sending and rearranging them takes values, and no other amount of memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
+        self.reducer = _StillReducer(self.reducer)  # type: ignore[assignment]
+
+
+class _StillReducer:
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
 
@@ -164,3 +139,9 @@ class _Reducer:
 
     def _rebuild_buckets(self) -> bool:
         return False
+
+
+def _done(result: Tensor) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(result)
+    return future

@@ -35,8 +35,8 @@ def planned() -> PlannedRun:
         return reference_estimate(config)
 
     names = {"state bits": "8", "recompute": "all but attention", "engine": "zero 3, factors <&>"}
-    rows = [evaluate(config, 1, {**names, "micro-batch": f"{number} <&>"}, estimate) for number in (1, 2)]
-    found = SearchResult(start=rows[0], rows=rows)
+    rows = [evaluate(config, {**names, "micro-batch": f"{number} <&>"}, 1, estimate) for number in (1, 2)]
+    found = SearchResult(rows)
     changes = [
         SingleChange({"train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}, rows[0])
     ]

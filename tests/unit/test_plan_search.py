@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate as closed_form
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.plan.planned_run import PlannedRun, save_rows
-from sltrain_dist.plan.search.combinations import Row, evaluate, pareto_front, search, single_changes
+from sltrain_dist.plan.search.combinations import evaluate, pareto_front, search, single_changes
 from sltrain_dist.plan.search.levers import default_levers, named_levers
 from sltrain_dist.plan.search.speed import update_time
 
@@ -76,7 +77,7 @@ def test_values_per_row_are_those_of_the_estimate(config: Config) -> None:
     expected = estimate(row.config, ranks=4)
     assert (row.peak_bytes, row.device_bytes) == (expected.peak_bytes, expected.device_bytes) == (16_800, 16_810)
     assert (row.parameters, row.flops_per_token, row.comm_bytes_per_update) == (7, 8, 4)
-    assert (row.phase, row.where, row.binding) == ("backward", "block 0", "states")
+    assert (row.peak.phase, row.peak.where, row.binding) == ("backward", "block 0", "states")
     start = update_time(config, 4, 4).total
     assert row.relative_speed == pytest.approx(start / update_time(row.config, 4, 4).total)
 
@@ -108,8 +109,8 @@ figures = st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.001, 1000)), min
 @given(figures)
 def test_pareto(figures: list[tuple[int, float]]) -> None:
     config = load_config(None, ["train.steps=1"])
-    usual = evaluate(config, 1, {}, estimate)
-    rows = [Row(**{**usual.__dict__, "device_bytes": size, "seconds": seconds}) for size, seconds in figures]
+    usual = evaluate(config, {}, 1, estimate)
+    rows = [replace(usual, reserved_bytes=size - usual.peak_bytes, seconds=seconds) for size, seconds in figures]
     front = pareto_front(rows)
     assert front
     for first, second in itertools.pairwise(front):  # slower, and worth it

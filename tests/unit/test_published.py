@@ -18,7 +18,7 @@ from sltrain_dist.memory.events import EventLog
 from sltrain_dist.models.build import build_model, sparse_layers
 from sltrain_dist.models.loss import IGNORE
 from sltrain_dist.parallel.placement import is_factor
-from sltrain_dist.plan.paper.published import PublishedLlama
+from sltrain_dist.plan.paper.published import as_published, published_model
 from sltrain_dist.plan.paper.published_optimizers import Adam8bit, GaLore, make_optimizer
 from sltrain_dist.plan.paper.reference import reference_estimate
 
@@ -37,14 +37,13 @@ def small(**sections: Any) -> Config:
 def test_loss_and_gradients_are_those_of_our_model(method: str, recompute: str) -> None:
     """Same weights and positions, in float32: another way to the same numbers."""
     config = small(reparam={"method": method}, train={"dtype": "fp32", "activation_checkpointing": recompute})
-    ours, theirs = build_model(config), PublishedLlama(config).float()
+    ours, theirs = build_model(config), as_published(build_model(config), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if name.endswith(".B") or "norm" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         theirs.load_state_dict(dict(ours.named_parameters()), strict=False)
-        theirs.model.rotary_emb.load_state_dict(dict(ours.model.rotary_emb.named_buffers()))
         for name, layer in sparse_layers(ours):
             theirs.get_submodule(name).support.positions.copy_(layer.support.indices())
     ids = torch.randint(config.model.vocab_size, (2, LENGTH), generator=generator)
@@ -80,7 +79,7 @@ def test_played_recordings_are_what_a_whole_model_takes(run: str) -> None:
     estimate = reference_estimate(config)
     whole, passes = config.optim.update == "whole", config.train.global_batch // 2
     with FakeTensorMode(), EventLog("cuda") as log:
-        model = PublishedLlama(config)
+        model = published_model(config)
         batch = [torch.empty(2, LENGTH, dtype=torch.int64) for _ in ("ids", "labels", "padding mask")]
         step = stepping(model, config)
         for _ in range(2):  # the first update makes the states

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.parallel.placement import RankBytes, rank_bytes
-from sltrain_dist.plan.follow import follow, without_mesh
-from sltrain_dist.plan.replay import fake_rank, meta_model, replay
+from sltrain_dist.memory.events import EventLog
+from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.parallel.placement import RankBytes, rank_bytes, waiting_bytes
+from sltrain_dist.plan.follow import follow
+from sltrain_dist.plan.replay import fake_rank, replay
 from sltrain_dist.sparse_lowrank.sizes import stored_index_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -80,9 +82,10 @@ def test_following_does_not_change_what_is_followed(case: str) -> None:
     ranks, sections = PLAIN[case]
     config = config_of(**{**sections, "train": {"global_batch": 2 * ranks, **sections.get("train", {})}})
     peak = max(p.total for p in replay(config, ranks, device="cpu").timeline if p.phase not in ("init", "save"))
-    with fake_rank(config, 0, ranks, "cpu") as (env, log):
-        with log, without_mesh():
-            engine = build_engine(meta_model(config), config, env)
+    model, log = build_meta_model(config), EventLog("cpu")
+    with fake_rank(config, 0, ranks, "cpu") as env:
+        with log:
+            engine = build_engine(model, config, env)
         for _ in range(2):
             gc.collect()
             log.begin("update")
@@ -134,6 +137,14 @@ def test_components_follow_the_sharding_rules(case: str) -> None:
     assert set(points["save", "checkpoint"]) <= {
         "factors", "sparse_values", "dense", "index", "states", "master_weights", "temporaries", "gradients", "buffers",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["fsdp on 1", "local"])
+def test_gradients_wait_for_the_last_micro_batch(case: str) -> None:
+    ranks, sections = HELD[case]
+    config = config_of(**{**sections, "train": {**sections.get("train", {}), "global_batch": 4 * ranks}})
+    points = {(point.phase, point.where): point.groups() for point in replay(config, ranks).timeline}
+    assert points["forward", "pass 2, embed_tokens"]["gradients"] == waiting_bytes(config, ranks)
 
 
 def test_gathered_blocks_and_what_is_saved() -> None:

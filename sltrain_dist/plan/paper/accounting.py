@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Literal
+from typing import Literal, get_args
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
 
 Method = Literal["full", "lowrank", "relora", "galore", "sltrain"]
 
-METHODS: tuple[Method, ...] = ("full", "lowrank", "relora", "galore", "sltrain")
+METHODS: tuple[Method, ...] = get_args(Method)
 """The rows of the table, in its order."""
 
 _VALUE_BYTES = 2
@@ -28,10 +28,7 @@ _INDEX_BYTES = 8
 class PaperMemory:
     """Memory of one method and model, a cell of the table.
 
-    Attributes:
-        method: Method, a row of the table.
-        parameter_bytes: Bytes of parameters and of SLTrain's positions.
-        optimizer_bytes: Bytes of Adam's moments and of GaLore's projectors.
+    Parameters include SLTrain's positions; the optimizer has Adam's moments and GaLore's projectors.
     """
 
     method: Method
@@ -55,12 +52,9 @@ class PaperMemory:
 
 
 def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | None = None) -> PaperMemory:
-    """Computes the memory that the paper states for a model.
+    """Computes the memory that the paper states for a model by `method`, or else by that of `reparam`.
 
-    Args:
-        model: Shape of the model.
-        reparam: Rank and density. The support is assumed to be random, as it is in the paper.
-        method: Method of the table; None for the method of `reparam`.
+    The support is assumed to be random, as it is in the paper.
     """
     method = method or reparam.method
     # Two counts give all five methods: base, low-rank and sparse parameters of SLTrain, and those of full rank.

@@ -47,7 +47,7 @@ def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device
 
 
 def make_optimizer(parameters: list[nn.Parameter], replaced: bool, config: Config) -> Optimizer:
-    """Makes the optimizer of some parameters; GaLore's takes one, which belongs to a `replaced` linear layer."""
+    """Makes the optimizer of some parameters; GaLore projects the gradient of one, of a `replaced` linear layer."""
     if config.reparam.method == "galore" and replaced:
         return GaLore(parameters[0], config.reparam.rank, config.optim.state_bits)
     return Adam8bit(parameters) if config.optim.state_bits == 8 else Adam(parameters, foreach=True)

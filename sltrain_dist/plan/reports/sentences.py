@@ -127,7 +127,7 @@ def search_sentences(planned: PlannedRun) -> Iterator[str]:
         settings = ", ".join(f"{name} {value}" for name, value in smallest.settings.items())
         yield (
             f"The smallest takes {format_size(smallest.device_bytes)} ({settings}); largest part: "
-            f"{GROUPS[smallest.binding].name}, in the {PHASES[smallest.phase]} phase ({smallest.where})."
+            f"{GROUPS[smallest.binding].name}, in the {PHASES[smallest.peak.phase]} phase ({smallest.peak.where})."
         )
         if smallest.is_within_error(planned.device_memory):
             yield "It lacks less than the estimate's error: train.dry_run=true on the device shows whether it fits."

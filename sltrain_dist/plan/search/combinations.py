@@ -6,21 +6,15 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from sltrain_dist.config.rules import (
-    check_fields,
-    check_ranks,
-    check_trainable,
-    field_value,
-    idle_keys,
-)
+from sltrain_dist.config.rules import check_fields, check_ranks, check_trainable, field_value, idle_keys
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.memory.result import Estimate, Group, Phase
+from sltrain_dist.memory.result import Estimate, Group
 from sltrain_dist.plan.components import largest_group
 from sltrain_dist.plan.search.levers import Lever, Setting
 from sltrain_dist.plan.search.speed import layer_plans, update_time
@@ -44,20 +38,15 @@ _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
 """Settings outside the section `model` that change the model's size. Only rows of the same model are compared."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration with its predicted memory and time.
+@dataclass(frozen=True, kw_only=True)
+class Row(Estimate):
+    """The estimate of one configuration, and its predicted time.
 
-    It has copies of an estimate's figures instead of the estimate, whose timeline is too large to keep for thousands of
-    rows.
+    Of the timeline only the peak is kept, because thousands of timelines would take too much memory.
 
     Attributes:
         config: The configuration.
         settings: Label of the chosen setting by the lever's name.
-        peak_bytes, device_bytes, parameters, flops_per_token, comm_bytes_per_update, relative_error: See
-            :class:`Estimate`.
-        phase, where: Phase and moment of the peak.
-        binding: The group of components that takes most at the peak.
         seconds: Predicted time of an update, see :mod:`sltrain_dist.plan.search.speed`.
         relative_speed: Predicted time of the configuration that the search began with, divided by `seconds`.
         replayed_bytes: The peak by replay, if there was one.
@@ -65,18 +54,14 @@ class Row:
 
     config: Config
     settings: Mapping[str, str]
-    peak_bytes: int
-    device_bytes: int
-    parameters: int
-    flops_per_token: int
-    comm_bytes_per_update: int
-    phase: Phase
-    where: str
-    binding: Group
-    relative_error: float
     seconds: float
-    relative_speed: float = 1.0
+    relative_speed: float
     replayed_bytes: int | None = None
+
+    @property
+    def binding(self) -> Group:
+        """The group of components that takes most at the peak."""
+        return largest_group(self)[0]
 
     def fits(self, device_memory: int | None) -> bool:
         """Whether the configuration fits on a device of so many bytes; true if no device is named."""
@@ -100,13 +85,11 @@ class SearchResult:
     """The rows of a search, and the counts of the combinations that have none.
 
     Attributes:
-        start: Row of the configuration that the search began with.
         rows: Rows of the distinct configurations that can be run, in no particular order.
         refused: Number of combinations that cannot be run, by the key that was refused.
         equal: Number of combinations that differ from another one only in settings without effect.
     """
 
-    start: Row
     rows: list[Row] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     equal: int = 0
@@ -160,38 +143,34 @@ def search(
     prepare: Callable[[Iterable[Config]], None] | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
-    """Estimates every combination of the levers' settings.
+    """Estimates every combination of the levers' settings, at the same global batch.
 
-    The global batch stays as it is. Combinations that the configuration's own rules refuse are counted, not estimated.
-
-    Args:
-        config: Configuration that the search begins with.
-        ranks: World size.
-        levers: Settings that are varied.
-        estimate: Estimator, called once for each distinct configuration that can be run. It must be picklable if there
-            are several workers.
-        workers: Number of processes for a large search.
-        prepare: Called with all configurations before the first of them is estimated.
-        progress: Shows how far the search is, see :data:`Progress`.
+    Combinations that the configuration's own rules refuse are counted, not estimated. `estimate` is called once for
+    each distinct configuration, and `prepare` with all of them before. A large search runs in so many `workers`, which
+    are processes; `estimate` must then be picklable.
     """
-    found = SearchResult(start=evaluate(config, ranks, {}, estimate))
-    combinations = math.prod(len(lever.settings) for lever in levers)
+    found = SearchResult()
     candidates = _candidates(config, ranks, levers, found)
     if prepare is not None:
         prepare(candidate for candidate, _ in candidates)
+    work = partial(evaluate, ranks=ranks, estimate=estimate, start=evaluate(config, {}, ranks, estimate))
+    combinations = math.prod(len(lever.settings) for lever in levers)
     with nullcontext(_ignore) if progress is None else progress(combinations) as examined:
         examined(found.examined)
-        for rows in _evaluate_all(candidates, ranks, estimate, workers):
-            found.rows += [replace(row, relative_speed=found.start.seconds / row.seconds) for row in rows]
+        for rows in _evaluate_all(candidates, work, workers):
+            found.rows += rows
             examined(found.examined)
     return found
+
+
+def _ignore(_: int) -> None:
+    pass
 
 
 def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: SearchResult) -> list[_Candidate]:
     """Returns the distinct configurations that can be run, and counts the other combinations in `found`."""
     keys = sorted(set[str]().union(*(lever.keys for lever in levers)))
-    seen: set[tuple[Any, ...]] = set()
-    candidates: list[_Candidate] = []
+    candidates: dict[tuple[Any, ...], _Candidate] = {}
     for combination in itertools.product(*(lever.settings for lever in levers)):
         candidate = apply_settings(config, combination)
         refusal = refused_key(candidate, ranks)
@@ -199,42 +178,31 @@ def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Sear
             found.refused[refusal] += 1
             continue
         identity = _identity(candidate, keys)
-        if identity in seen:
+        if identity in candidates:
             found.equal += 1
             continue
-        seen.add(identity)
         settings = {lever.name: setting.label for lever, setting in zip(levers, combination, strict=True)}
-        candidates.append((candidate, settings))
-    return candidates
+        candidates[identity] = candidate, settings
+    return list(candidates.values())
 
 
-def _ignore(_: int) -> None:
-    pass
-
-
-def _evaluate_all(
-    candidates: Sequence[_Candidate], ranks: int, estimate: Estimator, workers: int
-) -> Iterator[list[Row]]:
+def _evaluate_all(candidates: Sequence[_Candidate], work: Callable[..., Row], workers: int) -> Iterator[list[Row]]:
     """Yields the candidates' rows in order, a chunk at a time.
 
     A chunk goes to one process. Its candidates are neighbours, so that the estimator's caches are of use.
     """
     size = max(1, -(-len(candidates) // (4 * workers)))
-    chunks = [candidates[first : first + size] for first in range(0, len(candidates), size)]
-    work = partial(_evaluate_chunk, ranks=ranks, estimate=estimate)
-    if workers == 1 or len(candidates) < _MIN_CANDIDATES_FOR_PROCESSES:
-        yield from map(work, chunks)
-        return
-    from concurrent.futures import ProcessPoolExecutor  # slow to import, and not needed without a search
-    from multiprocessing import get_context
+    with ExitStack() as stack:
+        rows: Iterator[Row] = itertools.starmap(work, candidates)
+        if workers > 1 and len(candidates) >= _MIN_CANDIDATES_FOR_PROCESSES:
+            from concurrent.futures import ProcessPoolExecutor  # slow to import, and not needed for a small search
+            from multiprocessing import get_context
 
-    # A fork would be unsafe, because the caller may have threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, chunks)
-
-
-def _evaluate_chunk(chunk: Sequence[_Candidate], ranks: int, estimate: Estimator) -> list[Row]:
-    return [evaluate(candidate, ranks, settings, estimate) for candidate, settings in chunk]
+            # A fork would be unsafe, because the caller may have threads.
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            rows = pool.map(work, *zip(*candidates, strict=True), chunksize=size)
+        while chunk := list(itertools.islice(rows, size)):
+            yield chunk
 
 
 def single_changes(
@@ -246,37 +214,31 @@ def single_changes(
     prepare: Callable[[Iterable[Config]], None] | None = None,
 ) -> list[SingleChange]:
     """Returns the settings that make a configuration fit, each alone, the least slowdown first."""
-    start = evaluate(config, ranks, {}, estimate)
+    start = evaluate(config, {}, ranks, estimate)
     candidates = [(apply_settings(config, [setting]), lever, setting) for lever in levers for setting in lever.settings]
     candidates = [each for each in candidates if each[0] != config and refused_key(each[0], ranks) is None]
     if prepare is not None:
         prepare(candidate for candidate, _, _ in candidates)
-    changes = []
-    for candidate, lever, setting in candidates:
-        row = evaluate(candidate, ranks, {lever.name: setting.label}, estimate)
-        if row.fits(device_memory):
-            row = replace(row, relative_speed=start.seconds / row.seconds)
-            changes.append(SingleChange(setting.values, row))
-    return sorted(changes, key=lambda change: (change.row.seconds, change.row.device_bytes))
+    changes = [
+        SingleChange(setting.values, evaluate(candidate, {lever.name: setting.label}, ranks, estimate, start))
+        for candidate, lever, setting in candidates
+    ]
+    fitting = [change for change in changes if change.row.fits(device_memory)]
+    return sorted(fitting, key=lambda change: (change.row.seconds, change.row.device_bytes))
 
 
-def evaluate(config: Config, ranks: int, settings: Mapping[str, str], estimate: Estimator) -> Row:
-    """Estimates memory and time of one configuration; `settings` are kept as the row's labels."""
-    estimated = estimate(config, ranks=ranks)
-    peak = estimated.peak
+def evaluate(
+    config: Config, settings: Mapping[str, str], ranks: int, estimate: Estimator, start: Row | None = None
+) -> Row:
+    """Estimates memory and time of one configuration. `start` is what the search began with, None if it is this."""
+    found = estimate(config, ranks=ranks)
+    seconds = update_time(config, ranks, found.comm_bytes_per_update).total
     return Row(
+        **vars(replace(found, timeline=(found.peak,))),
         config=config,
         settings=settings,
-        peak_bytes=estimated.peak_bytes,
-        device_bytes=estimated.device_bytes,
-        parameters=estimated.parameters,
-        flops_per_token=estimated.flops_per_token,
-        comm_bytes_per_update=estimated.comm_bytes_per_update,
-        phase=peak.phase,
-        where=peak.where,
-        binding=largest_group(estimated)[0],
-        relative_error=estimated.relative_error,
-        seconds=update_time(config, ranks, estimated.comm_bytes_per_update).total,
+        seconds=seconds,
+        relative_speed=1.0 if start is None else start.seconds / seconds,
     )
 
 
@@ -311,7 +273,7 @@ def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
         plans = layer_plans(config)
         values.append(plans)
         idle.add("reparam.path")
-        if all(plan.path == "factored" for plan in plans):
+        if all(plan is not None and plan.path == "factored" for plan in plans):
             idle.add("reparam.row_block_bytes")
     for key in keys:
         value = None if key in idle else field_value(config, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,23 @@ from sltrain_dist.errors import ConfigError
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
+_SELECTIVE = {"train.activation_checkpointing": "selective"}
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {"train.activation_checkpointing": "none"},
+    "every 2nd block": {**_SELECTIVE, "train.checkpoint_policy": "blocks", "train.checkpoint_every": 2},
+    "all but products": {**_SELECTIVE, "train.checkpoint_policy": "ops"},
+    "all but attention": {**_SELECTIVE, "train.checkpoint_policy": "attention"},
+    "full": {"train.activation_checkpointing": "full"},
+}
+
 _FIXED = ("train.global_batch", "train.steps", "train.tokens", "data.seq_len", "seed", "run_dir", "preset")
 """Keys that are never varied, because a search compares ways to make the same updates."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a lever.
-
-    Attributes:
-        label: Text for tables.
-        values: Values by dotted key of the configuration.
-    """
+    """One setting of a lever: its label in tables, and its values by dotted key of the configuration."""
 
     label: str
     values: Mapping[str, Any]
@@ -49,24 +55,13 @@ class Lever:
 def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> list[Lever]:
     """Returns the levers of a search without `--vary`, which change neither the model's size nor the global batch.
 
-    Args:
-        config: Configuration that the search begins with.
-        ranks: World size. With one rank, the engine is not varied, see :func:`for_one_device`.
-        fixed: Dotted keys that stay as they are. Levers that would change one of them are left out.
+    With one rank, the engine is not varied, see :func:`for_one_device`. Levers that would change one of the `fixed`
+    dotted keys are left out.
     """
     levers = [
         _lever("state bits", "optim.state_bits", [16, 8, 4]),
         _lever("update", "optim.update", ["whole", "per_layer"]),
-        Lever(
-            "recompute",
-            (
-                Setting("none", {"train.activation_checkpointing": "none"}),
-                Setting("every 2nd block", _selective("blocks")),
-                Setting("all but products", _selective("ops")),
-                Setting("all but attention", _selective("attention")),
-                Setting("full", {"train.activation_checkpointing": "full"}),
-            ),
-        ),
+        Lever("recompute", tuple(Setting(label, values) for label, values in _RECOMPUTE.items())),
         _lever("micro-batch", "train.micro_batch", _micro_batches(config, ranks)),
     ]
     if config.reparam.method == "sltrain":
@@ -90,12 +85,7 @@ def for_one_device(config: Config) -> Config:
 
 
 def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Lever]:
-    """Returns the levers that the values of `--vary` name.
-
-    Args:
-        config: Configuration that the search begins with.
-        ranks: World size.
-        varied: Values of `--vary`: `section.key=value,value,…`, or the name of a default lever, such as "engine".
+    """Returns the levers that the values of `--vary` name: `section.key=value,value,…`, or a default lever's name.
 
     Raises:
         ConfigError: There is no such key or lever, a value is wrong, or the key is never varied.
@@ -118,8 +108,8 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
         for value in parsed:
             _check_value(config, key, value)
         levers.append(_lever(key, key, parsed))
-    keys = [key for lever in levers for key in sorted(lever.keys)]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
+    keys = Counter(key for lever in levers for key in sorted(lever.keys))
+    twice = next((key for key, count in keys.items() if count > 1), None)
     if twice is not None:
         raise ConfigError(f"--vary: {twice} is varied twice; put its values into one --vary")
     return levers
@@ -139,11 +129,6 @@ def _check_value(config: Config, key: str, value: Any) -> None:
 def _lever(name: str, key: str, values: Sequence[Any]) -> Lever:
     labels = [json.dumps(value).strip('"') for value in values]  # null, true, 8, blocks
     return Lever(name, tuple(Setting(label, {key: value}) for label, value in zip(labels, values, strict=True)))
-
-
-def _selective(policy: str) -> dict[str, Any]:
-    values = {"train.activation_checkpointing": "selective", "train.checkpoint_policy": policy}
-    return {**values, "train.checkpoint_every": 2} if policy == "blocks" else values
 
 
 def _micro_batches(config: Config, ranks: int) -> list[int]:

@@ -69,13 +69,7 @@ class UpdateTime:
 
 
 def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
-    """Predicts the time of an update.
-
-    Args:
-        config: Configuration of the run.
-        ranks: World size.
-        comm_bytes: Bytes that each rank sends in an update.
-    """
+    """Predicts the time of an update in which each rank sends `comm_bytes` bytes."""
     passes = micro_batches_per_update(config, ranks)
     compute = passes * _pass_seconds(config)
     if passes_twice(config.optim):
@@ -89,16 +83,15 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
 def _pass_seconds(config: Config) -> float:
     """Returns the seconds of a micro-batch's forward and backward pass."""
     model, train = config.model, config.train
-    tokens, seq_len = train.micro_batch * config.data.seq_len, config.data.seq_len
-    bits = 8 * train.precision.product_bytes
-    unit = _multiply_add_seconds(bits)
-    linears = _linear_cost(model, config.reparam, tokens, bits)
+    tokens, bits = train.micro_batch * config.data.seq_len, _bits(config)
+    rates = RATES["cuda", bits]
+    unit = 2 * bits / 8 / rates.copy / MEMORY_BANDWIDTH  # seconds of a multiply-add, of which a copy takes `copy`
+    linears = sum(cost for _, cost in _linear_costs(model, config.reparam, tokens, bits))
     # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
     # takes 2.5 times as many in the backward pass: it computes scores again (FlashAttention-2, arXiv 2307.08691).
-    attention = tokens * seq_len * model.hidden_size
+    attention = tokens * config.data.seq_len * model.hidden_size
     per_hidden, per_intermediate = BLOCK_COPIES
-    elements = tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
-    copies = RATES["cuda", bits].copy * elements
+    copies = rates.copy * tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
         block, launches = linears + 3.5 * attention + 3 * copies, 1.0
@@ -111,46 +104,33 @@ def _pass_seconds(config: Config) -> float:
     return total
 
 
-def layer_plans(config: Config) -> tuple[Plan, ...]:
-    """Returns how each linear layer of a block is applied on a GPU. The method must be sltrain."""
+def layer_plans(config: Config) -> tuple[Plan | None, ...]:
+    """Returns how each linear layer of a block is applied on a GPU; None for those that the method does not plan."""
     tokens = config.train.micro_batch * config.data.seq_len
-    return _plans(config.model, config.reparam, tokens, 8 * config.train.precision.product_bytes)
+    return tuple(plan for plan, _ in _linear_costs(config.model, config.reparam, tokens, _bits(config)))
+
+
+def _bits(config: Config) -> int:
+    return 32 if config.train.dtype == "fp32" else 16
 
 
 @lru_cache(maxsize=4096)
-def _plans(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> tuple[Plan, ...]:
-    return tuple(
-        choose_plan(
-            linear.m,
-            linear.n,
-            reparam.rank,
-            nonzeros(linear.m, linear.n, reparam.density, reparam.support),
-            reparam.support,
-            tokens,
-            bits=bits,
-            device="cuda",
-            path=reparam.path,
-        )
-        for linear in block_linears(model)
-    )
-
-
-@lru_cache(maxsize=4096)
-def _linear_cost(model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int) -> float:
-    """Returns the cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
-    cost = 0.0
-    plans = _plans(model, reparam, tokens, bits) if reparam.method == "sltrain" else ()
-    for index, linear in enumerate(block_linears(model)):
+def _linear_costs(
+    model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int
+) -> tuple[tuple[Plan | None, float], ...]:
+    """Returns plan and cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
+    costs: list[tuple[Plan | None, float]] = []
+    for linear in block_linears(model):
         m, n, r = linear.m, linear.n, reparam.rank
         if reparam.method == "full":
-            cost += 3 * tokens * m * n
+            costs.append((None, 3 * tokens * m * n))
         elif reparam.method == "lowrank":
-            cost += 3 * tokens * r * (m + n)
+            costs.append((None, 3 * tokens * r * (m + n)))
         else:
-            nnz = nonzeros(m, n, reparam.density, reparam.support)
-            costs = plan_costs(m, n, r, nnz, reparam.support, tokens, bits=bits, device="cuda")
-            cost += costs[PLANS.index(plans[index])]
-    return cost
+            layer = (m, n, r, nonzeros(m, n, reparam.density, reparam.support), reparam.support, tokens)
+            plan = choose_plan(*layer, bits=bits, device="cuda", path=reparam.path)
+            costs.append((plan, plan_costs(*layer, bits=bits, device="cuda")[PLANS.index(plan)]))
+    return tuple(costs)
 
 
 def _step_seconds(config: Config, ranks: int) -> float:
@@ -168,8 +148,3 @@ def _step_seconds(config: Config, ranks: int) -> float:
     if parallel.cpu_offload:  # gradients to the host, parameters back; the host steps at its memory's pace
         seconds += values * 2 * width / HOST_BANDWIDTH + values * per_value / HOST_BANDWIDTH
     return seconds
-
-
-def _multiply_add_seconds(bits: int) -> float:
-    """Returns the seconds of one multiply-add, the cost model's unit, of which copying an element takes `copy`."""
-    return 2 * bits / 8 / RATES["cuda", bits].copy / MEMORY_BANDWIDTH
