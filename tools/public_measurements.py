@@ -19,7 +19,7 @@ from sltrain_dist.config.load import build_config, merged, parse_override
 from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.memory.device import SLACK, communicators, outside_bytes
+from sltrain_dist.memory.device_overhead import SLACK, communicators, outside_bytes
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.device_memory import parse_device_memory

@@ -81,7 +81,7 @@ def plan(
     """
     from sltrain_dist.config.load import load_config, override_keys
     from sltrain_dist.config.rules import check_ranks, without_effect
-    from sltrain_dist.memory import store
+    from sltrain_dist.memory import recording_store
     from sltrain_dist.plan.planned_run import add_search, plan_reference_run, plan_run
     from sltrain_dist.plan.search.levers import for_one_device
 
@@ -138,7 +138,7 @@ def plan(
             by_replay=replay,
             progress=_show_progress,
         )
-    for problem in store.problems:
+    for problem in recording_store.problems:
         print(f"note: recordings cannot be kept in {problem}: the next plan makes them anew", file=sys.stderr)
     _report(planned, html, plot, as_json)
 

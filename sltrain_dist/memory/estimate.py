@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from sltrain_dist.config.rules import check_trainable, micro_batches_per_update, passes_twice
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory.device import communicators, reserved_bytes
+from sltrain_dist.memory.device_overhead import communicators, reserved_bytes
 from sltrain_dist.memory.recorded_model import recorded_model
+from sltrain_dist.memory.recording_store import Request, ends_request, evaluation_request, layer_requests
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.memory.schedules.fsdp import FsdpTimeline
 from sltrain_dist.memory.schedules.zero import ZeroTimeline
-from sltrain_dist.memory.store import Request, ends_request, evaluation_request, layer_requests
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.parallel.communication import update_traffic

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.recording import Parameter, Recording
-from sltrain_dist.memory.store import Request, ends_request, layer_requests
+from sltrain_dist.memory.recording_store import Request, ends_request, layer_requests
 from sltrain_dist.numerics.device import DeviceType
 
 

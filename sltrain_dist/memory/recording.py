@@ -89,7 +89,7 @@ class Parameter:
         return int8_bytes(self.shape) if self.int8 else width * self.values
 
 
-@dataclass(frozen=True, eq=False)  # looked up by identity, which is fast: store.py makes equal ones once
+@dataclass(frozen=True, eq=False)  # looked up by identity, which is fast: recording_store.py makes equal ones once
 class Recording:
     """What was recorded of one thing.
 

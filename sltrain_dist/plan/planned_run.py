@@ -141,7 +141,7 @@ def add_search(
 def _record(configs: Iterable[Config]) -> None:
     """Makes the recordings that estimates of configurations need, several at a time."""
     from sltrain_dist.memory.estimate import recordings_of
-    from sltrain_dist.memory.store import record_missing
+    from sltrain_dist.memory.recording_store import record_missing
     from sltrain_dist.tracking.progress import status_line
 
     with status_line() as say:

@@ -14,7 +14,7 @@ import pytest
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.memory.device import outside_bytes
+from sltrain_dist.memory.device_overhead import outside_bytes
 from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.plan.follow import follow
 from tests.unit.ranks import SINGLE

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory.device import WORKSPACE_BYTES
+from sltrain_dist.memory.device_overhead import WORKSPACE_BYTES
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.models.build import build_model
 from sltrain_dist.parallel.engine import Engine

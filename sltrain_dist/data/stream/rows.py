@@ -24,7 +24,7 @@ Batching = Literal["pad", "pack"]
 Truncate = Literal["text", "eos"]
 
 
-class Row(NamedTuple):
+class MadeRow(NamedTuple):
     """A row, and where the next one begins."""
 
     tokens: TokenIds
@@ -45,7 +45,7 @@ def make_rows(
     offset: int = 0,
     rest: bool = False,
     mark: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[MadeRow]:
     """The rows of some documents.
 
     Args:
@@ -54,7 +54,7 @@ def make_rows(
         seq_len: Tokens that a model reads of a row.
         eos_id: The token that ends a document.
         truncate: For pad: what ends a row that its document is too long for.
-        offset: For pack: the first token to use of the first document; a `Row.offset` of an earlier call.
+        offset: For pack: the first token to use of the first document; a `MadeRow.offset` of an earlier call.
         rest: For pack: whether what is left at the end makes a last, padded row.
         mark: For pack: whether documents' first tokens carry :data:`BEGIN`.
     """
@@ -63,7 +63,9 @@ def make_rows(
     return pack_rows(documents, seq_len=seq_len, eos_id=eos_id, offset=offset, rest=rest, mark=mark)
 
 
-def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, truncate: Truncate = "text") -> Iterator[Row]:
+def pad_rows(
+    documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, truncate: Truncate = "text"
+) -> Iterator[MadeRow]:
     """One row for each document: its ids and eos, cut or padded to `seq_len` tokens.
 
     A row that is cut ends with the document's text, or with eos, as `truncate` says. The last column is padding too, so
@@ -76,7 +78,7 @@ def pad_rows(documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, trunca
         row[:length] = ids[:length]
         if length < seq_len:
             row[length] = eos_id
-        yield Row(row, finished, 0)
+        yield MadeRow(row, finished, 0)
 
 
 def pack_rows(
@@ -87,7 +89,7 @@ def pack_rows(
     offset: int = 0,
     rest: bool = False,
     mark: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[MadeRow]:
     """Documents, each followed by eos, one after another; every row takes `seq_len + 1` tokens.
 
     The next row starts with the last token of the row before, so that every token but the very first is
@@ -106,12 +108,12 @@ def pack_rows(
             offset += len(piece)
             if filled <= seq_len:
                 break
-            yield Row(row, finished, offset - 1)
+            yield MadeRow(row, finished, offset - 1)
             row = np.full(seq_len + 1, PADDING, dtype=np.int32)
             row[0], filled = tokens[offset - 1], 1
         offset = 0
     if rest and filled > 1:
-        yield Row(row, finished + 1, 0)
+        yield MadeRow(row, finished + 1, 0)
 
 
 def count_tokens(rows: npt.NDArray[np.int32]) -> int:

@@ -9,8 +9,8 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings
 from sltrain_dist.memory.ledger import Gradients, Played, play, receive_all
 from sltrain_dist.memory.recorded_model import RecordedModel
+from sltrain_dist.memory.recording_store import evaluation_request, step_request
 from sltrain_dist.memory.result import Phase, Point
-from sltrain_dist.memory.store import evaluation_request, step_request
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
 

@@ -13,9 +13,9 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.holdings import Holding
 from sltrain_dist.memory.recorded_model import model_of
 from sltrain_dist.memory.recording import Recording
+from sltrain_dist.memory.recording_store import only_memory, request
 from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.memory.store import only_memory, request
 
 RELATIVE_ERROR = 0.1
 """Of the emulation; the four 7B bars of Figure 3 are within it (docs/planner_search.md)."""

@@ -111,7 +111,7 @@ def layer_plans(config: Config) -> tuple[Plan | None, ...]:
 
 
 def _bits(config: Config) -> int:
-    return 32 if config.train.dtype == "fp32" else 16
+    return 8 * config.train.precision.product_bytes
 
 
 @lru_cache(maxsize=4096)

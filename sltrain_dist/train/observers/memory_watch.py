@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory.device import WORKSPACE_BYTES
+from sltrain_dist.memory.device_overhead import WORKSPACE_BYTES
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.runtime.environment import Environment

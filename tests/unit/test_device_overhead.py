@@ -1,11 +1,18 @@
-"""memory/device.py: what a device takes beside allocated tensors."""
+"""memory/device_overhead.py: what a device takes beside allocated tensors."""
 
 from __future__ import annotations
 
 import pytest
 
 from sltrain_dist.config.schema import ParallelConfig
-from sltrain_dist.memory.device import CONTEXT_BYTES, MIB, NCCL_BYTES, communicators, outside_bytes, reserved_bytes
+from sltrain_dist.memory.device_overhead import (
+    CONTEXT_BYTES,
+    MIB,
+    NCCL_BYTES,
+    communicators,
+    outside_bytes,
+    reserved_bytes,
+)
 
 
 @pytest.mark.parametrize(

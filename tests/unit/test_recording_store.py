@@ -1,4 +1,4 @@
-"""memory/store.py: recordings outlive the process, and whatever happens to them on disk, plans are right."""
+"""memory/recording_store.py: recordings outlive the process, and whatever happens to them on disk, plans are right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import sltrain_dist
 from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
-from sltrain_dist.memory import record, recorded_model, store
+from sltrain_dist.memory import record, recorded_model, recording_store
 from sltrain_dist.memory.estimate import estimate, recordings_of
 from sltrain_dist.memory.recording import dumps, loads
 from sltrain_dist.numerics import device
@@ -32,9 +32,9 @@ CONFIG = build_config(
 
 def forget() -> None:
     """What a new process would not know."""
-    store._found.clear()
-    store.problems.clear()
-    store.directory.cache_clear()
+    recording_store._found.clear()
+    recording_store.problems.clear()
+    recording_store.directory.cache_clear()
     recorded_model.model_of.cache_clear()
 
 
@@ -43,7 +43,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     forget()
-    yield store.directory()
+    yield recording_store.directory()
     forget()
 
 
@@ -126,8 +126,8 @@ def test_other_sources_are_recorded_anew(directory: Path, made: list[str], monke
     estimate(CONFIG)
     made.clear()
     forget()
-    monkeypatch.setattr(store.importlib.metadata, "version", lambda name: "another")
-    assert store.directory() != directory
+    monkeypatch.setattr(recording_store.importlib.metadata, "version", lambda name: "another")
+    assert recording_store.directory() != directory
     estimate(CONFIG)
     assert "layer" in made
 
@@ -135,14 +135,14 @@ def test_other_sources_are_recorded_anew(directory: Path, made: list[str], monke
 def test_a_source_that_changes_changes_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(sltrain_dist.__file__).parent
     shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(store.sltrain_dist, "__file__", str(tmp_path / "package" / "__init__.py"))
-    versions = {store._version()}
-    for source in store._SOURCES:
+    monkeypatch.setattr(recording_store.sltrain_dist, "__file__", str(tmp_path / "package" / "__init__.py"))
+    versions = {recording_store._version()}
+    for source in recording_store._SOURCES:
         path = tmp_path / "package" / source
         path = path if path.suffix else next(path.rglob("[a-z]*.py"))
         path.write_text(path.read_text() + "# changed")
-        versions.add(store._version())
-    assert len(versions) == 1 + len(store._SOURCES)
+        versions.add(recording_store._version())
+    assert len(versions) == 1 + len(recording_store._SOURCES)
 
 
 def test_all_that_records_is_among_the_sources() -> None:
@@ -153,7 +153,7 @@ def test_all_that_records_is_among_the_sources() -> None:
         name.removeprefix("sltrain_dist.").replace(".", "/") for name in modules if name.startswith("sltrain_dist.")
     }
     aside = ("config/", "config", "errors", "files", "plan", "streams", "tracking")
-    missing = {p for p in paths if not p.startswith(tuple(s.removesuffix(".py") for s in store._SOURCES))}
+    missing = {p for p in paths if not p.startswith(tuple(s.removesuffix(".py") for s in recording_store._SOURCES))}
     assert {path for path in missing if not path.startswith(aside[0]) and path not in aside} == set()
 
 
@@ -162,7 +162,7 @@ def test_recordings_do_not_depend_on_the_state_of_torch(around: str, made: list[
     mixed = _changed(CONFIG, {"train": {"dtype": "mixed", "activation_checkpointing": "full"}})
     mixed = _changed(mixed, {"reparam": {"method": "lowrank"}})
     expected = [estimate(config) for config in (CONFIG, mixed)]
-    for path in store.directory().glob("*.json"):
+    for path in recording_store.directory().glob("*.json"):
         path.unlink()
     forget()
     state = {
@@ -208,9 +208,9 @@ def test_where_nothing_can_be_written_plans_are_right(
         def refuse(*unused: Any) -> None:
             raise OSError(number, "cannot be written")
 
-        monkeypatch.setattr(store, "write_whole", refuse)
+        monkeypatch.setattr(recording_store, "write_whole", refuse)
     assert estimate(CONFIG) == expected
-    assert len(store.problems) == 1 and str(store.directory()) in store.problems[0]
+    assert len(recording_store.problems) == 1 and str(recording_store.directory()) in recording_store.problems[0]
     made.clear()
     assert estimate(CONFIG) == expected and made == []  # this process remembers
 
@@ -231,9 +231,9 @@ def test_several_processes_may_record_the_same_at_once(directory: Path) -> None:
 
 
 def test_missing_recordings_are_made_by_several_processes(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_WORTH_PROCESSES", 2)
+    monkeypatch.setattr(recording_store, "_WORTH_PROCESSES", 2)
     reports: list[tuple[int, int]] = []
-    store.record_missing(recordings_of(CONFIG), 2, lambda done, total: reports.append((done, total)))
+    recording_store.record_missing(recordings_of(CONFIG), 2, lambda done, total: reports.append((done, total)))
     assert reports[0] == (0, 3) and reports[-1] == (3, 3)
     estimate(CONFIG)
     assert set(made) == {"step"}
