@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
+from sltrain_dist.config.schema import Config, ParallelConfig
 from sltrain_dist.errors import ConfigError
 
 _MOST_PARAMETERS = 10**14
@@ -163,7 +163,7 @@ def _check_data(config: Config) -> Iterator[tuple[str, str]]:
 def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
     engine = f"{parallel.engine} stage {parallel.zero_stage}" if parallel.engine == "zero" else parallel.engine
-    local_only = _keeps_whole_gradients(parallel)
+    local_only = parallel.keeps_whole_gradients
     if parallel.accumulate == "sharded" and local_only:
         yield "parallel.accumulate", f"{engine} keeps whole gradients; set auto, or use fsdp, or zero stage 2 or 3"
     if parallel.accumulate == "local" and parallel.engine == "zero" and not local_only:
@@ -224,7 +224,7 @@ def _check_accumulation(config: Config, passes: int, largest: int) -> None:
             f"optim.per_layer_accumulation=refuse, but an update takes {passes} micro-batches on each rank; set "
             f"train.micro_batch={largest}, or keep, which holds all gradients between them"
         )
-    if passes_twice(optim):
+    if optim.passes_twice:
         raise ConfigError(
             f"optim.clip_mode=two_pass needs one micro-batch per update, and there are {passes} on each rank: "
             f"the first pass over the last one would not see the others; set train.micro_batch={largest}, or "
@@ -269,51 +269,6 @@ def check_trainable(config: Config) -> None:
             f"reparam.method = {method!r} is known to `sltrain plan` only (--accounting paper, --implementation "
             "reference); set reparam.method=sltrain, lowrank or full to train, or to plan a run of this code"
         )
-
-
-_LOSS_CHUNK_BYTES = 64 << 20
-"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
-
-
-def loss_chunk_tokens(config: Config) -> int:
-    """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
-    if config.train.loss_chunk_tokens is not None:
-        return config.train.loss_chunk_tokens
-    return max(1, _LOSS_CHUNK_BYTES // (4 * config.model.vocab_size))
-
-
-def is_recomputed(index: int, train: TrainConfig) -> bool:
-    """Whether activations of decoder layer number `index` are computed again, all or all but some outputs."""
-    if train.activation_checkpointing == "selective" and train.checkpoint_policy == "blocks":
-        return index % train.checkpoint_every == 0
-    return train.activation_checkpointing != "none"
-
-
-def keeps_attention(train: TrainConfig) -> bool:
-    """Whether decoder layers that are computed again keep attention's output."""
-    return train.activation_checkpointing == "selective" and train.checkpoint_policy in ("attention", "ops")
-
-
-def keeps_products(train: TrainConfig) -> bool:
-    """Whether decoder layers that are computed again keep the outputs of their linear layers, too."""
-    return train.activation_checkpointing == "selective" and train.checkpoint_policy == "ops"
-
-
-def passes_twice(optim: OptimConfig) -> bool:
-    """Whether an update takes a backward pass for the gradient norm before the one that updates."""
-    return optim.update == "per_layer" and optim.clip > 0 and optim.clip_mode == "two_pass"
-
-
-def accumulates_locally(parallel: ParallelConfig) -> bool:
-    """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
-    if parallel.accumulate == "auto":
-        return _keeps_whole_gradients(parallel)
-    return parallel.accumulate == "local"
-
-
-def _keeps_whole_gradients(parallel: ParallelConfig) -> bool:
-    """Whether the engine does so of itself; only fsdp can do otherwise."""
-    return parallel.engine == "ddp" or (parallel.engine == "zero" and parallel.zero_stage == 1)
 
 
 def without_effect(config: Config) -> Iterator[str]:

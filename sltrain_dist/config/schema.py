@@ -233,6 +233,11 @@ class OptimConfig(Section):
     two_pass: a first backward pass takes the norm, a second one updates: exact, for twice the forward and
     backward time, and with one micro-batch per update only."""
 
+    @property
+    def passes_twice(self) -> bool:
+        """Whether an update takes a backward pass for the gradient norm before the one that updates."""
+        return self.update == "per_layer" and self.clip > 0 and self.clip_mode == "two_pass"
+
 
 class ParallelConfig(Section):
     """The distributed engine."""
@@ -265,6 +270,20 @@ class ParallelConfig(Section):
     of this configuration is refused."""
     timeout_s: Seconds = 1800
     """Seconds after which a collective that got no answer, or a data worker that sends nothing, ends the run."""
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether the engine keeps gradients whole between two micro-batches, unless fsdp is told otherwise."""
+        return self.engine == "ddp" or (self.engine == "zero" and self.zero_stage == 1)
+
+    @property
+    def accumulates_locally(self) -> bool:
+        """Whether gradients wait whole for the update's last micro-batch, with one reduction per update."""
+        return self.keeps_whole_gradients if self.accumulate == "auto" else self.accumulate == "local"
+
+
+_LOSS_CHUNK_BYTES = 64 << 20
+"""Of a chunk's float32 logits, where the configuration leaves it to us; larger ones are no faster."""
 
 
 class Precision(NamedTuple):
@@ -344,6 +363,27 @@ class TrainConfig(Section):
         """What `dtype` means."""
         return PRECISIONS[self.dtype]
 
+    def is_recomputed(self, index: int) -> bool:
+        """Whether activations of decoder layer number `index` are computed again, all or all but some outputs."""
+        if self.activation_checkpointing == "selective" and self.checkpoint_policy == "blocks":
+            return index % self.checkpoint_every == 0
+        return self.activation_checkpointing != "none"
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether decoder layers that are computed again keep attention's output."""
+        return self.activation_checkpointing == "selective" and self.checkpoint_policy in ("attention", "ops")
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether decoder layers that are computed again keep the outputs of their linear layers, too."""
+        return self.activation_checkpointing == "selective" and self.checkpoint_policy == "ops"
+
+    def chunk_tokens(self, vocab_size: int) -> int:
+        """Tokens whose logits exist at a time in the loss; 0 for all of a micro-batch."""
+        chosen = self.loss_chunk_tokens
+        return chosen if chosen is not None else max(1, _LOSS_CHUNK_BYTES // (4 * vocab_size))
+
 
 class EvalConfig(Section):
     """Evaluation during training: mean loss over a fixed set of tokens."""
@@ -414,3 +454,8 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def eval_micro_batch(self) -> int:
+        """Sequences per rank and forward pass in evaluation."""
+        return self.eval.micro_batch or self.train.micro_batch

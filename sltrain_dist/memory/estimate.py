@@ -6,7 +6,7 @@ has several micro-batches, the last of them. Torch is imported only where a reco
 
 from __future__ import annotations
 
-from sltrain_dist.config.rules import check_trainable, micro_batches_per_update, passes_twice
+from sltrain_dist.config.rules import check_trainable, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.device_overhead import communicators, reserved_bytes
 from sltrain_dist.memory.recorded_model import recorded_model
@@ -41,7 +41,7 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
     points = schedule(config, model, ranks, passes, device).points()
     peak = max(point.total for point in points)
     tensors = 3 * len(model.layer_parameters) * len(model.order)  # with gradient, or states, and activations
-    flops = model.flops * (2 if passes_twice(config.optim) else 1)
+    flops = model.flops * (2 if config.optim.passes_twice else 1)
     return Estimate(
         timeline=tuple(points),
         reserved_bytes=reserved_bytes(peak, tensors, ranks, communicators(config.parallel)),

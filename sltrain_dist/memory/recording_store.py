@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import sltrain_dist
 from sltrain_dist.config.paths import default_cache_dir
-from sltrain_dist.config.rules import is_recomputed, loss_chunk_tokens
 from sltrain_dist.config.schema import MEMORY, Config, DataConfig, OptimConfig, ReparamConfig, Section, TrainConfig
 from sltrain_dist.files import write_whole
 from sltrain_dist.memory.recording import Recording, dumps, loads
@@ -120,7 +119,7 @@ def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[in
 def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:
     """Asks for the distinct decoder layers of a run; and which of them each layer is, the first layer first."""
     micro_batch, gathered = config.train.micro_batch, _gathered(config)
-    recomputed = [is_recomputed(index, config.train) for index in range(config.model.num_layers)]
+    recomputed = [config.train.is_recomputed(index) for index in range(config.model.num_layers)]
     distinct = list(dict.fromkeys(recomputed))
     settings = (_of_layer(config, micro_batch, again=again) for again in distinct)
     requests = [request("memory.record:record_layer", device, gathered, **sections) for sections in settings]
@@ -143,9 +142,8 @@ def evaluation_request(config: Config, device: DeviceType) -> Request | None:
     """Asks for a forward pass of an evaluation; None where a run has none."""
     if config.eval.source is None:
         return None
-    micro_batch = config.eval.micro_batch or config.train.micro_batch
-    sections = _of_layer(config, micro_batch, again=False)
-    sections |= {"model": only_memory(config.model, num_layers=1), "train": _of_loss(config, micro_batch)}
+    sections = _of_layer(config, config.eval_micro_batch, again=False)
+    sections |= {"model": only_memory(config.model, num_layers=1), "train": _of_loss(config, config.eval_micro_batch)}
     return request("memory.record:record_evaluation", device, _gathered(config), **sections)
 
 
@@ -207,7 +205,7 @@ def _of_data(config: Config) -> DataConfig:
 
 
 def _of_loss(config: Config, micro_batch: int) -> TrainConfig:
-    chunk = loss_chunk_tokens(config)
+    chunk = config.train.chunk_tokens(config.model.vocab_size)
     return TrainConfig(dtype=config.train.dtype, micro_batch=micro_batch, loss_chunk_tokens=chunk)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.config.rules import check_trainable, loss_chunk_tokens
+from sltrain_dist.config.rules import check_trainable
 from sltrain_dist.config.schema import Config, ReparamConfig
 from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
@@ -42,7 +42,7 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
         factory = linear_factory(config.reparam, config.seed, config.model.init_std)
         precision = config.train.precision
         autocast = getattr(torch, precision.product) if precision.is_mixed else None
-        chunk_tokens = loss_chunk_tokens(config)
+        chunk_tokens = config.train.chunk_tokens(config.model.vocab_size)
         model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast, chunk_tokens)
     dtype = getattr(torch, precision.parameter)
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from sltrain_dist.config.rules import is_recomputed, keeps_attention, keeps_products
 from sltrain_dist.config.schema import TrainConfig
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.sparse_lowrank.kept import KeptResults
@@ -50,14 +49,14 @@ def checkpoint_layer(layer: nn.Module, index: int, train: TrainConfig) -> None:
         index: Its number in the model, from 0.
         train: Says whether and how its activations are computed again.
     """
-    if not is_recomputed(index, train):
+    if not train.is_recomputed(index):
         return
     # Non-reentrant: its recomputation stops early, and hooks of FSDP2 and ZeRO see one backward pass.
     # Nothing in a layer is random, so that no state of random numbers need be kept.
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if keeps_products(train):
+    if train.keeps_products:
         how["context_fn"] = _keep_products
-    elif keeps_attention(train):
+    elif train.keeps_attention:
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
     layer.forward = partial(checkpoint, layer.forward, **how)
 

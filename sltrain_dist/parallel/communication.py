@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sltrain_dist.config.rules import accumulates_locally, micro_batches_per_update, passes_twice
+from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.parallel.placement import (
     Named,
@@ -61,12 +61,12 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     """
     parallel, width = config.parallel, config.train.precision.parameter_bytes
     passes = micro_batches_per_update(config, world_size)
-    reductions = 1 if accumulates_locally(parallel) else passes
+    reductions = 1 if parallel.accumulates_locally else passes
     sharded, whole = dealt(config)
     sent = Traffic.of("all_reduce", width * sum(_padded_values(whole, 1)), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
-    if passes_twice(config.optim):
+    if config.optim.passes_twice:
         sent += sent
     if parallel.engine == "fsdp":
         return sent + Traffic.of("all_reduce", agreed_bytes(config, world_size), world_size)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from sltrain_dist.config.rules import accumulates_locally, check_replicas
+from sltrain_dist.config.rules import check_replicas
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
@@ -52,7 +52,7 @@ class FSDPEngine:
         self._shard(mesh, config, {parameter for n, parameter in named if not is_sharded(n, parallel.shard)})
         materialise(model, self._empty if parallel.cpu_offload else partial(torch.empty_like, device=env.device))
         remainder = [(n, p) for n, p in model.named_parameters() if not is_sharded(n, parallel.shard)]
-        self._sync_each = not accumulates_locally(parallel)
+        self._sync_each = not parallel.accumulates_locally
 
         rank, ranks = env.rank % (env.world_size // self._copies), env.world_size // self._copies
         self._dtensors = [

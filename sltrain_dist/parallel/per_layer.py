@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.optim.clipping import PerLayerClip
 from sltrain_dist.parallel.engine import squared_norm
@@ -63,7 +62,7 @@ class InBackward:
     def __init__(self, optim: OptimConfig, env: Environment, *, copies: int = 1) -> None:
         self._clip, self._env, self._copies = PerLayerClip(optim), env, copies
         self._lr, self._phase = optim.lr, Phase.KEEP
-        self._takes_two_passes = passes_twice(optim)
+        self._takes_two_passes = optim.passes_twice
         self._sent: deque[_Sent] = deque()
         self._reset()
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
@@ -147,7 +146,7 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
 def waiting_bytes(config: Config, world_size: int) -> int:
     """Bytes of the gradients that a rank holds between two micro-batches of an update, with ddp or fsdp."""
     sharded, remainder = dealt(config)
-    ranks = 1 if accumulates_locally(config.parallel) else world_size // config.parallel.replicas
+    ranks = 1 if config.parallel.accumulates_locally else world_size // config.parallel.replicas
     values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
     return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in remainder))
 

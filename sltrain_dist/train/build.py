@@ -86,11 +86,6 @@ class Run:
     def __post_init__(self) -> None:
         self.feed = RowFeed(self.loader, self.env.device)
 
-    @property
-    def eval_micro_batch(self) -> int:
-        """Sequences per rank and forward pass in evaluation."""
-        return self.config.eval.micro_batch or self.config.train.micro_batch
-
 
 def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest, say: Callable[[str], None]) -> Run:
     """Builds a run, resumed where the configuration asks for it and there is something to resume.

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints
-from sltrain_dist.config.rules import passes_twice
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.errors import DivergedError
 from sltrain_dist.parallel.engine import Engine
@@ -34,7 +33,7 @@ def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path, op
     back = f"the newest checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
     if len(kept) > 1 and kept[-1][0] == step:
         back += f", which has these very weights, so that checkpoint.resume={kept[-2][1]} may be the one to go on from"
-    made = optim.update == "per_layer" and not passes_twice(optim)
+    made = optim.update == "per_layer" and not optim.passes_twice
     state = "was made in part, so that the model in memory is lost" if made else "was not made"
     raise DivergedError(
         f"update {step + 1} has loss {loss} and gradient norm {grad_norm}, and {state}; {back}. {_ADVICE}"

@@ -194,7 +194,7 @@ def _evaluate(run: Run, clock: Clock) -> None:
         result = evaluate(
             run.engine,
             run.eval_rows,
-            run.eval_micro_batch,
+            run.config.eval_micro_batch,
             run.env,
             reset_attention=run.config.data.reset_attention,
             before_batch=partial(_check_stop, run),

@@ -8,13 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sltrain_dist.config.rules import (
-    accumulates_locally,
-    is_recomputed,
-    keeps_attention,
-    keeps_products,
-    micro_batches_per_update,
-)
+from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
@@ -113,14 +107,14 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
     if optim.clip and optim.update == "per_layer":
         clip += f" by {optim.clip_mode.replace('_', ' ')}"
-    recomputed = sum(is_recomputed(index, train) for index in range(config.model.num_layers))
-    kept = ", but attention" if keeps_attention(train) else ""
-    kept += " and linear layers" if keeps_products(train) else ""
+    recomputed = sum(train.is_recomputed(index) for index in range(config.model.num_layers))
+    kept = ", but attention" if train.keeps_attention else ""
+    kept += " and linear layers" if train.keeps_products else ""
     blocks = [
         *([f"activations of {recomputed} of {config.model.num_layers} recomputed{kept}"] if recomputed else []),
         *(["compiled"] if train.compile else []),
     ]
-    waiting = "whole" if accumulates_locally(parallel) else "sharded"
+    waiting = "whole" if parallel.accumulates_locally else "sharded"
     return [
         ("engine", f"{engine}, {env.world_size} × {where}, {train.dtype}"),
         *([("blocks", ", ".join(blocks))] if blocks else []),

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.config.rules import loss_chunk_tokens
 from sltrain_dist.models import loss as loss_module
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.llama import LlamaForCausalLM
@@ -243,10 +242,10 @@ def test_models_train_alike(dtype: str, tied: bool) -> None:
 def test_automatic_chunks_bound_the_bytes_of_logits() -> None:
     for preset in ("llama_60m", "llama_7b"):
         config = build_config({"preset": preset})
-        tokens = loss_chunk_tokens(config)
+        tokens = config.train.chunk_tokens(config.model.vocab_size)
         assert tokens * config.model.vocab_size * 4 <= 64 << 20 < (tokens + 1) * config.model.vocab_size * 4
     huge = build_config({"preset": "llama_60m", "model": {"vocab_size": 1 << 24}})
-    assert loss_chunk_tokens(huge) == 1
+    assert huge.train.chunk_tokens(huge.model.vocab_size) == 1
 
 
 def test_compiles() -> None:

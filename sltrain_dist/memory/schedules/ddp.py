@@ -200,10 +200,9 @@ class Timeline:
         if request is None:
             return
         recording = request.get()
-        micro_batch = self.config.eval.micro_batch or self.config.train.micro_batch
         before = dict(self.base)
         self.add("buffers.gathered", self.gathered_in_evaluation)
-        self.add("batch", self.batch_bytes(micro_batch * self.config.data.seq_len))
+        self.add("batch", self.batch_bytes(self.config.eval_micro_batch * self.config.data.seq_len))
         for name in ("embedding", *("layer" for _ in self.model.order), "loss"):
             self.apply("forward", "evaluation", play(recording, name))
         self.base = before

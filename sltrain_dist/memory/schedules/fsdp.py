@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from sltrain_dist.config.rules import accumulates_locally
 from sltrain_dist.memory.holdings import Holdings, holdings
 from sltrain_dist.memory.ledger import Gradients, play, receive_all
 from sltrain_dist.memory.schedules.ddp import Timeline
@@ -47,7 +46,7 @@ class FsdpTimeline(Timeline):
 
     @property
     def waits_whole(self) -> bool:
-        return accumulates_locally(self.config.parallel)
+        return self.config.parallel.accumulates_locally
 
     def init(self) -> None:
         """Shards get memory, and initial values are drawn into them in chunks on the host."""

@@ -10,14 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sltrain_dist.config.rules import (
-    accumulates_locally,
-    is_recomputed,
-    keeps_attention,
-    keeps_products,
-    micro_batches_per_update,
-    passes_twice,
-)
+from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
 from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
@@ -72,11 +65,11 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
     """Predicts the time of an update in which each rank sends `comm_bytes` bytes."""
     passes = micro_batches_per_update(config, ranks)
     compute = passes * _pass_seconds(config)
-    if passes_twice(config.optim):
+    if config.optim.passes_twice:
         compute *= 2
     sent = comm_bytes / LINK_BANDWIDTH
     # Whole gradients go out during the last micro-batch's backward pass, sharded ones during every pass.
-    overlap = compute / passes * 2 / 3 if accumulates_locally(config.parallel) else compute
+    overlap = compute / passes * 2 / 3 if config.parallel.accumulates_locally else compute
     return UpdateTime(compute, _step_seconds(config, ranks), max(0.0, sent - overlap))
 
 
@@ -95,10 +88,10 @@ def _pass_seconds(config: Config) -> float:
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
         block, launches = linears + 3.5 * attention + 3 * copies, 1.0
-        if is_recomputed(index, train):  # another forward pass, a third of both passes
+        if train.is_recomputed(index):  # another forward pass, a third of both passes
             block += copies
-            block += 0 if keeps_products(train) else linears / 3
-            block += 0 if keeps_attention(train) else attention
+            block += 0 if train.keeps_products else linears / 3
+            block += 0 if train.keeps_attention else attention
             launches += 1 / 3
         total += max(block * unit, launches * KERNELS_PER_BLOCK * LAUNCH_S)
     return total

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sltrain_dist.config.load import build_config
-from sltrain_dist.config.rules import accumulates_locally, is_recomputed
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import parameter_shapes
@@ -94,16 +93,16 @@ def test_traffic_by_hand() -> None:
 
 def test_where_gradients_wait() -> None:
     waits = {
-        (engine, stage): accumulates_locally(config(parallel={"engine": engine, "zero_stage": stage}).parallel)
+        (engine, stage): config(parallel={"engine": engine, "zero_stage": stage}).parallel.accumulates_locally
         for engine, stage in (("ddp", 2), ("fsdp", 2), ("zero", 1), ("zero", 2), ("zero", 3))
     }
     assert {key for key, local in waits.items() if local} == {("ddp", 2), ("zero", 1)}
-    assert accumulates_locally(config(parallel={"engine": "fsdp", "accumulate": "local"}).parallel)
+    assert config(parallel={"engine": "fsdp", "accumulate": "local"}).parallel.accumulates_locally
 
 
 def test_which_blocks_are_recomputed() -> None:
     def chosen(**train: Any) -> list[int]:
-        return [index for index in range(5) if is_recomputed(index, TrainConfig(**train))]
+        return [index for index in range(5) if TrainConfig(**train).is_recomputed(index)]
 
     assert chosen() == []
     assert chosen(activation_checkpointing="full") == [0, 1, 2, 3, 4]
