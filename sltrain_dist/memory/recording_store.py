@@ -34,6 +34,7 @@ S = TypeVar("S", bound=Section)
 
 _SOURCES = (
     "config/rules.py",
+    "config/schema.py",
     "numerics",
     "sparse_lowrank",
     "optim",
