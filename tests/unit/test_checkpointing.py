@@ -138,6 +138,7 @@ def test_attention_is_computed_again_only_where_it_should_be(train: dict[str, An
     assert counted.attention == calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("support", "path", "train"),
     [
@@ -213,6 +214,7 @@ def trained(settings: Config, packed: bool = False) -> tuple[Tensor, dict[str, T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, kept, followed.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("bf16", True), ("mixed", True)])
 @pytest.mark.parametrize("method", METHODS)
 def test_policies_change_no_bit_and_keep_less(method: str, dtype: str, packed: bool) -> None:
@@ -275,6 +277,7 @@ def test_no_product_is_computed_again(method: str) -> None:
     assert calls[0] == calls[1] < calls[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "random, materialize", "blocks, factored"])
 def test_compiled_layers_keep_products_and_no_weight(method: str) -> None:
     torch._dynamo.reset()

@@ -62,6 +62,7 @@ def wait_until_gone(pids, seconds=10.0):
     return not any(map(is_running, pids))
 
 
+@pytest.mark.slow
 def test_same_rows_and_states_for_any_number_of_workers(shards, tokenizer):
     def read(workers, rank, world_size):
         with closing(make_loader(shards, tokenizer, workers=workers, rank=rank, world_size=world_size)) as loader:
@@ -238,6 +239,7 @@ ENDING
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "forks", "sign"),
     [

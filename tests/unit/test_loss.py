@@ -249,6 +249,7 @@ def test_automatic_chunks_bound_the_bytes_of_logits() -> None:
     assert loss_chunk_tokens(huge) == 1
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     """A model that is compiled as a whole computes the loss in chunks, too."""
     ids = torch.arange(64).view(2, 32) % 61

@@ -23,6 +23,8 @@ from sltrain_dist.train.step import forward_backward
 from tests.small import PLANNED
 from tests.unit.ranks import SINGLE
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(**sections: Any) -> Config:
     """A small model; sections are merged into its own."""
