@@ -10,20 +10,24 @@ bash tools/setup.sh dev
 ruff check .
 ruff format --check .
 mypy
-# A test process uses one thread, and there are two of them: each starts with one half of the tests, in their order,
-# and takes over tests of the other when it has none left.
-unit=(env OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal tests/unit)
+# Two processes: each starts with one half of the tests, in their order, and takes over tests of the other when it has
+# none left.
+unit=(python -m pytest -n 2 --dist worksteal tests/unit)
 if [ "${1-}" = --fast ]; then
     exec "${unit[@]}" -m "not slow" "${@:2}"
 elif [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Whole runs and ranks wait a lot, for each other and for faults, and so run beside the unit tests, one at a time.
+# Whole runs and ranks wait a lot, for each other and for faults, and so both run beside the unit tests.
+logs="$(mktemp -d)"
+trap 'rm -rf "$logs"' EXIT
 status=0
-beside="$(mktemp)"
-trap 'rm -f "$beside"' EXIT
-python -m pytest tests/run tests/distributed tests/gpu >"$beside" 2>&1 &
+python -m pytest tests/run >"$logs/run" 2>&1 &
+run=$!
+python -m pytest tests/distributed tests/gpu >"$logs/distributed" 2>&1 &
+distributed=$!
 "${unit[@]}" || status=$?
-wait $! || status=$?
-cat "$beside"
+wait "$run" || status=$?
+wait "$distributed" || status=$?
+cat "$logs"/*
 exit "$status"
