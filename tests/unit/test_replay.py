@@ -140,8 +140,9 @@ def test_components_follow_the_sharding_rules(case: str) -> None:
 
 def test_gathered_blocks_and_what_is_saved() -> None:
     """FSDP2 keeps gathered blocks where it is told to, and activation checkpointing keeps a block's input."""
+    base: dict[str, Any] = {"reparam": {"method": "full"}, "model": {"num_layers": 4}}
     kept, freed, again = (
-        replay(config_of(**sections, reparam={"method": "full"}, model={"num_layers": 4}), 1).peak_of("forward").groups()
+        replay(config_of(**base, **sections), 1).peak_of("forward").groups()
         for sections in (
             {"parallel": {"engine": "fsdp", "reshard_after_forward": False}},
             {"parallel": {"engine": "fsdp"}},
