@@ -160,6 +160,7 @@ def frozen(shards, tokenizer):
         yield loader, pid
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_an_error(frozen):
     loader, pid = frozen
     with pytest.raises(DataError, match=rf"process id {pid} has sent nothing for .* stopped by a signal .*-CONT {pid}"):
