@@ -234,11 +234,13 @@ def covering(parts: Mapping[Case, set[Any]]) -> list[Case]:
 
 def cases_on(ranks: int) -> list[Case]:
     """The cases that a number of ranks trains: all on two. On one, where engines have little to do, and on four, cases
-    in which every value of every field comes, and every engine with either `shard`; and those that two cannot run."""
+    in which every value of every field comes (on four, without compiling), and every engine with either `shard`; and
+    those that two cannot run."""
     possible = [case for case in CASES if runs(case, ranks)]
     if ranks == 2:
         return possible
-    few = covering({case: {*asdict(case).items(), (case.engine, case.shard)} for case in possible if not case.compiled})
+    quick = [case for case in possible if ranks == 1 or not case.compiled]  # four ranks compile for most of a minute
+    few = covering({case: {*asdict(case).items(), (case.engine, case.shard)} for case in quick})
     return [case for case in possible if case in few or case == EAGER or case.replicas > 1]
 
 
