@@ -18,16 +18,13 @@ if [ "${1-}" = --fast ]; then
 elif [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Whole runs and ranks wait a lot, for each other and for faults, and so both run beside the unit tests.
-logs="$(mktemp -d)"
-trap 'rm -rf "$logs"' EXIT
+# Whole runs and ranks wait a lot, for each other and for faults, and so run beside the unit tests; one after the other,
+# because two torchruns that start at once may choose the same port.
 status=0
-python -m pytest tests/run >"$logs/run" 2>&1 &
-run=$!
-python -m pytest tests/distributed tests/gpu >"$logs/distributed" 2>&1 &
-distributed=$!
+beside="$(mktemp)"
+trap 'rm -f "$beside"' EXIT
+python -m pytest tests/run tests/distributed tests/gpu >"$beside" 2>&1 &
 "${unit[@]}" || status=$?
-wait "$run" || status=$?
-wait "$distributed" || status=$?
-cat "$logs"/*
+wait $! || status=$?
+cat "$beside"
 exit "$status"
