@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Sets up, then runs lint, type checks and all tests.
-#   tools/test.sh [pytest arguments]
+# Sets up, then runs lint, type checks and tests.
+#   tools/test.sh                      all tests
+#   tools/test.sh --fast               the unit tests that take no more than a moment each
+#   tools/test.sh [pytest arguments]   what pytest is told to run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh dev
@@ -8,16 +10,21 @@ bash tools/setup.sh dev
 ruff check .
 ruff format --check .
 mypy
-if [ $# -gt 0 ]; then
+# Two processes: each starts with one half of the tests, in their order, and takes over tests of the other when it has
+# none left.
+unit=(python -m pytest -n 2 --dist worksteal tests/unit)
+if [ "${1-}" = --fast ]; then
+    exec "${unit[@]}" -m "not slow" "${@:2}"
+elif [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Whole runs wait a lot, and so run beside the unit tests, which run two at a time, by file.
+# Whole runs and ranks wait a lot, for each other and for faults, and so run beside the unit tests; one after the other,
+# because two torchruns that start at once may choose the same port.
 status=0
-runs="$(mktemp)"
-trap 'rm -f "$runs"' EXIT
-python -m pytest tests/run >"$runs" 2>&1 &
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile tests/unit || status=$?
+beside="$(mktemp)"
+trap 'rm -f "$beside"' EXIT
+python -m pytest tests/run tests/distributed tests/gpu >"$beside" 2>&1 &
+"${unit[@]}" || status=$?
 wait $! || status=$?
-cat "$runs"
-python -m pytest tests/distributed tests/gpu || status=$?
+cat "$beside"
 exit "$status"

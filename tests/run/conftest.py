@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,29 +39,26 @@ def tiny(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `tiny` that has ended, to be copied."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    with _as_a_process():
+    with _no_traces():
         assert train_here(tiny, run_dir) == 0
     return run_dir
 
 
 @pytest.fixture(autouse=True)
-def _own_process() -> Iterator[None]:
-    with _as_a_process():
+def _leaves_no_traces() -> Iterator[None]:
+    with _no_traces():
         yield
 
 
-class _as_a_process:  # noqa: N801 (used like a function)
-    """Lets a run in this process compute as one of its own with one thread, and takes its traces away."""
-
-    def __enter__(self) -> None:
-        self._threads = torch.get_num_threads()
-        self._handlers = {n: signal.getsignal(n) for n in _SIGNALS}
-        self._random = torch.get_rng_state(), random.getstate()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *exception: object) -> None:
-        torch.set_num_threads(self._threads)
-        for number, handler in self._handlers.items():
+@contextmanager
+def _no_traces() -> Iterator[None]:
+    """Restores what a run in this process changes: signal handlers and random states."""
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    of_torch, of_python = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        torch.set_rng_state(self._random[0])
-        random.setstate(self._random[1])
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)

@@ -43,6 +43,7 @@ def test_the_grid_covers_every_setting() -> None:
     assert build_config(drawn[0]["values"]).model.num_layers >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: f"{case['values']['preset']} on {case['ranks']}")
 def test_the_closed_form_is_close_to_replays(case: dict[str, object]) -> None:
     row = compare(case)
@@ -50,6 +51,7 @@ def test_the_closed_form_is_close_to_replays(case: dict[str, object]) -> None:
     assert sum(row["components"].values()) == pytest.approx(row["error"])
 
 
+@pytest.mark.slow
 def test_peaks_by_category_of_real_and_of_fake_tensors() -> None:
     """What tools/bench_memory.py reports."""
     config = config_of(optim={"state_bits": 32, "master_weights": True})

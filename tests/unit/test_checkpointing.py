@@ -97,25 +97,23 @@ WAYS: dict[str, dict[str, Any]] = {
     "every second": EVERY_SECOND,
     "all but attention": ALL_BUT_ATTENTION,
     "all but products": ALL_BUT_PRODUCTS,
-    "compiled and full": {"compile": True, **FULL},
 }
 
 
-@pytest.mark.parametrize(
-    ("support", "train"),
-    [
-        *(pytest.param(s, t, id=f"{w}-{s}") for s in ("random", "stratified", "blocks") for w, t in WAYS.items()),
-        pytest.param("blocks", {"compile": True}, id="compiled-blocks"),  # compiling takes half a minute
-    ],
-)
-def test_same_loss_and_gradients(support: str, train: dict[str, Any]) -> None:
-    plain, changed = prepared(config(support)), prepared(config(support, **train))
+@pytest.mark.parametrize("support", ["random", "stratified", "blocks"])
+@pytest.mark.parametrize("way", WAYS)
+def test_same_loss_and_gradients(support: str, way: str) -> None:
+    assert_same_loss_and_gradients(config(support), config(support, **WAYS[way]))
+
+
+def assert_same_loss_and_gradients(one: Config, other: Config) -> None:
+    plain, changed = prepared(one), prepared(other)
     losses = [loss_of(model) for model in (plain, changed)]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(losses[1], losses[0])
-    for (name, want), (other, got) in zip(plain.named_parameters(), changed.named_parameters(), strict=True):
-        assert name == other  # no wrapper has changed it
+    for (name, want), (name_, got) in zip(plain.named_parameters(), changed.named_parameters(), strict=True):
+        assert name == name_  # no wrapper has changed it
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -140,16 +138,26 @@ def test_attention_is_computed_again_only_where_it_should_be(train: dict[str, An
     assert counted.attention == calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("support", "path"),
-    [("random", "materialize"), ("stratified", "factored"), ("blocks", "materialize"), ("blocks", "factored")],
+    ("support", "path", "train"),
+    [
+        ("random", "materialize", {}),
+        ("random", "factored", FULL),
+        ("stratified", "factored", {}),
+        ("blocks", "materialize", FULL),
+        ("blocks", "factored", {}),
+    ],
 )
-def test_compiled_blocks_share_a_trace(support: str, path: str) -> None:
-    """Every block is the same code: with one trace each, a model of many blocks would hit torch's limit."""
+def test_compiled_layers_compute_the_same_and_share_a_trace(support: str, path: str, train: dict[str, Any]) -> None:
+    """Every layer is the same code: with one trace each, a model of many layers would hit torch's limit, which is 8."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    settings = build_config(merged(config(support, layers=9, compile=True).model_dump(), {"reparam": {"path": path}}))
-    loss_of(prepared(settings)).backward()
+    plain, compiled = (
+        build_config(merged(config(support, layers=9, **how).model_dump(), {"reparam": {"path": path}}))
+        for how in ({}, {"compile": True, **train})
+    )
+    assert_same_loss_and_gradients(plain, compiled)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
@@ -206,6 +214,7 @@ def trained(settings: Config, packed: bool = False) -> tuple[Tensor, dict[str, T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, kept, followed.peak - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("bf16", True), ("mixed", True)])
 @pytest.mark.parametrize("method", METHODS)
 def test_policies_change_no_bit_and_keep_less(method: str, dtype: str, packed: bool) -> None:
@@ -268,6 +277,7 @@ def test_no_product_is_computed_again(method: str) -> None:
     assert calls[0] == calls[1] < calls[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "random, materialize", "blocks, factored"])
 def test_compiled_layers_keep_products_and_no_weight(method: str) -> None:
     torch._dynamo.reset()

@@ -56,6 +56,7 @@ def run(config, global_batch, world_size, workers, states, updates):
     return batches, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("global_batch", "streams", "batching"),
     [(128, 12, "pack"), (128, 32, "pad"), (96, 7, "pad"), (96, 96, "pack")],

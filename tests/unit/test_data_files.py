@@ -184,6 +184,7 @@ def test_the_limit_of_a_line(tmp_path):
     assert DataConfig().max_document_bytes == MAX_DOCUMENT_BYTES
 
 
+@pytest.mark.slow
 def test_a_line_without_end_takes_no_memory(tmp_path):
     """Of 300 MB of zeros, 20 kB compressed each, no more than the limit is ever held."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)

@@ -62,6 +62,7 @@ def wait_until_gone(pids, seconds=10.0):
     return not any(map(is_running, pids))
 
 
+@pytest.mark.slow
 def test_same_rows_and_states_for_any_number_of_workers(shards, tokenizer):
     def read(workers, rank, world_size):
         with closing(make_loader(shards, tokenizer, workers=workers, rank=rank, world_size=world_size)) as loader:
@@ -159,6 +160,7 @@ def frozen(shards, tokenizer):
         yield loader, pid
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_an_error(frozen):
     loader, pid = frozen
     with pytest.raises(DataError, match=rf"process id {pid} has sent nothing for .* stopped by a signal .*-CONT {pid}"):
@@ -238,6 +240,7 @@ ENDING
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "forks", "sign"),
     [

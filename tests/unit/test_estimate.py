@@ -112,6 +112,7 @@ _SCALARS = 2048
 """Bytes of sums, counters and norms, of a few values each, that recordings leave out."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPARED)
 def test_it_is_what_a_replay_takes(case: str) -> None:
     ranks, values = COMPARED[case]
@@ -126,6 +127,7 @@ def test_it_is_what_a_replay_takes(case: str) -> None:
         assert found["update"].groups().get(group) == expected["update"].groups().get(group)
 
 
+@pytest.mark.slow
 def test_one_optimizer_updates_what_is_int8_and_what_is_not() -> None:
     """Plain fp32 parameters, here a large embedding, would else be updated in place."""
     model = {"vocab_size": 4096, "tie_head": True}
@@ -136,6 +138,7 @@ def test_one_optimizer_updates_what_is_int8_and_what_is_not() -> None:
     assert abs(found - expected) < 0.001 * expected
 
 
+@pytest.mark.slow
 def test_components_at_the_peak_are_those_of_a_replay() -> None:
     config = config_of(
         {"reparam": {"path": "materialize"}, "data": {"seq_len": 128}, "train": {"loss_chunk_tokens": 32}}
@@ -285,6 +288,7 @@ def estimated(values: Values) -> int:
     return estimate(config, ranks=ranks_of(config)).peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", MOVES)
 def test_a_field_moves_the_estimate(key: str) -> None:
     others, value = MOVES[key]

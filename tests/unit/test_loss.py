@@ -248,6 +248,7 @@ def test_automatic_chunks_bound_the_bytes_of_logits() -> None:
     assert huge.train.chunk_tokens(huge.model.vocab_size) == 1
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     """A model that is compiled as a whole computes the loss in chunks, too."""
     ids = torch.arange(64).view(2, 32) % 61

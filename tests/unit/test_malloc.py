@@ -36,6 +36,7 @@ def huge_pages() -> bool:
     return setting.exists() and "[always]" in setting.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.skipif(huge_pages(), reason="huge pages")
 def test_freed_memory_is_used_again() -> None:

@@ -117,6 +117,7 @@ def test_the_allocators_peak_is_compared(
         assert "activations, temporaries or buffers" in said.warnings[0]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     config = config_of(train={"compile": True}, model={"num_layers": 1})

@@ -331,6 +331,7 @@ def test_activation_checkpointing(kind: SupportKind, plan: Plan, reentrant: bool
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
+@pytest.mark.slow
 @each_kind
 @each_plan
 def test_compiles_without_graph_breaks(kind: SupportKind, plan: Plan, force: Any) -> None:

@@ -109,6 +109,7 @@ def test_settings_without_effect_are_said(monkeypatch: pytest.MonkeyPatch, capsy
     assert "note: parallel.zero_stage has no effect with parallel.engine=ddp" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without --vary, on two ranks: thousands of combinations, those that cannot be run counted by reason."""
     (tmp_path / "small.yaml").write_text(
@@ -126,6 +127,7 @@ def test_usual_search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert not {"engine", "micro-batch", "state bits"} & fixed["search"]["rows"][0]["settings"].keys()
 
 
+@pytest.mark.slow
 def test_will_7b_fit_on_my_card(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -212,6 +214,7 @@ def test_narrow_terminals_cut_nothing(
     assert f"file{files}/plan-01.yaml" in re.sub(r"\s", "", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_replay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a very small model, alone and for the rows of a search; it has no context of its own, but the device has."""
     shape = ["model.hidden_size=64", "model.intermediate_size=96", "model.num_layers=1", "model.num_heads=2"]

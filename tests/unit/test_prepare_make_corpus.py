@@ -275,6 +275,7 @@ def _build_in_process(site: str, cache: str, barrier: Any, results: Any) -> None
     results.put((str(corpus.tokenizer), len(lines), Tokenizer(corpus.tokenizer).fingerprint))
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once(site: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()

@@ -14,6 +14,8 @@ from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.replay import replay
 
+pytestmark = pytest.mark.slow
+
 WIDE: dict[str, Any] = {
     "preset": "llama_1b",
     "model": {"num_layers": 2, "vocab_size": 512},

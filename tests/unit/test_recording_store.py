@@ -25,6 +25,8 @@ from sltrain_dist.memory.recording import dumps, loads
 from sltrain_dist.numerics import device
 from tests.small import PLANNED
 
+pytestmark = pytest.mark.slow
+
 CONFIG = build_config(
     merged(PLANNED, {"parallel": {"engine": "ddp"}, "optim": {"state_bits": 8}, "eval": {"source": "embedded"}})
 )

@@ -25,6 +25,8 @@ from sltrain_dist.train.step import forward_backward
 from tests.small import PLANNED
 from tests.unit.ranks import SINGLE
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(**sections: Any) -> Config:
     """A small model; sections are merged into its own."""
@@ -149,8 +151,9 @@ def test_gradients_wait_for_the_last_micro_batch(case: str) -> None:
 
 def test_gathered_blocks_and_what_is_saved() -> None:
     """FSDP2 keeps gathered blocks where it is told to, and activation checkpointing keeps a block's input."""
+    base: dict[str, Any] = {"reparam": {"method": "full"}, "model": {"num_layers": 4}}
     kept, freed, again = (
-        replay(config_of(**sections, model={"num_layers": 4}), 1).peak_of("forward").groups()
+        replay(config_of(**base, **sections), 1).peak_of("forward").groups()
         for sections in (
             {"parallel": {"engine": "fsdp", "reshard_after_forward": False}},
             {"parallel": {"engine": "fsdp"}},

@@ -110,6 +110,7 @@ def test_loss_and_gradients_are_those_of_each_document_alone() -> None:
     assert abs(control - float(loss.detach())) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -41,6 +41,7 @@ def run_of(run_dir: Path) -> tuple[Any, Any]:
     return client, client.get_run((run_dir / RUN_ID_FILE).read_text().strip())
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(
     tmp_path: Path, warnings: list[str], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,11 +29,13 @@ def run_apart(*arguments: str | Path, **environment: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     out = run_apart("-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "triton_cases.py", TRITON_INTERPRET="1")
     assert " passed" in out and "skipped" not in out
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper_without_spilling(tmp_path: Path) -> None:
     out = run_apart(TESTS / "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
     assert out.split()[-1] == "compiled"

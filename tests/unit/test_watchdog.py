@@ -66,6 +66,7 @@ def test_a_report_that_hangs_does_not_keep_the_process() -> None:
     assert "no progress" in ended.stderr
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_is_stuck_itself() -> None:
     """A call that keeps the interpreter's lock: no thread in Python could do anything about it."""
     ended = run("ctypes.PyDLL(None).sleep(60)")
