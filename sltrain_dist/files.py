@@ -183,7 +183,7 @@ class SealedModel(BaseModel):
     A manifest without a checksum is of an older version of this program.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
     checksum: Sha256 | None = None
     """SHA-256 over all other values, as JSON with sorted keys."""
