@@ -24,7 +24,7 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.models.count import block_linears
 from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.sparse_lowrank.cost import choose_plan
+from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 from sltrain_dist.streams import replace_unprintable
 
@@ -141,10 +141,9 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
         }
         if method.endswith("auto") and isinstance(layers[0], SLLinear):
             support = layers[0].support
-            row["plan"] = choose_plan(
-                group.m, group.n, rank, support.nnz, support.kind, args.tokens,
-                bits=dtype.itemsize * 8, device=device.type,
-            ).path  # fmt: skip
+            shape = LayerShape(group.m, group.n, rank, support.nnz, support.kind)
+            bits = dtype.itemsize * 8
+            row["plan"] = choose_route(shape, args.tokens, bits=bits, device=device.type).path
         rows.append(row)
     return rows
 

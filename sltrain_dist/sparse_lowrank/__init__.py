@@ -18,11 +18,11 @@ __all__ = ["BlockSupport", "LowRankLinear", "RandomSupport", "SLLinear", "Strati
 
 _HOME = {
     "sl_linear": "functional",
-    "LowRankLinear": "linear",
-    "SLLinear": "linear",
-    "RandomSupport": "random",
-    "StratifiedSupport": "stratified",
-    "BlockSupport": "blocks",
+    "LowRankLinear": "layer",
+    "SLLinear": "layer",
+    "RandomSupport": "supports.random",
+    "StratifiedSupport": "supports.stratified",
+    "BlockSupport": "supports.blocks",
 }
 
 

@@ -1,19 +1,20 @@
-"""Which path a layer takes (no torch): a small cost model, calibrated by tools/bench_linear.py."""
+"""Which route a layer takes (no torch): a small cost model, calibrated by tools/bench_linear.py."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.config.schema import ReparamConfig, SupportKind
+from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 Path = Literal["auto", "materialize", "factored"]
-"""How W is applied; auto leaves it to :func:`choose_plan`."""
+"""How W is applied; auto leaves it to :func:`choose_route`."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Route:
     """How a layer is applied to a number of tokens.
 
     Attributes:
@@ -26,7 +27,7 @@ class Plan:
     dense_backward: bool
 
 
-PLANS = (Plan("materialize", True), Plan("materialize", False), Plan("factored", False))
+ROUTES = (Route("materialize", True), Route("materialize", False), Route("factored", False))
 """All there are."""
 
 
@@ -64,50 +65,49 @@ of 32 bits copy, measured on an H200 (docs/reports/2026-11-27-h200.md), where th
 the others from data sheets, that everything but a large dense product runs at the memory's rate."""
 
 
-def choose_plan(
-    m: int,
-    n: int,
-    r: int,
-    nnz: int,
-    support: SupportKind,
-    tokens: int,
-    *,
-    bits: int,
-    device: str,
-    path: Path = "auto",
-) -> Plan:
+class LayerShape(NamedTuple):
+    """What the cost of a layer depends on: (m, n) of W, the rank, and the number of sparse values and their support."""
+
+    m: int
+    n: int
+    rank: int
+    nnz: int
+    support: SupportKind
+
+    @staticmethod
+    def of(m: int, n: int, reparam: ReparamConfig) -> LayerShape:
+        """The shape of a layer of m outputs and n inputs."""
+        return LayerShape(m, n, reparam.rank, nonzeros(m, n, reparam.density, reparam.support), reparam.support)
+
+
+def choose_route(shape: LayerShape, tokens: int, *, bits: int, device: str, path: Path = "auto") -> Route:
     """The cheapest way to apply a layer forward and backward.
 
     The same for a forward pass alone: a recomputed activation must not differ from the first one.
 
     Args:
-        m: out_features.
-        n: in_features.
-        r: Rank.
-        nnz: Sparse values.
-        support: Their arrangement.
+        shape: Of the layer.
         tokens: T, above 0.
         bits: Of the type that is computed in.
         device: Its type, "cpu" or "cuda"; another counts as the latter.
         path: What the configuration asks for.
 
     Returns:
-        The plan; `path` itself where it is not auto.
+        The route; on `path` where that is not auto.
     """
-    best, least = PLANS[0], math.inf
-    for plan, cost in zip(PLANS, plan_costs(m, n, r, nnz, support, tokens, bits=bits, device=device), strict=True):
-        if path in ("auto", plan.path) and cost < least:
-            best, least = plan, cost
+    best, least = ROUTES[0], math.inf
+    for route, cost in zip(ROUTES, route_costs(shape, tokens, bits=bits, device=device), strict=True):
+        if path in ("auto", route.path) and cost < least:
+            best, least = route, cost
     return best
 
 
-def plan_costs(
-    m: int, n: int, r: int, nnz: int, support: SupportKind, tokens: int, *, bits: int, device: str
-) -> tuple[float, float, float]:
-    """Costs of :data:`PLANS`, forward and backward, in multiply-adds of a dense product.
+def route_costs(shape: LayerShape, tokens: int, *, bits: int, device: str) -> tuple[float, float, float]:
+    """Costs of :data:`ROUTES`, forward and backward, in multiply-adds of a dense product.
 
-    A dense layer costs 3·T·m·n. Args as of :func:`choose_plan`.
+    A dense layer costs 3·T·m·n. Args as of :func:`choose_route`.
     """
+    m, n, r, nnz, support = shape
     rates = RATES["cpu" if device == "cpu" else "cuda", 16 if bits <= 16 else 32]
     t = tokens
     dense, weight = t * m * n, m * n * r

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
-from sltrain_dist.sparse_lowrank.cost import Path, Plan, choose_plan
+from sltrain_dist.sparse_lowrank.cost import LayerShape, Path, Route, choose_route
 from sltrain_dist.sparse_lowrank.kept import keeps
 from sltrain_dist.sparse_lowrank.paths.factored import Factored
 from sltrain_dist.sparse_lowrank.paths.materialize import Materialize
@@ -102,8 +102,8 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
     for operand in operands:
         _check_shapes(x, operand)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    plans = [_plan(flat, operand) for operand in operands]
-    together = [i for i, plan in enumerate(plans) if plan.path == "factored"]
+    routes = [_route(flat, operand) for operand in operands]
+    together = [i for i, route in enumerate(routes) if route.path == "factored"]
     outputs: list[Tensor | None] = [None] * len(operands)
     if together:
         layers = [operands[i] for i in together]
@@ -112,11 +112,11 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
         for i, y in zip(together, Factored.apply(flat, supports, scales, *parameters), strict=True):
             outputs[i] = y
     results: list[Tensor] = []
-    for operand, plan, y in zip(operands, plans, outputs, strict=True):
+    for operand, route, y in zip(operands, routes, outputs, strict=True):
         if y is None:
             y = Materialize.apply(
                 flat, operand.B, operand.A, operand.V, operand.support, operand.scale,
-                block_rows(operand, dtype), plan.dense_backward,
+                block_rows(operand, dtype), route.dense_backward,
             )  # fmt: skip
         y = y if operand.bias is None else _plus_bias(y, operand.bias.to(dtype))
         results.append(y.view(*x.shape[:-1], y.shape[-1]))
@@ -130,22 +130,12 @@ def block_rows(operand: Operand, dtype: torch.dtype) -> int:
     return max(1, min(operand.support.m, operand.row_block_bytes // (operand.support.n * dtype.itemsize)))
 
 
-def _plan(x: Tensor, operand: Operand) -> Plan:
-    support = operand.support
-    tokens = x.shape[0]
+def _route(x: Tensor, operand: Operand) -> Route:
+    support, tokens = operand.support, x.shape[0]
     if tokens == 0:
-        return Plan("materialize", dense_backward=True)
-    return choose_plan(
-        support.m,
-        support.n,
-        operand.A.shape[0],
-        support.nnz,
-        support.kind,
-        tokens,
-        bits=x.dtype.itemsize * 8,
-        device=device_type(x),
-        path=operand.path,
-    )
+        return Route("materialize", dense_backward=True)
+    shape = LayerShape(support.m, support.n, operand.A.shape[0], support.nnz, support.kind)
+    return choose_route(shape, tokens, bits=x.dtype.itemsize * 8, device=device_type(x), path=operand.path)
 
 
 def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:

@@ -16,8 +16,8 @@ from sltrain_dist.optim.state_layout import state_bytes, whole
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import waiting_bytes
 from sltrain_dist.runtime.environment import Environment
-from sltrain_dist.sparse_lowrank.cost import choose_plan
-from sltrain_dist.sparse_lowrank.sizes import effective_density, nonzeros, stored_index_bytes
+from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
+from sltrain_dist.sparse_lowrank.sizes import effective_density, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.tracking.mlflow import Destination
 from sltrain_dist.train.exit import Outcome
@@ -60,26 +60,22 @@ def _model(config: Config) -> list[tuple[str, str]]:
 
 
 def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
-    """The support, and the path that every layer shape takes in training."""
+    """The support, and the route that every layer shape takes in training."""
     reparam, model = config.reparam, config.model
     linears = block_linears(model)
     stored = model.num_layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
     lines = [("support", f"{reparam.support}, {format_bytes(stored)} of indices")]
     for m, n in dict.fromkeys((s.m, s.n) for s in linears):
-        plan = choose_plan(
-            m,
-            n,
-            reparam.rank,
-            nonzeros(m, n, reparam.density, reparam.support),
-            reparam.support,
+        route = choose_route(
+            LayerShape.of(m, n, reparam),
             config.train.micro_batch * config.data.seq_len,
             bits=8 * config.train.precision.product_bytes,
             device=env.device.type,
             path=reparam.path,
         )
         density = effective_density(m, n, reparam.density, reparam.support)
-        backward = ", dense gradient" if plan.dense_backward else ""
-        lines.append((f"{m}×{n}", f"{plan.path}{backward}, density {density:.4f}"))
+        backward = ", dense gradient" if route.dense_backward else ""
+        lines.append((f"{m}×{n}", f"{route.path}{backward}, density {density:.4f}"))
     return lines
 
 

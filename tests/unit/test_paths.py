@@ -15,24 +15,24 @@ from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import SLLinear, functional
-from sltrain_dist.sparse_lowrank.cost import PLANS, Plan
+from sltrain_dist.sparse_lowrank.cost import ROUTES, Route
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 from sltrain_dist.sparse_lowrank.supports.support import SLICE
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_plan = pytest.mark.parametrize("plan", PLANS, ids=["dense", "mixed", "factored"])
+each_route = pytest.mark.parametrize("route", ROUTES, ids=["dense", "mixed", "factored"])
 
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the plan that the cost model would choose."""
+    """Sets the route that the cost model would choose."""
 
-    def set_plan(plan: Plan) -> None:
-        monkeypatch.setattr(functional, "choose_plan", lambda *args, **kwargs: plan)
+    def set_route(route: Route) -> None:
+        monkeypatch.setattr(functional, "choose_route", lambda *args, **kwargs: route)
 
-    return set_plan
+    return set_route
 
 
 def make(kind: SupportKind, m: int, n: int, r: int, dtype: torch.dtype, name: str = "a.q", **kwargs: Any) -> SLLinear:
@@ -82,7 +82,7 @@ def sweep() -> Iterator[tuple[Any, ...]]:
         yield (
             case,
             KINDS[case % 3],
-            PLANS[case // 3 % 3],
+            ROUTES[case // 3 % 3],
             list(TOLERANCE)[case // 9 % 4],
             (m, n, draw.randint(1, min(m, n))),
             draw.choice([0.03, 0.1, 0.5, 1.0]),
@@ -93,12 +93,12 @@ def sweep() -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "plan", "dtype", "shape", "density", "tokens", "bias", "block_bytes"), list(sweep())
+    ("case", "kind", "route", "dtype", "shape", "density", "tokens", "bias", "block_bytes"), list(sweep())
 )
 def test_oracle_sweep(
     case: int,
     kind: SupportKind,
-    plan: Plan,
+    route: Route,
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     density: float,
@@ -108,20 +108,20 @@ def test_oracle_sweep(
     force: Any,
 ) -> None:
     m, n, r = shape
-    force(plan)
+    force(route)
     density = max(density, 1.01 / (m * n))  # at least one value
     layer = make(kind, m, n, r, dtype, density=density, bias=bias, row_block_bytes=block_bytes, seed=case)
     x, g = made((*tokens, n), dtype, case), made((*tokens, m), dtype, case + 1000)
     # Accumulating into dx and dA in the type itself, over blocks of one row, costs digits in half precision.
-    worse = 6 if plan.path == "materialize" and block_bytes is not None else 1
+    worse = 6 if route.path == "materialize" and block_bytes is not None else 1
     assert_close(results(layer, x, g), oracle(layer, x, g), worse * TOLERANCE[dtype])
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_more_tokens_than_a_slice(kind: SupportKind, plan: Plan, dtype: torch.dtype, force: Any) -> None:
-    force(plan)
+def test_more_tokens_than_a_slice(kind: SupportKind, route: Route, dtype: torch.dtype, force: Any) -> None:
+    force(route)
     tokens = 2 * SLICE + 77
     layer = make(kind, 13, 300, 4, dtype)
     x, g = made((tokens, 300), dtype, 1), made((tokens, 13), dtype, 2)
@@ -143,17 +143,17 @@ def test_blocks_on_one_thread_and_on_several(
     """Features are picked by other operators on several."""
     torch.set_num_threads(count)
     m, n, tokens = shape
-    force(Plan("factored", False))
+    force(Route("factored", False))
     layer = make("blocks", m, n, 5, torch.float64)
     x, g = made((tokens, n), torch.float64, 4), made((tokens, m), torch.float64, 5)
     assert_close(results(layer, x, g), oracle(layer, x, g), TOLERANCE[torch.float64])
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("block_bytes", [None, 150], ids=["whole", "blocks of rows"])
-def test_gradcheck(kind: SupportKind, plan: Plan, block_bytes: int | None, force: Any) -> None:
-    force(plan)
+def test_gradcheck(kind: SupportKind, route: Route, block_bytes: int | None, force: Any) -> None:
+    force(route)
     layer = make(kind, 9, 7, 3, torch.float64, bias=True, density=0.35, row_block_bytes=block_bytes)
     leaves = dict(layer.named_parameters())
 
@@ -173,13 +173,13 @@ def shared_layers(kind: SupportKind, dtype: torch.dtype, third: str = "b.v") -> 
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("third", ["a.v", "b.v"])
 @pytest.mark.parametrize("length", [6, SLICE])
 def test_layers_applied_together_compute_what_they_do_one_by_one(
-    kind: SupportKind, plan: Plan, length: int, third: str, force: Any
+    kind: SupportKind, route: Route, length: int, third: str, force: Any
 ) -> None:
-    force(plan)
+    force(route)
     layers = shared_layers(kind, torch.float64, third)
     if kind == "stratified" and third == "b.v":
         layers[1] = make("blocks", 20, 300, 7, torch.float64, name="a.k")  # supports may differ
@@ -211,12 +211,12 @@ def test_an_output_that_is_not_used_gives_no_gradient() -> None:
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("frozen", ["x", "B", "A", "V", "x A", "x B A", "x V B"])
 def test_frozen_parts_get_no_gradient_and_change_no_other(
-    kind: SupportKind, plan: Plan, frozen: str, force: Any
+    kind: SupportKind, route: Route, frozen: str, force: Any
 ) -> None:
-    force(plan)
+    force(route)
     layer = make(kind, 13, 17, 4, torch.float64)
     x, g = made((6, 17), torch.float64, 1), made((6, 13), torch.float64, 2)
     want = oracle(layer, x, g)
@@ -262,7 +262,7 @@ def test_factored_forms_nothing_of_the_size_of_w(kind: SupportKind) -> None:
 
 @each_kind
 def test_row_blocks_bound_what_is_formed_at_a_time(kind: SupportKind, force: Any) -> None:
-    force(PLANS[0])
+    force(ROUTES[0])
     m, n = 256, 300
     assert largest(make(kind, m, n, 8, torch.float32), 16) == m * n
     rows = 20
@@ -282,10 +282,10 @@ def test_a_handful_of_tokens_does_not_rebuild_w(kind: SupportKind) -> None:
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("third", ["a.v", "b.v"])
-def test_saves_x_once_and_nothing_of_the_size_of_w(kind: SupportKind, plan: Plan, third: str, force: Any) -> None:
-    force(plan)
+def test_saves_x_once_and_nothing_of_the_size_of_w(kind: SupportKind, route: Route, third: str, force: Any) -> None:
+    force(route)
     layers = shared_layers(kind, torch.float32, third)
     saved: dict[int, Tensor] = {}
 
@@ -298,18 +298,18 @@ def test_saves_x_once_and_nothing_of_the_size_of_w(kind: SupportKind, plan: Plan
         apply_shared(layers, x)
     leaves = {p.untyped_storage().data_ptr() for layer in layers for p in layer.parameters()}
     activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in leaves)
-    ranks = sum(layer.rank for layer in layers) if plan.path == "factored" else 0
+    ranks = sum(layer.rank for layer in layers) if route.path == "factored" else 0
     columns = 300
-    if kind == "blocks" and plan.path == "factored" and third == "a.v":  # all arrange x alike: so it is kept
+    if kind == "blocks" and route.path == "factored" and third == "a.v":  # all arrange x alike: so it is kept
         columns = layers[0].support.windows * layers[0].support.k
         assert columns > 300
     assert activations == 4 * 4 * (columns + ranks)
 
 
 @each_kind
-@each_plan
-def test_autocast(kind: SupportKind, plan: Plan, force: Any) -> None:
-    force(plan)
+@each_route
+def test_autocast(kind: SupportKind, route: Route, force: Any) -> None:
+    force(route)
     layer = make(kind, 33, 17, 5, torch.float32, bias=True)
     x, g = made((6, 17), torch.float32, 7), made((6, 33), torch.float32, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -320,10 +320,10 @@ def test_autocast(kind: SupportKind, plan: Plan, force: Any) -> None:
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(kind: SupportKind, plan: Plan, reentrant: bool, force: Any) -> None:
-    force(plan)
+def test_activation_checkpointing(kind: SupportKind, route: Route, reentrant: bool, force: Any) -> None:
+    force(route)
     layer = make(kind, 33, 17, 5, torch.float32)
     x, g = made((6, 17), torch.float32, 7), made((6, 33), torch.float32, 8)
     want = results(layer, x, g)
@@ -333,9 +333,9 @@ def test_activation_checkpointing(kind: SupportKind, plan: Plan, reentrant: bool
 
 @pytest.mark.slow
 @each_kind
-@each_plan
-def test_compiles_without_graph_breaks(kind: SupportKind, plan: Plan, force: Any) -> None:
-    force(plan)
+@each_route
+def test_compiles_without_graph_breaks(kind: SupportKind, route: Route, force: Any) -> None:
+    force(route)
     torch._dynamo.reset()
     layers = [make(kind, 33, 300, 5, torch.float32, bias=True), make(kind, 20, 300, 4, torch.float32, name="a.k")]
     module = nn.ModuleList(layers)
@@ -350,9 +350,9 @@ def test_compiles_without_graph_breaks(kind: SupportKind, plan: Plan, force: Any
 
 
 @each_kind
-@each_plan
-def test_fake_tensors_have_the_real_shapes(kind: SupportKind, plan: Plan, force: Any) -> None:
-    force(plan)
+@each_route
+def test_fake_tensors_have_the_real_shapes(kind: SupportKind, route: Route, force: Any) -> None:
+    force(route)
     with FakeTensorMode():
         layer = SLLinear(300, 33, 5, 0.1, 1.0, support=kind, row_block_bytes=5000, device="cpu")
         x = torch.empty(2, 6, 300, requires_grad=True)
@@ -364,10 +364,10 @@ def test_fake_tensors_have_the_real_shapes(kind: SupportKind, plan: Plan, force:
 
 
 @each_kind
-@each_plan
+@each_route
 @pytest.mark.parametrize("tokens", [(0,), (2, 0)], ids=str)
-def test_no_tokens(kind: SupportKind, plan: Plan, tokens: tuple[int, ...]) -> None:
-    layer = make(kind, 11, 7, 3, torch.float32, bias=True, path=plan.path)
+def test_no_tokens(kind: SupportKind, route: Route, tokens: tuple[int, ...]) -> None:
+    layer = make(kind, 11, 7, 3, torch.float32, bias=True, path=route.path)
     got = results(layer, made((*tokens, 7), torch.float32, 1), made((*tokens, 11), torch.float32, 2))
     assert got["y"].shape == (*tokens, 11)
     for key in ("B", "A", "V", "bias"):
@@ -375,9 +375,9 @@ def test_no_tokens(kind: SupportKind, plan: Plan, tokens: tuple[int, ...]) -> No
 
 
 @each_kind
-@each_plan
-def test_non_contiguous(kind: SupportKind, plan: Plan, force: Any) -> None:
-    force(plan)
+@each_route
+def test_non_contiguous(kind: SupportKind, route: Route, force: Any) -> None:
+    force(route)
     layer = make(kind, 11, 7, 3, torch.float64)
     with torch.no_grad():
         layer.B = nn.Parameter(layer.B.t().contiguous().t())
@@ -389,9 +389,9 @@ def test_non_contiguous(kind: SupportKind, plan: Plan, force: Any) -> None:
 
 
 @each_kind
-@each_plan
-def test_bad_calls(kind: SupportKind, plan: Plan) -> None:
-    layer = make(kind, 11, 7, 3, torch.float32, path=plan.path)
+@each_route
+def test_bad_calls(kind: SupportKind, route: Route) -> None:
+    layer = make(kind, 11, 7, 3, torch.float32, path=route.path)
     with pytest.raises(ValueError, match="last dimension"):
         layer(torch.zeros(4, 8))
     with pytest.raises(ValueError, match="autocast"):

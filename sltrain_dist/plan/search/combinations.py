@@ -17,7 +17,7 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.result import Estimate, Group
 from sltrain_dist.plan.components import largest_group
 from sltrain_dist.plan.search.levers import Lever, Setting
-from sltrain_dist.plan.search.speed import layer_plans, update_time
+from sltrain_dist.plan.search.speed import layer_routes, update_time
 
 Estimator = Callable[..., Estimate]
 """A function like :func:`sltrain_dist.memory.estimate.estimate`."""
@@ -270,10 +270,10 @@ def _identity(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
     idle: set[str] = set(idle_keys(config))
     values: list[Any] = []
     if config.reparam.method == "sltrain" and "reparam.path" in keys:
-        plans = layer_plans(config)
-        values.append(plans)
+        routes = layer_routes(config)
+        values.append(routes)
         idle.add("reparam.path")
-        if all(plan is not None and plan.path == "factored" for plan in plans):
+        if all(route is not None and route.path == "factored" for route in routes):
             idle.add("reparam.row_block_bytes")
     for key in keys:
         value = None if key in idle else field_value(config, key)

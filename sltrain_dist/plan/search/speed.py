@@ -13,8 +13,7 @@ from functools import lru_cache
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
-from sltrain_dist.sparse_lowrank.cost import PLANS, RATES, Plan, choose_plan, plan_costs
-from sltrain_dist.sparse_lowrank.sizes import nonzeros
+from sltrain_dist.sparse_lowrank.cost import RATES, ROUTES, LayerShape, Route, choose_route, route_costs
 
 MEMORY_BANDWIDTH = 4.1e12
 """Bytes per second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""
@@ -97,10 +96,10 @@ def _pass_seconds(config: Config) -> float:
     return total
 
 
-def layer_plans(config: Config) -> tuple[Plan | None, ...]:
-    """Returns how each linear layer of a block is applied on a GPU; None for those that the method does not plan."""
+def layer_routes(config: Config) -> tuple[Route | None, ...]:
+    """Returns how each linear layer of a block is applied on a GPU; None where the method has no choice."""
     tokens = config.train.micro_batch * config.data.seq_len
-    return tuple(plan for plan, _ in _linear_costs(config.model, config.reparam, tokens, _bits(config)))
+    return tuple(route for route, _ in _linear_costs(config.model, config.reparam, tokens, _bits(config)))
 
 
 def _bits(config: Config) -> int:
@@ -110,9 +109,9 @@ def _bits(config: Config) -> int:
 @lru_cache(maxsize=4096)
 def _linear_costs(
     model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int
-) -> tuple[tuple[Plan | None, float], ...]:
-    """Returns plan and cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
-    costs: list[tuple[Plan | None, float]] = []
+) -> tuple[tuple[Route | None, float], ...]:
+    """Returns route and cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
+    costs: list[tuple[Route | None, float]] = []
     for linear in block_linears(model):
         m, n, r = linear.m, linear.n, reparam.rank
         if reparam.method == "full":
@@ -120,9 +119,9 @@ def _linear_costs(
         elif reparam.method == "lowrank":
             costs.append((None, 3 * tokens * r * (m + n)))
         else:
-            layer = (m, n, r, nonzeros(m, n, reparam.density, reparam.support), reparam.support, tokens)
-            plan = choose_plan(*layer, bits=bits, device="cuda", path=reparam.path)
-            costs.append((plan, plan_costs(*layer, bits=bits, device="cuda")[PLANS.index(plan)]))
+            shape = LayerShape.of(m, n, reparam)
+            route = choose_route(shape, tokens, bits=bits, device="cuda", path=reparam.path)
+            costs.append((route, route_costs(shape, tokens, bits=bits, device="cuda")[ROUTES.index(route)]))
     return tuple(costs)
 
 
