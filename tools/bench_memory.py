@@ -8,7 +8,7 @@ The model, its engine (one process) and optimizer are those that train; what is 
 forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
 peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
 kernels, the allocator's rounding and the device's context are not in it. Fake tensors stand for a GPU's: the model
-takes the paths that it takes on CUDA (memory/stand_in.py), so that on the CPU other bytes are measured.
+takes the paths that it takes on CUDA (numerics/device.py), so that on the CPU other bytes are measured.
 """
 
 from __future__ import annotations
