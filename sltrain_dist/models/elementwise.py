@@ -1,6 +1,7 @@
 """Rotary embedding and normalisation in few passes over memory, forward and backward.
 
-On the CPU, autograd of the composed operations takes two to three times as long (docs/reports/2026-11-24-operator-cpu.md).
+On the CPU, autograd of the composed operations takes two to three times as long
+(docs/reports/2026-11-24-operator-cpu.md).
 """
 
 from __future__ import annotations
