@@ -36,7 +36,7 @@ from sltrain_dist.runtime import environment
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import start_engine
 from sltrain_dist.train.step import Rows, forward_backward
-from tests.small import TRAINED
+from tests.support.configs import TRAINED
 
 UPDATES = 5
 GLOBAL_BATCH = 12

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.support.paths import REPO
 
 
 def torchrun(script: Path, *arguments: str, ranks: int, timeout_s: float = 420) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.plan.follow import follow
 from sltrain_dist.runtime import environment
 from sltrain_dist.runtime.environment import Environment
-from tests.small import PLANNED
+from tests.support.configs import PLANNED
 
 Timeline = list[tuple[str, str, dict[str, int]]]
 """What JSON makes of it: phase, where, bytes by component."""

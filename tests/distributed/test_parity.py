@@ -17,8 +17,7 @@ from sltrain_dist.parallel.communication import update_traffic
 from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train import step
-
-from .cases import (
+from tests.distributed.cases import (
     BROKEN,
     CASES,
     EAGER,
@@ -35,7 +34,7 @@ from .cases import (
     small_quantized,
     train,
 )
-from .launch import torchrun
+from tests.distributed.launch import torchrun
 
 pytest.importorskip("deepspeed")
 

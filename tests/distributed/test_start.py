@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from sltrain_dist.models.count import parameter_shapes
-
-from .cases import Case, config_of
-from .launch import torchrun
-from .start import CASES
+from tests.distributed.cases import Case, config_of
+from tests.distributed.launch import torchrun
+from tests.distributed.start import CASES
 
 pytest.importorskip("deepspeed")
 

@@ -15,11 +15,10 @@ from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.train.build import start_engine
-
-from ..unit.test_model import small, tokens, warmed
-from ..unit.test_reset_attention import SHAPES as HEADS
-from ..unit.test_reset_attention import batch, fused_calls
-from ..unit.test_sl_linear import SHAPES, assert_close, made, make_layer, oracle, results
+from tests.unit.models.test_model import small, tokens, warmed
+from tests.unit.models.test_reset_attention import SHAPES as HEADS
+from tests.unit.models.test_reset_attention import batch, fused_calls
+from tests.unit.sparse_lowrank.test_layer import SHAPES, assert_close, made, make_layer, oracle, results
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,9 @@ pytest.importorskip("triton")
 
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
-
-from .. import triton_cases
-from ..triton_cases import *  # noqa: F403
-from ..triton_cases import made
+from tests.support import triton_cases
+from tests.support.triton_cases import *  # noqa: F403
+from tests.support.triton_cases import made
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from sltrain_dist.data.tokenizer import train_tokenizer
-
-from .helpers import Corpus, documents, tiny_config, train_here, write_config, write_shard
+from tests.support.runs import Corpus, documents, tiny_config, train_here, write_config, write_shard
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from .helpers import (
+from tests.support.runs import (
     LAUNCH,
     Corpus,
     Process,

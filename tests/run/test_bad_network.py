@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fault_server import cut, serve, status
-
-from .helpers import Corpus, metrics, outcome, train_here, trajectory
+from tests.support.fault_server import cut, serve, status
+from tests.support.runs import Corpus, metrics, outcome, train_here, trajectory
 
 
 def sources(url: str, names: list[str]) -> str:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import hosts as cluster
-from tests.cluster import ssh
-from tests.cluster.hosts import Hosts
-
-from .cluster_helpers import (
+from tests.support import hosts as cluster
+from tests.support import ssh
+from tests.support.cluster_runs import (
     DEEPSPEED,
     ENVIRONMENT,
     TIMEOUT_OF_RUNS_S,
@@ -22,7 +20,8 @@ from .cluster_helpers import (
     torchrun_static,
     two_hosts,
 )
-from .helpers import LAUNCH, TIMEOUT_S, Corpus, outcome, saved_steps, tiny_config, trajectory, write_config
+from tests.support.hosts import Hosts
+from tests.support.runs import LAUNCH, TIMEOUT_S, Corpus, outcome, saved_steps, tiny_config, trajectory, write_config
 
 MISSING = cluster.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import slurm
-from tests.cluster.hosts import Hosts
-from tests.cluster.slurm import Slurm
-
-from .cluster_helpers import ENVIRONMENT, PROMISED_S, TIMEOUT_OF_RUNS_S
-from .helpers import LAUNCH, REPO, TIMEOUT_S, Corpus, last_step, outcome, saved_steps, tiny_config, write_config
+from tests.support import slurm
+from tests.support.cluster_runs import ENVIRONMENT, PROMISED_S, TIMEOUT_OF_RUNS_S
+from tests.support.hosts import Hosts
+from tests.support.runs import (
+    LAUNCH,
+    REPO,
+    TIMEOUT_S,
+    Corpus,
+    last_step,
+    outcome,
+    saved_steps,
+    tiny_config,
+    write_config,
+)
+from tests.support.slurm import Slurm
 
 MISSING = slurm.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

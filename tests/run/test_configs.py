@@ -11,8 +11,7 @@ from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters
-
-from .helpers import REPO
+from tests.support.runs import REPO
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 SMALL = {"quickstart": (1, 2), "compare_states": (1,)}

@@ -17,8 +17,7 @@ from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.train import build, dry_run, loop
 from sltrain_dist.train.exit import claim, release
-
-from .helpers import final_tensors, last_step, metrics, outcome, saved_steps, train_here, trajectory
+from tests.support.runs import final_tensors, last_step, metrics, outcome, saved_steps, train_here, trajectory
 
 Output = pytest.CaptureFixture[str]
 

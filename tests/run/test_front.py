@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sltrain_dist import cli
-
-from .helpers import Process, outcome, saved_steps, train_here
+from tests.support.runs import Process, outcome, saved_steps, train_here
 
 
 def test_sltrain_train_in_a_home_directory_on_a_latin_1_terminal(

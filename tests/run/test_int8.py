@@ -16,8 +16,7 @@ from sltrain_dist.config.load import load_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
-
-from .helpers import Corpus, metrics, outcome, saved_steps, tiny_config, train_here, write_config
+from tests.support.runs import Corpus, metrics, outcome, saved_steps, tiny_config, train_here, write_config
 
 INT8 = ("reparam.weight_bits=8", "optim.state_bits=8", "optim.update=per_layer", "train.sanity_checks=true")
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .helpers import REPO, Process
+from tests.support.runs import REPO, Process
 
 
 def test_runs_killed_at_random_moments_are_as_if_never_killed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import documents, metrics, train_here
+from tests.support.runs import documents, metrics, train_here
 
 KEPT = Path(__file__).parent / "checkpoint_2026_11"
 

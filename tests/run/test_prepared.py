@@ -15,9 +15,8 @@ from sltrain_dist.data.prepare.tokens import prepare_tokens
 from sltrain_dist.data.sources.resolve import resolve_source
 from sltrain_dist.data.sources.token_shards import MANIFEST
 from sltrain_dist.errors import DataError
-
-from ..unit.test_token_shards import verify
-from .helpers import Corpus, Process, documents, metrics, outcome, train_here, trajectory, write_shard
+from tests.support.runs import Corpus, Process, documents, metrics, outcome, train_here, trajectory, write_shard
+from tests.unit.data.sources.test_token_shards import verify
 
 SLTRAIN = [sys.executable, "-m", "sltrain_dist.cli"]
 

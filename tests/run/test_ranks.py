@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .helpers import (
+from tests.support.runs import (
     REPO,
     TIMEOUT_S,
     Corpus,

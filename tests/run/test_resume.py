@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .helpers import (
+from tests.support.runs import (
     Corpus,
     final_tensors,
     kill_after_a_checkpoint,

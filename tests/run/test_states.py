@@ -16,8 +16,7 @@ from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import state_layout
-
-from .helpers import REPO, Corpus, metrics, tiny_config, train_here, write_config
+from tests.support.runs import REPO, Corpus, metrics, tiny_config, train_here, write_config
 
 DYNAMIC = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
 MOST = {"lr": 0.002, "rounding": 0.002, "8": 0.01, "4": 0.03}

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "sltrain_dist"
+from tests.support.paths import REPO
+
+PACKAGE = REPO / "sltrain_dist"
 
 LAYERS = (
     {"errors", "streams"},

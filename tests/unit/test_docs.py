@@ -10,8 +10,8 @@ import pytest
 
 from sltrain_dist import cli
 from sltrain_dist.config.load import load_config
+from tests.support.paths import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 README = (REPO / "README.md").read_text().replace("\\\n", "")  # a command that goes on in the next line is one
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip() and not line.startswith("#")]

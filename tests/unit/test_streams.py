@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sltrain_dist.streams import replace_unprintable
+from tests.support.paths import REPO
 
-REPO = Path(__file__).resolve().parents[2]
 PLAN = ["-m", "sltrain_dist", "plan", "--config", "configs/llama_60m.yaml", "--device-memory", "RTX 4090"]
 LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """A locale whose encoding is ASCII, as far as Python lets it be."""
