@@ -32,7 +32,7 @@ from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.data.tokenizer import train_tokenizer
 from sltrain_dist.streams import replace_unprintable
-from tests.run.helpers import (
+from tests.support.runs import (
     Corpus,
     documents,
     final_tensors,
