@@ -397,11 +397,11 @@ REFUSED = [
     ("optim.master_weights=true parallel.engine=zero", "parallel.engine=fsdp or ddp"),
     ("optim.name=adafactor parallel.engine=zero", "set parallel.engine=ddp"),
     ("optim.name=adafactor parallel.engine=fsdp", "set parallel.engine=ddp"),
-    ("optim.name=adafactor optim.state_bits=8", "set 16"),
-    ("optim.name=sgd optim.state_bits=4", "set 16"),
-    ("optim.name=sgd optim.master_weights=true", "set it false"),
-    ("optim.name=adafactor optim.stochastic_rounding=true", "set it false"),
-    ("optim.master_weights=true optim.stochastic_rounding=true", "set it, or optim.master_weights, false"),
+    ("optim.name=adafactor optim.state_bits=8", "set it to 16"),
+    ("optim.name=sgd optim.state_bits=4", "set it to 16"),
+    ("optim.name=sgd optim.master_weights=true", "set it to false"),
+    ("optim.name=adafactor optim.stochastic_rounding=true", "set it to false"),
+    ("optim.master_weights=true optim.stochastic_rounding=true", "set one of the two to false"),
 ]
 
 

@@ -485,7 +485,7 @@ class TestStop:
     def test_file(self, tmp_path: Path) -> None:
         stop = StopRequest(tmp_path)
         (tmp_path / "STOP").touch()
-        assert stop.reason() == f"{tmp_path / 'STOP'} is there"
+        assert stop.reason() == f"found {tmp_path / 'STOP'}"
         stop.acknowledge()
         assert stop.reason() is None
         stop.acknowledge()
