@@ -99,7 +99,7 @@ def read_saved(state: Mapping[str, Any], step: int, where: str) -> Saved:
     except ValidationError as error:
         raise CheckpointError(f"{where} is damaged: state.json: {first_problem(error)}") from None
     if saved.counters.step != step:
-        raise CheckpointError(f"{where} is damaged: state.json is of step {saved.counters.step}, and not of {step}")
+        raise CheckpointError(f"{where} is damaged: state.json is of step {saved.counters.step} instead of {step}")
     return saved
 
 

@@ -293,7 +293,7 @@ class TestLeftovers:
         assert damage(path) is None
         assert [step for step, _ in list_checkpoints(tmp_path)] == [6]
         assert len(said) == 3, "the two, and the checkpoint of step 3"
-        assert all("cannot be deleted; delete it at will" in line for line in said)
+        assert all("cannot be deleted; delete it by hand" in line for line in said)
         assert newest(tmp_path)[0] == path
 
     def test_a_save_whose_old_ones_cannot_be_renamed_is_a_save(
@@ -335,7 +335,7 @@ class TestFinite:
         if (name, bad) == ("optim.w.exp_avg", 1e20):
             assert said[0] == "saved"
         else:
-            assert f"{name} is not finite, or close to it, and no checkpoint of it was saved" in said[0]
+            assert f"{name} is not finite or close to overflow, and no checkpoint of it was saved" in said[0]
             assert entries(tmp_path) == [checkpoint_name(3)]
 
 
@@ -421,7 +421,7 @@ class TestDamage:
         assert problem is not None
         assert said in problem
         assert str(path / file) in problem
-        assert newest(tmp_path) == (tmp_path / checkpoint_name(3), [f"checkpoint passed over: {problem}"])
+        assert newest(tmp_path) == (tmp_path / checkpoint_name(3), [f"checkpoint skipped: {problem}"])
 
     @pytest.mark.parametrize(
         ("harm", "said"),

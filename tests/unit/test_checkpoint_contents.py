@@ -57,7 +57,7 @@ def assert_damaged(path: Path, said: str) -> None:
     reported: list[str] = []
     with pytest.raises(CheckpointError, match="every checkpoint"):
         CheckpointStore(path.parent, SINGLE, 9).newest(reported.append)
-    assert reported == [f"checkpoint passed over: {problem}"]
+    assert reported == [f"checkpoint skipped: {problem}"]
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
@@ -179,7 +179,7 @@ def test_ranks_that_disagree(saved: Path) -> None:
     assert_damaged(saved, "model.w has the shape [3, 2] here and [2, 3] in another file")
     save_file({"model.w@3": torch.zeros(3, dtype=torch.bfloat16)}, path, metadata=SHAPES)
     listed_anew(saved)
-    assert_damaged(saved, "model.w is of type BF16 here and F32 elsewhere")
+    assert_damaged(saved, "model.w has the type BF16 here and F32 elsewhere")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000, '{"a": ' * 100_000])
@@ -193,7 +193,7 @@ def test_a_parameter_that_no_file_holds(saved: Path) -> None:
     """Every file is whole and every tensor in it, but the configuration's model has more."""
     (saved / "config.yaml").write_text("train: {steps: 1}\n")
     listed_anew(saved)
-    assert_damaged(saved, "it lacks model.model.embed_tokens.weight of shape (32000, 512)")
+    assert_damaged(saved, "model.model.embed_tokens.weight of shape (32000, 512) is missing")
 
 
 TINY = "{vocab_size: 8, hidden_size: 4, intermediate_size: 4, num_layers: 1, num_heads: 1}"
@@ -205,8 +205,8 @@ TINY = "{vocab_size: 8, hidden_size: 4, intermediate_size: 4, num_layers: 1, num
         ("sgd", torch.float32, {}, "state.json: data: Field required"),
         ("sgd", torch.float32, {"counters": {"step": 2}}, "state.json: data: Field required"),
         ("sgd", torch.float32, {"counters": {"step": 2}, "data": {}, "rng": [], "supports": ""}, "is of step 2"),
-        ("sgd", torch.int32, {}, "model.model.embed_tokens.weight is of type I32"),
-        ("adamw", torch.float32, {}, "it lacks optim.model.embed_tokens.weight.exp_avg of shape (8, 4)"),
+        ("sgd", torch.int32, {}, "model.model.embed_tokens.weight has the type I32"),
+        ("adamw", torch.float32, {}, "optim.model.embed_tokens.weight.exp_avg of shape (8, 4) is missing"),
     ],
 )
 def test_what_a_run_could_not_go_on_from(

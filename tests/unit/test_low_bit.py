@@ -32,7 +32,7 @@ from sltrain_dist.optim.state_layout import (
     stored_states,
     whole,
 )
-from sltrain_dist.parallel.pieces import Held, Piece
+from sltrain_dist.parallel.pieces import LocalPieces, Piece
 from sltrain_dist.parallel.placement import fsdp_place, fsdp_rows, rank_bytes, vector_borders
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
@@ -72,7 +72,7 @@ def agreement(env: Environment) -> low_bit.Agree:
     return agree
 
 
-def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Agreement = agreement) -> Held:
+def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Agreement = agreement) -> LocalPieces:
     """What a rank holds of all parameters under the rule of FSDP2."""
     pieces = []
     for name, value in first_values(dtype).items():
@@ -81,10 +81,10 @@ def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Ag
         borders = vector_borders(tuple(value.shape), env.world_size)
         part = nn.Parameter(value[first:last].clone())
         pieces.append(Piece(name, tuple(value.shape), first * width, part, True, borders))
-    return Held(pieces, optim, agrees(env))
+    return LocalPieces(pieces, optim, agrees(env))
 
 
-def make_updates(held: Held, steps: range, dtype: torch.dtype) -> None:
+def make_updates(held: LocalPieces, steps: range, dtype: torch.dtype) -> None:
     for step in steps:
         wanted = gradients(step, dtype)
         for piece in held.pieces:
@@ -233,7 +233,7 @@ class TestRanks:
             place = fsdp_place("V", shape, env.rank, ranks)
             part = nn.Parameter(torch.ones(place.count))
             piece = Piece("V", shape, place.start, part, True, place.borders)
-            held = Held([piece], OptimConfig(state_bits=4), agreement(env))
+            held = LocalPieces([piece], OptimConfig(state_bits=4), agreement(env))
             if place.count:
                 part.grad = torch.arange(place.start, place.stop).float()
             held.update(0.1)

@@ -524,7 +524,7 @@ SAVED = {"counters": {"step": 3, "tokens": 60}, "data": {}, "rng": [{"torch": ""
     [
         ({"counters": None}, "counters: "),
         ({"counters": {"step": "late"}}, "counters.step: "),
-        ({"counters": {"step": 4}}, "state.json is of step 4, and not of 3"),
+        ({"counters": {"step": 4}}, "state.json is of step 4 instead of 3"),
         ({"data": []}, "data: "),
         ({"rng": {}}, "rng: "),
         ({"rng": [None]}, "rng.0: "),
