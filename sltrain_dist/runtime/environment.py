@@ -203,9 +203,7 @@ def _share_cores(environ: dict[str, str] | os._Environ[str]) -> None:
 
     By default every process starts one thread per core, which makes several processes slow each other down.
     """
-    procs = (
-        environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    )
+    procs = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("SLURM_NTASKS_PER_NODE") or "1"
     if "OMP_NUM_THREADS" not in environ and procs.isdigit() and int(procs) > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(procs)))
 

@@ -287,7 +287,7 @@ class TestResumable:
             check_resumable(config(), now, "runs/old")
         before = getattr(getattr(config(), section), key)
         assert f"{section}.{key}: {before!r} → {value!r}" in str(caught.value)
-        assert "runs/old belongs to a run of another configuration" in str(caught.value)
+        assert "runs/old belongs to a run with another configuration" in str(caught.value)
 
     def test_seed(self) -> None:
         with pytest.raises(CheckpointError, match="seed: 0 → 1"):
