@@ -113,7 +113,7 @@ def _gap(tensor: SavedTensor) -> str | None:
     reached = 0
     for each in tensor.ranges:
         if each.start != reached:
-            what = "nothing holds" if each.start > reached else "two ranges hold"
+            what = "no range covers" if each.start > reached else "two ranges cover"
             return f"{what} elements {min(reached, each.start)} to {max(reached, each.start) - 1}"
         reached = each.stop
     numel = prod(tensor.shape)

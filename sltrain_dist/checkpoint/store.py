@@ -345,5 +345,5 @@ class CheckpointReader:
             if low < high:
                 pieces.append(self._files[file].get_slice(key)[low - first : high - first])
         if not pieces or sum(map(len, pieces)) != length:
-            raise CheckpointError(f"{self.path} does not hold {name}[{start}:{start + length}]")
+            raise CheckpointError(f"{self.path} does not contain {name}[{start}:{start + length}]")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

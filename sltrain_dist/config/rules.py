@@ -90,7 +90,7 @@ def _check_int8(config: Config) -> Iterator[tuple[str, str]]:
     optim, train = config.optim, config.train
     cases = (
         (config.reparam.method != "sltrain", "need reparam.method=sltrain; set it"),
-        (config.parallel.engine != "ddp", "cannot be sharded; set parallel.engine=ddp"),
+        (config.parallel.engine != "ddp", "are replicated on every rank; set parallel.engine=ddp"),
         (optim.name not in ("adamw", "adam"), "need Adam, whose update rounds them; set optim.name=adamw or adam"),
         (optim.master_weights, "have no fp32 copies; set optim.master_weights=false"),
         (train.dtype == "mixed", "replace the fp32 parameters of mixed precision; set train.dtype=bf16 or fp32"),

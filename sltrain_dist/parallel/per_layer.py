@@ -51,7 +51,7 @@ class _InFlight:
 
 
 class InBackward:
-    """Updates pieces of parameters during the backward pass.
+    """The updates of pieces of parameters during the backward pass.
 
     Args:
         optim: Optimizer settings.

@@ -17,7 +17,7 @@ class StopAgreed(Exception):  # noqa: N818 (not an error)
 
 
 class StopRequest:
-    """Records requests to stop this process. The ranks agree on them between updates and evaluation batches.
+    """Requests to stop this process, on which the ranks agree between updates and evaluation batches.
 
     A second Ctrl-C interrupts at once, without saving. Under `nohup`, closing the terminal is not a request.
 

@@ -38,7 +38,7 @@ Report = Callable[[str], None]
 
 
 class Watchdog:
-    """Watches this process from construction on, and ends it when it makes no progress.
+    """A watchdog of this process, which runs from construction on and ends the process if it makes no progress.
 
     Args:
         who: Name of this process in messages.

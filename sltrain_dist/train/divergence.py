@@ -32,7 +32,7 @@ def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path, op
     saved = list_checkpoints(checkpoints)
     back = f"the newest checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
     if len(saved) > 1 and saved[-1][0] == step:
-        back += f", which has the same weights; to go back further, set checkpoint.resume={saved[-2][1]}"
+        back += f", which has these same weights; to resume from an earlier one, set checkpoint.resume={saved[-2][1]}"
     partial = optim.update == "per_layer" and not optim.passes_twice
     state = "was made in part, so that the model in memory is lost" if partial else "was not made"
     raise DivergedError(
@@ -76,5 +76,5 @@ def not_learning(loss: float, state: TrainState, config: Config) -> str | None:
     return (
         f"after {state.step} updates the loss is {loss:.3f}, no better than at the start ({began:.3f}) or than "
         f"guessing ({guessing:.3f}). If it stays there, the run has diverged: go back with checkpoint.resume=PATH "
-        f"({kept}; checkpoint.keep_every says how many). {_ADVICE}"
+        f"({kept}; set checkpoint.keep_every to keep more). {_ADVICE}"
     )

@@ -145,10 +145,10 @@ SHAPES = {"shapes": json.dumps({"model.w": [2, 3]})}
 @pytest.mark.parametrize(
     ("tensors", "metadata", "said"),
     [
-        ({"model.w@0": 4, "model.w@2": 2}, SHAPES, "two ranges hold elements 2 to 3 of model.w"),
-        ({"model.w@0": 2, "model.w@4": 2}, SHAPES, "nothing holds elements 2 to 3 of model.w"),
-        ({"model.w@1": 5}, SHAPES, "nothing holds elements 0 to 0 of model.w"),
-        ({"model.w@0": 5}, SHAPES, "5 elements are saved, and not 6, of model.w"),
+        ({"model.w@0": 4, "model.w@2": 2}, SHAPES, "two ranges cover elements 2 to 3 of model.w"),
+        ({"model.w@0": 2, "model.w@4": 2}, SHAPES, "no range covers elements 2 to 3 of model.w"),
+        ({"model.w@1": 5}, SHAPES, "no range covers elements 0 to 0 of model.w"),
+        ({"model.w@0": 5}, SHAPES, "5 elements are saved instead of 6, of model.w"),
         ({"model.w@0": 7}, SHAPES, "7 elements are saved, and not 6, of model.w"),
         ({}, SHAPES, "0 elements are saved, and not 6, of model.w"),
         ({"model.w": 6}, SHAPES, "'model.w' is not a range"),

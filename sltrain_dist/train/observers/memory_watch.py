@@ -48,11 +48,11 @@ class Observed:
 
     Attributes:
         peak_bytes: On CUDA the allocator's peak since the start, otherwise the peak of live tensors in one update.
-        held: Bytes by keys of :data:`_EXACT`: optimizer states after the update, the others before it.
+        component_bytes: Bytes by keys of :data:`_EXACT`: optimizer states after the update, the others before it.
     """
 
     peak_bytes: int
-    held: Mapping[str, int]
+    component_bytes: Mapping[str, int]
 
 
 class MemoryWatch(Observer):
@@ -165,7 +165,7 @@ class MemoryWatch(Observer):
         # The prediction is for eager mode on a GPU; torch.compile keeps other tensors, and the CPU has other operators.
         too_far = on_gpu and not compiled and abs(off) > interval
         if wrong or too_far:
-            rest = "activations, temporaries or buffers; weights, gradients, states and index are as predicted"
+            rest = "activations, temporaries or buffers differ; weights, gradients, states and index are as predicted"
             tracker.warn(f"the memory planner was wrong about this run: {found}; {', '.join(wrong) or rest}")
         else:
             tracker.note(f"memory: {found}")
@@ -177,7 +177,7 @@ class MemoryWatch(Observer):
         sizes = {**before.components, **before.groups()}
         wrong = []
         for kind, groups in _EXACT.items():
-            expected, found = sum(sizes.get(group, 0) for group in groups), self.observed.held[kind]
+            expected, found = sum(sizes.get(group, 0) for group in groups), self.observed.component_bytes[kind]
             if abs(found - expected) > max(_TOLERANCE, _SHARE * expected):
                 wrong.append(f"{kind} take {format_bytes(found)} instead of {format_bytes(expected)}")
         return wrong
