@@ -47,7 +47,7 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
     if parallel.zero_stage == 3:
         layer = -(-sharded_numel // config.model.num_layers)
         zero |= {
-            # The default keeps a billion gathered parameters, which would leave all models up to 1B unsharded.
+            # The default keeps a billion gathered parameters, which would leave all presets but 7B unsharded.
             "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * layer,
             "stage3_prefetch_bucket_size": parallel.prefetch_blocks * layer,
             "stage3_max_reuse_distance": 0,
