@@ -1,1 +1,1 @@
-"""Saving and resuming: atomic, hashed, engine-neutral."""
+"""Checkpoints: atomic, hashed, and independent of the engine and the number of ranks."""

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold: which ranges of which tensors, and the run's state. Imports no torch."""
+"""The contents of a checkpoint's files: ranges of tensors, and the run's state. Does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CODES = frozenset({"I8", "U8"})
 
 
 class _RunState(BaseModel):
-    """The form of state.json, as far as it is the same for all runs."""
+    """The part of state.json that is the same for all runs."""
 
     counters: dict[str, int | float | None]
     data: dict[str, Any]
@@ -40,33 +40,33 @@ class Range(NamedTuple):
     start: int
     stop: int
     file: int
-    """Which of the files of tensors it is in."""
+    """Index of its tensor file."""
     key: str
-    """Its name there."""
+    """Its key in that file."""
 
 
 @dataclass
 class SavedTensor:
-    """A tensor in a checkpoint, in the ranges that ranks have saved."""
+    """A tensor in a checkpoint, made of the ranges that the ranks have saved."""
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors calls it."""
+    """Data type by safetensors' name."""
     ranges: list[Range] = field(default_factory=list)
-    """In order. They cover every element once."""
+    """Sorted ranges that cover every element exactly once."""
 
 
 class TensorFiles:
-    """The files of tensors of a checkpoint, opened.
+    """The opened tensor files of a checkpoint.
 
     Args:
         directory: The checkpoint.
-        names: Its files of tensors, as its manifest lists them.
-        framework: safetensors' name for what tensors are returned as.
+        names: Its tensor files, as listed in its manifest.
+        framework: safetensors' name of the library whose tensors are returned.
 
     Attributes:
         files: safetensors' handles, in the order of `names`.
-        tensors: What they hold, by name.
+        tensors: Their tensors by name.
 
     Raises:
         CheckpointError: A file cannot be read, or the ranges of a tensor do not cover it exactly.
@@ -91,9 +91,9 @@ class TensorFiles:
         metadata = file.metadata() or {}
         shapes = parse_model(metadata.get("shapes", ""), _Shapes).root
         for name, shape in shapes.items():
-            known = self.tensors.setdefault(name, SavedTensor(tuple(shape), ""))
-            if known.shape != tuple(shape):
-                raise ValueError(f"{name} has the shape {shape} here and {list(known.shape)} in another file")
+            tensor = self.tensors.setdefault(name, SavedTensor(tuple(shape), ""))
+            if tensor.shape != tuple(shape):
+                raise ValueError(f"{name} has the shape {shape} here and {list(tensor.shape)} in another file")
         for key in file.keys():  # noqa: SIM118 (not a dict)
             name, _, start = key.rpartition("@")
             piece = file.get_slice(key)
@@ -103,28 +103,28 @@ class TensorFiles:
             tensor = self.tensors[name]
             tensor.dtype = tensor.dtype or dtype
             if tensor.dtype != dtype:
-                raise ValueError(f"{name} is of type {dtype} here and {tensor.dtype} elsewhere")
+                raise ValueError(f"{name} has the type {dtype} here and {tensor.dtype} elsewhere")
             tensor.ranges.append(Range(int(start), int(start) + shape[0], len(self.files), key))
         self.files.append(file)
 
 
 def _gap(tensor: SavedTensor) -> str | None:
-    """Which elements are not covered exactly once, or None."""
+    """Says which elements are not covered exactly once; None if all are."""
     reached = 0
     for each in tensor.ranges:
         if each.start != reached:
-            what = "nothing holds" if each.start > reached else "two ranges hold"
+            what = "no range covers" if each.start > reached else "two ranges cover"
             return f"{what} elements {min(reached, each.start)} to {max(reached, each.start) - 1}"
         reached = each.stop
     numel = prod(tensor.shape)
-    return None if reached == numel else f"{reached} elements are saved, and not {numel},"
+    return None if reached == numel else f"{reached} elements are saved instead of {numel},"
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The run's state in a checkpoint.
+    """Reads the run's state, state.json, of a checkpoint.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The file cannot be read.
     """
     try:
         return read_model(directory / STATE, _Object).root
@@ -133,45 +133,45 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def damage(directory: Path) -> str | None:
-    """Says what is wrong with a checkpoint, or returns None: files that differ from the manifest, or make no sense."""
-    return changed_file(directory) or senseless(directory)
+    """Says which files of a checkpoint differ from its manifest or have invalid contents; None if all are fine."""
+    return changed_file(directory) or content_problem(directory)
 
 
-def senseless(directory: Path) -> str | None:
-    """Says what files that are as the manifest says cannot be read as, or returns None. Reads no tensor."""
+def content_problem(directory: Path) -> str | None:
+    """Says what is invalid in the contents of files that match their manifest, without reading tensors; or None."""
     try:
         state, step = read_state(directory), read_manifest(directory).step
         tensors = TensorFiles(directory, read_manifest(directory).tensor_files, "numpy").tensors
         config = load_config(directory / CONFIG)
     except CheckpointError as error:
         return str(error)
-    except ConfigError:  # of another version, perhaps: who resumes or exports is told, and the values can be read
+    except ConfigError:  # perhaps of another version: the tensors can be read, and resume and export report it
         return None
     problem = _wrong_tensor(config, tensors) or _wrong_state(state, step)
     return f"{directory} is damaged: {problem}" if problem else None
 
 
 def _wrong_state(state: Mapping[str, Any], step: int) -> str | None:
-    """What of the run's state is not there, or of another update than the manifest says; or None."""
+    """Says what is missing in the run's state, or that its step differs from the manifest's; None if it is valid."""
     try:
         counters = _RunState.model_validate(state).counters
     except ValidationError as error:
         return f"{STATE}: {first_problem(error)}"
-    return None if counters.get("step") == step else f"{STATE} is of step {counters.get('step')}, and not of {step}"
+    return None if counters.get("step") == step else f"{STATE} is of step {counters.get('step')} instead of {step}"
 
 
 def _wrong_tensor(config: Config, tensors: Mapping[str, SavedTensor]) -> str | None:
-    """The first of the model's parameters and their optimizer states that is not there as it should be, or None."""
+    """Names the first parameter or optimizer state that is missing or has a wrong shape or type; None if none is."""
     for name, shape, dtypes in _expected(config):
         if name not in tensors or (shape is not None and tensors[name].shape != shape):
-            return f"it lacks {name}" + (f" of shape {shape}" if shape else "")
+            return name + (f" of shape {shape}" if shape else "") + " is missing"
         if tensors[name].dtype not in dtypes:
-            return f"{name} is of type {tensors[name].dtype}"
+            return f"{name} has the type {tensors[name].dtype}"
     return None
 
 
 def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...] | None, frozenset[str]]]:
-    """(name, shape, possible types) of every tensor that a run of this configuration saves; no shape of int8 scales."""
+    """Yields (name, shape or None for any, allowed types) of every tensor that a run of this configuration saves."""
     value_bytes = 2 if config.train.dtype == "bf16" else 4
     for parameter, shape in parameter_shapes(config.model, config.reparam):
         if is_int8(parameter, config.reparam):

@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a dense Hugging Face LLaMA: safetensors and config.json, tensor by tensor."""
+"""Export of a checkpoint, tensor by tensor, to a dense Hugging Face LLaMA (safetensors and config.json)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at `path`, or the newest of the run directory at `path`.
+    """Returns `path` if it is a checkpoint, or the newest checkpoint of the run directory `path`.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The run directory cannot be read.
     """
     kept = list_checkpoints(path / "checkpoints")
     return kept[-1][1] if kept else path
@@ -40,24 +40,24 @@ def find_checkpoint(path: Path) -> Path:
 def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: int = _SHARD_BYTES) -> int:
     """Merges every sparse plus low-rank layer into a dense weight and writes a Hugging Face model.
 
-    Layers are merged in float32, one at a time, so that the memory needed is one output file's.
+    Layers are merged in float32, one at a time, so that the peak memory is about one output file.
 
     Args:
         path: A checkpoint, or a run directory (its newest checkpoint).
-        output: Directory to make.
-        dtype: "bf16" or "fp32", the type of the exported weights.
-        shard_bytes: Largest size of one safetensors file.
+        output: Directory to create.
+        dtype: Type of the exported weights, "bf16" or "fp32".
+        shard_bytes: Maximum size of one safetensors file.
 
     Returns:
         Number of parameters of the exported model.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or was made with other supports than this version draws.
-        ConfigError: The output is there already.
-        StorageError: The output cannot be written; nothing of it is left.
+        CheckpointError: The checkpoint is damaged, or this version draws other supports from its seed.
+        ConfigError: The output already exists.
+        StorageError: The output cannot be written; partial output has been removed.
     """
     if output.exists():
-        raise ConfigError(f"{output} is there already; choose another --output, or remove it")
+        raise ConfigError(f"{output} already exists; choose another --output, or remove it")
     checkpoint = find_checkpoint(path)
     problem = damage(checkpoint)
     if problem is not None:
@@ -102,18 +102,18 @@ def _write_tensors(
     if len(files) == 1:
         (directory / "part-0").rename(directory / "model.safetensors")
     else:
-        home = {}
+        weight_map = {}
         for index, names in enumerate(files):
             file_name = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
             (directory / f"part-{index}").rename(directory / file_name)
-            home.update(dict.fromkeys(names, file_name))
-        index_json = {"metadata": {"total_size": sum(sizes)}, "weight_map": home}
+            weight_map.update(dict.fromkeys(names, file_name))
+        index_json = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_synced(directory / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n")
     return sum(sizes) // dtype.itemsize
 
 
 def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Yields (Hugging Face's name, dense float32 tensor) of every parameter."""
+    """Yields (Hugging Face name, dense float32 tensor) of every parameter."""
     supports: list[tuple[str, str]] = []
     model = build_meta_model(config)
     replaced: set[str] = set()
@@ -141,8 +141,8 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
 
 
 def _write_tokenizer(checkpoint: Path, directory: Path, config: Config) -> dict[str, int | None]:
-    """Writes the tokenizer's files and returns its special ids. Absent ones are null: left out, Hugging Face would take
-    LLaMA's."""
+    """Writes the tokenizer's files and returns its special token ids. Missing ones are None, so that Hugging Face does
+    not use LLaMA's defaults."""
     model = checkpoint / TOKENIZER
     if not model.is_file():
         raise CheckpointError(f"{checkpoint} was saved without its tokenizer")

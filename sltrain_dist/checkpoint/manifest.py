@@ -1,11 +1,11 @@
-"""What makes a directory a checkpoint: `manifest.json`, with size and SHA-256 of every file. Imports no torch.
+"""The manifest of a checkpoint: `manifest.json`, with size and SHA-256 of every file. Does not import torch.
 
 Layout of `<run_dir>/checkpoints/step_XXXXXXXX/`:
 
-    tensors-00000-of-00002.safetensors   pieces of parameters and optimizer states, one file per rank
-    state.json                           counters, data cursor, random-number states, fingerprints
+    tensors-00000-of-00002.safetensors   ranges of parameters and optimizer states, one file per rank
+    state.json                           counters, data cursor, random-number states, fingerprint of the supports
     config.yaml                          the resolved configuration
-    tokenizer.model                      the SentencePiece model that the run was trained with
+    tokenizer.model                      the SentencePiece model of the run
     manifest.json                        written last; a directory without it is not a checkpoint
 
 Only files that the manifest lists are ever read.
@@ -41,7 +41,7 @@ class FileEntry(BaseModel):
 
 
 class _Version(BaseModel):
-    """All that is asked of a manifest of another format."""
+    """The only field that is read from a manifest of another format."""
 
     format: int
 
@@ -51,7 +51,7 @@ class Manifest(SealedModel):
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     step: Annotated[int, Field(ge=0, lt=1 << 63)]
-    """Updates made."""
+    """Number of updates made."""
     files: dict[FileName, FileEntry]
 
     @model_validator(mode="after")
@@ -65,30 +65,30 @@ class Manifest(SealedModel):
 
     @property
     def tensor_files(self) -> list[str]:
-        """Names of the files of tensors, in order of their ranks."""
+        """Names of the tensor files, ordered by rank."""
         return sorted(name for name in self.files if name.startswith("tensors-"))
 
 
 def tensor_file(rank: int, world_size: int) -> str:
-    """Name of the file that a rank writes."""
+    """Returns the name of the tensor file of a rank."""
     return f"tensors-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` updates."""
+    """Returns the directory name of the checkpoint after `step` updates."""
     return f"step_{step:08d}"
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of all complete checkpoints in `<run_dir>/checkpoints`, oldest first."""
+    """Returns (step, path) of all complete checkpoints in `<run_dir>/checkpoints`, oldest first."""
     return [(step, path) for step, path in list_directories(directory) if (path / MANIFEST).is_file()]
 
 
 def list_directories(directory: Path) -> list[tuple[int, Path]]:
-    """As :func:`list_checkpoints`, with directories that only look like checkpoints: theirs went missing.
+    """Lists checkpoints as :func:`list_checkpoints` does, but includes directories whose manifest is missing.
 
     Raises:
-        CheckpointError: The directory is there and cannot be read.
+        CheckpointError: The directory exists but cannot be read.
     """
     if not directory.is_dir():
         return []
@@ -100,24 +100,24 @@ def list_directories(directory: Path) -> list[tuple[int, Path]]:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file.
+    """Computes the size and SHA-256 of a file.
 
     Raises:
-        OSError: It cannot be read, or is not a regular file.
+        OSError: The file cannot be read, or is not a regular file.
     """
     return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write_manifest(directory: Path, step: int, files: Mapping[str, FileEntry]) -> None:
-    """Writes the manifest of a directory whose other files are complete."""
+    """Writes the manifest, after all other files of the checkpoint are complete."""
     write_synced(directory / MANIFEST, Manifest(format=FORMAT, step=step, files=dict(files)).sealed())
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads and checks the manifest itself.
+    """Reads and checks a manifest, but not the files that it lists.
 
     Raises:
-        CheckpointError: There is none, or it is damaged, of an unknown format, or of another step than the directory.
+        CheckpointError: It is missing, damaged, of an unknown format, or of another step than its directory.
     """
     path = directory / MANIFEST
     try:
@@ -130,16 +130,16 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if (match := _NAME.fullmatch(directory.name)) and int(match.group(1)) != manifest.step:
-        raise CheckpointError(f"{path} is damaged: it is of step {manifest.step}, and not of its directory's")
+        raise CheckpointError(f"{path} is damaged: it is of step {manifest.step}, unlike its directory")
     return manifest
 
 
 def changed_file(directory: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """Compares the files with the manifest and says what is wrong, or returns None.
+    """Compares the files of a checkpoint with its manifest; returns a description of the first problem, or None.
 
     Args:
         directory: The checkpoint.
-        part: Which of the `parts` equal shares of the files to hash, so that ranks can share the reading.
+        part: Index of the share of the files to check, so that ranks can divide the work.
         parts: Number of shares.
     """
     try:
@@ -153,7 +153,7 @@ def changed_file(directory: Path, *, part: int = 0, parts: int = 1) -> str | Non
             if size != files[name].bytes:
                 return f"{path} has {size} bytes instead of {files[name].bytes}"
             if sha256_of(path) != files[name].sha256:
-                return f"{path} does not have the SHA-256 that the manifest names"
+                return f"{path} does not have the SHA-256 of the manifest"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"
     return None

@@ -1,7 +1,7 @@
-"""Saving and reading checkpoints: pieces of named tensors in safetensors files, one file per rank.
+"""Saving and reading of checkpoints, with ranges of named tensors in safetensors files, one file per rank.
 
-A piece is a contiguous range of a flattened tensor, so that ZeRO's flat partitions and whole replicas are
-saved as they lie, without gathering, and any number of ranks can read any range back.
+A range of a flattened tensor is contiguous, so that ZeRO's flat partitions and whole replicas are saved without
+gathering or reordering, and any number of ranks can read any range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sltrain_dist.checkpoint.contents import TensorFiles, read_state, senseless
+from sltrain_dist.checkpoint.contents import TensorFiles, content_problem, read_state
 from sltrain_dist.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -50,10 +50,10 @@ from sltrain_dist.runtime.environment import Environment
 T = TypeVar("T")
 
 Report = Callable[[str], None]
-"""Takes a line of text for the user."""
+"""Shows a line of text to the user."""
 
 _HIDDEN = re.compile(r"\.(incomplete|replaced|deleted)-(step_\d{8,18})(.*)", re.ASCII)
-"""Directories that are on their way in or out: what for, the checkpoint's name, and what sets them apart."""
+"""Matches temporary directories: (purpose, name of the checkpoint, unique suffix)."""
 
 
 class CheckpointStore:
@@ -61,9 +61,9 @@ class CheckpointStore:
 
     Args:
         directory: `<run_dir>/checkpoints`.
-        env: This process among all.
-        keep: Newest checkpoints to keep.
-        keep_every: Checkpoints of multiples of so many updates are never deleted; 0: no such ones.
+        env: The distributed environment.
+        keep: Number of newest checkpoints to keep.
+        keep_every: Checkpoints at multiples of this number of updates are never deleted; 0: none are protected.
     """
 
     def __init__(self, directory: Path, env: Environment, keep: int, keep_every: int = 0) -> None:
@@ -79,19 +79,19 @@ class CheckpointStore:
         *,
         warn: Report = print,
     ) -> Path:
-        """Writes a checkpoint: everything into a temporary directory, the manifest last, then one rename.
+        """Writes a checkpoint into a temporary directory, with the manifest last, and renames it to its final name.
 
         Args:
-            step: Updates made.
-            chunks: This rank's pieces.
-            state: JSON-able state of the run; the main rank's is written.
+            step: Number of updates made.
+            chunks: Ranges of tensors that this rank saves.
+            state: State of the run, which JSON can represent; the main rank's is written.
             config_yaml: The resolved configuration.
-            tokenizer: The SentencePiece model, of which a copy is kept with the weights.
-            warn: Called on the main rank with what could not be cleared away after the checkpoint was complete.
+            tokenizer: The SentencePiece model, which is copied into the checkpoint.
+            warn: Called on the main rank for everything that could not be deleted after the checkpoint was complete.
 
         Raises:
-            StorageError: A rank could not write. Earlier checkpoints are untouched, and nothing of this one is left.
-            DivergedError: A weight or an optimizer state is not finite; likewise.
+            StorageError: A rank could not write. Earlier checkpoints are unchanged, and this one is removed.
+            DivergedError: A weight or an optimizer state is not finite. Likewise.
         """
         final = self._directory / checkpoint_name(step)
         token = uuid.uuid4().hex[:8]
@@ -103,7 +103,7 @@ class CheckpointStore:
             self._together(lambda: self._finish(temporary, final, step, files))
         except Exception:
             if self._env.is_main:
-                self._clear()  # what cannot go now goes at the next start
+                self._clear()  # what cannot be deleted now is deleted at the next start
             raise
         if self._env.is_main:
             for problem in self._delete_old(final):
@@ -111,27 +111,27 @@ class CheckpointStore:
         return final
 
     def recover(self, report: Report) -> None:
-        """Clears up after a save that was killed. To be called before anything else, and by the run alone.
+        """Cleans up after a save that was killed. Must be called first, and only by the process that owns the run.
 
         Args:
-            report: Takes what could not be cleared away.
+            report: Called for everything that could not be deleted.
         """
         problems = self._env.gather(self._clear() if self._env.is_main else [])[0]
         for problem in problems:
             report(problem)
 
     def newest(self, report: Report) -> Path | None:
-        """The newest checkpoint that is undamaged; damaged ones are named through `report` and passed over.
+        """Returns the newest undamaged checkpoint, or None if there are none; damaged ones are reported and skipped.
 
         Raises:
-            CheckpointError: There are checkpoints, and all of them are damaged.
+            CheckpointError: All existing checkpoints are damaged.
         """
         listed = self._together(lambda: list_directories(self._directory) if self._env.is_main else [])[0]
         for _, path in reversed(listed):
             problem = self.check(path)
             if problem is None:
                 return path
-            report(f"checkpoint passed over: {problem}")
+            report(f"checkpoint skipped: {problem}")
         if listed:
             raise CheckpointError(
                 f"every checkpoint in {self._directory} is damaged; restore one, or start in a new run_dir"
@@ -144,16 +144,16 @@ class CheckpointStore:
         return path.resolve() in (own.parent, own) or path.resolve().parent == own
 
     def abandon_after(self, step: int) -> list[Path]:
-        """Renames checkpoints of later updates, from which a run that goes back must not go on by mistake.
+        """Renames checkpoints of later updates, so that a run that goes back does not resume from them by mistake.
 
         Returns:
-            What they are called now. They are kept, and never looked at or deleted again.
+            Their new paths. They are kept, and never read or deleted again.
         """
 
         def abandon() -> list[Path]:
             later = [path for other, path in list_directories(self._directory) if other > step]
             stamp = time.strftime("%Y%m%dT%H%M%S")
-            renamed = [path.rename(_free(path.with_name(f"abandoned-{path.name}-{stamp}"))) for path in later]
+            renamed = [path.rename(_unused(path.with_name(f"abandoned-{path.name}-{stamp}"))) for path in later]
             if renamed:
                 sync_path(self._directory)
             return renamed
@@ -161,13 +161,13 @@ class CheckpointStore:
         return self._together(lambda: abandon() if self._env.is_main else [])[0]
 
     def check(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, or None. The ranks share the reading, and agree on the answer."""
+        """Says what is wrong with a checkpoint, or returns None. The ranks divide the reading; all return the same."""
         problems = self._env.gather(changed_file(path, part=self._env.rank, parts=self._env.world_size))
-        found = next((problem for problem in problems if problem is not None), None)
-        return found if found is not None else self._env.on_main(lambda: senseless(path))
+        changed = next((problem for problem in problems if problem is not None), None)
+        return changed if changed is not None else self._env.on_main(lambda: content_problem(path))
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """Runs `action` on every rank; a file that cannot be written is the same error on all of them."""
+        """Runs `action` on every rank; if one cannot write, all raise the same StorageError."""
 
         def guarded() -> T:
             try:
@@ -175,7 +175,7 @@ class CheckpointStore:
             except OSError as error:
                 rank = f"rank {self._env.rank}: " if self._env.world_size > 1 else ""
                 message = storage_message(f"{rank}the checkpoint in {self._directory}", error)
-                raise StorageError(f"{message}. Earlier checkpoints are untouched") from None
+                raise StorageError(f"{message}. Earlier checkpoints are unchanged") from None
 
         return self._env.together(guarded)
 
@@ -194,7 +194,7 @@ class CheckpointStore:
             tensors[f"{chunk.name}@{chunk.start}"] = chunk.data.cpu().contiguous()
             shapes[chunk.name] = chunk.shape
         path = temporary / tensor_file(self._env.rank, self._env.world_size)
-        # Slices of one flat partition share storage, which safetensors refuses to guess about.
+        # Slices of one flat partition share storage, which safetensors refuses.
         unshared = {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
         save_tensors(path, unshared, {"shapes": json.dumps(shapes)})
         return {path.name: file_entry(path)}
@@ -216,59 +216,59 @@ class CheckpointStore:
                 files[name] = file_entry(temporary / name)
         write_manifest(temporary, step, files)
         sync_path(temporary)
-        if final.exists():  # a rerun from an older checkpoint comes by the same step again
+        if final.exists():  # a run that went back to an older checkpoint reaches this step again
             final.rename(temporary.with_name(temporary.name.replace(".incomplete-", ".replaced-", 1)))
         temporary.rename(final)
         sync_path(self._directory)
 
     def _delete_old(self, newest: Path) -> list[str]:
-        """Deletes what need not be kept now that there is a newer checkpoint; returns what could not be."""
+        """Deletes checkpoints that need not be kept after a newer one; returns what could not be deleted."""
         old = [(step, path) for step, path in list_checkpoints(self._directory)[: -self._keep] if path != newest]
         try:
             for step, path in old:
                 if not (self._keep_every and step % self._keep_every == 0):
-                    # First it stops being a checkpoint, then it goes: a kill in between leaves no half of one.
-                    path.rename(_free(path.with_name(f".deleted-{path.name}")))
+                    # Rename before deleting, so that a kill in between leaves no partial checkpoint.
+                    path.rename(_unused(path.with_name(f".deleted-{path.name}")))
             sync_path(self._directory)
         except OSError as error:
             return [f"an old checkpoint cannot be deleted: {error}"]
         return self._clear()
 
     def _clear(self) -> list[str]:
-        """Ends what a killed or failed save has begun, and removes what is left of it.
+        """Completes the replacement of a checkpoint that was interrupted, and deletes temporary directories.
 
         Returns:
-            What could not be cleared away.
+            Descriptions of what could not be deleted.
         """
         problems = []
-        hidden = [(path, match) for path in self._directory.glob(".*") if (match := _HIDDEN.fullmatch(path.name))]
+        temporary = [(path, match) for path in self._directory.glob(".*") if (match := _HIDDEN.fullmatch(path.name))]
         try:
-            for path, (purpose, name, token) in ((path, match.groups()) for path, match in hidden):
+            for path, (purpose, name, token) in ((path, match.groups()) for path, match in temporary):
                 final = path.with_name(name)
                 if purpose == "replaced" and not final.exists():
                     new = path.with_name(f".incomplete-{name}{token}")
                     (new if (new / MANIFEST).is_file() else path).rename(final)
                     sync_path(self._directory)
         except OSError as error:
-            return [f"the replacement of a checkpoint cannot be ended: {error}"]
-        for path, _ in hidden:
+            return [f"the interrupted replacement of a checkpoint cannot be completed: {error}"]
+        for path, _ in temporary:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             if path.exists():
-                problems.append(f"{path} is left of a checkpoint and cannot be deleted; delete it at will")
+                problems.append(f"{path} is left over from a checkpoint and cannot be deleted; delete it by hand")
         return problems
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file with the permissions of any new file, and waits until it is on the disk.
+    """Writes a safetensors file with the usual permissions of new files, and syncs it to disk.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     path.touch()
-    mode = path.stat().st_mode & 0o777  # as the umask wants it; safetensors' own file is for its owner alone
+    mode = path.stat().st_mode & 0o777  # by the umask; safetensors creates files for their owner only
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
@@ -278,37 +278,37 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def _check_finite(chunk: Chunk) -> None:
-    """Refuses values from which no run could go on. Takes no memory, other than isfinite()."""
+    """Refuses values that no run could resume from. Unlike isfinite(), takes no additional memory."""
     if not chunk.data.numel() or not chunk.data.is_floating_point():
         return
     if chunk.name.startswith("model."):
-        # Where the sum of squares is too large for float32, so is what a forward or backward pass multiplies.
+        # If the sum of squares overflows float32, so do products in the forward or backward pass.
         bounds = [torch.linalg.vector_norm(chunk.data, dtype=torch.float32)]
     else:
         bounds = list(torch.aminmax(chunk.data))
     if not all(math.isfinite(float(bound)) for bound in bounds):
         raise DivergedError(
-            f"{chunk.name} is not finite, or close to it, and no checkpoint of it was saved; lower optim.lr, lengthen "
-            "optim.warmup_steps, or set optim.clip"
+            f"{chunk.name} is not finite or close to overflow, and no checkpoint of it was saved; lower optim.lr, "
+            "lengthen optim.warmup_steps, or set optim.clip"
         )
 
 
-def _free(path: Path) -> Path:
-    """`path`, or where there is something already, the same with a number."""
+def _unused(path: Path) -> Path:
+    """Returns `path`, with a number appended if it already exists."""
     candidates = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(2)))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
 
 
 class CheckpointReader:
-    """Reads ranges of named tensors, and the run's state, from a checkpoint.
+    """A reader for ranges of named tensors, and the run's state, in a checkpoint.
 
     Args:
         path: The checkpoint's directory.
 
     Attributes:
-        step: Updates made.
-        state: What :meth:`CheckpointStore.save` was given.
-        shapes: Of all tensors, by name.
+        step: Number of updates made.
+        state: The `state` that :meth:`CheckpointStore.save` was called with.
+        shapes: Shapes of all tensors, by name.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -322,10 +322,10 @@ class CheckpointReader:
         self.shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
 
     def config(self) -> Config:
-        """The configuration that the checkpoint was saved with.
+        """Returns the configuration that the checkpoint was saved with.
 
         Raises:
-            CheckpointError: It cannot be read, or this version knows no such configuration.
+            CheckpointError: It cannot be read, or is not valid in this version.
         """
         try:
             return load_config(self.path / CONFIG)
@@ -333,10 +333,10 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path / CONFIG} cannot be read: {error}") from None
 
     def read(self, name: str, start: int, length: int) -> Tensor:
-        """Elements start … start + length − 1 of a flattened tensor, in the type that was saved.
+        """Returns elements start … start + length − 1 of a flattened tensor, in the type that was saved.
 
         Raises:
-            CheckpointError: The checkpoint does not hold them.
+            CheckpointError: The checkpoint does not have them.
         """
         tensor = self._tensors.get(name)
         pieces = []
@@ -345,5 +345,5 @@ class CheckpointReader:
             if low < high:
                 pieces.append(self._files[file].get_slice(key)[low - first : high - first])
         if not pieces or sum(map(len, pieces)) != length:
-            raise CheckpointError(f"{self.path} does not hold {name}[{start}:{start + length}]")
+            raise CheckpointError(f"{self.path} does not contain {name}[{start}:{start + length}]")
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,1 +1,1 @@
-"""The strict configuration: schema, presets, loading, cross-field rules."""
+"""The strict configuration: schema, presets, loading, and rules across fields."""

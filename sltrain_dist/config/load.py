@@ -20,8 +20,8 @@ from sltrain_dist.errors import ConfigError
 
 _Key = tuple[str, ...]
 
-_MOST_BYTES = 1 << 20
-"""Of a configuration file; reading takes about three seconds for as many."""
+_MAX_BYTES = 1 << 20
+"""Largest configuration file; parsing one of this size takes about three seconds."""
 
 _COMMAND_LINE = "command line"
 _IS_A_SECTION = "this is a section; give it keys with values"
@@ -38,13 +38,13 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Loads and checks a configuration.
 
     Args:
-        path: A YAML file, or None for the defaults. In a string, `~` and environment variables are expanded.
-        overrides: `section.key=value` strings, values in YAML; they win over the file. `section={key: value}`
-            sets several keys and leaves the section's others.
+        path: A YAML file, or None for the defaults. `~` and environment variables are expanded if it is a string.
+        overrides: `section.key=value` strings with YAML values; they take precedence over the file.
+            `section={key: value}` sets these keys and leaves the other keys of the section unchanged.
 
     Raises:
-        ConfigError: The file cannot be read, or a key or a value is wrong. The message names the key, the
-            value, where it came from, and what to change; one line for each problem.
+        ConfigError: The file cannot be read, or a key or a value is invalid. The message has one line per problem,
+            with the key, the value, its origin (file, preset or command line) and what to change.
     """
     values = {} if path is None else _read_yaml(path)
     origin = dict.fromkeys(leaf_keys(values), str(path)) | {"": "configuration" if path is None else str(path)}
@@ -56,12 +56,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def override_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Dotted keys of all values that `section.key=value` strings set."""
+    """The dotted keys that `section.key=value` overrides set."""
     return frozenset(leaf for key, value in map(parse_override, overrides) for leaf in leaf_keys(value, key))
 
 
 def run_dir_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
-    """The run directory that a configuration names, even where the rest of it is wrong; None if none is legible."""
+    """The run directory of a configuration whose other values may be invalid; None if it cannot be determined."""
     named = [override.partition("=")[2] for override in overrides if override.startswith("run_dir=")]
     try:
         value = named[-1] if named else _read_yaml(path).get("run_dir")
@@ -71,14 +71,14 @@ def run_dir_of(path: str | Path, overrides: Sequence[str] = ()) -> str | None:
 
 
 def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = None) -> Config:
-    """Checks plain values (with presets applied) and returns the configuration.
+    """Applies the preset to plain values, checks them, and returns the configuration.
 
     Args:
-        values: What a YAML file holds: sections of values.
-        origin: Where the value of a dotted key came from; "" names the whole.
+        values: Sections of values, as parsed from a YAML file.
+        origin: Origin of each dotted key's value, for messages; "" is the origin of the whole configuration.
 
     Raises:
-        ConfigError: As :func:`load_config`.
+        ConfigError: See :func:`load_config`.
     """
     origin = dict(origin) if origin is not None else dict.fromkeys(leaf_keys(values), "configuration")
     preset = values.get("preset")
@@ -105,19 +105,19 @@ def build_config(values: Mapping[str, Any], origin: Mapping[str, str] | None = N
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, with every default written out. :func:`load_config` reads it back."""
+    """The configuration as YAML, with all defaults written out. :func:`load_config` can read it back."""
     return yaml.dump(config.model_dump(), Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         with Path(expand(path) if isinstance(path, str) else path).open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
         text = content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from None
-    if len(content) > _MOST_BYTES:
-        raise ConfigError(f"{path}: a configuration has at most {_MOST_BYTES:,} bytes; is this another kind of file?")
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"{path}: a configuration has at most {_MAX_BYTES:,} bytes; is this a configuration file?")
     try:
         values = strict_yaml.load(text)
     except yaml.YAMLError as error:
@@ -129,7 +129,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     for key, value in values.items():
         if _section((key,)) is None:
             continue
-        if value is None:  # `eval:` with nothing under it means "all defaults"
+        if value is None:  # an empty section, such as `eval:`, has all defaults
             values[key] = {}
         elif not isinstance(value, dict):
             raise ConfigError(f"{path}: {key} = {_show(value)}: {_IS_A_SECTION}")
@@ -137,10 +137,10 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[_Key, Any]:
-    """(key, value) of `section.key=value`.
+    """Splits `section.key=value` into (key, value).
 
     Raises:
-        ConfigError: It is not of that form, or the value is not YAML.
+        ConfigError: The override does not have this form, or its value is not valid YAML.
     """
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.split("."))
@@ -151,17 +151,17 @@ def parse_override(override: str) -> tuple[_Key, Any]:
     except UnicodeEncodeError:
         shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise ConfigError(
-            f"{_COMMAND_LINE}: the value of {dotted} is not UTF-8: {shown}. A file of such a name can be given by its "
-            "directory, or by a glob with * in place of these bytes"
+            f"{_COMMAND_LINE}: the value of {dotted} is not UTF-8: {shown}. To use a file of this name, give its "
+            "directory, or a glob with * in place of these bytes"
         ) from None
     if text.startswith("*"):
-        return key, text  # a glob: an alias has nothing to stand for here
+        return key, text  # a glob, not a YAML alias: an override has no anchors
     try:
         return key, strict_yaml.load(text)
     except yaml.YAMLError as error:
         hint = ""
         if not isinstance(error, yaml.constructor.ConstructorError | yaml.composer.ComposerError):
-            hint = f"\nText with special characters needs quotes, and those need the shell's: '{dotted}=\"...\"'"
+            hint = f"\nQuote text with special characters, and the whole argument for the shell: '{dotted}=\"...\"'"
         raise ConfigError(f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}{hint}") from None
 
 
@@ -176,10 +176,10 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _set(values: dict[str, Any], key: _Key, value: Any) -> None:
-    """Puts an override's value into `values`.
+    """Stores an override's value in `values`.
 
     Raises:
-        ConfigError: The key goes on below a plain value, or a whole section is set to a plain value.
+        ConfigError: The key names something below a plain value, or a whole section is set to a plain value.
     """
     shown = f"{_COMMAND_LINE}: {'.'.join(key)} = {_show(value)}"
     for depth in range(1, len(key)):
@@ -203,7 +203,7 @@ def _lookup(values: Any, key: Sequence[str]) -> Any:
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values of both; where both have one, that of `top`."""
+    """Merges two nested mappings; where both have a value, the value of `top` is used."""
     result = {key: merged(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
     for key, value in top.items():
         below = result.get(key)
@@ -212,7 +212,7 @@ def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(key: Sequence[str]) -> type[BaseModel] | None:
-    """The model of the section that `key` names (the empty key: of the whole), or None."""
+    """The pydantic model of section `key` (of the whole configuration if empty), or None if it is not a section."""
     model: type[BaseModel] = Config
     for part in key:
         field = model.model_fields.get(part)
@@ -228,20 +228,20 @@ def _is_field(key: _Key) -> bool:
 
 
 def _takes_keys(key: _Key) -> bool:
-    """Whether a field's value is itself a mapping, of keys that are not ours."""
+    """Whether a field's value is a mapping with arbitrary keys, such as `parallel.deepspeed`."""
     parent = _section(key[:-1])
     return parent is not None and get_origin(parent.model_fields[key[-1]].annotation) is dict
 
 
 def _written_key(loc: Sequence[int | str]) -> _Key:
-    """The part of pydantic's location that a user wrote, without members of unions and places in lists."""
+    """The key as the user wrote it: pydantic's location without union members and list indices."""
     key = tuple(map(str, loc))
     return next((key[:n] for n in range(1, len(key) + 1) if _section(key[:n]) is None), key)
 
 
 def _reason(key: _Key, items: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with the value of `key`, from all that pydantic says about it."""
-    if len(items) > 1:  # one for each member of a union
+    """Says what is wrong with the value of `key`, from the errors that pydantic reports for it."""
+    if len(items) > 1:  # pydantic reports one error per member of a union
         members = dict.fromkeys(str(item["loc"][len(key)]) for item in items)
         return f"should be {' or '.join(_UNION_MEMBERS.get(member, member) for member in members)}"
     item = items[0]
@@ -264,26 +264,28 @@ def _reason(key: _Key, items: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _key_hint(key: _Key) -> str:
-    """Keys that were perhaps meant by the unknown `key`, or those that stand beside it."""
-    beside = _section(key[:-1])
-    if beside is None:
+    """Suggests keys that are similar to the unknown `key`, or lists the keys of its section."""
+    section_model = _section(key[:-1])
+    if section_model is None:
         return ""
     prefix = "".join(f"{part}." for part in key[:-1])
-    near = {prefix + name: name for name in beside.model_fields}
+    in_section = {prefix + name: name for name in section_model.model_fields}
     everywhere = {name: name for name in Config.model_fields}
     for section, field in Config.model_fields.items():
         everywhere |= {f"{section}.{name}": name for name in getattr(field.annotation, "model_fields", ())}
-    meant = [dotted for dotted, name in everywhere.items() if name == key[-1]]
-    for choices, cutoff in ((near, 0.6), (everywhere, 0.75)):
-        if not meant:
+    suggestions = [dotted for dotted, name in everywhere.items() if name == key[-1]]
+    for choices, cutoff in ((in_section, 0.6), (everywhere, 0.75)):
+        if not suggestions:
             close = difflib.get_close_matches(key[-1], list(choices.values()), n=1, cutoff=cutoff)
-            meant = [dotted for dotted, name in choices.items() if name in close]
-    return f"; did you mean {' or '.join(meant)}?" if meant else f"; there are: {', '.join(sorted(near.values()))}"
+            suggestions = [dotted for dotted, name in choices.items() if name in close]
+    if suggestions:
+        return f"; did you mean {' or '.join(suggestions)}?"
+    return f"; valid keys: {', '.join(sorted(in_section.values()))}"
 
 
 def _hint(word: str, choices: Collection[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(choices))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; valid names: {', '.join(sorted(choices))}"
 
 
 def _message(origin: Mapping[str, str], key: _Key, value: Any, reason: str) -> str:
@@ -291,14 +293,14 @@ def _message(origin: Mapping[str, str], key: _Key, value: Any, reason: str) -> s
     above = [".".join(key[:n]) for n in range(len(key), 0, -1)]
     below = [known for known in origin if known.startswith(f"{dotted}.")]
     source = next((origin[known] for known in (*above, *below) if known in origin), None)
-    if source is None:  # nobody wrote it
+    if source is None:  # the value is a default
         return f"{origin.get('', 'configuration')}: {dotted} = {_show(value)} (default): {reason}"
     return f"{source}: {dotted} = {_show(value)}: {reason}"
 
 
 def _show(value: Any) -> str:
-    """A value as a user would write it in YAML, cut if it is long."""
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to write these out
+    """Formats a value as a user would write it in YAML, shortened to 100 characters."""
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print these
         return f"a number of {value.bit_length():,} bits"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, environment variables, and what cannot be a path."""
+"""Expansion of paths as users write them, with `~` and environment variables, and rejection of invalid ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sltrain_dist.errors import ConfigError
 
 _REMOTE = re.compile(r"(?!file:|sqlite:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-"""How URLs begin that do not name a file of this machine."""
+"""Matches the beginning of URLs that do not refer to a local file."""
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 
@@ -23,16 +23,16 @@ def default_cache_dir() -> Path:
 
 
 def expand(text: str) -> str:
-    """Expands `~`, `~user`, `$NAME` and `${NAME}` at their places in a path; URLs stay as they are.
+    """Expands `$NAME` and `${NAME}`, and a leading `~` or `~user`, in a path; remote URLs are returned unchanged.
 
     Raises:
-        ValueError: The text is empty, or a variable or a home directory in it does not exist. The message says what to
-            change.
+        ValueError: The text is empty or cannot be a path, or a variable or home directory in it does not exist. The
+            message says what to change.
     """
     if not text.strip():
         raise ValueError("is empty; give a path")
     if "\0" in text:
-        raise ValueError("contains a NUL character, which no path can")
+        raise ValueError("contains a NUL character, which paths cannot contain")
     if _REMOTE.match(text):
         return text
     try:
@@ -55,13 +55,13 @@ def expand(text: str) -> str:
     try:
         return f"{Path(user).expanduser()}{slash}{below}"
     except RuntimeError:
-        raise ValueError(f"there is no home directory {user}; for a file of that name write ./{expanded}") from None
+        raise ValueError(f"there is no home directory {user}; for a file of that name, write ./{expanded}") from None
 
 
 def path_option(name: str, kind: Callable[[str], Any] = Path) -> Callable[[str], Any]:
-    """A parser for the command-line option `name`, whose value is a path.
+    """Returns a parser for the command-line option `name`, whose value is a path.
 
-    The parser raises ConfigError where :func:`expand` refuses the text. `kind` is `str` where it may be a URL.
+    The parser raises ConfigError if :func:`expand` rejects the text. Set `kind` to `str` if it may be a URL.
     """
 
     def parse(text: str) -> Any:

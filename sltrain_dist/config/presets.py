@@ -49,4 +49,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama_1b": _preset((2048, 5461, 24, 32), 512, 0.03, 8.0, 3e-3, 140_000, 10_000),
     "llama_7b": _preset((4096, 11_008, 32, 32), 1024, 0.05, 8.0, 5e-4, 150_000, 15_000, clip=1.0),
 }
-"""Values by preset name, in the shape of a configuration file."""
+"""Values of each preset, nested as in a configuration file."""

@@ -1,4 +1,4 @@
-"""Rules that involve several fields, or the number of ranks."""
+"""Configuration rules that involve several fields, or the number of ranks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.schema import Config, ParallelConfig
 from sltrain_dist.errors import ConfigError
 
-_MOST_PARAMETERS = 10**14
-"""Of a model as if every weight were dense: dozens of times the largest that was ever trained, 200 TB in bf16."""
+_MAX_PARAMETERS = 10**14
+"""Most parameters of a model, counted as dense: dozens of times the largest ever trained, 200 TB in bf16."""
 
-_MOST_TOKENS = 2**30
-"""In one forward pass of a rank: 128 GB for a single copy of an activation of width 64."""
+_MAX_TOKENS = 2**30
+"""Most tokens in one forward pass of a rank: a single activation of width 64 would take 128 GB."""
 
 
 def check_fields(config: Config) -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, what to change) for every combination of fields that cannot be run."""
+    """Yields (dotted key, what is wrong and what to change) for every invalid combination of fields."""
     model, reparam, train, optim = config.model, config.reparam, config.train, config.optim
     if model.hidden_size % model.num_heads:
         yield "model.num_heads", f"does not divide model.hidden_size = {model.hidden_size}"
@@ -29,9 +29,9 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     smallest = min(model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim)
     if reparam.method != "full" and reparam.rank > smallest:
         yield "reparam.rank", f"is larger than the smallest dimension of a replaced layer; at most {smallest}"
-    leaves_none = reparam.support == "random" and int(reparam.density * model.hidden_size * smallest) < 1
-    if reparam.method == "sltrain" and leaves_none:  # the other supports have at least one value a row
-        yield "reparam.density", "leaves the smallest replaced layer without a single sparse value; raise it"
+    empty_support = reparam.support == "random" and int(reparam.density * model.hidden_size * smallest) < 1
+    if reparam.method == "sltrain" and empty_support:  # the other supports have at least one value per row
+        yield "reparam.density", "leaves the smallest replaced layer without any sparse value; increase it"
     if (train.steps is None) == (train.tokens is None) and not train.dry_run:
         yield "train.steps", f"set exactly one of train.steps and train.tokens (= {train.tokens})"
     if train.steps is not None and optim.warmup_steps > train.steps:
@@ -47,21 +47,21 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _check_size(config: Config) -> Iterator[tuple[str, str]]:
-    """What no machine could hold, so that a typing error is a message and not hours of work."""
+    """Refuses sizes that no machine could hold, so that a typing error fails at once and not after hours."""
     model, train, seq_len = config.model, config.train, config.data.seq_len
     layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.intermediate_size
     parameters = model.num_layers * layer + 2 * model.vocab_size * model.hidden_size
-    if parameters > _MOST_PARAMETERS:
+    if parameters > _MAX_PARAMETERS:
         yield (
             "model.hidden_size",
             f"makes a model of about {parameters:.1e} dense parameters with the section's other sizes; "
-            f"at most {_MOST_PARAMETERS:.0e}: no cluster could hold more",
+            f"reduce them to at most {_MAX_PARAMETERS:.0e}",
         )
     for key, batch in (("train.micro_batch", train.micro_batch), ("eval.micro_batch", config.eval.micro_batch or 1)):
-        if batch * seq_len > _MOST_TOKENS:
+        if batch * seq_len > _MAX_TOKENS:
             yield (
                 key,
-                f"times data.seq_len = {seq_len} is more than the {_MOST_TOKENS:,} tokens that a device could hold",
+                f"times data.seq_len = {seq_len} is more than the {_MAX_TOKENS:,} tokens that a device could hold",
             )
 
 
@@ -72,33 +72,33 @@ def _check_per_layer(config: Config) -> Iterator[tuple[str, str]]:
     if parallel.engine == "zero":
         yield (
             "optim.update",
-            "DeepSpeed reduces gradients in buckets and steps flat partitions, which no parameter can leave early; "
-            "set parallel.engine=fsdp or ddp, or optim.update=whole",
+            "per_layer is not supported with DeepSpeed, which reduces gradients in buckets and updates flat partitions "
+            "as a whole; set parallel.engine=fsdp or ddp, or optim.update=whole",
         )
     elif parallel.cpu_offload:
         yield (
             "optim.update",
-            "gradients of parallel.cpu_offload reach the host after the backward pass; set parallel.cpu_offload=false, "
-            "or optim.update=whole",
+            "per_layer is not supported with parallel.cpu_offload=true, where gradients reach the host only after the "
+            "backward pass; set parallel.cpu_offload=false, or optim.update=whole",
         )
 
 
 def _check_int8(config: Config) -> Iterator[tuple[str, str]]:
-    """What `reparam.weight_bits=8` does not go with."""
+    """Refuses settings that `reparam.weight_bits=8` does not support."""
     if config.reparam.weight_bits == 16:
         return
     optim, train = config.optim, config.train
     cases = (
-        (config.reparam.method != "sltrain", "are B, A and V of reparam.method=sltrain; set that"),
-        (config.parallel.engine != "ddp", "are whole on every rank; set parallel.engine=ddp"),
-        (optim.name not in ("adamw", "adam"), "are rounded by Adam's update; set optim.name=adamw or adam"),
+        (config.reparam.method != "sltrain", "need reparam.method=sltrain; set it"),
+        (config.parallel.engine != "ddp", "are replicated on every rank; set parallel.engine=ddp"),
+        (optim.name not in ("adamw", "adam"), "need Adam, whose update rounds them; set optim.name=adamw or adam"),
         (optim.master_weights, "have no fp32 copies; set optim.master_weights=false"),
-        (train.dtype == "mixed", "take the place of fp32 parameters; set train.dtype=bf16 or fp32"),
-        (train.compile, "cannot be traced; set train.compile=false"),
+        (train.dtype == "mixed", "replace the fp32 parameters of mixed precision; set train.dtype=bf16 or fp32"),
+        (train.compile, "cannot be traced by torch.compile; set train.compile=false"),
     )
     for holds, remedy in cases:
         if holds:
-            yield "reparam.weight_bits", f"int8 weights {remedy}, or 16"
+            yield "reparam.weight_bits", f"int8 weights {remedy}, or reparam.weight_bits=16"
 
 
 def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
@@ -106,24 +106,28 @@ def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
     if optim.master_weights and optim.stochastic_rounding:
         yield (
             "optim.stochastic_rounding",
-            "is for parameters without fp32 copies; set it, or optim.master_weights, false",
+            "has no use with optim.master_weights, which keeps fp32 copies; set one of the two to false",
         )
     if optim.name in ("sgd", "adafactor"):
         if optim.state_bits != 16:
-            yield "optim.state_bits", f"optim.name={optim.name} has no states that these are for; set 16"
+            yield "optim.state_bits", f"is for Adam's states, which optim.name={optim.name} does not have; set it to 16"
         for key in ("stochastic_rounding", "master_weights"):
             if getattr(optim, key):
-                yield f"optim.{key}", f"is not there with optim.name={optim.name}; set it false, or adamw, or adam"
+                yield f"optim.{key}", f"is not supported with optim.name={optim.name}; set it to false, or use adamw"
     if optim.name == "adafactor" and engine != "ddp":
-        yield "optim.name", "adafactor needs whole parameters on every rank; set parallel.engine=ddp, or adamw"
+        yield "optim.name", "adafactor needs whole parameters on every rank; set parallel.engine=ddp, or use adamw"
     if engine == "zero":
         other = "; set parallel.engine=fsdp or ddp"
         if optim.state_bits in (8, 4) or (optim.state_bits == 32 and bf16):
-            yield "optim.state_bits", f"DeepSpeed's flat partitions have states of the parameter's type{other}, or 16"
+            reason = "DeepSpeed keeps optimizer states in the parameters' type"
+            yield "optim.state_bits", f"{reason}{other}, or optim.state_bits=16"
         if optim.stochastic_rounding and bf16:
-            yield "optim.stochastic_rounding", f"DeepSpeed writes the parameters itself{other}"
+            yield (
+                "optim.stochastic_rounding",
+                f"does not work with DeepSpeed, which writes the parameters itself{other}",
+            )
         if optim.master_weights and bf16:
-            yield "optim.master_weights", f"bf16 under DeepSpeed has no fp32 copies here{other}"
+            yield "optim.master_weights", f"is not supported with train.dtype=bf16 under DeepSpeed{other}"
 
 
 DEEPSPEED_KEYS: dict[str, str] = {
@@ -147,31 +151,31 @@ DEEPSPEED_KEYS: dict[str, str] = {
     "zero_optimization.offload_optimizer": "parallel.cpu_offload",
     "zero_optimization.compute_grad_norm": "optim.clip",
 }
-"""Keys of DeepSpeed's configuration that are made from a setting of ours, and that setting."""
+"""Keys of DeepSpeed's configuration that are derived from a setting of ours, with that setting."""
 
 
 def _check_data(config: Config) -> Iterator[tuple[str, str]]:
     source, weights = config.data.source, config.data.weights
     if config.data.reset_attention and config.data.batching != "pack":
-        yield "data.reset_attention", "a padded row holds one document; set it false, or data.batching=pack"
+        yield "data.reset_attention", "a padded row holds one document; set it to false, or set data.batching=pack"
     if weights is not None and not isinstance(source, list):
-        yield "data.weights", "belongs to a list of sources; make data.source one, or set null"
+        yield "data.weights", "needs a list of sources; make data.source a list, or set data.weights=null"
     elif weights is not None and len(weights) != len(source):
-        yield "data.weights", f"has {len(weights)} entries for the {len(source)} of data.source"
+        yield "data.weights", f"has {len(weights)} entries for {len(source)} data.source entries; give each source one"
 
 
 def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
     parallel = config.parallel
     engine = f"{parallel.engine} stage {parallel.zero_stage}" if parallel.engine == "zero" else parallel.engine
-    local_only = parallel.keeps_whole_gradients
-    if parallel.accumulate == "sharded" and local_only:
-        yield "parallel.accumulate", f"{engine} keeps whole gradients; set auto, or use fsdp, or zero stage 2 or 3"
-    if parallel.accumulate == "local" and parallel.engine == "zero" and not local_only:
-        yield "parallel.accumulate", f"{engine} reduces at every micro-batch; set auto, or use fsdp, or zero stage 1"
+    only_local = parallel.keeps_whole_gradients
+    if parallel.accumulate == "sharded" and only_local:
+        yield "parallel.accumulate", f"{engine} keeps whole gradients; set it to auto, or use fsdp or zero stage 2 or 3"
+    if parallel.accumulate == "local" and parallel.engine == "zero" and not only_local:
+        yield "parallel.accumulate", f"{engine} reduces every micro-batch; set it to auto, or use fsdp or zero stage 1"
     if parallel.replicas > 1 and parallel.engine != "fsdp":
-        yield "parallel.replicas", "groups of replicas are there with parallel.engine=fsdp only; set 1"
+        yield "parallel.replicas", "above 1 is supported with parallel.engine=fsdp only; set it to 1, or use fsdp"
     if parallel.cpu_offload and parallel.engine == "ddp":
-        yield "parallel.cpu_offload", "ddp keeps everything on the device; use fsdp, or zero"
+        yield "parallel.cpu_offload", "is not supported with ddp; set it to false, or use fsdp or zero"
     if parallel.cpu_offload and parallel.engine == "zero" and config.train.dtype == "bf16":
         yield (
             "parallel.cpu_offload",
@@ -180,11 +184,11 @@ def _check_parallel(config: Config) -> Iterator[tuple[str, str]]:
     for key in leaf_keys(parallel.deepspeed):
         owner = next((ours for theirs, ours in DEEPSPEED_KEYS.items() if f"{key}.".startswith(f"{theirs}.")), None)
         if owner is not None:
-            yield "parallel.deepspeed", f"its {key} is made from {owner}; set that"
+            yield "parallel.deepspeed", f"its key {key} is derived from {owner}; set {owner} instead"
 
 
 def leaf_keys(value: Any, key: tuple[str, ...] = ()) -> Iterator[str]:
-    """Dotted keys of all values below `key` that are not mappings, or empty ones."""
+    """Yields the dotted keys of all values below `key` that are not mappings, or are empty mappings."""
     if isinstance(value, Mapping) and value:
         for part, below in value.items():
             yield from leaf_keys(below, (*key, str(part)))
@@ -193,11 +197,11 @@ def leaf_keys(value: Any, key: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def micro_batches_per_update(config: Config, world_size: int) -> int:
-    """Forward passes that each rank makes for one update.
+    """Number of micro-batches that each rank computes per update.
 
     Raises:
-        ConfigError: `train.global_batch` is not a multiple of `train.micro_batch` times the ranks, or per-layer
-            updates do not go with the number of passes.
+        ConfigError: `train.global_batch` is not a multiple of `train.micro_batch` times `world_size`, or the
+            settings of per-layer updates do not allow several micro-batches.
     """
     train = config.train
     per_pass = train.micro_batch * world_size
@@ -217,40 +221,39 @@ def micro_batches_per_update(config: Config, world_size: int) -> int:
 
 
 def _check_accumulation(config: Config, passes: int, largest: int) -> None:
-    """Refuses per-layer updates that several micro-batches do not go with."""
+    """Refuses per-layer updates whose settings do not allow several micro-batches per update."""
     optim = config.optim
     if optim.per_layer_accumulation == "refuse":
         raise ConfigError(
             f"optim.per_layer_accumulation=refuse, but an update takes {passes} micro-batches on each rank; set "
-            f"train.micro_batch={largest}, or keep, which holds all gradients between them"
+            f"train.micro_batch={largest}, or optim.per_layer_accumulation=keep, which keeps all gradients between them"
         )
     if optim.passes_twice:
         raise ConfigError(
-            f"optim.clip_mode=two_pass needs one micro-batch per update, and there are {passes} on each rank: "
-            f"the first pass over the last one would not see the others; set train.micro_batch={largest}, or "
-            "optim.clip_mode=previous_norm"
+            f"optim.clip_mode=two_pass needs one micro-batch per update, but there are {passes} on each rank; set "
+            f"train.micro_batch={largest}, or optim.clip_mode=previous_norm"
         )
 
 
 def check_replicas(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuses `parallel.replicas` that do not make equal groups of at least two ranks.
+    """Checks that `parallel.replicas` divides the ranks into equal groups of at least two.
 
     Raises:
-        ConfigError: They do not.
+        ConfigError: It does not.
     """
     replicas = parallel.replicas
     if world_size % replicas or world_size == replicas > 1:
         raise ConfigError(
             f"parallel.replicas = {replicas} does not divide {world_size} ranks into groups of at least two; "
-            "set a smaller divisor, or parallel.engine=ddp for whole replicas"
+            f"set it to a smaller divisor of {world_size}, or use parallel.engine=ddp for whole replicas"
         )
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """Refuses numbers of ranks that do not go with the batches, or the replicas.
+    """Checks that the batch sizes and `parallel.replicas` suit the number of ranks.
 
     Raises:
-        ConfigError: With what to change.
+        ConfigError: They do not; the message says what to change.
     """
     micro_batches_per_update(config, ranks)
     if config.parallel.engine == "fsdp":
@@ -258,29 +261,29 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def check_trainable(config: Config) -> None:
-    """Refuses methods that only the planner knows.
+    """Checks that the method can be trained, and is not one that only the planner supports.
 
     Raises:
-        ConfigError: The method is one of these.
+        ConfigError: Only the planner supports it.
     """
     method = config.reparam.method
     if method in ("relora", "galore"):
         raise ConfigError(
             f"reparam.method = {method!r} is known to `sltrain plan` only (--accounting paper, --implementation "
-            "reference); set reparam.method=sltrain, lowrank or full to train, or to plan a run of this code"
+            "reference); set reparam.method=sltrain, lowrank or full to train, or to plan a run of sltrain_dist"
         )
 
 
 def without_effect(config: Config) -> Iterator[str]:
-    """Yields a warning for every setting that says something and does nothing."""
-    usual = Config.model_validate(PRESETS[config.preset] if config.preset else {})
+    """Yields a warning for every setting that differs from its default and has no effect."""
+    default = Config.model_validate(PRESETS[config.preset] if config.preset else {})
     for cause, key in _idle(config):
-        if field_value(config, key) != field_value(usual, key):
+        if field_value(config, key) != field_value(default, key):
             yield f"{key} has no effect with {cause}"
 
 
 def idle_keys(config: Config) -> frozenset[str]:
-    """Dotted keys of all fields that have no effect in this configuration, whatever their value."""
+    """The dotted keys of all fields that have no effect in this configuration, whatever their value."""
     return frozenset(key for _, key in _idle(config))
 
 
@@ -350,6 +353,6 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def field_value(config: Config, key: str) -> Any:
-    """The value of a field, by its dotted key."""
+    """Returns the value of the field with this dotted key, such as `train.steps`."""
     section, _, field = key.partition(".")
     return getattr(getattr(config, section), field)

@@ -1,1 +1,1 @@
-"""Distributed engines behind one protocol."""
+"""The distributed engines (DDP, FSDP2, DeepSpeed ZeRO) behind one protocol."""

@@ -1,8 +1,8 @@
-"""What is done to the decoder layers before an engine shards them: activation checkpointing, then compilation.
+"""Activation checkpointing and compilation of the decoder layers, before an engine shards them.
 
-Both replace a layer's `forward` and leave the module as it is, so that parameter names stay, and an engine's
-hooks on the module run outside of them: its weights are gathered once for a recomputation and the backward
-pass that follows it, and nothing of the engine is traced.
+Both replace only the `forward` method of a layer, so that parameter names do not change and the engine's module
+hooks run outside of it: weights are gathered once for the recomputation and the backward pass that follows, and no
+engine code is traced.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _ATTENTION = frozenset(
         torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     )
 )
-"""Fused attention on every device. Its unfused form is ordinary operations, and is computed again."""
+"""Fused attention on every device. Unfused attention consists of ordinary operations and is recomputed."""
 
 _PRODUCTS = _ATTENTION | {torch.ops.aten.mm.default}
-"""Dense and low-rank layers are `mm`. Batched products are unfused attention, whose scores must not be kept."""
+"""Fused attention, and `mm` of dense and low-rank layers. Batched products are the scores of unfused attention."""
 
 
 def prepare_layers(model: LlamaForCausalLM, train: TrainConfig) -> None:
@@ -46,19 +46,19 @@ def checkpoint_layer(layer: nn.Module, index: int, train: TrainConfig) -> None:
 
     Args:
         layer: The decoder layer.
-        index: Its number in the model, from 0.
-        train: Says whether and how its activations are computed again.
+        index: Index of the layer in the model.
+        train: Whether and how its activations are recomputed.
     """
     if not train.is_recomputed(index):
         return
-    # Non-reentrant: its recomputation stops early, and hooks of FSDP2 and ZeRO see one backward pass.
-    # Nothing in a layer is random, so that no state of random numbers need be kept.
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # Non-reentrant: recomputation can stop early, and hooks of FSDP2 and ZeRO see a single backward pass.
+    # Layers use no random numbers, so that the generator's state need not be saved.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if train.keeps_products:
-        how["context_fn"] = _keep_products
+        options["context_fn"] = _keep_products
     elif train.keeps_attention:
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
-    layer.forward = partial(checkpoint, layer.forward, **how)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
+    layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -66,9 +66,9 @@ def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 
 
 def _keep_products() -> Any:
-    """The contexts of a forward pass and of its recomputation."""
-    # torch.compile decides by operator, in a graph in which nothing is written in place. Outside of it, an operator
-    # that writes in place cannot be kept, so that sparse plus low-rank layers are kept as a whole.
+    """Returns the contexts of a forward pass and of its recomputation."""
+    # torch.compile applies the policy per operator, to a graph without in-place operations. In eager mode, results of
+    # in-place operators cannot be kept; there the outputs of sparse plus low-rank layers are kept as a whole.
     if torch.compiler.is_compiling():
         return create_selective_checkpoint_contexts(_keep_traced_products)
     return KeptResults.pair(_PRODUCTS)
@@ -76,9 +76,9 @@ def _keep_products() -> Any:
 
 def _keep_traced_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if operation is torch.ops.aten.addmm.default:
-        # x·Aᵀ is narrower than x, and W = B·A is wider than B: of the results of scaled products, W is not kept.
+        # Keep x·Aᵀ, which is smaller than x, but not W = B·A, which is larger than B.
         return _must_save(context.op_output.numel() <= args[1].numel())
-    # A path's last product is added in place to the sparse one's.
+    # The last product of a layer is added in place to the sparse product.
     return _must_save(operation in _PRODUCTS or operation is torch.ops.aten.addmm_.default)
 
 

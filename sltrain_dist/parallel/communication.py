@@ -1,4 +1,4 @@
-"""Who sends what (no torch): the bytes that follow from the sharding rules, in closed form."""
+"""Communication volume of an update in closed form, from the sharding rules (no torch)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.parallel.placement import (
     Named,
-    agreed_bytes,
     dealt,
     optimizer_groups,
+    scale_sync_bytes,
     zero3_values,
     zero12_partition,
 )
@@ -22,9 +22,8 @@ from sltrain_dist.parallel.placement import (
 class Traffic:
     """Bytes that a rank sends in one update, by kind of collective.
 
-    Counted as ring algorithms send them, which is the least that these collectives can do: of a message of
-    X bytes among N ranks a rank sends (N − 1)/N·X in an all-gather or a reduce-scatter, and twice that in an
-    all-reduce.
+    Counted for ring algorithms, which send the minimum: for a message of X bytes among N ranks, a rank sends
+    (N − 1)/N·X in an all-gather or a reduce-scatter, and twice that in an all-reduce.
     """
 
     all_gather: float = 0.0
@@ -34,13 +33,13 @@ class Traffic:
 
     @staticmethod
     def of(kind: str, message_bytes: float, ranks: int) -> Traffic:
-        """One collective over a whole message."""
+        """Returns the traffic of one collective with a message of `message_bytes`, counted before sharding."""
         sent = message_bytes * (ranks - 1) / ranks
         return Traffic(**{kind: 2 * sent if kind == "all_reduce" else sent})
 
     @property
     def total(self) -> float:
-        """All kinds together."""
+        """Bytes over all kinds of collectives."""
         return self.all_gather + self.reduce_scatter + self.all_reduce + self.other
 
     def __add__(self, more: Traffic) -> Traffic:
@@ -53,11 +52,11 @@ class Traffic:
 
 
 def update_traffic(config: Config, world_size: int) -> Traffic:
-    """What a rank sends in one update, in closed form; a few numbers for counts, losses and norms left out.
+    """Computes what a rank sends in one update, without the few scalars for counts, losses and norms.
 
-    DeepSpeed's stages 1 and 2 all-reduce gradients of which each rank keeps a part. Stage 3 gathers every
-    block for the forward and for the backward pass; what it finds gathered it does not gather again, so that
-    its figure is the most it sends, and the least is about half of that for a model of one block.
+    DeepSpeed's stages 1 and 2 all-reduce whole gradients, of which each rank then keeps its partition. Stage 3
+    gathers every decoder layer for the forward and for the backward pass, but skips layers that are still gathered.
+    Its result is therefore an upper bound; for a model with a single layer, the minimum is about half of it.
     """
     parallel, width = config.parallel, config.train.precision.parameter_bytes
     passes = micro_batches_per_update(config, world_size)
@@ -69,7 +68,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     if config.optim.passes_twice:
         sent += sent
     if parallel.engine == "fsdp":
-        return sent + Traffic.of("all_reduce", agreed_bytes(config, world_size), world_size)
+        return sent + Traffic.of("all_reduce", scale_sync_bytes(config, world_size), world_size)
     if parallel.engine == "zero" and parallel.zero_stage == 3:
         padded = width * world_size * zero3_values(sharded, world_size, offload=False)[2]
         gathers = Traffic.of("all_gather", 2 * passes * padded, world_size)
@@ -85,24 +84,24 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
 def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, reductions: int) -> Traffic:
     parallel, width = config.parallel, config.train.precision.parameter_bytes
     ranks = world_size // parallel.replicas
-    blocks, root = _padded_values(sharded, ranks)
+    layers, root = _padded_values(sharded, ranks)
     gathers = passes * (2 if parallel.reshard_after_forward else 1)
     gathered_width = config.train.precision.product_bytes
-    # The root keeps its own parameters from the forward to the backward pass.
-    gathered = gathers * gathered_width * blocks + passes * width * root
-    reduced = reductions * width * (blocks + root)
+    # The root module keeps its own parameters gathered from the forward to the backward pass.
+    gathered = gathers * gathered_width * layers + passes * width * root
+    reduced = reductions * width * (layers + root)
     sent = Traffic.of("all_gather", gathered, ranks) + Traffic.of("reduce_scatter", reduced, ranks)
     return sent + Traffic.of("all_reduce", reduced / ranks, parallel.replicas)
 
 
 @lru_cache(maxsize=256)
 def _padded_values(sharded: Named, ranks: int) -> tuple[int, int]:
-    """Values in the decoder blocks, and outside of them, with the padding of rows."""
-    blocks = root = 0
+    """Returns the numbers of values inside and outside of the decoder layers, with rows padded to the ranks."""
+    layers = root = 0
     for name, shape in sharded:
         padded = -(-shape[0] // ranks) * ranks * math.prod(shape[1:])
         if ".layers." in name:
-            blocks += padded
+            layers += padded
         else:
             root += padded
-    return blocks, root
+    return layers, root

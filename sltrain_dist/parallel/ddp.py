@@ -1,4 +1,4 @@
-"""Whole replicas on every rank: torch's DistributedDataParallel, or nothing at all on one rank."""
+"""The `ddp` engine: replicas with torch's DistributedDataParallel, or the plain model on a single rank."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sltrain_dist.runtime.environment import Environment
 
 
 class DDPEngine:
-    """The `ddp` engine. One rank needs no process group and is plain single-process training.
+    """The `ddp` engine. With one rank it is plain single-process training and needs no process group.
 
     Args:
-        model: The model, equal on every rank. On the meta device it gets memory here, whose values
-            :meth:`load` sets.
+        model: The model, identical on every rank. A model on the meta device is allocated here; :meth:`load` sets its
+            values.
         optim: Optimizer settings.
-        env: This process among all.
+        env: The distributed environment.
     """
 
     def __init__(self, model: LlamaForCausalLM, optim: OptimConfig, env: Environment) -> None:
@@ -40,16 +40,16 @@ class DDPEngine:
         self._in_backward: InBackward | None = None
         self._ddp: DistributedDataParallel | None = None
         if optim.update == "per_layer":
-            # In place of DDP, whose buckets hold the gradients of all parameters.
+            # Without DDP, whose buckets would keep the gradients of all parameters.
             self._in_backward = InBackward(optim, env)
             self._in_backward.watch_whole(self._replicas)
         elif env.world_size > 1:
-            # torch 2.13 deprecates it for an argument that torch 2.11 does not have.
+            # torch 2.13 deprecates broadcast_buffers in favour of an argument that torch 2.11 does not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._ddp = DistributedDataParallel(
                 model,
                 device_ids=[env.device] if env.device.type == "cuda" else None,
-                init_sync=False,  # initial values, supports and rotary tables are computed, equal everywhere
+                init_sync=False,  # every rank computes the same initial values, supports and rotary tables
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
@@ -60,7 +60,7 @@ class DDPEngine:
         return self._module
 
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
-        """Takes the learning rate, and what per-layer updates clip by."""
+        """Sets the learning rate, and the norm that per-layer updates clip by."""
         self._lr = lr
         if self._in_backward is not None:
             self._in_backward.begin_update(lr, previous_norm)
@@ -68,17 +68,17 @@ class DDPEngine:
     def micro_step(
         self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward; the all-reduce overlaps the backward pass of the last micro-batch alone."""
+        """Runs forward and backward; gradients are all-reduced during the backward pass of the last micro-batch."""
         if self._in_backward is not None:
             return self._in_backward.run(
                 lambda: backward_of(self._module, input_ids, labels, positions, weight), last=last
             )
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
-            # DDP averages over ranks; gradients here are sums.
+            # DDP averages over ranks, but engines must return sums.
             return backward_of(self._ddp or self._module, input_ids, labels, positions, weight * self._env.world_size)
 
     def clip_gradients(self) -> float:
-        """The gradient norm, the same on every rank because every rank holds the same gradients."""
+        """Clips the gradients, which are identical on all ranks, and returns their norm before clipping."""
         if self._in_backward is not None:
             return self._in_backward.norm()
         gradients = self._replicas.gradients()
@@ -87,25 +87,25 @@ class DDPEngine:
         return norm
 
     def update(self) -> None:
-        """Makes the optimizer's step and clears the gradients."""
+        """Runs the optimizer step and frees the gradients."""
         if self._in_backward is None:
             self._replicas.update(self._lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The summed loss of a batch."""
+        """Returns the summed loss of a batch."""
         return self._module(input_ids, labels, positions)
 
     def chunks(self) -> Iterator[Chunk]:
-        """This rank's share of the replicas."""
+        """Yields the parameters that this rank saves, with their optimizer states."""
         return self._replicas.chunks()
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes parameters and states from a checkpoint, on every rank."""
+        """Loads all parameters and optimizer states on every rank."""
         self._replicas.load(read, step)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
-        """All of them whole."""
+        """Returns all tensors; every rank has all of them."""
         return {
             "parameters": [part for p in self._module.parameters() for part in parts_of(p).values()],
             "gradients": self._replicas.gradients(),
@@ -113,10 +113,10 @@ class DDPEngine:
         }
 
     def learning_rates(self) -> list[float]:
-        """Of the optimizer's groups."""
+        """Returns the learning rates of the optimizer's parameter groups."""
         return self._replicas.learning_rates()
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter."""
+        """Yields every parameter by name; int8 weights as codes and scales."""
         for piece in self._replicas.pieces:
             yield from ((f"{piece.name}{ending}", part) for ending, part in parts_of(piece.parameter).items())

@@ -1,4 +1,4 @@
-"""What the training loop asks of a distributed engine, and the gradient norm that all engines share."""
+"""The protocol between the training loop and the distributed engines, and gradient clipping for all engines."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from sltrain_dist.parallel.pieces import Chunk, ReadChunk
 from sltrain_dist.runtime.environment import Environment
 
 Kind = Literal["parameters", "gradients", "states"]
-"""What an engine's tensors are. parameters: with masters and shards. states: the optimizer's."""
+"""Kind of an engine's tensors. parameters: including shards and master weights. states: optimizer states."""
 
 
 class Engine(Protocol):
-    """A model whose parameters, gradients and optimizer may be spread over ranks.
+    """A model whose parameters, gradients and optimizer states may be sharded over ranks.
 
-    Gradients are *sums* over micro-batches and ranks of `weight` times the summed loss: the training step
-    divides by the number of labels of the global batch, so that no engine averages anything.
+    Gradients are *sums* over micro-batches and ranks of `weight` times the summed loss: the training step sets
+    `weight` to one over the number of labels of the global batch, so that engines never average.
 
-    An update is `begin_update`, every `micro_step`, `clip_gradients` and `update`, in this order. With
-    `optim.update: per_layer` the parameters are updated within the last `micro_step`.
+    An update consists of `begin_update`, one `micro_step` per micro-batch, `clip_gradients` and `update`, in this
+    order. With `optim.update: per_layer` the parameters are updated during the last `micro_step`.
     """
 
     @property
     def module(self) -> nn.Module:
-        """The model itself; its parameters may be shards, or away, between calls."""
+        """The model; between calls its parameters may be shards or empty."""
         ...
 
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
-        """Says how the update that now begins is made.
+        """Begins an update.
 
         Args:
             lr: Learning rate.
-            previous_norm: What `clip_gradients` returned in the update before; None in the very first.
+            previous_norm: Gradient norm that `clip_gradients` returned in the previous update; None in the first.
         """
         ...
 
     def micro_step(
         self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; gradients are complete after the `last` one.
+        """Runs forward and backward of one micro-batch; gradients are complete after the `last` one.
 
-        `positions` are the model's, where several documents share a row.
+        `positions` are those of the tokens in their documents, if several documents share a row.
 
         Returns:
             The summed loss of this rank's micro-batch, detached, before weighting.
@@ -54,50 +54,50 @@ class Engine(Protocol):
         ...
 
     def clip_gradients(self) -> float:
-        """The global gradient norm; gradients are scaled down to `optim.clip` where that is exceeded (0: never).
+        """Scales the gradients down to the norm `optim.clip` if it is exceeded (0: never); returns the norm before.
 
-        Every parameter counts once, and every rank gets the same number, also where it is not finite.
+        Every parameter counts once, and all ranks return the same number, even if it is not finite.
         """
         ...
 
     def update(self) -> None:
-        """Makes the optimizer's step, where that has not been made, and clears the gradients."""
+        """Runs the optimizer step, unless per-layer updates have done so, and frees the gradients."""
         ...
 
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The summed loss of a batch, without gradients. All ranks must call it equally often."""
+        """Returns the summed loss of a batch, without gradients. All ranks must call it equally often."""
         ...
 
     def chunks(self) -> Iterator[Chunk]:
-        """The pieces of parameters and optimizer states that this rank saves; all ranks' together are whole."""
+        """Yields the parts of parameters and optimizer states that this rank saves; all ranks together save all."""
         ...
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes parameters and optimizer states from a checkpoint made after `step` updates."""
+        """Loads parameters and optimizer states from a checkpoint made after `step` updates."""
         ...
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
-        """The tensors that are alive on this rank by kind; several may share memory. For accounting and checks."""
+        """Returns the live tensors of this rank by kind, for accounting and checks; several may share memory."""
         ...
 
     def learning_rates(self) -> list[float]:
-        """What the optimizers' groups were stepped with last."""
+        """Returns the learning rates of the last step, of all parameter groups of all optimizers."""
         ...
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """What ought to be the same on every rank, by parameter name, in one order on all."""
+        """Yields (name, tensor) of everything that must be identical on all ranks, in the same order on all."""
         ...
 
 
 def backward_of(model: nn.Module, input_ids: Tensor, labels: Tensor, positions: Tensor | None, weight: float) -> Tensor:
-    """Forward and backward of `weight` times the summed loss; returns the latter, detached."""
+    """Runs forward and backward of `weight` times the summed loss; returns the summed loss, detached."""
     loss = model(input_ids, labels, positions)
     (loss * weight).backward()
     return loss.detach()
 
 
 def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares over tensors, in float32, as a scalar tensor on `device`."""
+    """Returns the sum of squares over tensors, in float32, as a scalar tensor on `device`."""
     tensors = list(tensors)
     if not tensors:
         return torch.zeros((), device=device)
@@ -107,17 +107,17 @@ def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 def clip_shards(
     shards: list[Tensor], whole: list[Tensor], max_norm: float, env: Environment, *, copies: int = 1
 ) -> float:
-    """Scales gradients down to a global norm, and returns what that was before.
+    """Clips gradients to a global norm, and returns the norm before clipping.
 
-    One all-reduce carries every rank's part, so that all of them see the same number: a value that is not
-    finite on one rank is not finite on any.
+    One all-reduce sums the squares of all ranks, so that all of them compute the same norm: if a value is not finite
+    on one rank, the norm is not finite on any.
 
     Args:
         shards: This rank's gradients of sharded parameters.
-        whole: Gradients that every rank holds whole, and equal; they count once.
-        max_norm: Largest norm; 0 for no limit.
-        env: This process among all.
-        copies: Ranks that hold the same shards.
+        whole: Gradients of replicated parameters, identical on every rank; they count once.
+        max_norm: Maximum norm; 0 for no limit.
+        env: The distributed environment.
+        copies: Number of ranks with the same shards.
     """
     total = squared_norm(shards, env.device)
     if env.world_size > 1:
@@ -128,7 +128,7 @@ def clip_shards(
 
 
 def scale_down(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Multiplies gradients with what brings `norm` down to `max_norm`, if it is larger (0: never)."""
+    """Scales gradients of norm `norm` down to `max_norm`, if it is exceeded (0: never)."""
     scale = coefficient(norm, max_norm)
     if scale < 1 and gradients:
         torch._foreach_mul_(gradients, scale)

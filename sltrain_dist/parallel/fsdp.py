@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: every decoder block is gathered for its forward and backward pass, and is in shards between."""
+"""The `fsdp` engine: PyTorch's FSDP2, where each decoder layer is gathered only for its forward and backward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.per_layer import InBackward
-from sltrain_dist.parallel.pieces import Chunk, Held, Piece, ReadChunk, Replicated
+from sltrain_dist.parallel.pieces import Chunk, LocalPieces, Piece, ReadChunk, Replicated
 from sltrain_dist.parallel.placement import fsdp_rows, is_sharded, vector_borders
 from sltrain_dist.runtime.environment import Environment
 
@@ -28,18 +28,19 @@ from sltrain_dist.runtime.environment import Environment
 class FSDPEngine:
     """The `fsdp` engine: parameters, gradients and optimizer states are sharded by rows.
 
-    With `parallel.shard: factors` FSDP2 ignores the dense remainder, which stays a plain parameter on every
-    rank; its gradients are all-reduced once per update. The optimizer steps plain tensors that share the
-    shards' memory, so that it can be torch's fused one and its states are no DTensors.
+    With `parallel.shard: factors`, FSDP2 ignores the dense remainder (embedding, head, norms), which is replicated as
+    plain parameters; its gradients are all-reduced once per update. The optimizer updates plain tensors that share
+    the shards' memory, so that torch's fused optimizers can be used and the states are not DTensors.
 
     Args:
-        model: The model, equal on every rank. On the meta device each rank gets memory for its shards and for the
-            remainder alone, whose values :meth:`load` sets; else every rank needs room for the whole model first.
-        config: The run.
-        env: This process among all, with a process group.
+        model: The model, identical on every rank. For a model on the meta device, each rank allocates only its shards
+            and the remainder, whose values :meth:`load` sets; otherwise every rank first needs memory for the whole
+            model.
+        config: The configuration.
+        env: The distributed environment, with a process group.
 
     Raises:
-        ConfigError: The ranks do not make `parallel.replicas` equal groups.
+        ConfigError: `parallel.replicas` does not divide the ranks into equal groups.
     """
 
     def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
@@ -66,10 +67,10 @@ class FSDPEngine:
             first, last = fsdp_rows(shapes[name][0], rank, ranks)
             width = math.prod(shapes[name][1:])
             if len(local) != last - first:
-                raise AssertionError(f"{name}: FSDP2 holds {len(local)} rows here, the rule says {last - first}")
+                raise AssertionError(f"{name}: FSDP2 has {len(local)} rows here, but fsdp_rows() says {last - first}")
             borders = vector_borders(shapes[name], ranks)
             pieces.append(Piece(name, shapes[name], first * width, _leaf(local), env.rank < ranks, borders))
-        self._shards = Held(pieces, config.optim, self._agree)
+        self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._lr, self._clip = config.optim.lr, config.optim.clip
@@ -90,7 +91,7 @@ class FSDPEngine:
         return cast(FSDPModule, self._model)
 
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
-        """Takes the learning rate, and what per-layer updates clip by."""
+        """Sets the learning rate, and the norm that per-layer updates clip by."""
         self._lr = lr
         if self._in_backward is not None:
             self._in_backward.begin_update(lr, previous_norm)
@@ -98,7 +99,7 @@ class FSDPEngine:
     def micro_step(
         self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward; gradients are reduce-scattered at each micro-batch, or at the last."""
+        """Runs forward and backward; gradients are reduce-scattered at each micro-batch, or only at the last."""
         self._root.set_requires_gradient_sync(last or self._sync_each)
         if self._in_backward is not None:
             return self._in_backward.run(
@@ -114,14 +115,14 @@ class FSDPEngine:
         return loss
 
     def clip_gradients(self) -> float:
-        """The norm over the shards of all ranks, plus the remainder once."""
+        """Clips by the norm over the shards of all ranks and, counted once, the remainder; returns the norm before."""
         if self._in_backward is not None:
             return self._in_backward.norm()
         shards, whole = self._shards.gradients(), self._remainder.gradients()
         return clip_shards(shards, whole, self._clip, self._env, copies=self._copies)
 
     def update(self) -> None:
-        """Makes both optimizers' steps and clears the gradients."""
+        """Runs the optimizer steps of shards and remainder, and frees the gradients."""
         if self._in_backward is not None:
             return
         self._shards.update(self._lr)
@@ -131,67 +132,67 @@ class FSDPEngine:
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The summed loss of a batch."""
+        """Returns the summed loss of a batch."""
         loss = self._model(input_ids, labels, positions)
-        self._root.reshard()  # only a backward pass would free the root's own parameters
+        self._root.reshard()  # otherwise only a backward pass frees the root's own parameters
         return loss
 
     def chunks(self) -> Iterator[Chunk]:
-        """This rank's shards, from one rank of those that hold the same, and its share of the rest."""
+        """Yields this rank's shards, unless another rank saves the same ones, and its share of the remainder."""
         yield from self._shards.chunks()
         yield from self._remainder.chunks()
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes this rank's shards, and the remainder, from a checkpoint."""
+        """Loads this rank's shards and the remainder from a checkpoint."""
         self._shards.load(read, step)
         self._remainder.load(read, step)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
-        """Shards and the remainder; weights that are gathered at the moment are not among them."""
+        """Returns the shards and the remainder, without currently gathered weights."""
         parts = (self._shards, self._remainder)
-        waiting = [p.grad.to_local() for _, p in self._dtensors if isinstance(p.grad, DTensor)]
+        accumulated = [p.grad.to_local() for _, p in self._dtensors if isinstance(p.grad, DTensor)]
         return {
             "parameters": [
                 *(parameter.to_local() for _, parameter in self._dtensors),
                 *(piece.parameter for piece in self._remainder.pieces),
             ],
-            "gradients": [*(g for part in parts for g in part.gradients()), *waiting],
+            "gradients": [*(g for part in parts for g in part.gradients()), *accumulated],
             "states": [state for part in parts for state in part.states()],
         }
 
     def learning_rates(self) -> list[float]:
-        """Of both optimizers' groups."""
+        """Returns the learning rates of the optimizers of shards and remainder."""
         return [*self._shards.learning_rates(), *self._remainder.learning_rates()]
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """The remainder."""
+        """Yields the parameters of the remainder."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
 
     def _empty(self, meta: Tensor) -> Tensor:
-        """Memory for a parameter or buffer, with shards on the host."""
+        """Allocates a parameter or buffer; shards on the host, as for CPU offload."""
         return torch.empty_like(meta, device="cpu" if isinstance(meta, DTensor) else self._env.device)
 
-    def _agree(self, largest: Tensor) -> None:
-        """Over all ranks; replicas of the shards say the same."""
-        there = largest.to(self._env.device)
-        dist.all_reduce(there, dist.ReduceOp.MAX)
-        largest.copy_(there)
+    def _max_over_ranks(self, largest: Tensor) -> None:
+        """Takes the maximum over all ranks, in place. Groups of replicas contribute the same values."""
+        on_device = largest.to(self._env.device)
+        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        largest.copy_(on_device)
 
     def _shard(self, mesh: DeviceMesh, config: Config, ignored: set[nn.Parameter]) -> None:
-        """Wraps every block, then the root, which gathers what is left: embedding, last norm and head."""
+        """Shards every decoder layer, then the root module, which gathers the rest: embedding, last norm and head."""
         parallel, cuda = config.parallel, self._env.device.type == "cuda"
         mixed = config.train.precision.is_mixed
-        # The operator casts its input itself; casting a block's would round the residual stream.
+        # The linear layers cast their own input; casting a decoder layer's input would round the residual stream.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if mixed else None,
             reduce_dtype=torch.float32 if mixed else None,
             cast_forward_inputs=False,
         )
         offload = CPUOffloadPolicy(pin_memory=cuda) if parallel.cpu_offload else OffloadPolicy()
-        blocks = list(self._model.model.layers)
-        for block in blocks:
+        layers = list(self._model.model.layers)
+        for layer in layers:
             fully_shard(
-                block,
+                layer,
                 mesh=mesh,
                 reshard_after_forward=parallel.reshard_after_forward,
                 mp_policy=policy,
@@ -199,14 +200,14 @@ class FSDPEngine:
                 ignored_params=ignored,
             )
         fully_shard(self._model, mesh=mesh, offload_policy=offload, ignored_params=ignored)
-        wrapped = [cast(FSDPModule, module) for module in (*blocks, self._model)]
+        wrapped = [cast(FSDPModule, module) for module in (*layers, self._model)]
         for module in wrapped:
-            # Gradients are sums; and gloo knows no averages.
+            # Engines return sums of gradients, and gloo does not support averages.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
         ahead = parallel.prefetch_blocks
-        for i in range(len(blocks)):
-            wrapped[i].set_modules_to_forward_prefetch(wrapped[i + 1 : min(i + 1 + ahead, len(blocks))])
+        for i in range(len(layers)):
+            wrapped[i].set_modules_to_forward_prefetch(wrapped[i + 1 : min(i + 1 + ahead, len(layers))])
             wrapped[i].set_modules_to_backward_prefetch(wrapped[max(0, i - ahead) : i][::-1])
 
 
@@ -219,5 +220,5 @@ def _mesh(replicas: int, env: Environment) -> DeviceMesh:
 
 
 def _leaf(local: Tensor) -> nn.Parameter:
-    """A leaf that shares the shard's memory."""
+    """Returns a leaf parameter that shares the shard's memory."""
     return nn.Parameter(local.detach())

@@ -1,8 +1,8 @@
-"""`optim.update: per_layer`: parameters are updated during the backward pass, each as soon as its gradient is
-complete over micro-batches and ranks, and the gradient is freed.
+"""`optim.update: per_layer`: each parameter is updated during the backward pass, as soon as its gradient is complete
+over micro-batches and ranks, and the gradient is freed.
 
-A hook runs when a parameter's gradient has been accumulated (FSDP2: when the shard's has been reduced). Autograd
-reaches parameters in the same order on every rank, so that the collectives of the hooks meet.
+A hook runs when a parameter's gradient has been accumulated (FSDP2: when the shard's gradient has been reduced).
+Autograd reaches parameters in the same order on every rank, so that the collectives in the hooks match.
 """
 
 from __future__ import annotations
@@ -22,65 +22,65 @@ from torch.distributed.tensor import DTensor
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.optim.clipping import PerLayerClip
 from sltrain_dist.parallel.engine import squared_norm
-from sltrain_dist.parallel.pieces import Held, Piece
+from sltrain_dist.parallel.pieces import LocalPieces, Piece
 from sltrain_dist.runtime.environment import Environment
 
 _IN_FLIGHT_BYTES = 1 << 25
-"""Gradients that may be on their way at a time. Enough to keep a link busy while the backward pass goes on, and
-small beside the weights of any model that needs per-layer updates."""
+"""Most bytes of gradients in flight. Enough to keep a link busy during the backward pass, and small compared to the
+weights of any model that needs per-layer updates."""
 
 
 class Phase(Enum):
-    """What is done with a complete gradient."""
+    """What the hooks do with a gradient."""
 
     KEEP = "keep"
-    """Nothing: more micro-batches follow."""
+    """Keep it, because more micro-batches follow."""
     MEASURE = "measure"
-    """Its norm is added up, and it is freed."""
+    """Add its square to the norm, and free it."""
     STEP = "step"
-    """Its parameter is updated, and it is freed."""
+    """Update its parameter, and free it."""
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """A gradient that is being summed over ranks."""
+class _InFlight:
+    """A gradient whose all-reduce is in progress."""
 
-    held: Held
+    owner: LocalPieces
     piece: Piece
     work: dist.Work
 
 
 class InBackward:
-    """Updates of pieces of parameters from within the backward pass.
+    """The updates of pieces of parameters during the backward pass.
 
     Args:
         optim: Optimizer settings.
-        env: This process among all.
-        copies: Ranks that hold the same shards.
+        env: The distributed environment.
+        copies: Number of ranks with the same shards.
     """
 
     def __init__(self, optim: OptimConfig, env: Environment, *, copies: int = 1) -> None:
         self._clip, self._env, self._copies = PerLayerClip(optim), env, copies
         self._lr, self._phase = optim.lr, Phase.KEEP
         self._takes_two_passes = optim.passes_twice
-        self._sent: deque[_Sent] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._reset()
 
-    def watch_whole(self, held: Held) -> None:
-        """Updates parameters that are whole on every rank; their gradients are summed over the ranks first."""
-        for piece in held.pieces:
-            piece.parameter.register_post_accumulate_grad_hook(partial(self._whole_is_ready, held, piece))
+    def watch_whole(self, pieces: LocalPieces) -> None:
+        """Registers hooks that all-reduce the gradients of replicated parameters and update these."""
+        for piece in pieces.pieces:
+            piece.parameter.register_post_accumulate_grad_hook(partial(self._whole_is_ready, pieces, piece))
 
-    def watch_shards(self, held: Held, shards: Iterable[tuple[Piece, Tensor]]) -> None:
-        """Updates sharded parameters.
+    def watch_shards(self, pieces: LocalPieces, shards: Iterable[tuple[Piece, Tensor]]) -> None:
+        """Registers hooks that update sharded parameters.
 
         Args:
-            held: What steps the pieces.
-            shards: Every piece of this rank, empty ones included, and the DTensor that gets its gradient, already
-                summed over the ranks.
+            pieces: The pieces of this rank with their optimizers.
+            shards: All pieces of this rank, including empty ones, each with the DTensor that receives its gradient,
+                already summed over the ranks.
         """
         for piece, parameter in shards:
-            parameter.register_post_accumulate_grad_hook(partial(self._shard_is_ready, held, piece))
+            parameter.register_post_accumulate_grad_hook(partial(self._shard_is_ready, pieces, piece))
 
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
         """See :meth:`sltrain_dist.parallel.engine.Engine.begin_update`."""
@@ -89,13 +89,13 @@ class InBackward:
         self._reset()
 
     def run(self, backward: Callable[[], Tensor], *, last: bool) -> Tensor:
-        """Makes a micro-batch's forward and backward pass, the `last` one with the updates in it.
+        """Runs the forward and backward pass of a micro-batch; the `last` one updates the parameters.
 
-        Where clipping takes two passes and the norm is not finite, nothing is updated.
+        If clipping takes two passes and the norm is not finite, nothing is updated.
 
         Args:
-            backward: Makes them, and returns the loss; called twice where clipping takes two passes.
-            last: Whether it is the update's last micro-batch.
+            backward: Runs forward and backward and returns the loss; called twice if clipping takes two passes.
+            last: Whether this is the last micro-batch of the update.
         """
         if last and self._takes_two_passes:
             loss = self._pass(backward, Phase.MEASURE)
@@ -107,7 +107,7 @@ class InBackward:
         return self._pass(backward, Phase.STEP if last else Phase.KEEP)
 
     def norm(self) -> float:
-        """The global norm of the gradients before clipping, the same on every rank."""
+        """Returns the global norm of the gradients before clipping, the same on every rank."""
         shards, whole = (torch.stack(squares).sum() if squares else self._zero() for squares in self._squares)
         if self._env.world_size > 1:
             dist.all_reduce(shards)
@@ -117,54 +117,54 @@ class InBackward:
         self._phase = phase
         try:
             loss = backward()
-            self._receive(0)
+            self._finish_reductions(0)
         finally:
             self._phase = Phase.KEEP
         return loss
 
-    def _whole_is_ready(self, held: Held, piece: Piece, parameter: Tensor) -> None:
+    def _whole_is_ready(self, owner: LocalPieces, piece: Piece, parameter: Tensor) -> None:
         if self._phase is Phase.KEEP:
             return
         gradient = parameter.grad
-        assert gradient is not None  # autograd's promise
+        assert gradient is not None  # guaranteed by autograd
         if self._env.world_size == 1:
-            self._use(held, piece, gradient, sharded=False)
+            self._use(owner, piece, gradient, sharded=False)
             return
         work = dist.all_reduce(gradient, async_op=True)
-        assert work is not None  # not outside of its group
-        self._sent.append(_Sent(held, piece, work))
-        self._receive(_IN_FLIGHT_BYTES)
+        assert work is not None  # this rank is in the group
+        self._in_flight.append(_InFlight(owner, piece, work))
+        self._finish_reductions(_IN_FLIGHT_BYTES)
 
-    def _receive(self, at_most: int) -> None:
-        """Uses gradients that were sent, the oldest first, until `at_most` bytes are on their way."""
-        while sum(sent.piece.parameter.nbytes for sent in self._sent) > at_most:
-            sent = self._sent.popleft()
-            sent.work.wait()
-            gradient = sent.piece.parameter.grad
-            assert gradient is not None  # it was sent
-            self._use(sent.held, sent.piece, gradient, sharded=False)
+    def _finish_reductions(self, at_most: int) -> None:
+        """Waits for all-reduces and uses their gradients, oldest first, until at most `at_most` bytes are in flight."""
+        while sum(reduction.piece.parameter.nbytes for reduction in self._in_flight) > at_most:
+            reduction = self._in_flight.popleft()
+            reduction.work.wait()
+            gradient = reduction.piece.parameter.grad
+            assert gradient is not None  # the all-reduce is in place
+            self._use(reduction.owner, reduction.piece, gradient, sharded=False)
 
-    def _shard_is_ready(self, held: Held, piece: Piece, parameter: Tensor) -> None:
+    def _shard_is_ready(self, owner: LocalPieces, piece: Piece, parameter: Tensor) -> None:
         if self._phase is Phase.KEEP:
             return
         gradient = parameter.grad
-        assert isinstance(gradient, DTensor)  # FSDP2's promise
+        assert isinstance(gradient, DTensor)  # guaranteed by FSDP2
         parameter.grad = None
-        self._use(held, piece, gradient.to_local(), sharded=True)
+        self._use(owner, piece, gradient.to_local(), sharded=True)
 
     @torch.no_grad()
-    def _use(self, held: Held, piece: Piece, gradient: Tensor, *, sharded: bool) -> None:
-        """Adds a gradient to the norm, and updates its parameter or not."""
+    def _use(self, owner: LocalPieces, piece: Piece, gradient: Tensor, *, sharded: bool) -> None:
+        """Adds a gradient to the norm, updates its parameter in phase STEP, and frees it."""
         square = squared_norm([gradient], self._env.device)
         self._squares[0 if sharded else 1].append(square)
         piece.parameter.grad = None
         if self._phase is Phase.STEP:
-            self._clip.apply(gradient, partial(self._over_shards, square) if sharded else lambda: square)
+            self._clip.apply(gradient, partial(self._square_over_shards, square) if sharded else lambda: square)
             piece.parameter.grad = gradient
-            held.step(piece, self._lr)
+            owner.step(piece, self._lr)
             piece.parameter.grad = None
 
-    def _over_shards(self, square: Tensor) -> Tensor:
+    def _square_over_shards(self, square: Tensor) -> Tensor:
         total = square.clone()
         if self._env.world_size > 1:
             dist.all_reduce(total)

@@ -1,4 +1,4 @@
-"""What one rank holds: pieces of named parameters with their optimizer, whichever engine dealt them out."""
+"""The pieces of named parameters on one rank, with their optimizers, independent of the engine."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from sltrain_dist.optim.state_layout import Place, shared_blocks, stored_states
 
 @dataclass(frozen=True)
 class Chunk:
-    """A contiguous piece of a named tensor, flattened: the unit that checkpoints are made of.
+    """A contiguous range of a flattened named tensor: the unit that checkpoints store.
 
     Attributes:
         name: Engine-neutral name: "model.<parameter>" or "optim.<parameter>.<state>".
         shape: Shape of the whole tensor.
-        start: Where the piece begins in the flattened tensor.
-        data: The piece, one-dimensional.
+        start: Offset of the range in the flattened tensor.
+        data: Values of the range, one-dimensional.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Chunk:
 
 
 ReadChunk = Callable[[str, int, int], Tensor]
-"""Reads (name, start, length) of a named flattened tensor from a checkpoint, onto the CPU. Initial values are read in
-the same way."""
+"""Reads the range (name, start, length) of a flattened named tensor from a checkpoint to the CPU. Initial values are
+read by the same interface."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank holds of a parameter: as many values as `parameter` has, from `start` of the flattened whole.
+    """The contiguous part of a flattened parameter that is on this rank.
 
     Attributes:
         name: Engine-neutral name of the parameter.
         shape: Shape of the whole parameter.
-        start: Where the piece begins in the flattened parameter.
-        parameter: The piece, as a leaf that the optimizer steps; of any shape.
-        saved: Whether this rank saves the piece; where several hold it, one of them does.
-        borders: Where other ranks' pieces begin in the flattened parameter; needed of vectors.
+        start: Offset of the piece in the flattened parameter.
+        parameter: The values of the piece, as a leaf that the optimizer updates; of any shape.
+        saved: Whether this rank saves the piece; exactly one of the ranks that have it does.
+        borders: Offsets of the other ranks' pieces in the flattened parameter; needed for vectors only.
     """
 
     name: str
@@ -68,63 +68,63 @@ class Piece:
 
     @property
     def place(self) -> Place:
-        """Where the piece lies."""
+        """The position of the piece in the whole parameter."""
         return Place(self.name, self.shape, self.start, self.parameter.numel(), self.borders)
 
 
-class Held:
-    """Pieces of parameters, and an optimizer over them; with `optim.update: per_layer` one for each.
+class LocalPieces:
+    """The pieces of parameters on this rank and their optimizer; with `optim.update: per_layer` one per piece.
 
     Args:
-        pieces: What this rank holds; empty pieces are left out.
+        pieces: All pieces of this rank; the attribute `pieces` leaves out empty ones.
         optim: Optimizer settings.
-        agree: Makes the ranks agree on the scales of quantized blocks that they share.
+        agree: Synchronizes the scales of quantization groups that several ranks share.
     """
 
     def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: Agree | None = None) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
-        # Agreeing takes all ranks, also one that holds nothing of a parameter whose blocks others share.
-        stepped = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
-        named = [(piece.name, piece.parameter) for piece in stepped]
-        places = {piece.name: piece.place for piece in stepped}
-        # A rank may hold nothing: the whole of a model with more ranks than rows, or a remainder that is sharded.
-        together = [named] if named and optim.update == "whole" else [[one] for one in named]
-        self._optimizers = [make_optimizer(some, optim, places=places, agree=agree) for some in together]
+        # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
+        optimized = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
+        named = [(piece.name, piece.parameter) for piece in optimized]
+        places = {piece.name: piece.place for piece in optimized}
+        # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
+        groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
+        self._optimizers = [make_optimizer(group, optim, places=places, agree=agree) for group in groups]
         self._optimizer_of = {
-            name: optimizer for some, optimizer in zip(together, self._optimizers, strict=True) for name, _ in some
+            name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
         }
 
     def gradients(self) -> list[Tensor]:
-        """All gradients."""
+        """Returns the gradients of all pieces that have one."""
         return [p.parameter.grad for p in self.pieces if p.parameter.grad is not None]
 
     def states(self) -> list[Tensor]:
-        """All optimizer states but the counters of updates."""
+        """Returns all optimizer states except step counters."""
         pairs = ((self._optimizer_of[piece.name], piece.parameter) for piece in self.pieces)
         return [state for optimizer, parameter in pairs for state in state_tensors(optimizer, parameter).values()]
 
     def learning_rates(self) -> list[float]:
-        """Of all groups of the optimizer."""
+        """Returns the learning rates of all parameter groups."""
         return [rate for optimizer in self._optimizers for rate in learning_rates(optimizer)]
 
     def update(self, lr: float) -> None:
-        """Makes the optimizer's step and clears the gradients."""
+        """Runs the optimizer step and frees the gradients."""
         for optimizer in self._optimizers:
             _step(optimizer, lr)
 
     def step(self, piece: Piece, lr: float) -> None:
-        """Updates one piece, with `optim.update: per_layer`, and clears its gradient; nothing where none is held."""
+        """Updates one piece and frees its gradient (`optim.update: per_layer`); does nothing if it has no optimizer."""
         if piece.name in self._optimizer_of:
             _step(self._optimizer_of[piece.name], lr)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The pieces that this rank saves, with their states."""
+        """Yields the pieces that this rank saves, with their optimizer states."""
         for piece in self.pieces:
             if not piece.saved:
                 continue
             for ending, part in parts_of(piece.parameter).items():
-                shape = tuple(part.shape) if ending else piece.shape  # int8 weights are whole
+                shape = tuple(part.shape) if ending else piece.shape  # int8 weights are not sharded
                 yield Chunk(f"model.{piece.name}{ending}", shape, piece.start, part.reshape(-1))
             optimizer = self._optimizer_of[piece.name]
             for stored, state in saved_states(optimizer, piece.parameter, piece.place, self._optim):
@@ -133,7 +133,7 @@ class Held:
                     yield Chunk(name, stored.shape, stored.start + stored.skip, state)
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes every piece and its states from a checkpoint made after `step` updates."""
+        """Loads all pieces and their optimizer states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
             parameter = piece.parameter
             load_values(read, piece.name, parameter, piece.start)
@@ -142,14 +142,14 @@ class Held:
             adopt_state(self._optimizer_of[piece.name], parameter, states, step)
 
 
-class Replicated(Held):
-    """Parameters that are whole on every rank: all of them under ddp, the dense remainder under
+class Replicated(LocalPieces):
+    """Parameters that are replicated on every rank: all of them with ddp, the dense remainder with
     `parallel.shard: factors`.
 
     Args:
         parameters: Named parameters.
         optim: Optimizer settings.
-        rank: This rank; it saves every world_size-th parameter.
+        rank: This rank, which saves every world_size-th parameter.
         world_size: Number of ranks.
     """
 
@@ -164,7 +164,7 @@ class Replicated(Held):
         super().__init__(list(pieces), optim)
 
     def all_reduce(self, scale: float = 1.0) -> None:
-        """Sums the gradients over all ranks, in one flat message per type, and multiplies them with `scale`."""
+        """All-reduces the gradients, in one flat message per data type, and multiplies them by `scale`."""
         if self.world_size == 1 and scale == 1.0:
             return
         by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -187,13 +187,13 @@ def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_values(read: ReadChunk, name: str, parameter: Tensor, start: int = 0) -> None:
-    """Overwrites a piece of a named parameter, from `start` of the flattened whole, with its values in a checkpoint."""
+    """Loads a piece of a named parameter, which begins at `start` in the flattened parameter, from a checkpoint."""
     for ending, part in parts_of(parameter).items():
         read_into(part, read, f"model.{name}{ending}", start)
 
 
 def read_into(tensor: Tensor, read: ReadChunk, name: str, start: int) -> None:
-    """Overwrites a detached, contiguous tensor with values of a named tensor from `start` on, chunk by chunk."""
+    """Fills a detached, contiguous tensor with the values of a named tensor from `start` on, chunk by chunk."""
     flat = tensor.view(-1)
     for first, stop in chunks(flat.numel()):
         flat[first:stop].copy_(read(name, start + first, stop - first))

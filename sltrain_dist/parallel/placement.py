@@ -1,4 +1,4 @@
-"""Who holds what (no torch): which parameters are sharded, how, and how many bytes that is on each rank."""
+"""Placement of parameters on ranks: which are sharded, how, and the bytes on each rank (no torch)."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from sltrain_dist.models.count import parameter_bytes, parameter_shapes
 from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
 
 Shard = Literal["factors", "all"]
-"""What an engine shards: see `parallel.shard`."""
+"""Which parameters an engine shards; see `parallel.shard`."""
 Named = tuple[tuple[str, tuple[int, ...]], ...]
-"""(name, shape) of parameters. A tuple, so that what follows from it can be looked up: the planner asks often."""
-_MANY = 256
-"""Models that are remembered."""
+"""(name, shape) of parameters. A tuple, because it is a key of caches that the planner reads often."""
+_CACHE_SIZE = 256
+"""Number of models in a cache."""
 
 ZERO_BUCKET = 50_000_000
-"""Most values in a message of DeepSpeed's, where `parallel.deepspeed` does not say otherwise."""
+"""Default of DeepSpeed's bucket size, in values; `parallel.deepspeed` can override it."""
 
 _REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter belongs to a linear layer that SLTrain replaces, whatever the method.
+    """Whether a parameter belongs to a linear layer that SLTrain replaces, for any method.
 
-    B, A, V or a dense weight of attention and MLP; the rest (embedding, head, norms) is the dense
-    remainder, which `parallel.shard: factors` keeps whole on every rank.
+    These are B, A, V or a dense weight of attention and MLP. The other parameters (embedding, head, norms) are the
+    dense remainder, which `parallel.shard: factors` replicates on every rank.
     """
     return _REPLACED.search(name) is not None
 
 
 def is_sharded(name: str, shard: Shard) -> bool:
-    """Whether an engine that shards deals a parameter out."""
+    """Whether an engine that shards parameters shards this one."""
     return shard == "all" or is_factor(name)
 
 
 def dealt(config: Config) -> tuple[Named, Named]:
-    """(parameters that the engine shards, parameters that are whole on every rank)."""
+    """Returns (sharded parameters, replicated parameters) of a configuration."""
     return _dealt(config.model, config.reparam, config.parallel.engine != "ddp", config.parallel.shard)
 
 
-@lru_cache(maxsize=_MANY)
+@lru_cache(maxsize=_CACHE_SIZE)
 def _dealt(model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Shard) -> tuple[Named, Named]:
     shapes = parameter_shapes(model, reparam)
     sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
-    known = {name for name, _ in sharded}
-    return sharded, tuple((name, shape) for name, shape in shapes if name not in known)
+    sharded_names = {name for name, _ in sharded}
+    return sharded, tuple((name, shape) for name, shape in shapes if name not in sharded_names)
 
 
 def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[int, ...], ...]]:
-    """Shapes by the optimizer's group, each of which ZeRO 1 and 2 flatten on its own; none is empty."""
+    """Returns the shapes in each non-empty parameter group, which ZeRO 1 and 2 flatten separately."""
     if optim.weight_decay == 0:
         return [tuple(shape for _, shape in parameters)] if parameters else []
     groups = [tuple(shape for name, shape in parameters if decays(name, optim) is kind) for kind in (True, False)]
@@ -63,13 +63,13 @@ def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[
 
 
 def fsdp_rows(rows: int, rank: int, ranks: int) -> tuple[int, int]:
-    """(first, last + 1) of a parameter's rows that a rank holds under FSDP2: ⌈rows/ranks⌉ each while there are any."""
+    """Returns (first, last + 1) of a rank's rows under FSDP2: ⌈rows/ranks⌉ per rank, and fewer on the last ranks."""
     each = -(-rows // ranks)
     return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def vector_borders(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Where the ranks' parts of a vector begin under FSDP2, but for the first; none for matrices."""
+    """Returns the offsets of a vector's non-empty shards under FSDP2, except the first; () for matrices."""
     if len(shape) > 1:
         return ()
     return tuple(
@@ -78,31 +78,31 @@ def vector_borders(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def fsdp_place(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Place:
-    """What a rank holds of a parameter under FSDP2."""
+    """Returns the position of a rank's shard of a parameter under FSDP2."""
     row = math.prod(shape[1:])
     first, last = fsdp_rows(shape[0], rank, ranks)
     return Place(name, shape, first * row, (last - first) * row, vector_borders(shape, ranks))
 
 
-def agreed_bytes(config: Config, world_size: int) -> int:
-    """Bytes of the message in which the ranks agree on the scales of blocks that they share; two scales a block."""
+def scale_sync_bytes(config: Config, world_size: int) -> int:
+    """Bytes of the all-reduce of the scales of quantization groups that ranks share; two scales per group."""
     if config.parallel.engine != "fsdp":
         return 0
     ranks = world_size // config.parallel.replicas
-    vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices share no blocks
+    vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices have no shared groups
     shared = {shape: shared_blocks(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
     return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes that one rank holds between the backward pass and the update (states: after the first update).
+    """Bytes of tensors on one rank between the backward pass and the optimizer step.
 
     Attributes:
-        parameters: Weights, shards, and DeepSpeed's separate partition of masters.
-        gradients: Of all kinds; buckets for communication are not counted. None with per-layer updates, which
-            are over by then.
-        states: The optimizer's.
+        parameters: Weights, shards, and DeepSpeed's separate partition of master weights.
+        gradients: All gradients, without communication buckets. 0 with per-layer updates: their gradients are
+            already freed.
+        states: Optimizer states, from the end of the first update on.
     """
 
     parameters: int
@@ -111,10 +111,10 @@ class RankBytes:
 
 
 def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
-    """What a rank holds, in closed form, equal to the engine's tensors to the byte.
+    """Computes the bytes on a rank in closed form, equal to those of the engine's tensors.
 
-    Padding is in it: FSDP2 pads a parameter's rows, ZeRO 1 and 2 the flat group to a multiple of twice the
-    ranks, ZeRO 3 every parameter to a multiple of the ranks.
+    Padding is included: FSDP2 pads a parameter's rows, ZeRO 1 and 2 pad each flat group to a multiple of twice the
+    ranks, and ZeRO 3 pads every parameter to a multiple of the ranks.
     """
     parallel, optim = config.parallel, config.optim
     sharded, remainder = dealt(config)
@@ -137,25 +137,25 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
             ]
             parts = tuple(sum(values) for values in zip(*per_group, strict=True))
         states += width * len(STATE_NAMES[optim.name]) * parts[2]
-    kept = sum(math.prod(shape) for _, shape in remainder)
-    kept_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
-    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + kept)
-    return RankBytes(width * parts[0] + kept_bytes, gradients, states)
+    whole_values = sum(math.prod(shape) for _, shape in remainder)
+    whole_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
+    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + whole_values)
+    return RankBytes(width * parts[0] + whole_bytes, gradients, states)
 
 
 def waiting_bytes(config: Config, world_size: int) -> int:
-    """Bytes of the gradients that a rank holds between two micro-batches of an update, with ddp or fsdp."""
+    """Bytes of the gradients on a rank between two micro-batches of an update, with ddp or fsdp."""
     sharded, remainder = dealt(config)
     ranks = 1 if config.parallel.accumulates_locally else world_size // config.parallel.replicas
     values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
     return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in remainder))
 
 
-@lru_cache(maxsize=_MANY)
+@lru_cache(maxsize=_CACHE_SIZE)
 def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...]:
-    """(parameters, gradients, states) that a rank holds under ZeRO 3, in values."""
+    """Returns the numbers of values (parameters, gradients, states) on a rank under ZeRO 3."""
     part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)
-    # Shards, and a copy of them that the optimizer steps; with offload its gradients are a copy, too.
+    # Shards, and a copy of them that the optimizer updates; with offload the gradients are copied too.
     return 2 * part, (2 if offload else 1) * part, part
 
 
@@ -164,16 +164,16 @@ def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, off
     first, last = rank * part, (rank + 1) * part
     if offload:
         return ranks * part + part, part, part
-    gradients, start = max(0, last - max(first, total)), 0  # padding is held as zeros
+    gradients, start = max(0, last - max(first, total)), 0  # padding is kept as zeros
     for shape in shapes:
         size = math.prod(shape)
-        # A gradient that lies in several partitions is kept whole by each.
+        # A gradient that spans several partitions is kept whole by each of their ranks.
         gradients += size if start < last and start + size > first else 0
         start += size
     return ranks * part + part, gradients, part
 
 
 def zero12_partition(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, int]:
-    """(values of a group, values of each rank's partition)."""
+    """Returns (values in a group, values in each rank's partition with padding)."""
     total = sum(math.prod(shape) for shape in shapes)
     return total, 2 * -(-total // (2 * ranks))

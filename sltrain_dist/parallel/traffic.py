@@ -1,4 +1,4 @@
-"""What an update sends to other ranks, measured: every collective of torch.distributed is counted as it is called."""
+"""Measurement of what an update sends to other ranks, by counting the collectives of torch.distributed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _KINDS = {
     "alltoall": "other",
     "send": "other",
 }
-"""Collectives by the beginning of their operator's name, as :class:`Traffic` counts them."""
+"""Field of :class:`Traffic` by prefix of a collective's operator name."""
 
 
 class TrafficMeter(TorchDispatchMode):
-    """Counts the collectives that are called while it is entered, in this process, the backward pass included.
+    """A context manager that counts the collectives of this process, including those in backward passes.
 
     Attributes:
-        traffic: Bytes that this rank sends, under the convention of :class:`Traffic`.
+        traffic: Bytes that this rank sends, counted as by :class:`Traffic`.
     """
 
-    supports_higher_order_operators = True  # those of compiled blocks pass through like all that is no collective
+    supports_higher_order_operators = True  # those of compiled layers pass through
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TrafficMeter(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes no result, so that torch.compile need not stand aside for it."""
+        """Whether torch.compile may compile under this mode: it may, since the mode changes no result."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,13 +49,13 @@ class TrafficMeter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Iterable[Any]) -> None:
-        kind = next((kind for beginning, kind in _KINDS.items() if name.startswith(beginning)), None)
-        if kind is None:  # barriers and the like
+        kind = next((kind for prefix, kind in _KINDS.items() if name.startswith(prefix)), None)
+        if kind is None:  # such as barriers
             return
         group: Any = next((argument for argument in args if not isinstance(argument, Tensor | list)), None)
         ranks = ProcessGroup.unbox(group).size()
         sizes = [sum(tensor.nbytes for tensor in _tensors(argument)) for argument in args]
-        # The larger of input and output is the whole message, of which every rank has or gets a part.
+        # The larger one of input and output is the whole message, of which every rank has or receives a part.
         self.traffic += Traffic.of(kind, max(sizes), ranks)
 
 

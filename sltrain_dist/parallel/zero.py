@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, stages 1 to 3. The only module that imports deepspeed."""
+"""The `zero` engine: DeepSpeed ZeRO, stages 1 to 3. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -27,42 +27,42 @@ from sltrain_dist.runtime.environment import Environment
 
 
 def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, written from ours, with nothing that matters left to its defaults.
+    """Returns DeepSpeed's configuration, derived from ours, with all relevant settings made explicit.
 
     Args:
-        config: The run. The keys of `parallel.deepspeed` are put in last; config/rules.py has refused those
-            that are made from other settings.
+        config: The configuration. The keys of `parallel.deepspeed` are merged last; config/rules.py has refused those
+            that are derived from other settings.
         world_size: Number of ranks.
-        sharded_numel: Values in the parameters that DeepSpeed is given.
+        sharded_numel: Number of values in the parameters that DeepSpeed manages.
     """
     train, parallel = config.train, config.parallel
     bucket = min(ZERO_BUCKET, sharded_numel)
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "overlap_comm": False,
-        # Elements. The default of 5e8 would allocate 1 GB in bf16 for the smallest model too.
+        # In values. The default of 5e8 would allocate 1 GB in bf16 even for the smallest model.
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket + bucket % 2,  # its alignment
+        "allgather_bucket_size": bucket + bucket % 2,  # must be even
     }
     if parallel.zero_stage == 3:
-        block = -(-sharded_numel // config.model.num_layers)
+        layer = -(-sharded_numel // config.model.num_layers)
         zero |= {
-            # Its defaults keep a billion gathered parameters: no model here but 7B would ever be sharded.
-            "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * block,
-            "stage3_prefetch_bucket_size": parallel.prefetch_blocks * block,
+            # The default keeps a billion gathered parameters, which would leave all presets but 7B unsharded.
+            "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * layer,
+            "stage3_prefetch_bucket_size": parallel.prefetch_blocks * layer,
             "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": 0,  # what is sharded is sharded, whatever its size
+            "stage3_param_persistence_threshold": 0,  # shard small parameters too
         }
-    elif not parallel.cpu_offload:  # which cannot go without it
-        zero["compute_grad_norm"] = False  # its norm would leave the remainder out; ours is taken before the step
+    elif not parallel.cpu_offload:  # offload requires DeepSpeed's norm
+        zero["compute_grad_norm"] = False  # it would leave out the remainder; we compute the norm before the step
     if parallel.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     values: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": micro_batches_per_update(config, world_size),
-        "gradient_allreduce_op": "mean" if parallel.zero_stage == 3 else "sum",  # stage 3 knows no sums
-        "gradient_clipping": 0.0,  # left out, 0.19 clips at 1.0; clipping is done here, over all parameters
+        "gradient_allreduce_op": "mean" if parallel.zero_stage == 3 else "sum",  # stage 3 does not support sums
+        "gradient_clipping": 0.0,  # we clip over all parameters; DeepSpeed 0.19 clips at 1.0 by default
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
@@ -72,10 +72,10 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
     if train.precision.parameter == "bfloat16":
         values["bf16"] = {
             "enabled": True,
-            # Pure bf16, as under every other engine: no fp32 masters, states in bf16.
+            # Pure bf16, as with the other engines: no fp32 master weights, states in bf16.
             "bf16_master_weights_and_grads": True,
             "bf16_optimizer_states": True,
-            "check_grad_overflow": False,  # the training step looks at the norm before it updates
+            "check_grad_overflow": False,  # the training loop checks the norm before the update
         }
         values["data_types"] = {"grad_accum_dtype": "bf16"}
     return merged(values, parallel.deepspeed)
@@ -83,7 +83,7 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
 
 @dataclass(frozen=True)
 class _Part:
-    """A stretch of a parameter that this rank holds in one of DeepSpeed's flat partitions."""
+    """A range of a flattened parameter, and its position in one of DeepSpeed's flat partitions on this rank."""
 
     name: str
     shape: tuple[int, ...]
@@ -93,21 +93,21 @@ class _Part:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The part's stretch of a tensor that is laid out like `flat`."""
+        """Returns this range of a tensor that has the layout of `flat`."""
         return flat.detach()[self.offset : self.offset + self.numel]
 
 
 class ZeroEngine:
     """The `zero` engine: DeepSpeed shards the optimizer states (stage 1), the gradients (2) and the parameters (3).
 
-    With `parallel.shard: factors` DeepSpeed is given the factors alone; the dense remainder's gradients
-    stay local until one all-reduce per update, and its states are whole on every rank.
+    With `parallel.shard: factors`, DeepSpeed manages only the factors. The gradients of the dense remainder are
+    accumulated locally and all-reduced once per update, and its optimizer states are replicated on every rank.
 
     Args:
-        model: The model, equal on every rank. On the meta device each rank gets memory for what it will hold alone, in
-            stage 3 after one block at a time has been whole; :meth:`load` sets its values.
-        config: The run.
-        env: This process among all.
+        model: The model, identical on every rank. For a model on the meta device, each rank allocates only what it
+            keeps (in stage 3 also one whole decoder layer at a time), and :meth:`load` sets the values.
+        config: The configuration.
+        env: The distributed environment.
 
     Raises:
         ConfigError: deepspeed is not installed, or refuses `parallel.deepspeed`.
@@ -115,7 +115,7 @@ class ZeroEngine:
 
     def __init__(self, model: LlamaForCausalLM, config: Config, env: Environment) -> None:
         deepspeed = _import_deepspeed()
-        deepspeed.init_distributed(dist_init_required=False)  # on the process group that there is; zero.Init asks it
+        deepspeed.init_distributed(dist_init_required=False)  # use the existing process group; zero.Init needs it
         self._env, self._stage, self._offload = env, config.parallel.zero_stage, config.parallel.cpu_offload
         self._lr, self._clip = config.optim.lr, config.optim.clip
         self._state_names = STATE_NAMES[config.optim.name]
@@ -147,7 +147,7 @@ class ZeroEngine:
             if not config.parallel.deepspeed:
                 raise
             raise ConfigError(
-                f"parallel.deepspeed = {config.parallel.deepspeed}: DeepSpeed refuses it: {error}"
+                f"parallel.deepspeed = {config.parallel.deepspeed}: refused by DeepSpeed: {error}"
             ) from error
 
     @property
@@ -156,14 +156,14 @@ class ZeroEngine:
         return self._engine.module
 
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
-        """Takes the learning rate."""
+        """Sets the learning rate."""
         self._lr = lr
 
     def micro_step(
         self, input_ids: Tensor, labels: Tensor, weight: float, *, last: bool, positions: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward; DeepSpeed reduces the sharded gradients, the remainder's wait for the last."""
-        # Stage 3 averages over ranks whatever it is told.
+        """Runs forward and backward; gradients of the remainder are all-reduced after the last micro-batch."""
+        # Stage 3 always averages over ranks.
         undo = float(self._env.world_size) if self._stage == 3 else 1.0
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(input_ids, labels, positions)
@@ -173,22 +173,22 @@ class ZeroEngine:
         return loss.detach()
 
     def clip_gradients(self) -> float:
-        """The norm over the shards of all ranks, plus the remainder once."""
+        """Clips by the norm over the shards of all ranks and, counted once, the remainder; returns the norm before."""
         return clip_shards(self._shard_gradients(), self._remainder.gradients(), self._clip, self._env)
 
     def update(self) -> None:
-        """Makes both optimizers' steps and clears the gradients."""
+        """Runs the optimizer steps of shards and remainder, and frees the gradients."""
         set_lr(self._optimizer, self._lr)
         self._engine.step()
         self._remainder.update(self._lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The summed loss of a batch."""
+        """Returns the summed loss of a batch."""
         return self._engine.module(input_ids, labels, positions)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The parts of the sharded parameters whose states are here, and this rank's share of the rest."""
+        """Yields the partitions of this rank with their optimizer states, and its share of the remainder."""
         for part in self._parts():
             yield Chunk(f"model.{part.name}", part.shape, part.start, part.of(part.flat))
             states = self._optimizer.state.get(part.flat, {})
@@ -198,8 +198,8 @@ class ZeroEngine:
         yield from self._remainder.chunks()
 
     def load(self, read: ReadChunk, step: int) -> None:
-        """Takes weights, and this rank's parts of masters and states, from a checkpoint, or initial values."""
-        if self._stage < 3:  # every rank has all weights, not only those that it updates
+        """Loads weights, and this rank's partitions of master weights and states; also used for initial values."""
+        if self._stage < 3:  # every rank has all weights, also those that others update
             for name, parameter in self._sharded:
                 load_values(read, name, parameter)
         flats = self._flats()
@@ -219,7 +219,7 @@ class ZeroEngine:
         self._remainder.load(read, step)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
-        """Weights, masters and partitions. DeepSpeed's communication buckets are not among them."""
+        """Returns weights, master weights and partitions, without DeepSpeed's communication buckets."""
         flats = self._flats()
         parameters = [p.detach() for _, p in self._sharded]
         gradients = [p.grad for _, p in self._sharded] + [flat.grad for flat in flats]
@@ -235,17 +235,17 @@ class ZeroEngine:
         }
 
     def learning_rates(self) -> list[float]:
-        """Of both optimizers' groups."""
+        """Returns the learning rates of the optimizers of shards and remainder."""
         return [*learning_rates(self._optimizer), *self._remainder.learning_rates()]
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """The remainder, and in stages 1 and 2 all weights."""
+        """Yields the parameters of the remainder, and in stages 1 and 2 all other weights."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
         if self._stage < 3:
             yield from ((name, parameter.detach()) for name, parameter in self._sharded)
 
     def _flats(self) -> list[Tensor]:
-        """This rank's flat partitions, which the optimizer steps."""
+        """Returns this rank's flat partitions, which the optimizer updates."""
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
 
@@ -255,14 +255,15 @@ class ZeroEngine:
         return [g for group in self._zero.averaged_gradients.values() if group is not None for g in group]
 
     def _parts(self) -> Iterator[_Part]:
-        """What this rank holds of every sharded parameter."""
+        """Yields the range of every sharded parameter that is in this rank's partitions."""
         if self._stage < 3:
             for name, parameter in self._sharded:
-                mapping = vars(parameter)["_hp_mapping"]  # DeepSpeed's; None where this rank holds nothing of it
+                mapping = vars(parameter)["_hp_mapping"]  # set by DeepSpeed; None if this rank has no part of it
                 if mapping is not None:
                     flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                    lies, held = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield _Part(name, self._shapes[name], lies.start, lies.numel, flat, held.start)
+                    in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    start, numel = in_parameter.start, in_parameter.numel
+                    yield _Part(name, self._shapes[name], start, numel, flat, in_flat.start)
             return
         names = {id(parameter): name for name, parameter in self._sharded}
         for group, flat in zip(self._zero.fp16_groups, self._flats(), strict=True):
@@ -270,7 +271,7 @@ class ZeroEngine:
             for parameter in group:
                 each = parameter.partition_numel()
                 start = self._env.rank * each
-                numel = min(each, parameter.ds_numel - start)  # the last ranks' parts end in padding
+                numel = min(each, parameter.ds_numel - start)  # partitions of the last ranks end in padding
                 name = names[id(parameter)]
                 if numel > 0:
                     yield _Part(name, self._shapes[name], start, numel, flat, offset)
@@ -278,19 +279,19 @@ class ZeroEngine:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet.
+    """Imports DeepSpeed and silences its routine output.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: DeepSpeed is not installed.
     """
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(f"parallel.engine=zero needs deepspeed ({error}); install it, or use fsdp") from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On the CPU DeepSpeed would compile an extension that only its inference uses: minutes without a word, and a
-    # lock that outlives a killed process and blocks every later start. It builds nothing that is not listed here.
+    # On the CPU DeepSpeed would compile an extension that only inference uses. That takes minutes without output, and
+    # its lock survives a killed process and blocks every later start. Only operators listed here are built.
     deepspeed.ops.__compatible_ops__ = {}
-    # DeepSpeed calls collectives by names that torch 2.13 has renamed.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     return deepspeed

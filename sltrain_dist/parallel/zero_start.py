@@ -1,7 +1,7 @@
-"""How ZeRO starts: a model gets no more memory than its stage keeps, before DeepSpeed's engine is made.
+"""Memory-efficient start of ZeRO: a meta model is allocated with only the memory that its stage keeps.
 
-DeepSpeed takes a whole model and deals it out. In stages 1 and 2 it copies the parameters into flat buffers, so that
-they live twice; in stage 3 they are whole on every rank first.
+By default DeepSpeed shards a whole model. In stages 1 and 2 it copies the parameters into flat buffers, so that they
+exist twice for a time; in stage 3 every rank allocates all of them first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sltrain_dist.runtime.environment import Environment
 
 
 class FlatGroup(NamedTuple):
-    """One of the optimizer's groups, whose parameters are views of one flat tensor, in their order."""
+    """A parameter group of the optimizer whose parameters are consecutive views of one flat tensor."""
 
     parameters: list[nn.Parameter]
     flat: Tensor
@@ -33,14 +33,14 @@ class FlatGroup(NamedTuple):
 def partition_by_layer(
     deepspeed: Any, model: LlamaForCausalLM, sharded: Collection[str], settings: dict[str, Any], device: torch.device
 ) -> list[tuple[str, nn.Parameter]]:
-    """Stage 3: partitions the decoder layers, each of which is whole for a moment, one after another.
+    """Partitions the decoder layers for stage 3 one after another, so that only one is whole at a time.
 
     Args:
         deepspeed: The library.
-        model: Parameters that are not sharded leave its modules' registries.
-        sharded: Names of the parameters that are.
+        model: The model. Parameters that are not sharded are removed from its modules' registries.
+        sharded: Names of the parameters to shard.
         settings: DeepSpeed's configuration.
-        device: Where parameters are used.
+        device: Device of the parameters.
 
     Returns:
         All parameters by name.
@@ -49,24 +49,24 @@ def partition_by_layer(
     later = {parameter for name, parameter in model.named_parameters() if name in sharded}
     materialise(model, lambda tensor: tensor if tensor in later else empty(tensor))
     remainder = [(name, parameter) for name, parameter in model.named_parameters() if name not in sharded]
-    # Given a module, stage 3 partitions all that is registered in it, and steps only what it was given.
-    _withhold(model, (parameter for _, parameter in remainder))
-    # Layers that share an input are applied without being called, so that hooks on them would not run.
+    # Stage 3 partitions all parameters that are registered in a module, not only those that it optimizes.
+    _unregister(model, (parameter for _, parameter in remainder))
+    # Linear layers that share an input are applied without being called, so that hooks on them would not run.
     deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
     for layer in model.model.layers:
         give_memory(layer, empty)
         deepspeed.zero.Init(module=layer, config_dict_or_path=settings)
-    materialise(model, empty)  # what else is sharded: DeepSpeed partitions it with the engine
+    materialise(model, empty)  # the rest, whose sharded parameters deepspeed.initialize() partitions
     return [*model.named_parameters(), *remainder]
 
 
 def give_flat_memory(
     model: LlamaForCausalLM, sharded: Collection[str], optim: OptimConfig, env: Environment
 ) -> list[FlatGroup]:
-    """Stages 1 and 2: gives a model on the meta device memory in which each of the optimizer's groups is flat.
+    """Allocates a meta model for stages 1 and 2, with each of the optimizer's groups in one flat tensor.
 
     Returns:
-        The groups; an empty list where the model has memory already, whose parameters lie each by itself.
+        The groups; an empty list if the model is already allocated, with separate parameters.
     """
 
     def groups() -> list[list[nn.Parameter]]:
@@ -90,10 +90,10 @@ def give_flat_memory(
 
 @contextmanager
 def use_flat_memory(deepspeed: Any, groups: list[FlatGroup]) -> Iterator[None]:
-    """Lets stages 1 and 2 take these groups' memory as their flat buffers.
+    """Makes stages 1 and 2 use the memory of these groups as their flat buffers.
 
-    DeepSpeed would copy each group into a new flat buffer, beside which the model lives once more until all has been
-    copied. It does so where `parallel.deepspeed` asks for an order or a padding that the groups do not have.
+    DeepSpeed would copy each group into a new flat buffer, so that the model exists twice until all groups are
+    copied. It still does if `parallel.deepspeed` requires an order or a padding that the groups do not have.
     """
     stage_1_and_2 = deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
     copy = stage_1_and_2.flatten_dense_tensors_aligned
@@ -110,8 +110,8 @@ def use_flat_memory(deepspeed: Any, groups: list[FlatGroup]) -> Iterator[None]:
                 return group.flat
         if groups:
             warnings.warn(
-                "DeepSpeed copies the model at the start, so that it lives twice for a moment: it asks for an order "
-                "or a padding of parameters that was not foreseen (parallel.deepspeed, or another DeepSpeed)",
+                "DeepSpeed copies the model at the start, which briefly takes twice its memory, because it needs "
+                "another order or padding of parameters (due to parallel.deepspeed, or to the version of DeepSpeed)",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -124,11 +124,11 @@ def use_flat_memory(deepspeed: Any, groups: list[FlatGroup]) -> Iterator[None]:
         stage_1_and_2.flatten_dense_tensors_aligned = copy
 
 
-def _withhold(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Makes parameters plain attributes of their modules: the modules use them, but do not list them."""
-    withheld = {id(parameter) for parameter in parameters}
+def _unregister(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Makes parameters plain attributes of their modules, which use them but do not list them."""
+    ids = {id(parameter) for parameter in parameters}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if id(parameter) in withheld:
+            if id(parameter) in ids:
                 del module._parameters[name]
                 module.__dict__[name] = parameter

@@ -1,1 +1,1 @@
-"""This process among others: its rank, its device, its launcher, and what ends it when it hangs."""
+"""The process environment: rank, device, launcher, stop requests, and the watchdog that ends hung processes."""

@@ -1,7 +1,7 @@
-"""The launchers above this process: torchrun, or `deepspeed` and the launcher that it starts on every host.
+"""The launchers among this process's ancestors: torchrun, or `deepspeed` and the launcher that it starts on each host.
 
-A launcher that is killed leaves its ranks behind, and they would train on with nobody to look after them. SIGTERM does
-that to `deepspeed`, which passes it on to nobody.
+The ranks of a killed launcher would keep training without supervision. This also happens when `deepspeed` receives
+SIGTERM, which it does not forward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sltrain_dist.runtime.reaper import Process
 
 
 def launchers_of(process: Process | None) -> Iterator[Process]:
-    """The launchers among the ancestors of a process, the nearest first."""
+    """Yields the launchers among the ancestors of a process, nearest first."""
     while process is not None:
         process = process.parent()
         if process is not None and process.is_launcher:
@@ -21,9 +21,9 @@ def launchers_of(process: Process | None) -> Iterator[Process]:
 
 
 def lost_launcher() -> str | None:
-    """A sentence about a launcher above this process that is gone; None if all are there."""
+    """Says which launcher of this process has ended; None if all are running."""
     if _ORPHAN is not None:
-        return f"the deepspeed command that has started process {_ORPHAN.pid} is gone"
+        return f"the deepspeed command that started process {_ORPHAN.pid} is gone"
     for launcher in _AT_START:
         if not launcher.runs:
             return f"the launcher of this process is gone ({launcher.name}, process {launcher.pid})"
@@ -31,6 +31,6 @@ def lost_launcher() -> str | None:
 
 
 _AT_START = tuple(launchers_of(Process.of(os.getpid())))
-"""Found when this module is imported, which is before torch is: one that is lost meanwhile is missed as well."""
+"""The launchers when this module is imported, before torch, so that one that ends during that import is noticed."""
 _ORPHAN = next((each for each in _AT_START[-1:] if each.is_started_by_deepspeed and each.is_adopted), None)
-"""DeepSpeed's launcher on this host, where the command was killed even before that."""
+"""DeepSpeed's launcher on this host, if the `deepspeed` command ended even before that; else None."""

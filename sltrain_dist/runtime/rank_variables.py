@@ -1,4 +1,4 @@
-"""What launchers say about this process, in environment variables (no torch)."""
+"""The ranks of this process, from the environment variables that launchers set (no torch)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from sltrain_dist.errors import ConfigError
 
 
 def rank_variables(environ: dict[str, str] | os._Environ[str] = os.environ) -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) from a launcher's variables, or (0, 1, 0) without a launcher.
+    """Returns (rank, world_size, local_rank) from a launcher's variables, or (0, 1, 0) without a launcher.
 
     Raises:
-        ConfigError: The variables contradict each other.
+        ConfigError: The variables are not numbers, or contradict each other.
     """
     try:
         if "RANK" in environ and "WORLD_SIZE" in environ:  # torchrun, deepspeed
             rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
             local_rank = int(environ.get("LOCAL_RANK", 0))
-        elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; not the batch script itself, which is no step
+        elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun; the batch script itself is not a step
             rank, world_size = int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"])
             local_rank = int(environ.get("SLURM_LOCALID", 0))
         else:

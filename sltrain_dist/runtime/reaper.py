@@ -1,10 +1,10 @@
-"""Ends a launcher that outlives its ranks, and a rank that is frozen. A program of its own, run by :mod:`.watchdog`.
+"""A separate program, started by :mod:`.watchdog`, that kills launchers that outlive their ranks, and frozen ranks.
 
-When a host is cut off, its ranks end by their timeouts, but torchrun's agent may go on talking to the store on the
-other host for minutes. This process waits for its rank's end, however that comes about, and gives the launcher
-longer than launchers give their other ranks (30 s). A launcher that is there even then is ended, with what is
-left of its ranks, which nobody would look after. A rank that is stopped, or whose machine has frozen it, cannot end
-itself, and is ended from here. No torch: it is one small process a host.
+When a host is disconnected, its ranks end by their timeouts, but torchrun's agent may try to reach the store on the
+other host for minutes. This process waits until its rank has ended for whatever reason, and then gives the launcher
+more time than launchers give their other ranks (30 s). A launcher that still runs is killed with its remaining
+ranks, which would otherwise be unsupervised. A rank that is stopped by a signal or frozen cannot end itself, and
+is killed from here. Does not import torch: it is one small process per host.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ALIVE = b"."
-"""What a rank writes about once a second."""
+"""Sent by the rank about once a second."""
 ENDED_WELL = b"e"
-"""What it writes before it ends in order; its launcher is left alone."""
+"""Sent by the rank before it ends normally; its launcher is then left alone."""
 PATIENCE_S = 35.0
 _TERM_S = 3.0
 _POLL_S = 0.2
@@ -31,17 +31,17 @@ _LAUNCHERS = re.compile(
     r"(.*/)?(torchrun|deepspeed|ds|deepspeed\.pt)|torch\.distributed\.(run|launch)|.*torch/distributed/run\.py"
     r"|deepspeed\.launcher\.(launch|runner)|.*deepspeed/launcher/(launch|runner)\.py"
 )
-"""The program of a launcher, or the module or script that Python runs."""
+"""Matches a launcher's program, or the module or script that Python runs."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that is running.
+    """A process.
 
     Attributes:
-        pid: Its id.
-        started: When it started, in the kernel's ticks: ids are given again, to other processes.
-        command: Its command line.
+        pid: Process id.
+        started: Start time in kernel ticks, which tells the process from later ones with the same id.
+        command: Command line.
     """
 
     pid: int
@@ -50,7 +50,7 @@ class Process:
 
     @staticmethod
     def of(pid: int) -> Process | None:
-        """The process with this id; None if there is none, or it has ended and waits for its parent."""
+        """Returns the process with this id; None if there is none, or it is a zombie."""
         try:
             state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
             command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
@@ -60,7 +60,7 @@ class Process:
 
     @property
     def name(self) -> str:
-        """The launcher's program or module; empty if it is something else, which may have one as an argument."""
+        """The launcher's program or module; empty for other processes, even if a launcher is among their arguments."""
         words = iter(self.command)
         program = next(words, "")
         if program.rpartition("/")[2].startswith("python"):
@@ -73,17 +73,17 @@ class Process:
 
     @property
     def is_launcher(self) -> bool:
-        """Whether it is torchrun or one of DeepSpeed's launchers, and not a shell, say."""
+        """Whether it is torchrun or one of DeepSpeed's launchers."""
         return self.name != ""
 
     @property
     def is_started_by_deepspeed(self) -> bool:
-        """Whether it is the launcher that the `deepspeed` command starts on a host."""
+        """Whether it is the launcher that the `deepspeed` command starts on each host."""
         return self.name.endswith(("launcher.launch", "launcher/launch.py"))
 
     @property
     def is_adopted(self) -> bool:
-        """Whether the process that has started it has ended: children are born into their parent's session."""
+        """Whether its original parent has ended: children start in their parent's session."""
         parent = self.parent()
         with suppress(ProcessLookupError):
             session = os.getsid(self.pid)
@@ -92,19 +92,19 @@ class Process:
 
     @property
     def runs(self) -> bool:
-        """Whether it still does."""
+        """Whether it is still running."""
         now = Process.of(self.pid)
         return now is not None and now.started == self.started
 
     def parent(self) -> Process | None:
-        """The process that has started it, or to which it was given when that one ended."""
+        """Returns the process that started it, or the one that adopted it when that process ended."""
         try:
             return Process.of(int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1]))
         except OSError:
             return None
 
     def children(self) -> Iterator[Process]:
-        """The processes that it has started."""
+        """Yields the running processes that it has started."""
         with suppress(OSError):
             for task in Path(f"/proc/{self.pid}/task").iterdir():
                 for pid in (task / "children").read_text().split():
@@ -113,14 +113,14 @@ class Process:
                         yield child
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal, if it still runs."""
+        """Sends a signal to the process if it is still running."""
         if self.runs:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 def reap(launcher: Process, who: str, patience_s: float) -> None:
-    """Waits for the launcher's end, and brings it about if that takes too long."""
+    """Waits for the launcher to end, and kills it and its ranks after `patience_s`."""
     end = time.monotonic() + patience_s
     while launcher.runs:
         if time.monotonic() > end:
@@ -130,7 +130,7 @@ def reap(launcher: Process, who: str, patience_s: float) -> None:
         return
     _say(
         f"{who} has ended {patience_s:.0f} s ago, but its launcher (process {launcher.pid}) has not; it may be waiting "
-        "for a lost host; ending it"
+        "for a lost host; killing it"
     )
     ranks = list(launcher.children())
     launcher.signal(signal.SIGTERM)
@@ -142,10 +142,10 @@ def reap(launcher: Process, who: str, patience_s: float) -> None:
 
 
 def listen(rank: Process, who: str, silence_s: float) -> bool:
-    """Waits for the rank's end, which closes standard input; a rank that is silent for too long is ended.
+    """Waits until the rank ends, which closes standard input. A rank that is silent for `silence_s` is killed.
 
     Returns:
-        Whether it has ended well.
+        Whether the rank ended normally.
     """
     last = b""
     while select.select([0], [], [], silence_s)[0]:
@@ -154,7 +154,7 @@ def listen(rank: Process, who: str, silence_s: float) -> bool:
             return last == ENDED_WELL
         last = text[-1:]
     if rank.runs:
-        _say(f"{who} has been frozen for {silence_s:.0f} s, stopped by a signal or by its machine; ending it")
+        _say(f"{who} has been frozen for {silence_s:.0f} s, stopped by a signal or by its machine; killing it")
         rank.signal(signal.SIGKILL)
     return False
 
@@ -164,7 +164,7 @@ def _say(message: str) -> None:
 
 
 def main() -> None:
-    """The program: `reaper.py LAUNCHER STARTED SILENCE_S WHO`, run by the rank, which writes to standard input."""
+    """Runs `reaper.py LAUNCHER STARTED SILENCE_S WHO`, the child of a rank that writes to its standard input."""
     launcher, rank = Process.of(int(sys.argv[1])), Process.of(os.getppid())
     started, silence_s, who = sys.argv[2:]
     if launcher is None or launcher.started != started or rank is None:

@@ -1,4 +1,4 @@
-"""Where the ranks of a SLURM step meet, from what srun tells each of them."""
+"""The address and port at which the ranks of a SLURM step meet, from the variables that srun sets."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import subprocess
 from collections.abc import Mapping
 
 _FIRST_PORT, _PORTS = 10_000, 20_000
-"""Below the ports that systems give to outgoing connections."""
+"""Range of ports, below those that systems use for outgoing connections."""
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a node list such as `gpu[03-05,9],login1`; rank 0 runs there."""
+    """Returns the first host of a node list such as `gpu[03-05,9],login1`, where rank 0 runs."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
-    assert first is not None  # it matches the empty text too
+    assert first is not None  # the pattern matches the empty text too
     return re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", first[0])
 
 
 def port(environ: Mapping[str, str]) -> int:
-    """A port for this step, the same on every host; steps of one job and neighbouring jobs have others."""
+    """Returns a port for this step, the same on every host. Other steps of the job and consecutive jobs get others."""
     job, step = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
     return _FIRST_PORT + (job * 16 + step) % _PORTS
 
 
 def address(host: str) -> str:
-    """A node's name if this host can resolve it, else the address by which SLURM reaches it."""
+    """Returns a node's name if this host can resolve it, else the address that SLURM uses for it."""
     try:
         socket.getaddrinfo(host, None)
         return host
@@ -35,6 +35,6 @@ def address(host: str) -> str:
         command = ["scontrol", "--oneliner", "show", "node", host]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return host  # the ranks will say that they cannot meet there
+        return host  # the ranks report that they cannot connect
     found = re.search(r"\bNodeAddr=(\S+)", shown)
     return found[1] if found else host

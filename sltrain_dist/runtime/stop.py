@@ -1,4 +1,4 @@
-"""Stopping on request: signals, the STOP file, and a lost launcher, acted on between two updates or batches."""
+"""Stop requests by signals, the STOP file or a lost launcher, acted on between two updates or evaluation batches."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 
 
 class StopAgreed(Exception):  # noqa: N818 (not an error)
-    """All ranks have agreed to stop here; says why."""
+    """Raised on all ranks when they have agreed to stop; the message is the reason."""
 
 
 class StopRequest:
-    """Notes that this process was asked to stop. The ranks agree on it between updates, and while they evaluate.
+    """Requests to stop this process, on which the ranks agree between updates and evaluation batches.
 
-    A second Ctrl-C interrupts at once, without saving. Under `nohup` a closed terminal is no request.
+    A second Ctrl-C interrupts at once, without saving. Under `nohup`, closing the terminal is not a request.
 
     Args:
-        run_dir: A file named STOP in it is a request too.
+        run_dir: The run directory, where a file named STOP is a request too.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -31,28 +31,28 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Handles SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 from now on."""
+        """Installs handlers of SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2."""
         for number in _SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Gives the signals back to who had them."""
+        """Restores the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def reason(self) -> str | None:
-        """Why to stop, or None."""
+        """Returns the reason to stop, or None if there is no request."""
         if self._signal:
             return self._signal
-        return f"{self._file} is there" if self._file.exists() else lost_launcher()
+        return f"found {self._file}" if self._file.exists() else lost_launcher()
 
     def acknowledge(self) -> None:
         """Removes the STOP file, so that the run can be started again."""
         self._file.unlink(missing_ok=True)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = f"received {signal.Signals(number).name}"

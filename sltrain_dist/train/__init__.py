@@ -1,3 +1,3 @@
-"""The training loop and what surrounds it."""
+"""The training loop, and everything that starts, builds, observes and ends a run."""
 
-import sltrain_dist.runtime.launchers  # noqa: F401 (sees them before torch is imported, which takes seconds)
+import sltrain_dist.runtime.launchers  # noqa: F401 (records the launchers before the slow import of torch)

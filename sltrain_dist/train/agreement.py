@@ -1,4 +1,4 @@
-"""Whether all ranks run the same thing: compared at the start, so that a stray rank is named and not waited for."""
+"""Checks at the start that all ranks run the same code and configuration, naming the ranks that differ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sltrain_dist.train.state import flatten
 
 
 def run_identity(config: Config) -> dict[str, Any]:
-    """What must be equal on every rank before any work is done: code, libraries and the whole configuration."""
+    """Returns what must be identical on all ranks before any work is done: code, libraries and configuration."""
     return {
         "code": f"{__version__}, {_source_fingerprint()}",
         "python": platform.python_version(),
@@ -31,38 +31,38 @@ def run_identity(config: Config) -> dict[str, Any]:
 
 
 def check_agreement(env: Environment, mine: Mapping[str, Any]) -> None:
-    """Compares values over all ranks.
+    """Checks that `mine` is the same on all ranks.
 
     Raises:
-        ConfigError: They differ; on all ranks, naming what differs and which ranks have what.
+        ConfigError: It is not. Raised on all ranks, naming the keys that differ and each rank's values.
     """
     text = json.dumps(mine, sort_keys=True, default=str)
     digests = env.gather(hashlib.sha256(text.encode()).hexdigest())
     if len(set(digests)) == 1:
         return
     everyone = env.gather({key: repr(value) for key, value in mine.items()})
-    keys = dict.fromkeys(key for of_rank in everyone for key in of_rank)
-    differing = [key for key in keys if len({of_rank.get(key, "nothing") for of_rank in everyone}) > 1]
-    shown = "; ".join(f"{key} ({_who_has_what([r.get(key, 'nothing') for r in everyone])})" for key in differing)
+    keys = dict.fromkeys(key for values in everyone for key in values)
+    differing = [key for key in keys if len({values.get(key, "nothing") for values in everyone}) > 1]
+    shown = "; ".join(f"{key} ({_ranks_by_value([r.get(key, 'nothing') for r in everyone])})" for key in differing)
     raise ConfigError(
         f"the ranks do not run the same thing; these differ: {shown}. "
         "Start all of them with the same code, packages, configuration and data"
     )
 
 
-def _who_has_what(values: list[str]) -> str:
+def _ranks_by_value(values: list[str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(rank)
     parts = []
-    for value, those in ranks.items():
-        shown = ", ".join(map(str, those[:4])) + (f" and {len(those) - 4} more" if len(those) > 4 else "")
-        parts.append(f"rank{'s' if len(those) > 1 else ''} {shown}: {value}")
+    for value, same in ranks.items():
+        shown = ", ".join(map(str, same[:4])) + (f" and {len(same) - 4} more" if len(same) > 4 else "")
+        parts.append(f"rank{'s' if len(same) > 1 else ''} {shown}: {value}")
     return ", ".join(parts)
 
 
 def _source_fingerprint() -> str:
-    """16 hex digits over this package's source files."""
+    """Returns a hash of this package's source files, as 16 hex digits."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

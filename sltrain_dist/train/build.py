@@ -1,4 +1,4 @@
-"""The composition root: builds everything that a run is made of, in an order that reads top to bottom."""
+"""The composition root, which builds all parts of a run, in an order that reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.stop import StopRequest
 from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.agreement import check_agreement
-from sltrain_dist.train.device_rows import RowFeed
+from sltrain_dist.train.device_rows import RowPrefetcher
 from sltrain_dist.train.observers.memory_watch import MemoryWatch
 from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
@@ -45,23 +45,23 @@ from sltrain_dist.train.summary import summarise
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """Where text comes from, resolved: shard lists, evaluation rows, tokenizer file."""
+    """The resolved data of a run: training shards, evaluation rows and tokenizer file."""
 
     train_shards: list[str]
     source_sizes: list[int]
-    """Shards of each source, if sources are mixed by weight; else empty."""
+    """Number of shards of each source if sources are mixed by weight; otherwise empty."""
     eval_rows: Rows | None
     tokenizer: Path
 
     @property
     def num_shards(self) -> int:
-        """Training shards; of token shards as many as there were of text."""
+        """Number of training shards; for token shards, the number of text shards that they were made from."""
         return count_shards(self.train_shards)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A run, ready to go."""
+    """All parts of a run that is ready to train."""
 
     config: Config
     env: Environment
@@ -77,35 +77,35 @@ class Run:
     supports: str
     observers: Sequence[Observer]
     rows: Rows | None = None
-    """This rank's rows of the last update."""
+    """This rank's rows of the last update; None before the first."""
     loss: float = math.nan
-    """Of the last update."""
+    """Loss of the last update."""
     perplexities: list[tuple[int, float]] = field(default_factory=list)
-    """(step, perplexity) of the evaluations that this process made."""
+    """(step, perplexity) of the evaluations by this process."""
 
     def __post_init__(self) -> None:
-        self.feed = RowFeed(self.loader, self.env.device)
+        self.row_prefetcher = RowPrefetcher(self.loader, self.env.device)
 
 
 def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest, say: Callable[[str], None]) -> Run:
-    """Builds a run, resumed where the configuration asks for it and there is something to resume.
+    """Builds a run, and resumes it from a checkpoint if the configuration requests it and there is one.
 
     Args:
-        config: The run.
-        env: This process among all.
-        run_dir: Exists and is writable.
-        stop: Notes requests to stop from now on.
+        config: The configuration.
+        env: The distributed environment.
+        run_dir: The run directory, which exists and is writable.
+        stop: Records requests to stop.
         say: Prints a line of progress on the main rank, before the tracker exists.
 
     Raises:
-        SltrainError: On all ranks alike, or on the one rank that found it.
+        SltrainError: The run cannot be built. Raised on all ranks, or only on the rank that found the error.
     """
     micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say)
     store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
-    notes = [] if reader is None else _compare(reader, config)
+    notes = [] if reader is None else _changed_settings(reader, config)
 
     say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
     engine = start_engine(config, env, reader)
@@ -122,7 +122,7 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         world_size=env.world_size,
         source_sizes=corpus.source_sizes,
         state=None if reader is None else reader.state["data"],
-        # A rank whose worker is stuck says so before the others' collectives time out.
+        # A rank with a stuck worker must report it before the collectives of the others time out.
         timeout_s=config.parallel.timeout_s * (1.0 if env.world_size == 1 else 0.9),
     )
     check_agreement(env, {"supports": supports, **loader.order})
@@ -142,13 +142,15 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:
         engine_name = f"parallel.engine={config.parallel.engine}"
-        tracker.warn(f"{engine_name} on one rank shards nothing and takes more memory than parallel.engine=ddp")
+        tracker.warn(f"{engine_name} on one rank shards nothing, and takes more memory than parallel.engine=ddp")
     if reader is not None:
         tracker.note(f"resumed from {reader.path} at update {state.step}")
         for note in notes:
             tracker.note(f"changed since then: {note}")
     for path in abandoned:
-        tracker.note(f"the run goes back behind {path.name}, which is kept as {path}; delete it at will")
+        tracker.note(
+            f"the run goes back to update {state.step}; a later checkpoint is kept as {path}, and can be deleted"
+        )
     observers: list[Observer] = [memory, TrafficWatch(env)]
     if config.train.sanity_checks:
         observers.append(SanityChecks(env, supports))
@@ -170,20 +172,20 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
 
 
 def predict(config: Config, ranks: int) -> Estimate:
-    """What the planner says of a run on a number of ranks."""
+    """Predicts the memory of a run on a number of ranks."""
     return estimate(config, ranks=ranks)
 
 
 def start_engine(config: Config, env: Environment, reader: CheckpointReader | None = None) -> Engine:
-    """Builds the model in its engine, where a rank gets memory for no more of it than it will hold.
+    """Builds the model in its engine, without allocating more on a rank than it keeps.
 
-    Values are then set in place: those of a checkpoint, or initial ones, which are those of :func:`build_model` to the
-    bit on any number of ranks.
+    Values are then set in place, from a checkpoint or to the initial values, which are bitwise those of
+    :func:`build_model` on any number of ranks.
 
     Args:
-        config: The run.
-        env: This process among all.
-        reader: Reads the checkpoint; None to start from initial values.
+        config: The configuration.
+        env: The distributed environment.
+        reader: The checkpoint; None to start from initial values.
     """
     if reader is None and config.parallel.engine == "ddp":
         return build_engine(build_model(config, env.device), config, env)
@@ -198,9 +200,10 @@ def start_engine(config: Config, env: Environment, reader: CheckpointReader | No
 
 
 def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> Engine:
-    """Wraps the model in the engine that the configuration names; one on the meta device has no values then.
+    """Wraps the model in the configured engine. The values of a model on the meta device must be loaded afterwards.
 
-    Blocks are first made to recompute, then compiled, then sharded: each of these acts on what is inside it.
+    Activation checkpointing is applied to the decoder layers first, then compilation, then sharding, each around the
+    former.
     """
     prepare_layers(model, config.train)
     if config.parallel.engine == "zero":
@@ -213,7 +216,7 @@ def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> E
 def prepare_corpus(
     config: Config, env: Environment, say: Callable[[str], None], *, with_evaluation: bool = True
 ) -> ResolvedData:
-    """Resolves sources and tokenizer, building the embedded corpus where it is asked for and missing."""
+    """Resolves data sources and tokenizer; builds the embedded corpus if it is used and does not exist yet."""
     data, evaluation = config.data, config.eval
     train_source, eval_source, tokenizer_path = data.source, evaluation.source, data.tokenizer
     if "embedded" in (train_source, eval_source, tokenizer_path):
@@ -221,9 +224,9 @@ def prepare_corpus(
         vocab_size = config.model.vocab_size if tokenizer_path == "embedded" else None
         corpus = env.on_main(lambda: build_embedded(cache, vocab_size, report=say))
         split = {"train": corpus.train_glob, "validation": corpus.validation_glob}
-        for name, source, wanted in (("data", train_source, data.split), ("eval", eval_source, evaluation.split)):
-            if source == "embedded" and wanted not in split:
-                raise ConfigError(f"{name}.split = {wanted!r}: the embedded corpus has train and validation")
+        for name, source, chosen in (("data", train_source, data.split), ("eval", eval_source, evaluation.split)):
+            if source == "embedded" and chosen not in split:
+                raise ConfigError(f"{name}.split = {chosen!r}: the embedded corpus has the splits train and validation")
         train_source = split[data.split] if train_source == "embedded" else train_source
         eval_source = split[evaluation.split] if eval_source == "embedded" else eval_source
         tokenizer_path = str(corpus.tokenizer) if tokenizer_path == "embedded" else tokenizer_path
@@ -234,7 +237,7 @@ def prepare_corpus(
             f"{tokenizer_path}; set model.vocab_size={tokenizer.vocab_size} or more"
         )
     fetcher = Fetcher(RetryPolicy.of(data), report=say)
-    # With weights, each entry is a source of its own; a configuration with weights has a list.
+    # With weights, each entry is a separate source, and data.source is a list.
     sources = [train_source] if data.weights is None else list(train_source)
     resolved = env.on_main(
         lambda: [
@@ -244,7 +247,7 @@ def prepare_corpus(
     shards = [shard for each in resolved for shard in each]
     if len(set(shards)) < len(shards):
         twice = next(shard for shard in shards if shards.count(shard) > 1)
-        raise ConfigError(f"{twice} is in two entries of data.source, of different weights; take it out of one")
+        raise ConfigError(f"{twice} is in two entries of data.source, which have separate weights; remove it from one")
     eval_rows = None
     if eval_source is not None and with_evaluation:
         eval_shards = env.on_main(
@@ -266,14 +269,14 @@ def prepare_corpus(
 def open_checkpoint(
     config: Config, env: Environment, store: CheckpointStore, say: Callable[[str], None]
 ) -> CheckpointReader | None:
-    """The checkpoint that `checkpoint.resume` names, verified; None to start from the beginning."""
+    """Verifies and opens the checkpoint that `checkpoint.resume` selects; None to start from scratch."""
     resume = config.checkpoint.resume
     if resume == "auto":
         path = store.newest(say)
     elif resume == "never":
         if store.newest(say) is not None:
             raise CheckpointError(
-                f"checkpoint.resume=never, but {config.run_dir} holds checkpoints; use another run_dir, or resume=auto"
+                f"checkpoint.resume=never, but {config.run_dir} has checkpoints; use another run_dir, or resume=auto"
             )
         path = None
     else:
@@ -286,8 +289,8 @@ def _named_checkpoint(
 ) -> Path:
     if not store.holds(path):
         own = store.newest(say)
-        if own is not None:  # the same command again, after a requeue: the run has begun from `path` already
-            say(f"going on from the run's own {own}, not from {path}")
+        if own is not None:  # the command was restarted, for example after a requeue
+            say(f"resuming from the run's own checkpoint {own}, not from {path}")
             return own
     if (path / "checkpoints").is_dir():
         newest = CheckpointStore(path / "checkpoints", env, config.checkpoint.keep).newest(say)
@@ -299,7 +302,7 @@ def _named_checkpoint(
     return path
 
 
-def _compare(reader: CheckpointReader, config: Config) -> list[str]:
+def _changed_settings(reader: CheckpointReader, config: Config) -> list[str]:
     return check_resumable(reader.config(), config, str(reader.path))
 
 
@@ -307,8 +310,8 @@ def _restore(reader: CheckpointReader, env: Environment, supports: str) -> Train
     saved = read_saved(reader.state, reader.step, str(reader.path))
     if saved.supports != supports:
         raise CheckpointError(
-            f"{reader.path} was made with other supports (fingerprint {saved.supports}, here {supports}), "
-            "although seed and model agree: this version draws them differently; resume with the version that saved it"
+            f"{reader.path} was made with other supports (fingerprint {saved.supports}, here {supports}), although "
+            "seed and model are the same: this version draws them differently; resume with the version that saved it"
         )
     if len(saved.rng) == env.world_size:
         restore_rng(saved.rng[env.rank], env.device)

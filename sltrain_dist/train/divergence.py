@@ -1,4 +1,4 @@
-"""Stops a run that has diverged, before the bad update is made, or saved."""
+"""Detection of runs that have diverged, before the bad update is made or saved."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ _ADVICE = "Lower optim.lr, lengthen optim.warmup_steps, or set optim.clip"
 
 
 def check_finite(loss: float, grad_norm: float, step: int, checkpoints: Path, optim: OptimConfig) -> None:
-    """Raises where the loss or the gradient norm of an update is not finite.
+    """Checks that the loss and the gradient norm of an update are finite.
 
-    Both are global numbers, the same on every rank, so that all ranks stop together.
+    Both are global values, the same on every rank, so that all ranks stop together.
 
     Raises:
-        DivergedError: Naming the checkpoint to go back to.
+        DivergedError: They are not. The message names the checkpoint to go back to.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    kept = list_checkpoints(checkpoints)
-    back = f"the newest checkpoint is {kept[-1][1]}" if kept else "there is no checkpoint yet"
-    if len(kept) > 1 and kept[-1][0] == step:
-        back += f", which has these very weights, so that checkpoint.resume={kept[-2][1]} may be the one to go on from"
-    made = optim.update == "per_layer" and not optim.passes_twice
-    state = "was made in part, so that the model in memory is lost" if made else "was not made"
+    saved = list_checkpoints(checkpoints)
+    back = f"the newest checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
+    if len(saved) > 1 and saved[-1][0] == step:
+        back += f", which has these same weights; to resume from an earlier one, set checkpoint.resume={saved[-2][1]}"
+    partial = optim.update == "per_layer" and not optim.passes_twice
+    state = "was made in part, so that the model in memory is lost" if partial else "was not made"
     raise DivergedError(
         f"update {step + 1} has loss {loss} and gradient norm {grad_norm}, and {state}; {back}. {_ADVICE}"
     )
 
 
 def check_savable(engine: Engine, rows: Rows | None, config: Config, env: Environment, step: int) -> None:
-    """Raises where the weights give no finite loss any more, so that no run could go on from them.
+    """Checks that the weights still give a finite loss, so that a run can resume from them.
 
-    The loss and the gradients of an update are those of the weights before it. This is one forward pass of one
-    micro-batch with the weights after it, on every rank.
+    The loss and gradients of an update belong to the weights before it. This check runs one forward pass of one
+    micro-batch on every rank with the weights after it.
 
     Args:
         engine: The engine, after an update.
         rows: This rank's rows of the update.
-        config: The run.
-        env: This process among all.
-        step: Updates made.
+        config: The configuration.
+        env: The distributed environment.
+        step: Number of updates made.
 
     Raises:
-        DivergedError: On all ranks alike.
+        DivergedError: The loss is not finite. Raised on all ranks.
     """
     assert rows is not None, "there is nothing to save before the first update"
-    there = torch.from_numpy(rows[: config.train.micro_batch]).to(env.device)
-    loss = engine.evaluate(*to_batch(there, reset_attention=config.data.reset_attention))
+    on_device = torch.from_numpy(rows[: config.train.micro_batch]).to(env.device)
+    loss = engine.evaluate(*to_batch(on_device, reset_attention=config.data.reset_attention))
     (total,) = env.sum([float(loss)])
     if not math.isfinite(total):
         raise DivergedError(f"after update {step} the loss is {total}, and no checkpoint of it was saved. {_ADVICE}")
 
 
 def not_learning(loss: float, state: TrainState, config: Config) -> str | None:
-    """What to tell of a run whose loss is no better than where it began, or than that of guessing; None of others."""
+    """Returns a warning if the loss is no better than at the start, or than that of random guessing; else None."""
     guessing = math.log(config.model.vocab_size)
     began = guessing if state.first_loss is None else state.first_loss
     if state.step <= max(1, config.optim.warmup_steps) or loss < min(began, guessing) - _ROUNDING:
@@ -76,5 +76,5 @@ def not_learning(loss: float, state: TrainState, config: Config) -> str | None:
     return (
         f"after {state.step} updates the loss is {loss:.3f}, no better than at the start ({began:.3f}) or than "
         f"guessing ({guessing:.3f}). If it stays there, the run has diverged: go back with checkpoint.resume=PATH "
-        f"({kept}; checkpoint.keep_every says how many). {_ADVICE}"
+        f"({kept}; set checkpoint.keep_every to keep more). {_ADVICE}"
     )

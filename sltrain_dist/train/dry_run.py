@@ -1,4 +1,4 @@
-"""`train.dry_run`: everything is built, one update is made on made-up data, the peak memory is reported."""
+"""`train.dry_run`: builds everything, makes one update on random data, and reports the peak memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sltrain_dist.train.step import Rows, forward_backward
 
 
 def dry_run(config: Config, env: Environment) -> Outcome:
-    """Makes one full-sized update without reading a document or writing a checkpoint.
+    """Makes one full-sized update without reading documents or writing a checkpoint.
 
-    Sources and tokenizer are resolved, so that a wrong path is found too.
+    Sources and tokenizer are resolved, so that wrong paths are found too.
     """
 
     def say(line: str) -> None:
@@ -40,7 +40,7 @@ def dry_run(config: Config, env: Environment) -> Outcome:
     loss, tokens = forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
     norm = engine.clip_gradients()
     engine.update()
-    # Only now are the optimizer's states there, beside which the next forward and backward pass must fit.
+    # Only now do the optimizer states exist, with which the next forward and backward pass must fit in memory.
     engine.begin_update(config.optim.lr, norm)
     forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
     (peak,) = env.max([peak_memory_bytes()])
@@ -51,7 +51,7 @@ def dry_run(config: Config, env: Environment) -> Outcome:
 
 
 def made_up_rows(config: Config, rank: int, rows: int) -> Rows:
-    """Rows of uniform random token ids, full to the last slot; two documents each where documents are told apart."""
+    """Returns full rows of uniform random token ids; each has two documents with `data.reset_attention`."""
     count = rows * (config.data.seq_len + 1)
     ids = integers(key64(config.seed, f"dry-run-rank-{rank}"), 0, count, config.model.vocab_size)
     made = ids.astype(np.int32).reshape(rows, -1)

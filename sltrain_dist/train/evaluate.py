@@ -1,4 +1,4 @@
-"""Evaluation: mean loss over a fixed set of tokens, the same for any batch size and number of ranks."""
+"""Evaluation of the mean loss on a fixed set of tokens, independent of batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from sltrain_dist.train.step import Rows, to_batch
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Attributes: mean loss over all labels (nats), and their number."""
+    """The result of an evaluation."""
 
     loss: float
+    """Mean loss over all labels, in nats."""
     tokens: int
+    """Number of labels."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that does not fit, NaN where the loss is."""
+        """exp(loss); infinite if that overflows, NaN if the loss is NaN."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
@@ -38,17 +40,17 @@ def evaluate(
     reset_attention: bool = False,
     before_batch: Callable[[], None] = lambda: None,
 ) -> EvalResult:
-    """Evaluates all rows, dealt to the ranks in turn; every label counts exactly once.
+    """Evaluates all rows, distributed to the ranks in turn; every label counts exactly once.
 
-    Ranks that have fewer rows fill up with padding, because an engine's forward pass may be a collective.
+    Ranks with fewer rows add padding, because an engine's forward pass may be a collective.
 
     Args:
         engine: The engine.
         rows: All rows, the same on every rank.
-        micro_batch: Rows of a forward pass.
-        env: This process among all.
-        reset_attention: Whether the documents of a row are told apart.
-        before_batch: Called before every batch, on all ranks equally often. What it raises ends the evaluation.
+        micro_batch: Number of rows per forward pass.
+        env: The distributed environment.
+        reset_attention: Whether the documents of a row are independent; see `data.reset_attention`.
+        before_batch: Called before every batch, equally often on all ranks. Its exceptions end the evaluation.
     """
     mine = rows[env.rank :: env.world_size]
     passes = -(-len(rows) // (env.world_size * micro_batch))
@@ -58,8 +60,8 @@ def evaluate(
     for start in range(0, len(mine), micro_batch):
         before_batch()
         watchdog.beat("evaluating")
-        there = torch.from_numpy(mine[start : start + micro_batch]).to(env.device)
-        loss += engine.evaluate(*to_batch(there, reset_attention=reset_attention))
+        on_device = torch.from_numpy(mine[start : start + micro_batch]).to(env.device)
+        loss += engine.evaluate(*to_batch(on_device, reset_attention=reset_attention))
     (total,) = env.sum([float(loss)])
     tokens = count_labels(rows)
     return EvalResult(total / tokens, tokens)

@@ -28,39 +28,39 @@ from sltrain_dist.train.step import forward_backward
 
 @dataclass
 class Clock:
-    """Time, of the whole run and of the window since the last log line."""
+    """Times and step counters of the run, and the throughput since the last log line."""
 
     before_s: float
     meter: Throughput = field(default_factory=Throughput)
     started: float = field(default_factory=time.monotonic)
     logged_step: int = 0
     saved_step: int = 0
-    """The update that the newest checkpoint was saved after; 0: none."""
+    """Step of the newest checkpoint; 0: none."""
     evaluated_step: int | None = None
-    """The update that was evaluated last, if that is known."""
+    """Step of the last evaluation, if known."""
     updates: int = 0
-    """Updates of this process, the present one included."""
+    """Updates by this process, including the current one."""
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds spent on the run, over all resumed parts."""
+        """Seconds spent on the run, including before it was resumed."""
         return self.before_s + time.monotonic() - self.started
 
 
 def fit(run: Run) -> Outcome:
-    """Trains until the budget is used up or a stop is requested; evaluates and saves on the way.
+    """Trains until the budget is used up or a stop is requested, with evaluations and checkpoints.
 
     Raises:
-        DivergedError: The loss, the gradient norm, or what would have been saved is not finite.
-        DataError: The data gave out, or is worse than allowed.
-        StorageError: A checkpoint could not be written.
+        DivergedError: The loss, the gradient norm, or a tensor to be saved is not finite.
+        DataError: The data cannot be read, or too much of it is unusable.
+        StorageError: A checkpoint cannot be written.
     """
     state = run.state
     clock = Clock(state.elapsed_s, logged_step=state.step, saved_step=state.step)
     if state.step and run.env.on_main(lambda: run.tracker.has_evaluation(state.step)):
         clock.evaluated_step = state.step
     if state.finished(run.config.train) and not _evaluation_is_due(run, clock):
-        return Outcome(ExitCode.DONE, f"nothing left to do: {state.step} updates were made before", state.step)
+        return Outcome(ExitCode.DONE, f"nothing left to do: all {state.step} updates are already made", state.step)
     try:
         _train(run, clock)
     except StopAgreed as stop:
@@ -72,7 +72,7 @@ def fit(run: Run) -> Outcome:
 
 
 def _train(run: Run, clock: Clock) -> None:
-    """Updates until the budget is used up. Saves before it evaluates, so that an evaluation can be cut short."""
+    """Trains until the budget is used up. Saves before each evaluation, so that a stop can interrupt the latter."""
     while True:
         finished = run.state.finished(run.config.train)
         checkpoint, step = run.config.checkpoint, run.state.step
@@ -84,7 +84,7 @@ def _train(run: Run, clock: Clock) -> None:
             return
         watchdog.beat("waiting for training data")
         with clock.meter.waiting_for_data():
-            run.feed.wait(run.stop.reason)
+            run.row_prefetcher.wait(run.stop.reason)
         _check_stop(run)
         _update(run, clock)
 
@@ -92,7 +92,7 @@ def _train(run: Run, clock: Clock) -> None:
 def _update(run: Run, clock: Clock) -> None:
     config, state, engine = run.config, run.state, run.engine
     with clock.meter.waiting_for_data():
-        rows, sent = run.feed.take()
+        rows, on_device = run.row_prefetcher.take()
     clock.updates += 1
     step = state.step + 1
     lr = learning_rate(config.optim, state.progress(config.train, config.optim.warmup_steps))
@@ -108,7 +108,7 @@ def _update(run: Run, clock: Clock) -> None:
             config.train.micro_batch,
             run.env,
             reset_attention=config.data.reset_attention,
-            sent=sent,
+            sent=on_device,
             meanwhile=partial(_prepare_next, run, clock),
         )
         for observer in run.observers:
@@ -129,23 +129,23 @@ def _update(run: Run, clock: Clock) -> None:
 
 
 def _prepare_next(run: Run, clock: Clock) -> None:
-    """Where the device computes while the host waits, that wait is for the next update's rows."""
-    if run.state.step + 1 != run.config.train.steps:  # else nobody would take them
+    """Prefetches the rows of the next update while the device computes."""
+    if run.state.step + 1 != run.config.train.steps:  # the last update has no successor
         watchdog.beat("getting the next update's rows")
         with clock.meter.waiting_for_data():
-            run.feed.prepare(run.stop.reason)
+            run.row_prefetcher.prepare(run.stop.reason)
         watchdog.beat("in a forward and backward pass")
 
 
 def _log(run: Run, clock: Clock, **values: float) -> None:
     window, state = clock.meter.window(), run.state
-    # Utilisation counts padding too: the device computes it.
+    # Utilization includes padding, which the device computes too.
     slots = (state.step - clock.logged_step) * run.config.train.global_batch * run.config.data.seq_len
     clock.logged_step = state.step
     utilisation = mfu(
         slots / window.elapsed_s, model_flops_per_token(run.config.model, run.config.data.seq_len), _peak_flops(run)
     )
-    # The slowest and the fullest rank are the ones that matter.
+    # The rank that waits longest and the rank with the highest peak determine the run.
     data_wait_s, peak_bytes = run.env.max([window.data_wait_s, peak_memory_bytes()])
     run.tracker.train(
         {
@@ -164,7 +164,7 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
 
 
 def _peak_flops(run: Run) -> float | None:
-    """Peak of all devices together, where it is known."""
+    """Returns the peak FLOP/s of all devices together, if it is known."""
     if run.env.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(run.env.device))
@@ -173,7 +173,7 @@ def _peak_flops(run: Run) -> float | None:
 
 
 def _data_faults(run: Run) -> dict[str, int]:
-    """Unusable documents and repeated reads so far by cause, over all ranks; nothing where there were none."""
+    """Returns the non-zero counts of unusable documents and retried reads so far, by cause, over all ranks."""
     stats = run.loader.stats
     counts = {f"bad_documents_{cause}": count for cause, count in stats.bad.items()}
     counts |= {f"data_retries_{cause}": count for cause, count in stats.retries.items()}
@@ -182,10 +182,10 @@ def _data_faults(run: Run) -> dict[str, int]:
 
 
 def _evaluation_is_due(run: Run, clock: Clock) -> bool:
-    """Whether this update is one to evaluate after and has not been, maybe because the run ended meanwhile."""
+    """Whether to evaluate at this step, unless that is done; after a restart, the evaluation may be missing."""
     step = run.state.step
-    wanted = step == 0 or run.state.finished(run.config.train) or _due(run.config.eval.every, step)
-    return run.eval_rows is not None and wanted and clock.evaluated_step != step
+    scheduled = step == 0 or run.state.finished(run.config.train) or _due(run.config.eval.every, step)
+    return run.eval_rows is not None and scheduled and clock.evaluated_step != step
 
 
 def _evaluate(run: Run, clock: Clock) -> None:
@@ -212,7 +212,7 @@ def _evaluate(run: Run, clock: Clock) -> None:
 
 
 def _save(run: Run, clock: Clock) -> None:
-    """Saves a checkpoint, unless this update's is there."""
+    """Saves a checkpoint, unless the one of this step exists."""
     env, state = run.env, run.state
     if clock.saved_step == state.step:
         return
@@ -225,7 +225,7 @@ def _save(run: Run, clock: Clock) -> None:
             run.engine.chunks(),
             {
                 "counters": state.to_dict(),
-                "data": merge_states(env.gather(run.feed.state_dict())),
+                "data": merge_states(env.gather(run.row_prefetcher.state_dict())),
                 "rng": env.gather(rng_state(env.device)),
                 "supports": run.supports,
             },
@@ -235,15 +235,15 @@ def _save(run: Run, clock: Clock) -> None:
         )
     clock.saved_step = state.step
     run.tracker.note(f"saved {path}")
-    if said := not_learning(run.loss, state, run.config):
-        run.tracker.warn(said)
+    if warning := not_learning(run.loss, state, run.config):
+        run.tracker.warn(warning)
 
 
 def _check_stop(run: Run) -> None:
-    """Raises StopAgreed on all ranks if any was asked to stop: a signal may have reached only one of them."""
+    """Raises StopAgreed on all ranks if any has a stop request, because a signal may reach only one of them."""
     reason = run.stop.reason()
-    (asked,) = run.env.sum([1.0 if reason else 0.0])  # one number; texts are sent only when there is one
-    if asked:
+    (num_requests,) = run.env.sum([1.0 if reason else 0.0])  # cheap; texts are gathered only if needed
+    if num_requests:
         raise StopAgreed(next(text for text in run.env.gather(reason) if text))
 
 

@@ -1,6 +1,6 @@
-"""What `launch/pretrain.py` and `sltrain train` call: from a configuration to an exit code.
+"""The entry point of `launch/pretrain.py` and `sltrain train`: runs a configuration and returns an exit code.
 
-torch is imported only once the configuration has been checked, so that a wrong one is told at once.
+torch is imported only after the configuration has been checked, so that errors in it are reported at once.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from sltrain_dist.tracking.mlflow import Status
 
 _CLEANUP_S = 15.0
-"""How long a failed process among several may take to end: the file system or a tracking server may be what is lost."""
+"""Time limit for the end of a failed process of several, since the file system or a tracking server may be lost."""
 
 
 def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
-    """Trains as configured and says in `run_dir/exit.json` how it ended.
+    """Trains as configured, and records in `run_dir/exit.json` how the run ended.
 
     Args:
         config_path: YAML file.
         overrides: `section.key=value` strings.
 
     Returns:
-        The exit code of a single process. One of several ends here, with that code, see :func:`_leave`.
+        The exit code. If there are several processes, they exit here with that code; see :func:`_exit_process`.
     """
-    joined: list[Path] = []  # the run directory, once this process has joined the run in it
+    joined: list[Path] = []  # the run directory, after this process has joined the run
     details = ""
-    # How the run ended is written first, and cleaning up, which can take a while, comes after.
+    # exit.json is written before the cleanup, which can take a while.
     with ExitStack() as cleanup:
         try:
             outcome = _run(config_path, overrides, joined, cleanup)
@@ -59,10 +59,10 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
             details = traceback.format_exc() if code is ExitCode.UNEXPECTED else ""
         if _failed(outcome):
             watchdog.hurry(_CLEANUP_S)
-        _say(joined, config_path, overrides, outcome, details)
-    if _one_of_several():
-        _leave(outcome)
-    if "torch" in sys.modules:  # without it, no process group has been started
+        _report(joined, config_path, overrides, outcome, details)
+    if _has_peers():
+        _exit_process(outcome)
+    if "torch" in sys.modules:  # otherwise there is no process group
         from sltrain_dist.runtime import environment
 
         environment.stop()
@@ -70,7 +70,7 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
 
 
 def print_run_dir(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
-    """Prints the directory of exit.json: for batch scripts, before they start anything."""
+    """Prints the directory of exit.json, for batch scripts that need it before they start the run."""
     try:
         print(directory(load_config(config_path, overrides)))
     except ConfigError as error:
@@ -79,25 +79,24 @@ def print_run_dir(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
     return ExitCode.DONE
 
 
-def _leave(outcome: Outcome) -> NoReturn:
-    """Ends one of several processes, without the interpreter's own way of ending.
+def _exit_process(outcome: Outcome) -> NoReturn:
+    """Ends one of several processes without the interpreter's regular shutdown.
 
-    After a failure that way would wait for peers that are not coming. After a good end it runs into threads that
-    communication libraries leave behind: now and then one of them brings the process down with SIGABRT, and with it
-    a run that has done all it should.
+    After a failure, the regular shutdown would wait for ranks that do not respond. After a success, threads of
+    communication libraries occasionally abort it with SIGABRT, and a complete run would end with an error.
     """
     if not _failed(outcome):
         from sltrain_dist.runtime import environment
 
         try:
-            environment.meet()  # rank 0 holds the store that the others may still need
+            environment.meet()  # rank 0 has the store, which other ranks may still need
             environment.stop()
         except Exception as error:
-            print(f"the run has ended well, but another process of it has not: {error}", file=sys.stderr)
+            print(f"this process has ended normally, but another one of the run has not: {error}", file=sys.stderr)
         watchdog.stop()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # a closed terminal takes nothing any more
+        with suppress(OSError):  # the terminal may be closed
             stream.flush()
     os._exit(int(outcome.code))
 
@@ -116,7 +115,7 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
     env = environment.start(config.parallel.timeout_s, need_group=config.parallel.engine != "ddp")
     if env.device.type == "cpu":
         keep_freed_memory()
-    # Before anything that the ranks could do differently.
+    # Before anything that could differ between ranks.
     check_agreement(env, run_identity(config))
     run_dir = directory(config)
     env.on_main(lambda: claim(run_dir))
@@ -131,7 +130,7 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
 
 
 def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) -> Outcome:
-    # Here, because a wrong configuration should not wait for these to be imported.
+    # Imported here, so that errors in the configuration are reported before these slow imports.
     from sltrain_dist.tracking.console import log_line
     from sltrain_dist.tracking.tracker import LOG
     from sltrain_dist.train.build import build_run
@@ -159,36 +158,36 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
 
 
 def _print(line: str) -> None:
-    """Prints a line of progress before the tracker exists, unless its reader is gone."""
+    """Prints a line of progress before the tracker exists, and ignores a closed output."""
     with suppress(OSError):
         print(line, flush=True)
 
 
 def _failure(joined: list[Path], code: ExitCode, reason: str) -> Outcome:
-    kept = list_checkpoints(joined[0] / "checkpoints") if joined else []
-    return Outcome(code, reason, kept[-1][0] if kept else 0)
+    saved = list_checkpoints(joined[0] / "checkpoints") if joined else []
+    return Outcome(code, reason, saved[-1][0] if saved else 0)
 
 
 def _failed(outcome: Outcome) -> bool:
     return outcome.code not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)
 
 
-def _say(joined: list[Path], config_path: str, overrides: Sequence[str], outcome: Outcome, details: str) -> None:
-    """Writes exit.json, and an error to standard error: once where all ranks have found the same."""
+def _report(joined: list[Path], config_path: str, overrides: Sequence[str], outcome: Outcome, details: str) -> None:
+    """Writes exit.json, and prints an error; if all ranks have the same error, only one of them prints it."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    said: str | None = None
+    recorded: str | None = None
     try:
         if not joined:
-            named = run_dir_of(config_path, overrides)
-            if named is not None and is_main:
-                write_failed_start(Path(named), outcome)
-            said = None if is_main else outcome.reason
+            run_dir = run_dir_of(config_path, overrides)
+            if run_dir is not None and is_main:
+                write_failed_start(Path(run_dir), outcome)
+            recorded = None if is_main else outcome.reason
         elif _failed(outcome) or is_main:
-            said = write_outcome(joined[0], outcome)
+            recorded = write_outcome(joined[0], outcome)
     except OSError as error:
         print(f"error: exit.json could not be written: {error}", file=sys.stderr, flush=True)
-    if _failed(outcome) and said != outcome.reason:
-        if said is None:  # a rank that another one's end has brought down has nothing to explain
+    if _failed(outcome) and recorded != outcome.reason:
+        if recorded is None:  # otherwise this failure is a consequence of another rank's
             print(details, end="", file=sys.stderr)
         print(f"error: {outcome.reason}", file=sys.stderr, flush=True)
 
@@ -197,13 +196,13 @@ def _write_failure(joined: list[Path], reason: str) -> None:
     write_outcome(joined[0], _failure(joined, ExitCode.UNEXPECTED, reason))
 
 
-def _one_of_several() -> bool:
-    world_size = os.environ.get("WORLD_SIZE", "1")  # set under srun too, once there is a group
+def _has_peers() -> bool:
+    world_size = os.environ.get("WORLD_SIZE", "1")  # under srun it is set when the process group is created
     return world_size.isdigit() and int(world_size) > 1
 
 
 def _explain(error: Exception) -> tuple[ExitCode, str]:
-    """(exit code, reason) of an exception that is none of ours."""
+    """Returns (exit code, reason) for an exception other than SltrainError."""
     advice = out_of_memory(error)
     if advice is not None:
         return ExitCode.CONFIG, advice
@@ -213,7 +212,7 @@ def _explain(error: Exception) -> tuple[ExitCode, str]:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What to change, if `error` says that a GPU or this machine has no memory left; None if it is another error."""
+    """Says what to change if `error` means that a GPU or this machine is out of memory; None for other errors."""
     torch = sys.modules.get("torch")
     on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
     # The CPU's allocator, and libraries in C++, raise a plain RuntimeError.
@@ -224,14 +223,14 @@ def out_of_memory(error: Exception) -> str | None:
     what = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2] or type(error).__name__
     return (
         f"the {'device' if on_device else 'machine'} is out of memory ({what}); lower train.micro_batch, with "
-        "train.global_batch as it is, or spread the states over more ranks with parallel.engine=zero; "
-        "`sltrain plan --search` looks for settings that fit, train.dry_run=true tries them out"
+        "train.global_batch unchanged, or shard the optimizer states over more ranks with parallel.engine=zero; "
+        "`sltrain plan --search` finds settings that fit, train.dry_run=true tests them"
     )
 
 
 if __name__ == "__main__":
     print(
-        "error: this module only holds what starts a run; use `sltrain train --config FILE`, "
+        "error: this module is not a command; use `sltrain train --config FILE`, "
         "`python -m sltrain_dist train --config FILE`, or launch/pretrain.py",
         file=sys.stderr,
     )

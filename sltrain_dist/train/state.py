@@ -1,4 +1,4 @@
-"""What a resumed run takes over besides tensors, and which settings may differ from before."""
+"""The state of a run besides tensors, and the check of which settings may change when it is resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sltrain_dist.optim.schedule import Progress
 _FIXED_SECTIONS = ("model", "reparam")
 _FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
-"""Data keys are not here: the loader's cursor carries a fingerprint of what decides the order, and checks it."""
+"""Keys of `data` are not listed: the loader's cursor contains a fingerprint of the data order and checks it."""
 
 
 @dataclass
@@ -28,12 +28,12 @@ class TrainState:
     """Counters of a run.
 
     Attributes:
-        step: Updates made.
-        tokens: Non-padding tokens trained on.
-        warmup_tokens: `tokens` at the end of the warm-up.
-        elapsed_s: Seconds spent, over all resumed parts.
+        step: Number of updates made.
+        tokens: Number of non-padding tokens trained on.
+        warmup_tokens: Value of `tokens` at the end of the warm-up.
+        elapsed_s: Seconds spent, including before the run was resumed.
         grad_norm: Gradient norm of the last update, which per-layer updates clip by; None before the first.
-        first_loss: Loss of the first update, before anything was learned; None before it.
+        first_loss: Loss of the first update; None before it.
     """
 
     step: int = 0
@@ -57,9 +57,9 @@ class TrainState:
         return self.tokens >= (train.tokens or 0)
 
     def progress(self, train: TrainConfig, warmup_steps: int) -> Progress:
-        """How far the run is, for the learning-rate schedule."""
+        """Returns the progress of the run, for the learning-rate schedule."""
         if train.steps is not None:
-            # The last update is the one that reaches the end of the schedule.
+            # The last update reaches the end of the schedule.
             last = max(1, train.steps - 1)
             return Progress(self.step, self.step / last, min(1.0, max(0, warmup_steps - 1) / last))
         budget = train.tokens or 1
@@ -67,44 +67,44 @@ class TrainState:
         return Progress(self.step, self.tokens / budget, warm / budget)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Returns the counters as a dictionary that JSON can represent."""
         return asdict(self)
 
 
 class Saved(BaseModel):
-    """What a checkpoint holds of a run besides tensors."""
+    """The state of a run in a checkpoint, besides tensors."""
 
     counters: TrainState
     data: dict[str, Any]
-    """The loader's cursor, which checks its content."""
+    """The loader's cursor, whose content the loader checks."""
     rng: list[dict[str, str]]
-    """By rank, see :func:`rng_state`."""
+    """Random-number states by rank; see :func:`rng_state`."""
     supports: str
     """Fingerprint of all supports."""
 
 
 def read_saved(state: Mapping[str, Any], step: int, where: str) -> Saved:
-    """Checks what a checkpoint holds besides tensors.
+    """Parses and checks the state of a run in a checkpoint.
 
     Args:
         state: See :meth:`sltrain_dist.checkpoint.store.CheckpointStore.save`.
-        step: Updates made, by the manifest.
-        where: The checkpoint, for the message.
+        step: Number of updates according to the manifest.
+        where: Name of the checkpoint in messages.
 
     Raises:
-        CheckpointError: It is of another form, or of another step.
+        CheckpointError: The state has another form, or is of another step.
     """
     try:
         saved = Saved.model_validate(state)
     except ValidationError as error:
         raise CheckpointError(f"{where} is damaged: state.json: {first_problem(error)}") from None
     if saved.counters.step != step:
-        raise CheckpointError(f"{where} is damaged: state.json is of step {saved.counters.step}, and not of {step}")
+        raise CheckpointError(f"{where} is damaged: state.json is of step {saved.counters.step} instead of {step}")
     return saved
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
-    """The random-number states of this process, as text."""
+    """Returns the states of this process's random-number generators, as text."""
     state = {"torch": _encode(torch.get_rng_state()), "python": repr(random.getstate())}
     if device.type == "cuda":
         state["cuda"] = _encode(torch.cuda.get_rng_state(device))
@@ -112,10 +112,10 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
-    """Takes random-number states over; a state of another kind of device is left out.
+    """Restores the states of the random-number generators; those of another kind of device are ignored.
 
     Raises:
-        CheckpointError: They are none.
+        CheckpointError: The states are invalid.
     """
     try:
         torch.set_rng_state(_decode(state["torch"]))
@@ -127,7 +127,7 @@ def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
 
 
 def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted key, before, now) of all settings that differ."""
+    """Yields (dotted key, old value, new value) of all settings that differ."""
     old, new = flatten(before.model_dump()), flatten(now.model_dump())
     for key in new:
         if old.get(key) != new[key]:
@@ -135,13 +135,13 @@ def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, An
 
 
 def check_resumable(before: Config, now: Config, where: str) -> list[str]:
-    """Compares the configuration of a checkpoint with the present one.
+    """Checks that a checkpoint can be resumed with the current configuration.
 
     Returns:
-        A line for every allowed difference.
+        A line for every allowed difference between the configurations.
 
     Raises:
-        CheckpointError: A setting that changes the mathematics differs.
+        CheckpointError: A setting differs that must not change during a run.
     """
     notes: list[str] = []
     fatal: list[str] = []
@@ -149,18 +149,18 @@ def check_resumable(before: Config, now: Config, where: str) -> list[str]:
         section = key.partition(".")[0]
         fixed = (section in _FIXED_SECTIONS or key in _FIXED_KEYS) and key not in _FREE_KEYS
         if key == "optim.state_bits" and {old, new} == {16, 32}:
-            fixed = False  # both are plain floats, which are converted
+            fixed = False  # plain floats are converted
         (fatal if fixed else notes).append(f"{key}: {old!r} → {new!r}")
     if fatal:
         raise CheckpointError(
-            f"{where} belongs to a run of another configuration ({'; '.join(fatal)}); "
+            f"{where} belongs to a run with another configuration ({'; '.join(fatal)}); "
             "set these back, or use another run_dir"
         )
     return notes
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one of dotted keys."""
+    """Converts nested mappings to a single one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The start-up summary: what is about to be trained, on what, and where it goes."""
+"""The start-up summary of a run (model, data, training, outputs), and its closing lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sections = dict[str, list[tuple[str, str]]]
 
 
 def summarise(config: Config, env: Environment, run_dir: Path, shards: int, resumed_step: int) -> Sections:
-    """Titled lists of (what, value) for the console."""
+    """Returns lists of (name, value) by title, for the console."""
     return {
         "Model": _model(config),
         **({"Operator": _operator(config, env)} if config.reparam.method == "sltrain" else {}),
@@ -60,7 +60,7 @@ def _model(config: Config) -> list[tuple[str, str]]:
 
 
 def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
-    """The support, and the route that every layer shape takes in training."""
+    """Returns the support, and the route of each layer shape in training."""
     reparam, model = config.reparam, config.model
     linears = block_linears(model)
     stored = model.num_layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
@@ -106,14 +106,14 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     recomputed = sum(train.is_recomputed(index) for index in range(config.model.num_layers))
     kept = ", but attention" if train.keeps_attention else ""
     kept += " and linear layers" if train.keeps_products else ""
-    blocks = [
+    layers = [
         *([f"activations of {recomputed} of {config.model.num_layers} recomputed{kept}"] if recomputed else []),
         *(["compiled"] if train.compile else []),
     ]
     waiting = "whole" if parallel.accumulates_locally else "sharded"
     return [
         ("engine", f"{engine}, {env.world_size} × {where}, {train.dtype}"),
-        *([("blocks", ", ".join(blocks))] if blocks else []),
+        *([("decoder layers", ", ".join(layers))] if layers else []),
         ("budget", budget + (f", {resumed_step} made" if resumed_step else "")),
         (
             "update",
@@ -126,7 +126,7 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
 
 
 def _per_layer(config: Config, world_size: int, passes: int) -> str:
-    """What they save, or do not."""
+    """Says when per-layer updates free the gradients."""
     if passes == 1:
         return "every gradient is freed during the backward pass"
     waiting = format_bytes(waiting_bytes(config, world_size))
@@ -134,18 +134,18 @@ def _per_layer(config: Config, world_size: int, passes: int) -> str:
 
 
 def _communication(config: Config, env: Environment) -> list[tuple[str, str]]:
-    """What an update sends, by the sharding rules, and what the full-rank model would."""
+    """Returns the communication of an update, and that of the full-rank model."""
     reparam = config.reparam.model_copy(update={"method": "full"})
     ours = update_traffic(config, env.world_size)
     full = update_traffic(config.model_copy(update={"reparam": reparam}), env.world_size)
     lines = [("expected", describe_traffic(ours))]
     if config.reparam.method != "full":
-        lines.append(("full rank", f"{describe_traffic(full)}; {ours.total / full.total:.2f} of it is sent here"))
+        lines.append(("full rank", f"{describe_traffic(full)}; this run sends {ours.total / full.total:.2f} of it"))
     return lines
 
 
 def describe_traffic(traffic: Traffic) -> str:
-    """One line: the total, and its parts by kind."""
+    """Formats traffic as one line, with the total and the bytes by kind of collective."""
     kinds = {name: sent for name, sent in asdict(traffic).items() if sent}
     parts = ", ".join(f"{name.replace('_', '-')} {format_bytes(sent)}" for name, sent in kinds.items())
     return f"{format_bytes(traffic.total)} sent by each rank in an update ({parts})"
@@ -164,19 +164,19 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
 
 
 def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities: list[tuple[int, float]]) -> list[str]:
-    """How the run ended, and what its user may want to do next."""
+    """Says how the run ended, and what the user may want to do next."""
     lines = [f"{outcome.reason} (step {outcome.step}, exit code {int(outcome.code)})"]
     if len(perplexities) > 1:
         path = " → ".join(f"{perplexity:,.1f} (step {step})" for step, perplexity in perplexities)
         lines.append(f"validation perplexity: {path}")
     if outcome.code is not ExitCode.DONE:
-        lines.append("go on: start the same command again")
+        lines.append("to resume: start the same command again")
         return lines
     budget = (
         f"train.steps={2 * outcome.step}" if config.train.steps else f"train.tokens={2 * (config.train.tokens or 0)}"
     )
     lines.append(
-        f"train on from here:  the same command with {budget}   (the learning rate follows the longer schedule)"
+        f"train longer:        the same command with {budget}   (the learning rate follows the longer schedule)"
     )
     lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sltrain_dist.train.device_rows import RowFeed
+from sltrain_dist.train.device_rows import RowPrefetcher
 from sltrain_dist.train.step import Rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -47,7 +47,7 @@ class Updates:
 
 def test_no_copy_is_overtaken() -> None:
     """Sums on a busy device, read at the very end: pinned and device memory are used again many times before."""
-    feed, sums = RowFeed(Updates(), CUDA), []
+    feed, sums = RowPrefetcher(Updates(), CUDA), []
     for _ in range(UPDATES):
         _, sent = feed.take()
         torch.cuda._sleep(_BUSY_CYCLES)
@@ -61,7 +61,7 @@ def test_no_copy_is_overtaken() -> None:
 
 def test_the_host_does_not_wait_for_the_device() -> None:
     """Preparing is over while the device still computes: the copy is from pinned memory, on a stream of its own."""
-    feed = RowFeed(Updates(), CUDA)
+    feed = RowPrefetcher(Updates(), CUDA)
     feed.take()
     feed.prepare()  # allocates
     feed.take()

@@ -133,7 +133,7 @@ def test_a_job_near_its_time_limit_goes_on_later(cluster: Slurm, short: Path, tm
     (stopped_at,) = saved_steps(job.run_dir)
     job.until(stopped_at + 2)
     assert cluster.job(job.number)["Restarts"] == "1"
-    assert "stopped early with everything saved: back into the queue" in job.log
+    assert "stopped early with everything saved: requeued" in job.log
     assert f"at update {stopped_at}" in job.log
     assert not (job.run_dir / "STOP").exists()
     cluster.cancel(job.number)

@@ -378,9 +378,9 @@ class TestDamage:
         named = self.damage_one(checkpoint(used, 6), kind)
         assert train_here(tiny, used) == 0
         printed = capsys.readouterr().out
-        assert f"checkpoint passed over: {named}" in printed
+        assert f"checkpoint skipped: {named}" in printed
         assert f"resumed from {checkpoint(used, 4)}" in printed
-        assert f"checkpoint passed over: {named}" in (used / "log.txt").read_text()
+        assert f"checkpoint skipped: {named}" in (used / "log.txt").read_text()
         assert trajectory(used) == trajectory(finished)
         assert final_tensors(used) == final_tensors(finished), "the damaged one was replaced"
 
@@ -390,7 +390,7 @@ class TestDamage:
             self.damage_one(checkpoint(used, step), kind)
         assert train_here(tiny, used) == 5
         captured = capsys.readouterr()
-        assert captured.out.count("checkpoint passed over") == 3
+        assert captured.out.count("checkpoint skipped") == 3
         assert "every checkpoint" in captured.err
         assert "new run_dir" in captured.err
         assert outcome(used)["code"] == 5

@@ -1,1 +1,1 @@
-"""What watches a run, beside what trains it."""
+"""Observers, which measure and check a run without being part of the training."""

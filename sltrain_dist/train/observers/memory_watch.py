@@ -1,9 +1,9 @@
-"""The memory that a run was predicted to take, and what it takes.
+"""Comparison of the predicted memory of a run with its measured memory.
 
-On CUDA the allocator's peak is compared. On the CPU there is no such number: a process' resident size is that of
-libraries, data and what the allocator has not given back. There the bytes of live tensors are followed through an
-update. The prediction is a GPU's in both cases (memory/estimate.py); what does not depend on the device, weights,
-gradients, states and the supports' index, is compared to the byte.
+On CUDA, the allocator's peak is measured. The CPU has no such number: the resident size of a process includes
+libraries, data, and freed memory that the allocator keeps. There the bytes of live tensors are tracked during an
+update. The prediction is for a GPU in both cases (memory/estimate.py). Components that do not depend on the device
+(weights, gradients, optimizer states and the supports' index) are compared exactly.
 """
 
 from __future__ import annotations
@@ -27,50 +27,51 @@ from sltrain_dist.tracking.tracker import RunTracker
 from sltrain_dist.train.observers.observer import MEASURED_UPDATE, Observer, Update
 
 Predict = Callable[[Config, int], Estimate]
-"""Estimates a run on a number of ranks."""
+"""Predicts the memory of a configuration on a number of ranks."""
 
-_HELD: dict[str, tuple[str, ...]] = {
+_EXACT: dict[str, tuple[str, ...]] = {
     "weights": ("factors", "sparse_values", "dense", "buffers.partition"),
     "gradients": ("gradients",),
     "optimizer states": ("states", "master_weights"),
     "index of the supports": ("index",),
 }
-"""What engines can say that they hold, and the planner's groups and components of it."""
+"""Components whose bytes engines report exactly, with the planner's groups and components that they consist of."""
 
 _TOLERANCE, _SHARE = 1 << 16, 0.005
-"""How far these may be off, in bytes and as a share: messages and small buffers are accounted for here or there."""
+"""Allowed difference of these components, in bytes or as a fraction: messages and small buffers may be counted
+differently."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Of the rank that takes most of each.
+    """Measured memory, each value as the maximum over all ranks.
 
     Attributes:
-        peak_bytes: On CUDA the allocator's peak since the start, else of live tensors in one update.
-        held: Bytes by the keys of :data:`_HELD`: states after the update, the others before it.
+        peak_bytes: On CUDA the allocator's peak since the start, otherwise the peak of live tensors in one update.
+        component_bytes: Bytes by keys of :data:`_EXACT`: optimizer states after the update, the others before it.
     """
 
     peak_bytes: int
-    held: Mapping[str, int]
+    component_bytes: Mapping[str, int]
 
 
 class MemoryWatch(Observer):
-    """Looks at one update, and compares it with a prediction.
+    """An observer that measures the memory of one update and compares it with a prediction.
 
     Args:
-        config: The run.
-        env: This process among all.
+        config: The configuration.
+        env: The distributed environment.
         predict: Makes the prediction.
 
     Attributes:
-        predicted: None if the prediction failed, which stops no training; `failure` says why.
-        observed: None before the update that is measured.
+        predicted: The prediction; None if it failed, which does not stop training. `failure` is the reason.
+        observed: The measurement; None before the measured update.
     """
 
     def __init__(self, config: Config, env: Environment, predict: Predict) -> None:
         self._config, self._env = config, env
         self.observed: Observed | None = None
-        self._held: dict[str, int] = {}
+        self._measured_bytes: dict[str, int] = {}
         self._tracker: LiveBytes | None = None
         self._reported = False
 
@@ -80,11 +81,11 @@ class MemoryWatch(Observer):
             except Exception as error:  # a planner bug must not stop training
                 return None, f"{type(error).__name__}: {error}"
 
-        # On one rank, for all: what must be recorded takes processor time that the others would have to share.
+        # On one rank for all of them, because recording takes CPU time and hosts share their cores among ranks.
         self.predicted, self.failure = env.on_main(predicted)
 
     def summary(self) -> list[tuple[str, str]]:
-        """Rows of the start-up summary."""
+        """Returns rows of the start-up summary."""
         if self.predicted is None:
             return [("predicted", f"nothing: the planner failed ({self.failure})")]
         peak, groups = self.predicted.peak, self.predicted.peak.groups()
@@ -98,10 +99,10 @@ class MemoryWatch(Observer):
 
     @contextmanager
     def updating(self, engine: Engine, update: Update) -> Iterator[None]:
-        """Looks at what happens in the block, if it is an update to be measured."""
-        # From one update earlier: DDP's buckets are seen only when they are written to.
-        followed = update.is_measured or update.number == MEASURED_UPDATE - 1
-        tracker = self._follow(engine) if followed and self._env.device.type != "cuda" else None
+        """Measures the peak memory of the update if it is to be measured."""
+        # Track from one update earlier, because DDP's buckets are noticed only when they are written to.
+        is_tracked = update.is_measured or update.number == MEASURED_UPDATE - 1
+        tracker = self._live_bytes(engine) if is_tracked and self._env.device.type != "cuda" else None
         with nullcontext() if tracker is None else tracker:
             if tracker is not None:
                 tracker.begin(update.number)
@@ -110,40 +111,41 @@ class MemoryWatch(Observer):
             return
         peak = torch.cuda.max_memory_allocated() if tracker is None else tracker.intervals[-1].peak
         self._tracker = None
-        self._held["optimizer states"] = storage_bytes(engine.tensors()["states"])  # the first update makes them
-        held = [float(self._held.get(kind, 0)) for kind in _HELD]
-        peak_bytes, *largest = (int(value) for value in self._env.max([float(peak), *held]))
-        self.observed = Observed(peak_bytes, dict(zip(_HELD, largest, strict=True)))
+        # Measured now, because the first update creates the states.
+        self._measured_bytes["optimizer states"] = storage_bytes(engine.tensors()["states"])
+        sizes = [float(self._measured_bytes.get(kind, 0)) for kind in _EXACT]
+        peak_bytes, *largest = (int(value) for value in self._env.max([float(peak), *sizes]))
+        self.observed = Observed(peak_bytes, dict(zip(_EXACT, largest, strict=True)))
 
     def backward_done(self, engine: Engine, update: Update) -> None:
-        """Notes what the engine holds, if it is an update to be measured."""
+        """Measures the engine's tensors if the update is to be measured."""
         if not update.is_measured:
             return
         tensors = engine.tensors()
         buffers = list(engine.module.named_buffers())
         index = [buffer for name, buffer in buffers if ".support." in name]
         others = [buffer for name, buffer in buffers if ".support." not in name]
-        self._held = {
+        self._measured_bytes = {
             "weights": storage_bytes([*tensors["parameters"], *others]),
             "gradients": storage_bytes(tensors["gradients"]),
             "index of the supports": storage_bytes(index),
         }
 
     def values(self) -> dict[str, float]:
-        """Predicted and observed peak."""
+        """Returns the predicted and the measured peak."""
         both = {"predicted_memory_bytes": self.predicted, "observed_memory_bytes": self.observed}
         return {name: found.peak_bytes for name, found in both.items() if found is not None}
 
-    def _follow(self, engine: Engine) -> LiveBytes:
-        """A tracker that knows all tensors that are alive."""
+    def _live_bytes(self, engine: Engine) -> LiveBytes:
+        """Returns a tracker that knows all live tensors."""
         if self._tracker is None:
             self._tracker = LiveBytes()
-            # Not subclasses: the memory of a DTensor is another tensor's, and fake ones of a compiler have none.
+            # Not subclasses: a DTensor's memory belongs to another tensor, and a compiler's fake tensors have none.
             self._tracker.add([each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)])
         return self._tracker
 
     def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
-        """Says once what was found: a note, or a warning where it is further from the prediction than stated."""
+        """Reports the comparison once; as a warning if the prediction is further off than its stated error."""
         if self.observed is None or self._reported:
             return
         self._reported = True
@@ -154,28 +156,28 @@ class MemoryWatch(Observer):
             tracker.note(f"memory: {found}")
             return
         interval, compiled = self.predicted.relative_error, self._config.train.compile
-        # The allocator counts cuBLAS' workspaces, which are not tensors of the run.
+        # The allocator counts cuBLAS workspaces, which are not tensors of the run.
         off = (self.observed.peak_bytes - (WORKSPACE_BYTES if on_gpu else 0)) / self.predicted.peak_bytes - 1
         found += f", {format_bytes(self.predicted.peak_bytes)} predicted"
         stated = "without torch.compile" if compiled else f"stated: within {interval:.0%}"
         found += f" ({off:+.1%} of it; {stated})" if on_gpu else " for a GPU"
-        wrong = self._wrong()
-        # The eager run is predicted, and the compiler keeps what it sees fit. And the CPU has operators of its own.
+        wrong = self._differences()
+        # The prediction is for eager mode on a GPU; torch.compile keeps other tensors, and the CPU has other operators.
         too_far = on_gpu and not compiled and abs(off) > interval
         if wrong or too_far:
-            same = "activations, temporaries or buffers, for weights, gradients, states and index are as predicted"
-            tracker.warn(f"the memory planner was wrong about this run: {found}; {', '.join(wrong) or same}")
+            rest = "activations, temporaries or buffers differ; weights, gradients, states and index are as predicted"
+            tracker.warn(f"the memory planner was wrong about this run: {found}; {', '.join(wrong) or rest}")
         else:
             tracker.note(f"memory: {found}")
 
-    def _wrong(self) -> list[str]:
-        """Which of the exact components are not."""
+    def _differences(self) -> list[str]:
+        """Describes the components whose measured size differs from the prediction."""
         assert self.observed is not None and self.predicted is not None
         before = next(point for point in self.predicted.timeline if point.phase == "update")
         sizes = {**before.components, **before.groups()}
         wrong = []
-        for kind, groups in _HELD.items():
-            expected, found = sum(sizes.get(group, 0) for group in groups), self.observed.held[kind]
+        for kind, groups in _EXACT.items():
+            expected, found = sum(sizes.get(group, 0) for group in groups), self.observed.component_bytes[kind]
             if abs(found - expected) > max(_TOLERANCE, _SHARE * expected):
                 wrong.append(f"{kind} take {format_bytes(found)} instead of {format_bytes(expected)}")
         return wrong

@@ -1,4 +1,4 @@
-"""What watches a run, beside what trains it. A new concern is a new class, and a place in train/build.py's list."""
+"""The interface of observers of a run. To add one, write a subclass and add it to the list in train/build.py."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.tracking.tracker import RunTracker
 
 MEASURED_UPDATE = 3
-"""In the first two DDP arranges its buckets, ZeRO 3 traces the model, and optimizers make their states."""
+"""In earlier updates DDP arranges its buckets, ZeRO 3 traces the model, and optimizers create their states."""
 
 
 @dataclass
 class Update:
-    """An update, while it is being made and after it.
+    """An update that is in progress or done.
 
     Attributes:
-        number: Updates of this process, this one included.
-        step: Updates of the run, this one included.
+        number: Number of the update in this process, from 1.
+        step: Number of the update in the run, from 1.
         lr: Learning rate.
-        last: Whether it is the run's last, as far as `train.steps` says.
+        last: Whether it is the last update according to `train.steps`.
         loss: Mean loss; known after the backward pass.
-        tokens: Non-padding tokens, over all ranks; known after the backward pass.
-        grad_norm: Of all gradients before clipping; known after the update.
+        tokens: Number of non-padding tokens over all ranks; known after the backward pass.
+        grad_norm: Global gradient norm before clipping; known after the update.
     """
 
     number: int
@@ -38,28 +38,28 @@ class Update:
 
     @property
     def is_measured(self) -> bool:
-        """Whether what costs time to measure, and is the same in every update, is measured in this one."""
+        """Whether to make the expensive measurements, whose results are the same in every update, in this one."""
         return self.number == MEASURED_UPDATE or (self.last and self.number < MEASURED_UPDATE)
 
 
 class Observer:
-    """Watches a run. Every method does nothing unless a subclass says otherwise."""
+    """Base class of observers, whose methods do nothing unless a subclass overrides them."""
 
     @contextmanager
     def updating(self, engine: Engine, update: Update) -> Iterator[None]:
-        """Around all that an update does on the device."""
+        """Encloses all work of an update on the device."""
         yield
 
     def backward_done(self, engine: Engine, update: Update) -> None:
-        """Between the backward pass and the optimizer's step: gradients are there, loss and tokens are known."""
+        """Called between the backward pass and clipping, when gradients, loss and tokens are known."""
 
     def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
-        """After an update, of which everything is known.
+        """Called after an update, when all its values are known.
 
         Raises:
-            SltrainError: The run must not go on.
+            SltrainError: The run must stop.
         """
 
     def values(self) -> Mapping[str, float]:
-        """What every training line of metrics.jsonl says beside the training loop's own values."""
+        """Returns additional values for the training lines of metrics.jsonl."""
         return {}

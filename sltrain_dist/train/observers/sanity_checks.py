@@ -1,4 +1,4 @@
-"""`train.sanity_checks`: after every update, that what ought to hold under any engine does hold."""
+"""`train.sanity_checks`: checks after every update of what must be true with any engine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sltrain_dist.train.observers.observer import Observer, Update
 
 
 class SanityChecks(Observer):
-    """Checks every update that has been made.
+    """An observer that checks every update.
 
     Args:
-        env: This process among all.
-        supports: The supports' fingerprint, as it was when the run began.
+        env: The distributed environment.
+        supports: Fingerprint of the supports at the start of the run.
     """
 
     def __init__(self, env: Environment, supports: str) -> None:
@@ -30,25 +30,25 @@ class SanityChecks(Observer):
 
 
 def check_update(engine: Engine, env: Environment, *, step: int, lr: float, supports: str) -> None:
-    """Checks an update that has just been made.
+    """Checks that replicas are in sync, gradients freed, the learning rate as scheduled, and supports unchanged.
 
     Args:
         engine: The engine.
-        env: This process among all.
-        step: The update's number.
-        lr: What the schedule said.
-        supports: The supports' fingerprint, as it was when the run began.
+        env: The distributed environment.
+        step: Number of the update.
+        lr: Learning rate of the schedule.
+        supports: Fingerprint of the supports at the start of the run.
 
     Raises:
-        SanityError: On all ranks, naming what does not hold and where.
+        SanityError: A check failed on some rank. Raised on all ranks, with the failed checks and that rank.
     """
     problems: list[str] = []
-    held = [name for name, parameter in engine.module.named_parameters() if parameter.grad is not None]
-    if held:
-        problems.append(f"gradients are still held after the update: {_some(held)}")
+    not_freed = [name for name, parameter in engine.module.named_parameters() if parameter.grad is not None]
+    if not_freed:
+        problems.append(f"gradients are not freed after the update: {_some(not_freed)}")
     wrong = sorted({rate for rate in engine.learning_rates() if rate != lr})
     if wrong:
-        problems.append(f"the optimizer's learning rate is {wrong}, the schedule's {lr}")
+        problems.append(f"the optimizer's learning rate is {wrong}, but the schedule's is {lr}")
     if supports_fingerprint(engine.module) != supports:
         problems.append("the supports have changed since the start")
     names, sums = [], []
@@ -57,15 +57,15 @@ def check_update(engine: Engine, env: Environment, *, step: int, lr: float, supp
         sums.append(_checksum(tensor))
     everyone = env.gather((problems, torch.stack(sums).tolist() if sums else []))
     for rank, (found, checksums) in enumerate(everyone):
-        astray = [name for name, a, b in zip(names, checksums, everyone[0][1], strict=True) if a != b]
-        if astray:
-            found = [*found, f"its replicas differ from rank 0's: {_some(astray)}"]
+        out_of_sync = [name for name, a, b in zip(names, checksums, everyone[0][1], strict=True) if a != b]
+        if out_of_sync:
+            found = [*found, f"its replicas differ from rank 0's: {_some(out_of_sync)}"]
         if found:
-            raise SanityError(f"update {step}, rank {rank}: {'; '.join(found)}. This is a defect, not a setting")
+            raise SanityError(f"update {step}, rank {rank}: {'; '.join(found)}. This is a bug, not a wrong setting")
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A sum over the bits of all values: equal for equal tensors, and changed by any one bit."""
+    """Returns a sum over the bits of all values, which changes if any single bit changes."""
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return tensor.detach().contiguous().view(width).sum(dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""What an update of a run sends to other ranks: measured once, for every update sends the same."""
+"""Measurement of what an update sends to other ranks, made once because every update sends the same."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sltrain_dist.train.summary import describe_traffic
 
 
 class TrafficWatch(Observer):
-    """Counts what one update sends; nothing on a single rank."""
+    """An observer that measures the communication of one update, if there are several ranks."""
 
     def __init__(self, env: Environment) -> None:
-        self._counts = env.world_size > 1
+        self._enabled = env.world_size > 1
         self._traffic: Traffic | None = None
 
     @contextmanager
     def updating(self, engine: Engine, update: Update) -> Iterator[None]:
-        """Counts what is sent in the block, if it is the update that is measured."""
-        if not self._counts or update.number != MEASURED_UPDATE:
+        """Measures the communication of the update if it is the one to be measured."""
+        if not self._enabled or update.number != MEASURED_UPDATE:
             yield
             return
         with TrafficMeter() as meter:
@@ -33,11 +33,11 @@ class TrafficWatch(Observer):
         self._traffic = meter.traffic
 
     def updated(self, engine: Engine, update: Update, tracker: RunTracker) -> None:
-        """Says once what was found."""
+        """Reports the measurement once."""
         if self._traffic is not None and update.number == MEASURED_UPDATE:
             tracker.note(f"measured: {describe_traffic(self._traffic)}")
 
     def values(self) -> dict[str, float]:
-        """Bytes that a rank sends in an update, by kind of collective."""
+        """Returns the bytes that this rank sends in an update, by kind of collective."""
         sent = {} if self._traffic is None else asdict(self._traffic)
         return {f"sent_{kind}_bytes": round(num_bytes) for kind, num_bytes in sent.items()}

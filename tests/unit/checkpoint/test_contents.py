@@ -56,7 +56,7 @@ def assert_damaged(path: Path, said: str) -> None:
     reported: list[str] = []
     with pytest.raises(CheckpointError, match="every checkpoint"):
         CheckpointStore(path.parent, SINGLE, 9).newest(reported.append)
-    assert reported == [f"checkpoint passed over: {problem}"]
+    assert reported == [f"checkpoint skipped: {problem}"]
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
@@ -144,12 +144,12 @@ SHAPES = {"shapes": json.dumps({"model.w": [2, 3]})}
 @pytest.mark.parametrize(
     ("tensors", "metadata", "said"),
     [
-        ({"model.w@0": 4, "model.w@2": 2}, SHAPES, "two ranges hold elements 2 to 3 of model.w"),
-        ({"model.w@0": 2, "model.w@4": 2}, SHAPES, "nothing holds elements 2 to 3 of model.w"),
-        ({"model.w@1": 5}, SHAPES, "nothing holds elements 0 to 0 of model.w"),
-        ({"model.w@0": 5}, SHAPES, "5 elements are saved, and not 6, of model.w"),
-        ({"model.w@0": 7}, SHAPES, "7 elements are saved, and not 6, of model.w"),
-        ({}, SHAPES, "0 elements are saved, and not 6, of model.w"),
+        ({"model.w@0": 4, "model.w@2": 2}, SHAPES, "two ranges cover elements 2 to 3 of model.w"),
+        ({"model.w@0": 2, "model.w@4": 2}, SHAPES, "no range covers elements 2 to 3 of model.w"),
+        ({"model.w@1": 5}, SHAPES, "no range covers elements 0 to 0 of model.w"),
+        ({"model.w@0": 5}, SHAPES, "5 elements are saved instead of 6, of model.w"),
+        ({"model.w@0": 7}, SHAPES, "7 elements are saved instead of 6, of model.w"),
+        ({}, SHAPES, "0 elements are saved instead of 6, of model.w"),
         ({"model.w": 6}, SHAPES, "'model.w' is not a range"),
         ({"model.w@-1": 6}, SHAPES, "'model.w@-1' is not a range"),
         ({"model.v@0": 6}, SHAPES, "'model.v@0' is not a range"),
@@ -178,7 +178,7 @@ def test_ranks_that_disagree(saved: Path) -> None:
     assert_damaged(saved, "model.w has the shape [3, 2] here and [2, 3] in another file")
     save_file({"model.w@3": torch.zeros(3, dtype=torch.bfloat16)}, path, metadata=SHAPES)
     listed_anew(saved)
-    assert_damaged(saved, "model.w is of type BF16 here and F32 elsewhere")
+    assert_damaged(saved, "model.w has the type BF16 here and F32 elsewhere")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000, '{"a": ' * 100_000])
@@ -192,7 +192,7 @@ def test_a_parameter_that_no_file_holds(saved: Path) -> None:
     """Every file is whole and every tensor in it, but the configuration's model has more."""
     (saved / "config.yaml").write_text("train: {steps: 1}\n")
     listed_anew(saved)
-    assert_damaged(saved, "it lacks model.model.embed_tokens.weight of shape (32000, 512)")
+    assert_damaged(saved, "model.model.embed_tokens.weight of shape (32000, 512) is missing")
 
 
 TINY = "{vocab_size: 8, hidden_size: 4, intermediate_size: 4, num_layers: 1, num_heads: 1}"
@@ -204,8 +204,8 @@ TINY = "{vocab_size: 8, hidden_size: 4, intermediate_size: 4, num_layers: 1, num
         ("sgd", torch.float32, {}, "state.json: data: Field required"),
         ("sgd", torch.float32, {"counters": {"step": 2}}, "state.json: data: Field required"),
         ("sgd", torch.float32, {"counters": {"step": 2}, "data": {}, "rng": [], "supports": ""}, "is of step 2"),
-        ("sgd", torch.int32, {}, "model.model.embed_tokens.weight is of type I32"),
-        ("adamw", torch.float32, {}, "it lacks optim.model.embed_tokens.weight.exp_avg of shape (8, 4)"),
+        ("sgd", torch.int32, {}, "model.model.embed_tokens.weight has the type I32"),
+        ("adamw", torch.float32, {}, "optim.model.embed_tokens.weight.exp_avg of shape (8, 4) is missing"),
     ],
 )
 def test_what_a_run_could_not_go_on_from(

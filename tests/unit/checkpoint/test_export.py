@@ -74,7 +74,7 @@ def test_tied_head_is_exported_once(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     _, checkpoint = saved(tmp_path)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export_dense(checkpoint, tmp_path / "there")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         export_dense(tmp_path / "there", tmp_path / "new")

@@ -93,14 +93,14 @@ class TestRanges:
     @pytest.mark.parametrize(("name", "start", "length"), [("model.x", 0, 1), ("model.w", 34, 2), ("model.w", 35, 1)])
     def test_what_is_not_there(self, tmp_path: Path, name: str, start: int, length: int) -> None:
         reader = CheckpointReader(save(tmp_path, 1, ranks=2))
-        with pytest.raises(CheckpointError, match=rf"does not hold {name}\[{start}:{start + length}\]"):
+        with pytest.raises(CheckpointError, match=rf"does not contain {name}\[{start}:{start + length}\]"):
             reader.read(name, start, length)
 
     def test_a_gap_between_pieces(self, tmp_path: Path) -> None:
         gap = [Chunk("w", (6,), 0, torch.ones(2)), Chunk("w", (6,), 4, torch.ones(2))]
         path = CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, "")
-        assert damage(path) == f"{path} is damaged: nothing holds elements 2 to 3 of w"
-        with pytest.raises(CheckpointError, match="nothing holds elements 2 to 3 of w"):
+        assert damage(path) == f"{path} is damaged: no range covers elements 2 to 3 of w"
+        with pytest.raises(CheckpointError, match="no range covers elements 2 to 3 of w"):
             CheckpointReader(path)
 
     def test_tokenizer(self, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ class TestLeftovers:
         assert damage(path) is None
         assert [step for step, _ in list_checkpoints(tmp_path)] == [6]
         assert len(said) == 3, "the two, and the checkpoint of step 3"
-        assert all("cannot be deleted; delete it at will" in line for line in said)
+        assert all("cannot be deleted; delete it by hand" in line for line in said)
         assert newest(tmp_path)[0] == path
 
     def test_a_save_whose_old_ones_cannot_be_renamed_is_a_save(
@@ -334,7 +334,7 @@ class TestFinite:
         if (name, bad) == ("optim.w.exp_avg", 1e20):
             assert said[0] == "saved"
         else:
-            assert f"{name} is not finite, or close to it, and no checkpoint of it was saved" in said[0]
+            assert f"{name} is not finite or close to overflow, and no checkpoint of it was saved" in said[0]
             assert entries(tmp_path) == [checkpoint_name(3)]
 
 
@@ -420,7 +420,7 @@ class TestDamage:
         assert problem is not None
         assert said in problem
         assert str(path / file) in problem
-        assert newest(tmp_path) == (tmp_path / checkpoint_name(3), [f"checkpoint passed over: {problem}"])
+        assert newest(tmp_path) == (tmp_path / checkpoint_name(3), [f"checkpoint skipped: {problem}"])
 
     @pytest.mark.parametrize(
         ("harm", "said"),

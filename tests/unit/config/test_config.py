@@ -235,11 +235,11 @@ class TestHostileInput:
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("a: &a {b: *a}", "line 1, column 11: not valid YAML: an alias stands for something that it is in"),
-            ("a: &a [*a]", "an alias stands for something that it is in"),
-            ("a: &a {<<: *a}", "an alias stands for something that it is in"),
-            (ALIASES, "more than 100,000 values, each alias counted as all that it stands for"),
-            (MERGES, "more than 100,000 values, each alias counted as all that it stands for"),
+            ("a: &a {b: *a}", "line 1, column 11: not valid YAML: an alias refers to a node that contains it"),
+            ("a: &a [*a]", "an alias refers to a node that contains it"),
+            ("a: &a {<<: *a}", "an alias refers to a node that contains it"),
+            (ALIASES, "more than 100,000 values, counting the values that aliases expand to"),
+            (MERGES, "more than 100,000 values, counting the values that aliases expand to"),
             (f"x: {NESTED}", "more than 32 levels of nesting"),
             ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 99)), "more than 32 levels"),
             (f"train: {{steps: {'9' * 5000}}}", "a whole number of 5,000 characters"),
@@ -308,7 +308,7 @@ class TestMessages:
             ("source=x", "source = 'x': unknown key; did you mean data.source or eval.source?"),
             ("Train.steps=3", "Train = {'steps': 3}: unknown key; did you mean train?"),
             ("hiden_size=3", "hiden_size = 3: unknown key; did you mean model.hidden_size?"),
-            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; there are: every, keep, keep_every, resume"),
+            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; valid keys: every, keep, keep_every, resume"),
             # wrong types
             ("optim.lr=fast", "optim.lr = 'fast': should be a number"),
             ("optim.lr=null", "optim.lr = null: should be a number"),
@@ -337,8 +337,8 @@ class TestMessages:
             ("train.steps.x=3", "train.steps.x = 3: train.steps is a value, not a section"),
             # presets
             ("preset=llama_60", "preset = 'llama_60': unknown preset; did you mean 'llama_60m'?"),
-            ("preset=xyz", "preset = 'xyz': unknown preset; there are: llama_130m, llama_1b"),
-            ("preset=[a]", "preset = ['a']: unknown preset; there are: "),
+            ("preset=xyz", "preset = 'xyz': unknown preset; valid names: llama_130m, llama_1b"),
+            ("preset=[a]", "preset = ['a']: unknown preset; valid names: "),
             # combinations
             ("model.num_heads=3", "model.num_heads = 3: does not divide model.hidden_size = 512"),
             ("data.reset_attention=true", "data.reset_attention = true: a padded row holds one document"),
@@ -407,9 +407,9 @@ class TestMessages:
         [
             (
                 "train: {steps: 10}\ntrain: {steps: 11}\n",
-                ": line 2, column 1: not valid YAML: the key 'train' is there",
+                ": line 2, column 1: not valid YAML: the key 'train' is repeated",
             ),
-            ("train: {steps: 10, steps: 11}", ": line 1, column 20: not valid YAML: the key 'steps' is there twice"),
+            ("train: {steps: 10, steps: 11}", ": line 1, column 20: not valid YAML: the key 'steps' is repeated"),
             ("1: 2\n", ": line 1, column 1: not valid YAML: a key that is not text"),
             ("? [a]\n: 2\n", "a key that is not text"),
             ("train: [", "not valid YAML: while parsing a flow node"),

@@ -101,8 +101,8 @@ def test_streams_are_dealt_by_weight(weights, streams, rows_per_stream):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"source": "x", "weights": [1.0]}, "belongs to a list of sources"),
-        ({"source": ["x", "y"], "weights": [1.0]}, "has 1 entries for the 2"),
+        ({"source": "x", "weights": [1.0]}, "needs a list of sources"),
+        ({"source": ["x", "y"], "weights": [1.0]}, "has 1 entries for 2 data.source"),
         ({"source": ["x", "y"], "weights": [1.0, 0.0]}, "greater than 0"),
     ],
 )

@@ -32,7 +32,7 @@ from sltrain_dist.optim.state_layout import (
     stored_states,
     whole,
 )
-from sltrain_dist.parallel.pieces import Held, Piece
+from sltrain_dist.parallel.pieces import LocalPieces, Piece
 from sltrain_dist.parallel.placement import fsdp_place, fsdp_rows, rank_bytes, vector_borders
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
@@ -71,7 +71,7 @@ def agreement(env: Environment) -> low_bit.Agree:
     return agree
 
 
-def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Agreement = agreement) -> Held:
+def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Agreement = agreement) -> LocalPieces:
     """What a rank holds of all parameters under the rule of FSDP2."""
     pieces = []
     for name, value in first_values(dtype).items():
@@ -80,10 +80,10 @@ def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Ag
         borders = vector_borders(tuple(value.shape), env.world_size)
         part = nn.Parameter(value[first:last].clone())
         pieces.append(Piece(name, tuple(value.shape), first * width, part, True, borders))
-    return Held(pieces, optim, agrees(env))
+    return LocalPieces(pieces, optim, agrees(env))
 
 
-def make_updates(held: Held, steps: range, dtype: torch.dtype) -> None:
+def make_updates(held: LocalPieces, steps: range, dtype: torch.dtype) -> None:
     for step in steps:
         wanted = gradients(step, dtype)
         for piece in held.pieces:
@@ -232,7 +232,7 @@ class TestRanks:
             place = fsdp_place("V", shape, env.rank, ranks)
             part = nn.Parameter(torch.ones(place.count))
             piece = Piece("V", shape, place.start, part, True, place.borders)
-            held = Held([piece], OptimConfig(state_bits=4), agreement(env))
+            held = LocalPieces([piece], OptimConfig(state_bits=4), agreement(env))
             if place.count:
                 part.grad = torch.arange(place.start, place.stop).float()
             held.update(0.1)
@@ -396,11 +396,11 @@ REFUSED = [
     ("optim.master_weights=true parallel.engine=zero", "parallel.engine=fsdp or ddp"),
     ("optim.name=adafactor parallel.engine=zero", "set parallel.engine=ddp"),
     ("optim.name=adafactor parallel.engine=fsdp", "set parallel.engine=ddp"),
-    ("optim.name=adafactor optim.state_bits=8", "set 16"),
-    ("optim.name=sgd optim.state_bits=4", "set 16"),
-    ("optim.name=sgd optim.master_weights=true", "set it false"),
-    ("optim.name=adafactor optim.stochastic_rounding=true", "set it false"),
-    ("optim.master_weights=true optim.stochastic_rounding=true", "set it, or optim.master_weights, false"),
+    ("optim.name=adafactor optim.state_bits=8", "set it to 16"),
+    ("optim.name=sgd optim.state_bits=4", "set it to 16"),
+    ("optim.name=sgd optim.master_weights=true", "set it to false"),
+    ("optim.name=adafactor optim.stochastic_rounding=true", "set it to false"),
+    ("optim.master_weights=true optim.stochastic_rounding=true", "set one of the two to false"),
 ]
 
 

@@ -17,7 +17,7 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.clipping import coefficient
 from sltrain_dist.parallel.ddp import DDPEngine
-from sltrain_dist.parallel.pieces import Held
+from sltrain_dist.parallel.pieces import LocalPieces
 from sltrain_dist.parallel.placement import waiting_bytes
 from sltrain_dist.train.step import Rows, forward_backward
 from tests.support.configs import TRAINED
@@ -89,13 +89,13 @@ def test_gradients_are_freed_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None
     training = Training(config_of(update="per_layer"))
     parameters = list(training.engine.module.parameters())
     alive: list[int] = []
-    step = Held.step
+    step = LocalPieces.step
 
-    def counting(self: Held, *args: Any) -> None:
+    def counting(self: LocalPieces, *args: Any) -> None:
         alive.append(sum(p.grad is not None for p in parameters))
         step(self, *args)
 
-    monkeypatch.setattr(Held, "step", counting)
+    monkeypatch.setattr(LocalPieces, "step", counting)
     training.update()
     assert len(alive) == len(parameters)  # each is stepped once
     assert max(alive) <= 9  # autograd hands over those of one function, such as that of q, k and v, together

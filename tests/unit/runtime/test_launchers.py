@@ -132,7 +132,7 @@ def test_a_deepspeed_command_that_is_killed_before_the_rank_has_begun(chains: li
     first.stdin.write("\n")
     first.stdin.flush()
     rank = int(first.stdout.readline())
-    assert first.stdout.readline() == f"the deepspeed command that has started process {launcher} is gone\n"
+    assert first.stdout.readline() == f"the deepspeed command that started process {launcher} is gone\n"
     first.stdin.close()
     for pid in (rank, launcher):
         os.kill(pid, signal.SIGKILL)

@@ -111,13 +111,13 @@ class TestSanity:
         engine, supports = self.updated()
         next(engine.module.parameters()).grad = torch.ones(61, 32)
         with pytest.raises(
-            SanityError, match=r"update 7, rank 0: gradients are still held .*model\.embed_tokens\.weight"
+            SanityError, match=r"update 7, rank 0: gradients are not freed .*model\.embed_tokens\.weight"
         ):
             check_update(engine, SINGLE, step=7, lr=0.1, supports=supports)
 
     def test_another_learning_rate(self) -> None:
         engine, supports = self.updated(lr=0.2)
-        with pytest.raises(SanityError, match=r"learning rate is \[0\.2\], the schedule's 0\.1"):
+        with pytest.raises(SanityError, match=r"learning rate is \[0\.2\], but the schedule's is 0\.1"):
             check_update(engine, SINGLE, step=1, lr=0.1, supports=supports)
 
     def test_changed_supports(self) -> None:

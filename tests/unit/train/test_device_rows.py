@@ -12,7 +12,7 @@ import torch
 
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.errors import DataError
-from sltrain_dist.train.device_rows import RowFeed
+from sltrain_dist.train.device_rows import RowPrefetcher
 from sltrain_dist.train.step import Rows
 from tests.support.data import NumberTokenizer, data_config, make_loaders, write_numbered
 
@@ -38,7 +38,7 @@ class Numbers:
         return {"taken": self.taken}
 
 
-def number(feed: RowFeed) -> int:
+def number(feed: RowPrefetcher) -> int:
     rows, sent = feed.take()
     assert np.array_equal(rows, sent.numpy())
     assert sent.dtype == torch.int32
@@ -47,7 +47,7 @@ def number(feed: RowFeed) -> int:
 
 def test_the_cursor_is_that_of_the_rows_taken() -> None:
     loader = Numbers()
-    feed = RowFeed(loader, CPU, ahead=True)
+    feed = RowPrefetcher(loader, CPU, ahead=True)
     assert (number(feed), feed.state_dict()) == (1, {"taken": 1})
     for update in range(2, 6):
         feed.prepare()
@@ -58,7 +58,7 @@ def test_the_cursor_is_that_of_the_rows_taken() -> None:
 
 
 def test_an_error_waits_for_its_update() -> None:
-    feed = RowFeed(Numbers(last=1), CPU, ahead=True)
+    feed = RowPrefetcher(Numbers(last=1), CPU, ahead=True)
     assert number(feed) == 1
     feed.prepare()
     assert feed.state_dict() == {"taken": 1}
@@ -70,7 +70,7 @@ def test_an_error_waits_for_its_update() -> None:
 
 def test_rows_that_do_not_come_are_not_waited_for_when_asked_to_stop() -> None:
     loader = Numbers()
-    feed = RowFeed(loader, CPU, ahead=True)
+    feed = RowPrefetcher(loader, CPU, ahead=True)
     assert number(feed) == 1
     loader.slow = True
     feed.prepare(lambda: "SIGTERM")
@@ -83,7 +83,7 @@ def test_rows_that_do_not_come_are_not_waited_for_when_asked_to_stop() -> None:
 
 def test_nothing_is_ahead_on_the_cpu() -> None:
     loader = Numbers()
-    feed = RowFeed(loader, CPU)
+    feed = RowPrefetcher(loader, CPU)
     feed.take()
     feed.prepare()
     assert loader.taken == 1
@@ -95,11 +95,11 @@ def test_a_run_that_was_ahead_resumes_exactly(tmp_path, monkeypatch, stop: int) 
     shards = write_numbered(tmp_path, [40, 50], lambda i: i % 13 + 1)
     config = data_config(batching="pack", reset_attention=True)
 
-    def feed(state: dict[str, Any] | None = None) -> RowFeed:
+    def feed(state: dict[str, Any] | None = None) -> RowPrefetcher:
         (loader,) = make_loaders(config, shards, 1, state=state)
-        return RowFeed(loader, CPU, ahead=True)
+        return RowPrefetcher(loader, CPU, ahead=True)
 
-    def updates(source: RowFeed, count: int) -> list[Rows]:
+    def updates(source: RowPrefetcher, count: int) -> list[Rows]:
         taken = []
         for _ in range(count):
             taken.append(source.take().rows)
@@ -143,7 +143,7 @@ def test_on_cuda_a_copy_is_begun_from_pinned_memory_and_waited_for_when_taken(mo
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: done.append(f"held for {stream.name}"))
-    feed = RowFeed(Numbers(), torch.device("cuda", 0))
+    feed = RowPrefetcher(Numbers(), torch.device("cuda", 0))
     begun = ["pin", "enter copy", "to cuda:0, non_blocking=True", "leave copy"]
     taken = ["compute waits for copy", "held for compute"]
     assert number(feed) == 1

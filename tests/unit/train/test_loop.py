@@ -286,7 +286,7 @@ class TestResumable:
             check_resumable(config(), now, "runs/old")
         before = getattr(getattr(config(), section), key)
         assert f"{section}.{key}: {before!r} → {value!r}" in str(caught.value)
-        assert "runs/old belongs to a run of another configuration" in str(caught.value)
+        assert "runs/old belongs to a run with another configuration" in str(caught.value)
 
     def test_seed(self) -> None:
         with pytest.raises(CheckpointError, match="seed: 0 → 1"):
@@ -484,7 +484,7 @@ class TestStop:
     def test_file(self, tmp_path: Path) -> None:
         stop = StopRequest(tmp_path)
         (tmp_path / "STOP").touch()
-        assert stop.reason() == f"{tmp_path / 'STOP'} is there"
+        assert stop.reason() == f"found {tmp_path / 'STOP'}"
         stop.acknowledge()
         assert stop.reason() is None
         stop.acknowledge()
@@ -523,7 +523,7 @@ SAVED = {"counters": {"step": 3, "tokens": 60}, "data": {}, "rng": [{"torch": ""
     [
         ({"counters": None}, "counters: "),
         ({"counters": {"step": "late"}}, "counters.step: "),
-        ({"counters": {"step": 4}}, "state.json is of step 4, and not of 3"),
+        ({"counters": {"step": 4}}, "state.json is of step 4 instead of 3"),
         ({"data": []}, "data: "),
         ({"rng": {}}, "rng: "),
         ({"rng": [None]}, "rng.0: "),

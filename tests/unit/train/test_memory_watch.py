@@ -124,7 +124,7 @@ def test_compiled_blocks_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = MemoryWatch(config, SINGLE, predict)
     said = trained(watch, config)
     assert said.warnings == [] and watch.observed is not None
-    held = sum(watch.observed.held.values())
+    held = sum(watch.observed.component_bytes.values())
     assert held < watch.observed.peak_bytes
 
 
