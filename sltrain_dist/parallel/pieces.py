@@ -20,8 +20,8 @@ from sltrain_dist.optim.factory import (
     set_lr,
     state_tensors,
 )
-from sltrain_dist.optim.low_bit import Agree
-from sltrain_dist.optim.state_layout import Place, shared_blocks, stored_states
+from sltrain_dist.optim.low_bit import AllReduceMax
+from sltrain_dist.optim.state_layout import Place, shared_groups, stored_states
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,16 @@ class Held:
         agree: Makes the ranks agree on the scales of quantized blocks that they share.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: Agree | None = None) -> None:
+    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: AllReduceMax | None = None) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
         # Agreeing takes all ranks, also one that holds nothing of a parameter whose blocks others share.
-        stepped = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
+        stepped = [p for p in pieces if p.parameter.numel() or shared_groups(p.place, optim.state_bits)]
         named = [(piece.name, piece.parameter) for piece in stepped]
         places = {piece.name: piece.place for piece in stepped}
         # A rank may hold nothing: the whole of a model with more ranks than rows, or a remainder that is sharded.
         together = [named] if named and optim.update == "whole" else [[one] for one in named]
-        self._optimizers = [make_optimizer(some, optim, places=places, agree=agree) for some in together]
+        self._optimizers = [make_optimizer(some, optim, places=places, all_reduce_max=agree) for some in together]
         self._optimizer_of = {
             name: optimizer for some, optimizer in zip(together, self._optimizers, strict=True) for name, _ in some
         }
