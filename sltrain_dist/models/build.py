@@ -87,12 +87,10 @@ def initialise(model: nn.Module) -> None:
 
 
 def initial_values(model: nn.Module) -> Callable[[str, int, int], Tensor]:
-    """Returns a function that reads initial values as from a checkpoint.
-
-    It maps (name, start, count) of "model.<parameter>" to float32 values on the CPU.
+    """Returns a function that reads initial values like a checkpoint's: (name, start, count) of "model.<parameter>".
 
     Args:
-        model: The model, possibly on the meta device or sharded; without int8 weights.
+        model: The model, possibly on the meta device or sharded; without int8 weights. Values are float32, on the CPU.
     """
     initials = {f"model.{name}": initial for name, initial in _initials(model).items()}
     return lambda name, start, count: initials[name].read(start, count)

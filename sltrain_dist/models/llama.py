@@ -154,8 +154,7 @@ def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
     layer would make an additive one and save it for the backward pass.
 
     Args:
-        positions: (batch, length), int64: each token's position in its document, counted from 0 or from the start of
-            the row.
+        positions: (batch, length), int64: each token's position in its document, from 0 or from the row's start.
         dtype: Type that attention computes in.
 
     Returns:

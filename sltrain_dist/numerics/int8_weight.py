@@ -36,8 +36,7 @@ class Int8Weight(Tensor):
 
     Attributes:
         codes: int8, of the weight's shape, within ±127.
-        scales: (:func:`scale_count`,) float32. A value is its code times the scale of its row or, in a vector, of its
-            group.
+        scales: (:func:`scale_count`,) float32. A value is its code times its row's (in a vector, its group's) scale.
     """
 
     codes: Tensor
