@@ -87,10 +87,11 @@ def initialise(model: nn.Module) -> None:
 
 
 def initial_values(model: nn.Module) -> Callable[[str, int, int], Tensor]:
-    """Returns a function that reads initial values like a checkpoint's: (name, start, count) of "model.<parameter>".
+    """Returns a function that reads initial values like a checkpoint's: (name, start, count) of "model.<parameter>" to
+    float32 values on the CPU.
 
     Args:
-        model: The model, possibly on the meta device or sharded; without int8 weights. Values are float32, on the CPU.
+        model: The model, possibly on the meta device or sharded; without int8 weights.
     """
     initials = {f"model.{name}": initial for name, initial in _initials(model).items()}
     return lambda name, start, count: initials[name].read(start, count)
