@@ -168,7 +168,7 @@ def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bo
         named = [(part.name, parameter)]
         if low_bit:
             named.append(("without gradient", nn.Parameter(Int8Weight.empty((1, 1), kind, "cpu"))))
-        optimizer = make_optimizer(named, config.optim, places={part.name: part}, agree=lambda _: None)
+        optimizer = make_optimizer(named, config.optim, places={part.name: part}, all_reduce_max=lambda _: None)
         parameter.grad = torch.empty(shape, dtype=kind)
         log = EventLog(device)
         log.leave_out([*parts_of(parameter).values(), parameter.grad])

@@ -1,1 +1,1 @@
-"""The LLaMA decoder, its loss, and its counts."""
+"""The LLaMA decoder, its loss, and its parameter and FLOP counts."""

@@ -1,4 +1,4 @@
-"""Builds a model from the configuration: on the meta device first, then initialised in place."""
+"""Builds a model from the configuration, first on the meta device, and initialises it in place."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 
 def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForCausalLM:
-    """Builds the whole model on `device`, with its initial values, which depend on (seed, parameter name) only.
+    """Builds the whole model on `device`, with initial values that depend only on (seed, parameter name).
 
-    It is laid out on the meta device and then filled in place, parameter by parameter, so that no dense
-    copy of a replaced weight ever exists. With device "meta" nothing is allocated or initialised.
+    The model is built on the meta device and then filled in place, parameter by parameter, so that no dense copy of a
+    replaced weight ever exists. With device "meta", nothing is allocated or initialised.
     """
     model = build_meta_model(config)
     if torch.device(device).type != "meta":
@@ -32,10 +32,10 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForC
 
 
 def build_meta_model(config: Config) -> LlamaForCausalLM:
-    """Lays the model out on the meta device, with parameters of the type that `train.dtype` asks for.
+    """Builds the model on the meta device, with parameters of the type that `train.dtype` sets.
 
     Raises:
-        ConfigError: Only the planner knows `reparam.method`.
+        ConfigError: `reparam.method` is one that only the planner supports.
     """
     check_trainable(config)
     with torch.device("meta"):
@@ -52,7 +52,7 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
 
 
 def _quantize(model: LlamaForCausalLM, reparam: ReparamConfig) -> None:
-    """Puts int8 weights, still on the meta device, in the places of the parameters that are to be such."""
+    """Replaces parameters by int8 weights, still on the meta device, where the configuration says so."""
     for name, parameter in list(model.named_parameters()):
         if is_int8(name, reparam):
             module, _, key = name.rpartition(".")
@@ -61,21 +61,21 @@ def _quantize(model: LlamaForCausalLM, reparam: ReparamConfig) -> None:
 
 
 def materialise(model: LlamaForCausalLM, make: Callable[[Tensor], Tensor]) -> None:
-    """Gives memory to a model on the meta device, and computes its buffers; one that has memory stays as it is.
+    """Allocates the tensors of a model on the meta device and computes its buffers; leaves any other model as it is.
 
     Args:
         model: The model.
-        make: Makes the uninitialised tensor that takes a meta tensor's place, as `torch.empty_like` does; what it
-            returns as it is stays on the meta device.
+        make: Returns an uninitialised tensor to replace a meta tensor, as `torch.empty_like` does. A meta tensor that
+            it returns unchanged stays on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         give_memory(model, make)
         model.tie()
-        model.model.rotary_emb.reset_parameters()  # supports have computed theirs
+        model.model.rotary_emb.reset_parameters()  # supports compute their own buffers
 
 
 def give_memory(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Puts tensors that `make` makes in the places of a module's meta tensors, as `to_empty` does it."""
+    """Replaces a module's meta tensors by the tensors that `make` returns, in the way of `to_empty`."""
     module._apply(lambda tensor: make(tensor) if tensor.is_meta else tensor)
 
 
@@ -87,17 +87,18 @@ def initialise(model: nn.Module) -> None:
 
 
 def initial_values(model: nn.Module) -> Callable[[str, int, int], Tensor]:
-    """Initial values, to be read like a checkpoint's: (name, start, count) of "model.<parameter>", float32 on the CPU.
+    """Returns a function that reads initial values like a checkpoint's: (name, start, count) of "model.<parameter>" to
+    float32 values on the CPU.
 
     Args:
-        model: The model, also on the meta device or sharded; without int8 weights.
+        model: The model, possibly on the meta device or sharded; without int8 weights.
     """
     initials = {f"model.{name}": initial for name, initial in _initials(model).items()}
     return lambda name, start, count: initials[name].read(start, count)
 
 
 def _initials(model: nn.Module) -> dict[str, Initial]:
-    """How each parameter is initialised, by its name."""
+    """Returns how each parameter is initialised, by its name."""
     return {
         f"{prefix}.{name}": initial
         for prefix, module in model.named_modules()
@@ -107,7 +108,7 @@ def _initials(model: nn.Module) -> dict[str, Initial]:
 
 
 def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> LinearFactory:
-    """The function that makes each linear layer of attention and MLP, as `reparam.method` asks."""
+    """Returns the function that creates each linear layer of attention and MLP, by `reparam.method`."""
 
     def make(in_features: int, out_features: int, name: str) -> nn.Module:
         if reparam.method == "full":
@@ -131,18 +132,18 @@ def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> Linear
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SLLinear]]:
-    """Yields (construction name, layer) of all sparse plus low-rank layers."""
+    """Yields (construction name, layer) of every sparse plus low-rank layer."""
     for module in model.modules():
         if isinstance(module, SLLinear):
             yield module.name, module
 
 
 def supports_fingerprint(model: nn.Module) -> str:
-    """16 hex digits over all supports, by layer name; equal on every rank and in every resumed run."""
+    """Returns 16 hex digits that identify all supports, by layer name; equal on every rank and in every resumed run."""
     return join_fingerprints((name, layer.support.fingerprint()) for name, layer in sparse_layers(model))
 
 
 def join_fingerprints(supports: Iterable[tuple[str, str]]) -> str:
-    """16 hex digits over (layer name, fingerprint) of all supports, in the order of the layers."""
+    """Returns 16 hex digits that identify (layer name, fingerprint) of all supports, in the order of the layers."""
     lines = "".join(f"{name}:{fingerprint}\n" for name, fingerprint in supports)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]

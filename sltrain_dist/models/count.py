@@ -1,4 +1,4 @@
-"""Parameter and FLOP counts in closed form (no torch): the rules behind the model, the summary, the planner."""
+"""Parameter and FLOP counts in closed form (no torch), shared by the model, the run summary and the planner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sltrain_dist.sparse_lowrank.sizes import nonzeros, values_shape
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One replaced linear layer: its name inside a decoder block, m = out_features and n = in_features."""
+    """A replaced linear layer: its name inside a decoder layer, m = out_features and n = in_features."""
 
     name: str
     m: int
@@ -32,11 +32,11 @@ class ParameterCount:
     sparse: int
     """V of all replaced layers."""
     dense: int
-    """Dense weights of the linear layers: methods full, galore and relora."""
+    """Dense weights of the linear layers, with the methods full, galore and relora."""
 
     @property
     def remainder(self) -> int:
-        """What is never replaced: embedding, head and norms ("base" in the paper's accounting)."""
+        """Parameters that are never replaced: embedding, head and norms ("base" in the paper's accounting)."""
         return self.embedding + self.head + self.norms
 
     @property
@@ -47,7 +47,7 @@ class ParameterCount:
 
 @lru_cache(maxsize=64)
 def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
-    """The linear layers of one decoder block, in the order of the forward pass."""
+    """Returns the linear layers of one decoder layer, in the order of the forward pass."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim
     return (
         LinearShape("self_attn.q_proj", h, h),
@@ -63,7 +63,7 @@ def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
 def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCount:
     """Counts the parameters of a model (the paper's `base + LR + SP`, or `F` with method full).
 
-    relora has both the dense weights, which are frozen, and the factors; galore's model is the full one.
+    relora has both the frozen dense weights and the factors; galore has the parameters of the full model.
     """
     h, layers, linears = model.hidden_size, model.num_layers, block_linears(model)
     factored, dense = reparam.method not in ("full", "galore"), reparam.method not in ("sltrain", "lowrank")
@@ -80,7 +80,7 @@ def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCou
 
 
 def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every parameter, in the order of the built model's `named_parameters()`."""
+    """Returns (name, shape) of every parameter, in the order of the built model's `named_parameters()`."""
     h = model.hidden_size
     shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (model.vocab_size, h))]
     for layer in range(model.num_layers):
@@ -102,22 +102,22 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[s
 
 
 def is_int8(name: str, reparam: ReparamConfig) -> bool:
-    """Whether `reparam.weight_bits` makes a named parameter an int8 weight: B, A, V and the head; not the embedding
-    (nor a head that is one), of which an update changes few rows, nor the norms."""
+    """Returns whether `reparam.weight_bits` makes a named parameter an int8 weight: B, A, V and the head, but not the
+    norms, nor the embedding (or a head tied to it), of which an update changes few rows."""
     return reparam.weight_bits == 8 and (name == "lm_head.weight" or name.rpartition(".")[2] in ("B", "A", "V"))
 
 
 def parameter_bytes(name: str, shape: tuple[int, ...], reparam: ReparamConfig, value_bytes: int) -> int:
-    """Bytes of a named parameter, where others than int8 weights take `value_bytes` a value."""
+    """Returns the bytes of a named parameter; if it is not an int8 weight, each value takes `value_bytes`."""
     return int8_bytes(shape) if is_int8(name, reparam) else value_bytes * math.prod(shape)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """Floating-point operations of the *equivalent dense* model per token, forward plus backward.
+    """Returns the floating-point operations per token of the *equivalent dense* model, forward plus backward.
 
-    The numerator of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): 6 per weight of the
-    linear layers and the head, plus 12 · layers · width · sequence for attention. Rebuilding W, or
-    not forming it at all, does not change it, so that two methods' MFU compare like their tokens/s.
+    The numerator of model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): 6 per weight of the linear layers and
+    the head, plus 12 · layers · width · sequence for attention. It does not depend on how W is applied, so that the MFU
+    of two methods compares like their tokens/s.
     """
     weights = model.num_layers * sum(s.m * s.n for s in block_linears(model)) + model.vocab_size * model.hidden_size
     return 6 * weights + 12 * model.num_layers * model.hidden_size * seq_len

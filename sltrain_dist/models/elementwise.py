@@ -1,4 +1,4 @@
-"""Rotary embedding and normalisation in few passes over memory, forward and backward.
+"""Rotary embedding and RMS normalisation with few passes over memory, forward and backward.
 
 On the CPU, autograd of the composed operations takes two to three times as long
 (docs/reports/2026-11-24-operator-cpu.md).
@@ -18,7 +18,7 @@ from sltrain_dist.numerics.device import is_emulated
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies the rotary embedding, halves paired as in Hugging Face's.
+    """Applies the rotary embedding, with halves paired as in Hugging Face's implementation.
 
     Args:
         x: (batch, heads, length, head_dim).
@@ -35,16 +35,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotate_halves(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None  # the inverse of a rotation is its transpose
+        return _rotate_halves(grad, cos, -sin), None, None  # the inverse of a rotation is its transpose
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -53,9 +53,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension (arXiv 1910.07467).
+    """Applies root-mean-square normalisation over the last dimension (arXiv 1910.07467).
 
-    Kept for the backward pass are x and a float32 scalar a row, also of narrower types, whose arithmetic is in float32.
+    Saves x and one float32 scalar per row for the backward pass. Narrower types are computed in float32.
 
     Args:
         x: (..., n).
@@ -73,15 +73,15 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 class _FakeFusedRMSNorm(torch.autograd.Function):
-    """Allocates what CUDA's fused kernel (torch's _fused_rms_norm) does, which torch decomposes for fake CPU tensors.
+    """A stand-in for CUDA's fused kernel (torch's _fused_rms_norm), which torch decomposes for fake CPU tensors.
 
-    Kept are the input, the gain, and a float32 number a row.
+    It allocates what the kernel does, and saves the input, the gain, and one float32 number per row.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
         if not is_fake(x):
-            raise RuntimeError("a GPU is emulated for fake tensors only; this one is real")
+            raise RuntimeError("a GPU can be emulated for fake tensors only, and this tensor is real")
         ctx.save_for_backward(x, gain, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
         return torch.empty_like(x)
 
@@ -110,6 +110,6 @@ class _RMSNorm(torch.autograd.Function):
         rows = product.reshape(-1, x.shape[-1])
         d_gain = rows.sum(0).to(gain.dtype)
         wide = gain.to(inverse.dtype)
-        along = torch.mv(rows, wide).div_(x.shape[-1]).view(inverse.shape)
-        dx = torch.mul(grad, wide, out=product).addcmul_(normed, along, value=-1).mul_(inverse)
+        projection = torch.mv(rows, wide).div_(x.shape[-1]).view(inverse.shape)
+        dx = torch.mul(grad, wide, out=product).addcmul_(normed, projection, value=-1).mul_(inverse)
         return dx.to(x.dtype), d_gain, None

@@ -16,7 +16,7 @@ from sltrain_dist.numerics.keyed import Initial
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 
 LinearFactory = Callable[[int, int, str], nn.Module]
-"""Makes the linear layer of (in_features, out_features, name)."""
+"""Creates a linear layer from (in_features, out_features, name)."""
 
 
 class RMSNorm(nn.Module):
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., size) to (..., size)."""
-        # Under mixed precision an engine may have gathered the gain in another type than x has.
+        # Under mixed precision, an engine may gather the gain in a type other than x's.
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
@@ -70,15 +70,15 @@ class DenseLinear(nn.Linear):
 
 
 class Head(DenseLinear):
-    """The language-model head. Engines gather its weight for a call of it, so that the loss is computed in it.
+    """The language-model head. It computes the loss too, because engines gather its weight only while it is called.
 
     Args:
-        in_features: Size of hidden states.
-        out_features: Words of the vocabulary.
+        in_features: Size of the hidden states.
+        out_features: Size of the vocabulary.
         name: Keys the initial values, with `seed`.
         seed: Keys the initial values.
-        std: Of the initial values.
-        chunk_tokens: Tokens whose logits exist at a time in the loss; 0 for all at once.
+        std: Standard deviation of the initial values.
+        chunk_tokens: Number of tokens whose logits exist at a time in the loss; 0 for all at once.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Head(DenseLinear):
         self.chunk_tokens = chunk_tokens
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (..., vocabulary) of hidden states (..., hidden); with labels (...) the summed loss."""
+        """Returns logits (..., vocabulary) of hidden states (..., hidden); with labels (...), the summed loss."""
         if labels is not None and self.chunk_tokens:
             return chunked_cross_entropy_sum(x, self.weight, labels, self.chunk_tokens)
         weight = self.weight.dequantize() if isinstance(self.weight, Int8Weight) else self.weight
@@ -99,12 +99,12 @@ class Head(DenseLinear):
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary position embedding (arXiv 2104.09864), in float32.
 
-    Buffers that are computed, and in no state dict. They are for `length` positions; a longer sequence is an error.
+    They are computed, and not in the state dict. A sequence longer than `length` is an error.
 
     Args:
         head_dim: Width of one attention head; even.
         theta: Base of the frequencies.
-        length: Positions in the table, in tokens.
+        length: Number of positions in the table.
     """
 
     cos: Tensor
@@ -118,7 +118,7 @@ class RotaryEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Computes the table, on the device where it is."""
+        """Computes the table, on its device."""
         if self.cos.is_meta:
             return
         with torch.no_grad():
@@ -132,8 +132,8 @@ class RotaryEmbedding(nn.Module):
         """Returns (cos, sin) of type `dtype`, each (length, head_dim), or (batch, 1, length, head_dim) at `positions`.
 
         Args:
-            length: Of the sequences.
-            dtype: Of the result.
+            length: Length of the sequences.
+            dtype: Type of the result.
             positions: (batch, length), int64, below the table's length. None: 0, 1, … in every sequence.
 
         Raises:
@@ -148,17 +148,17 @@ class RotaryEmbedding(nn.Module):
 
 
 def document_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Block-causal attention: a token sees itself and what of its own document is before it in the row.
+    """Returns an attention mask by which a token attends to itself and to earlier tokens of its document in the row.
 
-    One for all layers and heads, and in the form that attention's kernels take: of a boolean mask every layer would
-    make such a one and keep it for the backward pass.
+    One mask serves all layers and heads. It is additive, as the attention kernels take it: from a boolean mask, every
+    layer would make an additive one and save it for the backward pass.
 
     Args:
-        positions: (batch, length), int64: of each token in its document, from 0 or from where the row begins.
-        dtype: That attention computes in.
+        positions: (batch, length), int64: each token's position in its document, from 0 or from the row's start.
+        dtype: Type that attention computes in.
 
     Returns:
-        (batch, 1, length, length): 0 where a query (third dimension) sees a key (fourth), elsewhere −∞.
+        (batch, 1, length, length): 0 where a query (third dimension) attends to a key (fourth), elsewhere −∞.
     """
     index = torch.arange(positions.shape[1], device=positions.device)
     first = (index - positions)[:, :, None]
@@ -180,9 +180,9 @@ class Attention(nn.Module):
         self.o_proj = linear(config.hidden_size, config.hidden_size, f"{name}.o_proj")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (batch, length, hidden) to the same shape; a position sees itself and what is before it.
+        """Maps (batch, length, hidden) to the same shape. A position attends to itself and to all earlier ones.
 
-        `mask`, see :func:`document_mask`, says what it sees instead.
+        `mask`, if given, says which positions it attends to instead; see :func:`document_mask`.
         """
         batch, length, _ = x.shape
         q, k, v = (
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if mask is not None and self.grouped:
-            # CUDA has no fused attention for grouped heads with a mask; the unfused one takes length² for each head.
+            # CUDA has no fused attention for grouped heads with a mask; the unfused one takes length² values per head.
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         grouped = self.grouped and mask is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -214,7 +214,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block: attention, then MLP, each added to the residual stream."""
+    """One pre-norm decoder layer: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, linear: LinearFactory, name: str) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Embedding, decoder blocks and the final norm."""
+    """The embedding, the decoder layers and the final norm."""
 
     def __init__(self, config: ModelConfig, linear: LinearFactory, seq_len: int, seed: int) -> None:
         super().__init__()
@@ -261,11 +261,11 @@ class LlamaForCausalLM(nn.Module):
 
     Args:
         config: Shape of the model.
-        linear: Makes the linear layers of attention and MLP.
+        linear: Creates the linear layers of attention and MLP.
         seq_len: Longest sequence, in tokens.
         seed: Keys the initial values.
-        autocast: Type that matrix products compute in, where it is not the parameters'.
-        chunk_tokens: Tokens whose logits exist at a time in the loss; 0 for all at once.
+        autocast: Type of matrix products, if it is not the parameters' type.
+        chunk_tokens: Number of tokens whose logits exist at a time in the loss; 0 for all at once.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class LlamaForCausalLM(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Makes head and embedding one parameter, where the configuration says so; `to_empty` undoes it."""
+        """Makes the head and the embedding one parameter if the configuration says so; `to_empty` undoes it."""
         if self.config.tie_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -300,14 +300,14 @@ class LlamaForCausalLM(nn.Module):
 
         Args:
             input_ids: (batch, length), int64.
-            labels: (batch, length), int64: the token after each position (already shifted), or
-                `loss.IGNORE` where nothing is to be predicted.
-            positions: (batch, length), int64: of each token in its document, where several share a row; see
-                :func:`document_mask`. None: a row is one document.
+            labels: (batch, length), int64: the token after each position (already shifted), or `loss.IGNORE` where
+                nothing is predicted.
+            positions: (batch, length), int64: each token's position in its document, if several documents share a row;
+                see :func:`document_mask`. None: a row is one document.
 
         Returns:
-            Logits (batch, length, vocabulary) without labels; with labels the summed loss, a float32 scalar.
+            Logits (batch, length, vocabulary) without labels; with labels, the summed loss, a float32 scalar.
         """
-        # Here and not around the call, so that every engine computes alike: DeepSpeed switches a caller's off.
+        # Not around the call: DeepSpeed disables a caller's autocast, and every engine must compute alike.
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
             return self.lm_head(self.model(input_ids, positions), labels)

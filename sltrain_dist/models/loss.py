@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy of logits, or of hidden states and the head, in chunks of tokens."""
+"""The training loss: cross-entropy of logits, or of hidden states and the head in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ IGNORE = -100
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy in float32; the caller divides by the number of labels of the whole batch.
+    """Returns the summed cross-entropy in float32; the caller divides by the number of labels of the whole batch.
 
-    A sum, not a mean: the mean over a global batch is over all its non-padding tokens, and no rank or
-    micro-batch alone knows how many there are.
+    It is not a mean, because the mean over a global batch is over all its non-padding tokens, and no single rank or
+    micro-batch knows their number.
 
     Args:
         logits: (..., vocabulary).
         labels: (...), int64; :data:`IGNORE` where nothing is predicted.
 
     Returns:
-        Scalar in nats: float32, or float64 of float64 logits.
+        Scalar in nats: float32, or float64 for float64 logits.
     """
     flat = logits.reshape(-1, logits.shape[-1])
     flat = flat.to(_loss_dtype(flat.dtype))
@@ -35,25 +35,25 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-    """`cross_entropy_sum(hidden @ weight.T, labels)` with logits of `chunk_tokens` tokens at a time.
+    """Computes `cross_entropy_sum(hidden @ weight.T, labels)` with logits of `chunk_tokens` tokens at a time.
 
-    A chunk's gradients are computed with its logits, in the forward pass (the idea is Liger Kernel's,
-    arXiv 2410.10989), so that no logits are kept or computed again. The backward pass scales these gradients
-    in place and hands them over: it can be made once only. Loss and the logits' gradient are computed in
-    float32, products in the inputs' type, or autocast's. Over several chunks the weight's gradient is summed
-    in float32, each chunk's product having been rounded to the products' type, as the only one would be.
+    A chunk's gradients are computed with its logits, in the forward pass (the idea is Liger Kernel's, arXiv
+    2410.10989), so that no logits are saved or recomputed. The backward pass scales these gradients in place and
+    returns them; it can run only once. The loss and the gradient of the logits are computed in float32, products in the
+    inputs' type or autocast's. With several chunks, the weight's gradient is summed in float32, after each chunk's
+    product is rounded to the products' type, as the product of a single chunk would be.
 
     Args:
         hidden: (..., n).
-        weight: (vocabulary, n), of the same type. The values of an int8 weight are there some rows at a time.
+        weight: (vocabulary, n), of the same type. An int8 weight is dequantized some rows at a time.
         labels: (...), int64; :data:`IGNORE` where nothing is predicted.
         chunk_tokens: At least 1.
 
     Returns:
-        Scalar in nats: float32, or float64 of float64 inputs.
+        Scalar in nats: float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: `chunk_tokens` is not positive, or shapes do not fit.
+        ValueError: `chunk_tokens` is not positive, or the shapes do not match.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens} must be positive")
@@ -89,10 +89,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, grad_logits, counts = _loss_and_gradient(_logits(part, cast), labels[rows])
             total += loss
             if grad_x is not None:
-                grad_x[rows] = _through(grad_logits, cast).mul_(counts)
+                grad_x[rows] = _hidden_gradient(grad_logits, cast).mul_(counts)
             if not wants_weight:
                 continue
-            part = part * counts  # of n values a token, where the logits' gradient has one for every word
+            part = part * counts  # cheaper than masking grad_logits: n values per token, not one per word
             if grad_weight is None:
                 grad_weight = grad_logits.T @ part
             elif grad_weight.dtype == dtype:
@@ -106,10 +106,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the chunked loss frees its gradients in the backward pass; make only one")
+            raise RuntimeError("the chunked loss frees its gradients in the backward pass; call backward() only once")
         grad_x, grad_weight = ctx.gradients
         ctx.gradients = None
-        # In place: a copy of the weight's gradient would come on top of all activations.
+        # In place: a copy of the weight's gradient would exist while all activations do.
         grad_x = None if grad_x is None else grad_x.mul_(grad_output)
         grad_weight = None if grad_weight is None else grad_weight.mul_(grad_output).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None
@@ -120,31 +120,31 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x Wᵀ, (tokens, vocabulary)."""
+    """Returns x Wᵀ, (tokens, vocabulary)."""
     if not isinstance(weight, Int8Weight):
         return x @ weight.T
     logits = x.new_empty(len(x), weight.shape[0])
-    for words, block in weight.row_blocks(x.dtype):
-        logits[:, words] = x @ block.T
+    for words, rows in weight.row_chunks(x.dtype):
+        logits[:, words] = x @ rows.T
     return logits
 
 
-def _through(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """The gradient by x, (tokens, n); over blocks of words summed in float32."""
+def _hidden_gradient(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """Returns the gradient of the hidden states, (tokens, n); over chunks of words summed in float32."""
     if not isinstance(weight, Int8Weight):
         return grad_logits @ weight
     total = grad_logits.new_zeros(len(grad_logits), weight.shape[1], dtype=_loss_dtype(grad_logits.dtype))
-    for words, block in weight.row_blocks(grad_logits.dtype):
-        total += grad_logits[:, words] @ block
+    for words, rows in weight.row_chunks(grad_logits.dtype):
+        total += grad_logits[:, words] @ rows
     return total.to(grad_logits.dtype)
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one chunk, whose logits (tokens, vocabulary) may be overwritten.
+    """Computes the loss and gradient of one chunk, whose logits (tokens, vocabulary) may be overwritten.
 
     Returns:
-        The summed loss; softmax less one-hot labels, of the logits' type and also where nothing is predicted;
-        and (tokens, 1), of the same type: 1 where something is predicted, else 0.
+        The summed loss; softmax minus one-hot labels, of the logits' type, also where nothing is predicted; and
+        (tokens, 1), of the same type: 1 where something is predicted, else 0.
     """
     counts = (labels != IGNORE)[:, None]
     target = labels[:, None].where(counts, 0)

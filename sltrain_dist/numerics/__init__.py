@@ -1,1 +1,1 @@
-"""Numerical pieces that several packages share."""
+"""Numerical routines that several packages share."""

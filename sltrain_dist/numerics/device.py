@@ -1,7 +1,7 @@
-"""Which device's operators the code chooses: those of a tensor's own device, or those of an emulated GPU.
+"""The device whose operators the code chooses: a tensor's own device, or an emulated GPU.
 
 Torch's CPU builds cannot differentiate fake CUDA tensors, and planning must not need a GPU. So memory is recorded on
-fake tensors of the CPU, while all code that chooses by device asks :func:`device_type` and takes the GPU's way.
+fake CPU tensors, while all code that depends on the device calls :func:`device_type` and takes the GPU's branch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # what plans without torch imports the type of devices
+if TYPE_CHECKING:  # planner modules without torch import DeviceType
     from torch import Tensor
 
 DeviceType = Literal["cuda", "cpu"]
@@ -21,24 +21,24 @@ _emulated: DeviceType | None = None
 
 @contextmanager
 def emulate(device: DeviceType) -> Iterator[None]:
-    """Makes the code in the block choose operators as on `device`. For fake tensors only: real results would be wrong.
+    """Makes the code in the `with` block choose operators as on `device`. Real tensors would get wrong results.
 
     Args:
-        device: The kind of device to emulate.
+        device: The kind of device to emulate, for fake tensors only.
     """
     global _emulated  # not a ContextVar, which torch.compile cannot trace
-    before, _emulated = _emulated, device
+    previous, _emulated = _emulated, device
     try:
         yield
     finally:
-        _emulated = before
+        _emulated = previous
 
 
 def device_type(tensor: Tensor) -> str:
-    """The device type whose operators are to be used for a tensor: the emulated one, or the tensor's own."""
+    """Returns the device type whose operators a tensor uses: the emulated one, or the tensor's own."""
     return _emulated or tensor.device.type
 
 
 def is_emulated(device: DeviceType) -> bool:
-    """Whether the code runs on fake tensors that stand for those of `device`."""
+    """Returns whether fake tensors currently stand for tensors of `device`."""
     return _emulated == device

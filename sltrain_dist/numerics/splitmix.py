@@ -1,8 +1,8 @@
 """Counter-based random numbers (no torch): the same on every machine, rank and library version.
 
-SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) is a finaliser over a Weyl sequence, so that any part of a stream
-can be computed on its own. It is written out here because a library generator's stream may change between
-versions, and neither supports nor the order of data may.
+SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) applies a finaliser to a Weyl sequence, so that any part of a stream can be
+computed on its own. It is implemented here because a library generator's stream may change between versions, and
+neither the supports nor the order of the data may.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 _LOW32 = np.uint64(0xFFFFFFFF)
 _S32 = np.uint64(32)
-_CHUNK = 1 << 14  # words at a time: the dozen passes over them stay in the cache
+_CHUNK = 1 << 14  # words computed at a time, so that a dozen passes over them stay in the cache
 
 
 def key_bytes(seed: int, name: str) -> bytes:
-    """SHA-256 of "seed:name", from which every keyed stream takes its key."""
+    """Returns the SHA-256 digest of "seed:name", from which every keyed stream takes its key."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
 def key64(seed: int, name: str) -> int:
-    """The first 8 bytes of :func:`key_bytes`, big-endian."""
+    """Returns the first 8 bytes of :func:`key_bytes`, as a big-endian integer."""
     return int.from_bytes(key_bytes(seed, name)[:8], "big")
 
 
 def splitmix64(key: int, start: int, count: int) -> UInt64:
-    """Values number `start` to `start + count - 1` of the SplitMix64 stream of `key`."""
+    """Returns values `start` … `start + count - 1` of the SplitMix64 stream of `key`."""
     z = np.arange(start + 1, start + count + 1, dtype=np.uint64)
     z *= _GOLDEN
     z += np.uint64(key)
@@ -45,7 +45,7 @@ def splitmix64(key: int, start: int, count: int) -> UInt64:
 
 
 def first_word(key: int) -> int:
-    """`splitmix64(key, 0, 1)[0]` in Python's integers, which are faster for a single one."""
+    """Returns `splitmix64(key, 0, 1)[0]`, in Python's integers, which are faster for a single word."""
     z = (int(_GOLDEN) + key) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -55,7 +55,7 @@ def first_word(key: int) -> int:
 def below(words: UInt64, bound: int) -> UInt64:
     """Maps uniform 64-bit words to uniform integers in [0, bound): the high half of words · bound.
 
-    The bias is under bound / 2^64. (Multiply-shift, Lemire, arXiv 1805.10941, without the rejection.)
+    The bias is under bound / 2^64. (Multiply-shift without rejection: Lemire, arXiv 1805.10941.)
     """
     high, low = words >> _S32, words & _LOW32
     b_high, b_low = np.uint64(bound >> 32), np.uint64(bound & 0xFFFFFFFF)
@@ -67,7 +67,7 @@ def below(words: UInt64, bound: int) -> UInt64:
 
 
 def integers(key: int, start: int, count: int, bound: int) -> npt.NDArray[np.int64]:
-    """Values number `start` to `start + count - 1` of the stream of `key`, as uniform integers in [0, bound)."""
+    """Returns values `start` … `start + count - 1` of the stream of `key`, as uniform integers in [0, bound)."""
     values = np.empty(count, dtype=np.int64)
     for first in range(0, count, _CHUNK):
         part = min(_CHUNK, count - first)
@@ -76,5 +76,5 @@ def integers(key: int, start: int, count: int, bound: int) -> npt.NDArray[np.int
 
 
 def permutation(key: int, size: int) -> npt.NDArray[np.int64]:
-    """A uniform permutation of 0 … size − 1: the order of the first `size` words of the stream of `key`."""
+    """Returns a uniform permutation of 0 … size − 1: the argsort of the first `size` words of the stream of `key`."""
     return np.argsort(splitmix64(key, 0, size), kind="stable")

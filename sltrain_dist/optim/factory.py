@@ -1,4 +1,4 @@
-"""Makes optimizers from the configuration."""
+"""Creates optimizers from the configuration; reads and restores their states."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
-from sltrain_dist.optim.low_bit import Agree, LowBitAdam
+from sltrain_dist.optim.low_bit import AllReduceMax, LowBitAdam
 from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, needs_low_bit, stored_states, whole
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits named parameters by weight decay. Empty groups are left out."""
+    """Splits named parameters into groups with and without weight decay. Empty groups are omitted."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in parameters:
@@ -30,27 +30,27 @@ def make_optimizer(
     optim: OptimConfig,
     *,
     places: Mapping[str, Place] | None = None,
-    agree: Agree | None = None,
+    all_reduce_max: AllReduceMax | None = None,
 ) -> torch.optim.Optimizer:
-    """Makes the optimizer over named parameters: torch's, wherever that keeps its states in the wanted form.
+    """Creates the optimizer of named parameters: torch's own, wherever it keeps the states in the configured form.
 
     Args:
-        parameters: What is updated; one type for all.
+        parameters: The parameters to update, all of one type.
         optim: Optimizer settings.
-        places: What part of which parameter each is, by name; those that are not in it are whole.
-        agree: See :class:`LowBitAdam`.
+        places: The part of which parameter each tensor is, by name. Those not in it are whole parameters.
+        all_reduce_max: See :class:`LowBitAdam`.
     """
     named = list(parameters)
     groups = parameter_groups(named, optim)
     if optim.name == "sgd":
-        # Torch's default, which looks at where the parameters really are.
+        # Torch's own choice, but by the emulated device, if any, instead of the parameters' real one.
         return torch.optim.SGD(groups, lr=optim.lr, foreach=device_type(named[0][1]) == "cuda")
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
         known = places or {}
         by_parameter = {p: known.get(name) or whole(name, tuple(p.shape)) for name, p in named}
-        return LowBitAdam(groups, optim, by_parameter, agree)
+        return LowBitAdam(groups, optim, by_parameter, all_reduce_max)
     make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.
     return make(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
@@ -63,38 +63,38 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of every group."""
+    """Returns the learning rate of every group."""
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's states by name as they are in memory, without the counter of updates."""
+    """Returns a parameter's states in memory by name, without the update counter."""
     return {key: state for key, state in optimizer.state.get(parameter, {}).items() if key != "step"}
 
 
 def saved_states(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, place: Place, optim: OptimConfig
 ) -> Iterator[tuple[Stored, torch.Tensor]]:
-    """What a checkpoint takes of a parameter's states, flat; nothing before the first update."""
-    held = state_tensors(optimizer, parameter)
-    for stored in stored_states(place, optim, parameter.element_size()) if held else ():
+    """Yields the flat state tensors that a checkpoint saves for a parameter; none before the first update."""
+    states = state_tensors(optimizer, parameter)
+    for stored in stored_states(place, optim, parameter.element_size()) if states else ():
         name, _, form = stored.key.partition(".")
         if form == "codes" and isinstance(optimizer, LowBitAdam):
             yield stored, optimizer.codes(parameter, name)
         else:
-            yield stored, held[stored.key].detach().reshape(-1)[stored.skip :]
+            yield stored, states[stored.key].detach().reshape(-1)[stored.skip :]
 
 
 def adopt_state(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, states: Mapping[str, torch.Tensor], step: int
 ) -> None:
-    """Gives `parameter` the optimizer states of a checkpoint after `step` updates.
+    """Sets the optimizer states of `parameter` to those of a checkpoint made after `step` updates.
 
     Args:
-        optimizer: The parameter's.
-        parameter: What they belong to.
-        states: Flat, by the keys of :func:`stored_states`; in any floating type.
-        step: Updates made. States of no updates are none.
+        optimizer: The optimizer of the parameter.
+        parameter: The parameter that the states belong to.
+        states: Flat tensors of any floating type, by the keys of :func:`stored_states`; empty if no update was made.
+        step: Number of updates made.
     """
     if not states:
         return
@@ -110,9 +110,9 @@ def adopt_state(
                 state[key].copy_(values)
         return
     shapes = _adafactor_shapes(parameter) if isinstance(optimizer, torch.optim.Adafactor) else {}
-    where = "cpu" if isinstance(optimizer, torch.optim.Adafactor) else device
+    step_device = "cpu" if isinstance(optimizer, torch.optim.Adafactor) else device
     optimizer.state[parameter] = {
-        "step": torch.tensor(float(step), dtype=torch.float32, device=where),
+        "step": torch.tensor(float(step), dtype=torch.float32, device=step_device),
         **{key: values.to(parameter).view(shapes.get(key, parameter.shape)) for key, values in states.items()},
     }
 

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of how far the run is (no torch)."""
+"""The learning rate as a pure function of the progress of training (no torch)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sltrain_dist.config.schema import OptimConfig
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is when an update begins.
+    """The progress of a run at the beginning of an update.
 
     Attributes:
         step: Updates made so far.
-        done: Share of the budget (updates, or tokens) used so far, in [0, 1].
-        warmup_done: `done` as it was when the warm-up ended; 0 while it lasts.
+        done: Share of the budget (updates or tokens) used so far, in [0, 1].
+        warmup_done: Value of `done` when the warm-up ended; 0 during the warm-up.
     """
 
     step: int
@@ -24,10 +24,10 @@ class Progress:
 
 
 def learning_rate(optim: OptimConfig, progress: Progress) -> float:
-    """Learning rate of the next update.
+    """Returns the learning rate of the next update.
 
-    Rises linearly over `warmup_steps` updates, reaching the peak at the last of them, then follows
-    `schedule` over what is left of the budget, towards `min_lr_ratio` of the peak.
+    Rises linearly over `warmup_steps` updates and reaches the peak at the last of them, then follows `schedule` over
+    the rest of the budget, towards `min_lr_ratio` of the peak.
     """
     if progress.step < optim.warmup_steps:
         return optim.lr * (progress.step + 1) / optim.warmup_steps

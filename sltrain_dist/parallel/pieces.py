@@ -20,8 +20,8 @@ from sltrain_dist.optim.factory import (
     set_lr,
     state_tensors,
 )
-from sltrain_dist.optim.low_bit import Agree
-from sltrain_dist.optim.state_layout import Place, shared_blocks, stored_states
+from sltrain_dist.optim.low_bit import AllReduceMax
+from sltrain_dist.optim.state_layout import Place, shared_groups, stored_states
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class LocalPieces:
     Args:
         pieces: All pieces of this rank; the attribute `pieces` leaves out empty ones.
         optim: Optimizer settings.
-        agree: Synchronizes the scales of quantization groups that several ranks share.
+        all_reduce_max: Synchronizes the scales of quantization groups that several ranks share.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, agree: Agree | None = None) -> None:
+    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, all_reduce_max: AllReduceMax | None = None) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
         # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
-        optimized = [p for p in pieces if p.parameter.numel() or shared_blocks(p.place, optim.state_bits)]
+        optimized = [p for p in pieces if p.parameter.numel() or shared_groups(p.place, optim.state_bits)]
         named = [(piece.name, piece.parameter) for piece in optimized]
         places = {piece.name: piece.place for piece in optimized}
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
         groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
-        self._optimizers = [make_optimizer(group, optim, places=places, agree=agree) for group in groups]
+        self._optimizers = [make_optimizer(group, optim, places=places, all_reduce_max=all_reduce_max) for group in groups]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
         }

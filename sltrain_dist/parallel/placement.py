@@ -12,7 +12,7 @@ from typing import Literal
 
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_bytes, parameter_shapes
-from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_blocks, state_bytes, whole
+from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_groups, state_bytes, whole
 
 Shard = Literal["factors", "all"]
 """Which parameters an engine shards; see `parallel.shard`."""
@@ -90,7 +90,7 @@ def scale_sync_bytes(config: Config, world_size: int) -> int:
         return 0
     ranks = world_size // config.parallel.replicas
     vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices have no shared groups
-    shared = {shape: shared_blocks(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
+    shared = {shape: shared_groups(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
     return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 

@@ -28,7 +28,7 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.blockwise import quantizer
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.numerics.int8_weight import parts_of
-from sltrain_dist.optim.state_layout import BLOCKS, MASTER
+from sltrain_dist.optim.state_layout import GROUP_SIZES, MASTER
 from sltrain_dist.parallel.pieces import ReadChunk, Replicated
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
@@ -101,8 +101,8 @@ class Follower:
                 log.assign([buffer], "index" if ".support." in name else "dense.rotary")
         log.begin(None)  # nothing is reported until the second update
         with log, log.within("temporaries.levels"):
-            for signed in (True, False) if bits in BLOCKS else ():  # made once in a process, and kept
-                tables = quantizer(bits, BLOCKS[bits], self.env.device, signed=signed)
+            for signed in (True, False) if bits in GROUP_SIZES else ():  # made once in a process, and kept
+                tables = quantizer(bits, GROUP_SIZES[bits], self.env.device, signed=signed)
                 log.add([tables.levels, tables.borders, tables.table])
 
     def _update(self) -> None:

@@ -1,7 +1,7 @@
-"""The paper's heart: linear layers W = (alpha/r)·BA + S with a fixed sparse support.
+"""Linear layers W = (alpha/r)·BA + S with a fixed sparse support, the core of the paper.
 
-The public names are loaded on first use, so that the torch-free modules of this package (sizes, cost) can
-be imported where torch is not installed.
+The public names are imported on first use, so that the torch-free modules of this package (sizes, cost) can be imported
+where torch is not installed.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""From a dense weight to factors and values: the best low-rank part, and what it leaves at the support."""
+"""Conversion of a dense weight to B, A and V: the best low-rank part, and the residual at the support."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from sltrain_dist.sparse_lowrank.supports.support import Support
 def fit(weight: Tensor, rank: int, scale: float, support: Support, sweeps: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Approximates `weight` by scale·BA + S.
 
-    Every sweep sets BA to the best rank-r approximation of what S leaves (a truncated singular value
-    decomposition), and then V to what BA leaves at the support, each of which is optimal in the Frobenius
-    norm given the other: the error never grows from sweep to sweep.
+    Every sweep sets BA to the best rank-r approximation of W − S (a truncated singular value decomposition), and then V
+    to W − scale·BA at the support. Each of these is optimal in the Frobenius norm given the other, so that the error
+    never grows from sweep to sweep.
 
     Args:
         weight: W, (m, n).
         rank: r.
         scale: s.
-        support: Of the (m, n) layer, on the weight's device.
+        support: Support of the (m, n) layer, on the weight's device.
         sweeps: At least 1.
 
     Returns:
-        B (m, r), A (r, n) and V, in float32, or float64 where the weight is.
+        B (m, r), A (r, n) and V, in float32, or in float64 for a float64 weight.
 
     Raises:
-        ValueError: The weight has another shape than the support, or there is no sweep.
+        ValueError: The weight and the support differ in shape, or `sweeps` is not positive.
     """
     if tuple(weight.shape) != (support.m, support.n):
-        raise ValueError(f"the weight is {tuple(weight.shape)}, but the support is of ({support.m}, {support.n})")
+        raise ValueError(f"the weight is {tuple(weight.shape)}, but the support is for ({support.m}, {support.n})")
     if sweeps < 1:
         raise ValueError(f"sweeps = {sweeps} must be at least 1")
     W = weight if weight.dtype == torch.float64 else weight.float()

@@ -1,4 +1,4 @@
-"""Which route a layer takes (no torch): a small cost model, calibrated by tools/bench_linear.py."""
+"""The choice of a layer's route (no torch) by a small cost model, calibrated by tools/bench_linear.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sltrain_dist.config.schema import ReparamConfig, SupportKind
 from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 Path = Literal["auto", "materialize", "factored"]
-"""How W is applied; auto leaves it to :func:`choose_route`."""
+"""How W is applied; with auto, :func:`choose_route` decides."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Route:
 
     Attributes:
         path: materialize or factored.
-        dense_backward: In the path materialize, whether the backward pass builds W and the dense gradient.
-            Else it does as the path factored.
+        dense_backward: In the path materialize, whether the backward pass builds W and the dense gradient. If not, it
+            works as in the path factored.
     """
 
     path: Literal["materialize", "factored"]
@@ -28,7 +28,7 @@ class Route:
 
 
 ROUTES = (Route("materialize", True), Route("materialize", False), Route("factored", False))
-"""All there are."""
+"""All routes."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Rates:
     """Costs on one kind of device, in units of one multiply-add of a large dense product there.
 
     Attributes:
-        bags: A multiply-add of xSᵀ or gS for scattered positions.
-        dots: A multiply-add of dV for scattered positions, without the dense gradient.
+        bags: A multiply-add of xSᵀ or gS with scattered positions.
+        dots: A multiply-add of dV with scattered positions, without the dense gradient.
         blocks: A multiply-add of the block products.
-        transpose: Going over one element, reading and writing with different strides.
-        copy: Going over one element as it lies.
-        pick: Choosing one element by its feature, where `blocks` does.
-        index: One position: to compute, scatter to or gather from it.
+        transpose: A pass over one element that reads and writes with different strides.
+        copy: A pass over one element that keeps its order.
+        pick: Gathering one element by its feature, for `blocks`.
+        index: One position: computing it, scattering to it or gathering from it.
     """
 
     bags: float
@@ -60,13 +60,13 @@ RATES: dict[tuple[str, int], Rates] = {
     ("cuda", 32): Rates(bags=200, dots=400, blocks=4, transpose=52, copy=48, pick=0, index=1500),
     ("cuda", 16): Rates(bags=1000, dots=2000, blocks=7, transpose=410, copy=380, pick=0, index=6000),
 }
-"""By device and bits of the type. cpu: measured (docs/operator.md). cuda: of 16 bits blocks, transpose and copy, and
-of 32 bits copy, measured on an H200 (docs/reports/2026-11-27-h200.md), where the kernels pick features as they read;
-the others from data sheets, that everything but a large dense product runs at the memory's rate."""
+"""Rates by device and bits of the type. cpu: measured (docs/operator.md). cuda: blocks, transpose and copy of 16 bits
+and copy of 32 bits are measured on an H200 (docs/reports/2026-11-27-h200.md), where the kernels gather features as they
+read; the others are from data sheets: everything but a large dense product is taken to run at the memory's rate."""
 
 
 class LayerShape(NamedTuple):
-    """What the cost of a layer depends on: (m, n) of W, the rank, and the number of sparse values and their support."""
+    """What a layer's cost depends on: (m, n) of W, the rank, the number of sparse values, and their support."""
 
     m: int
     n: int
@@ -76,24 +76,24 @@ class LayerShape(NamedTuple):
 
     @staticmethod
     def of(m: int, n: int, reparam: ReparamConfig) -> LayerShape:
-        """The shape of a layer of m outputs and n inputs."""
+        """Returns the shape of a layer with m outputs and n inputs."""
         return LayerShape(m, n, reparam.rank, nonzeros(m, n, reparam.density, reparam.support), reparam.support)
 
 
 def choose_route(shape: LayerShape, tokens: int, *, bits: int, device: str, path: Path = "auto") -> Route:
-    """The cheapest way to apply a layer forward and backward.
+    """Returns the cheapest route for a layer's forward and backward pass together.
 
-    The same for a forward pass alone: a recomputed activation must not differ from the first one.
+    A forward pass alone takes the same route, because a recomputed activation must not differ from the first one.
 
     Args:
-        shape: Of the layer.
+        shape: Shape of the layer.
         tokens: T, above 0.
-        bits: Of the type that is computed in.
-        device: Its type, "cpu" or "cuda"; another counts as the latter.
-        path: What the configuration asks for.
+        bits: Bits of the type that is computed in.
+        device: Type of the device, "cpu" or "cuda"; others count as "cuda".
+        path: The configured path.
 
     Returns:
-        The route; on `path` where that is not auto.
+        The route; on `path` unless that is auto.
     """
     best, least = ROUTES[0], math.inf
     for route, cost in zip(ROUTES, route_costs(shape, tokens, bits=bits, device=device), strict=True):
@@ -103,7 +103,7 @@ def choose_route(shape: LayerShape, tokens: int, *, bits: int, device: str, path
 
 
 def route_costs(shape: LayerShape, tokens: int, *, bits: int, device: str) -> tuple[float, float, float]:
-    """Costs of :data:`ROUTES`, forward and backward, in multiply-adds of a dense product.
+    """Returns the costs of :data:`ROUTES`, forward and backward, in multiply-adds of a dense product.
 
     A dense layer costs 3·T·m·n. Args as of :func:`choose_route`.
     """
@@ -131,7 +131,7 @@ def route_costs(shape: LayerShape, tokens: int, *, bits: int, device: str) -> tu
 
 
 def _block_arrangement(m: int, n: int, t: int, rates: Rates, *, bits: int, device: str) -> tuple[float, float]:
-    """What `blocks` does beside its products, forward and backward: x, y, g and dx are picked or transposed."""
+    """Returns the costs of `blocks` besides its products, (forward, backward): it gathers or transposes."""
     if device != "cpu":
         return rates.transpose * t * (m + n), rates.transpose * t * (m + 2 * n)
     if bits > 16:

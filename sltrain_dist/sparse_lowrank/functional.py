@@ -1,4 +1,4 @@
-"""The operator y = x (s·BA + S)ᵀ as a function: checks, types, and the choice of the path."""
+"""The operator y = x (s·BA + S)ᵀ as a function: checks, types, and the choice of the route."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.sparse_lowrank.cost import LayerShape, Path, Route, choose_route
-from sltrain_dist.sparse_lowrank.kept import keeps
+from sltrain_dist.sparse_lowrank.kept import is_keeping
 from sltrain_dist.sparse_lowrank.paths.factored import Factored
 from sltrain_dist.sparse_lowrank.paths.materialize import Materialize
 from sltrain_dist.sparse_lowrank.supports.support import Support
@@ -18,7 +18,7 @@ from sltrain_dist.sparse_lowrank.supports.support import Support
 
 @dataclass(frozen=True)
 class Operand:
-    """One layer's part of a call.
+    """One layer's arguments in a call.
 
     Attributes:
         B: (m, r).
@@ -55,37 +55,37 @@ def sl_linear(
 ) -> Tensor:
     """Applies W = scale·BA + S to x, where S holds V at the positions of `support`.
 
-    Saved for backward are the parameters themselves, x (or as it is arranged for S), and in the factored path
-    scale·xAᵀ; nothing of the size of W. Under autocast everything is cast to autocast's type, as by `F.linear`.
+    Saved for the backward pass are the parameters themselves, x (or x as arranged for S), and in the path factored
+    scale·xAᵀ; nothing of the size of W. Under autocast, everything is cast to autocast's type, as by `F.linear`.
 
     Args:
-        x: (..., n); any number of tokens, also none.
+        x: (..., n); any number of tokens, including none.
         B: (m, r).
         A: (r, n).
         V: Values, of shape `support.values_shape`.
         support: The positions of V.
         scale: s = alpha / r.
         bias: (m,) or None.
-        path: materialize builds W, uses it and throws it away (the paper's Algorithm 1). factored never
-            forms it. auto takes the faster, by the cost model of :mod:`sltrain_dist.sparse_lowrank.cost`.
-        row_block_bytes: Most bytes of W, or of its gradient, that `materialize` forms at a time; at least
-            one row. None: all at once.
+        path: materialize builds W, uses it and frees it (the paper's Algorithm 1). factored never forms it. auto takes
+            the faster, by the cost model of :mod:`sltrain_dist.sparse_lowrank.cost`.
+        row_block_bytes: Most bytes of W, or of its gradient, that `materialize` forms at a time; at least one row.
+            None: all at once.
 
     Returns:
         (..., m), of x's type, or of autocast's.
 
     Raises:
-        ValueError: Shapes or types do not fit together.
+        ValueError: Shapes or types do not match.
         RuntimeError: A support has no positions yet, see :attr:`Support.filled`.
     """
     return sl_linear_shared(x, [Operand(B, A, V, support, scale, bias, path, row_block_bytes)])[0]
 
 
 def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
-    """Applies several layers to one input, which is saved once and, in the factored path, arranged once.
+    """Applies several layers to one input, which is saved once and, in the path factored, arranged once.
 
-    Under torch.compile, layers with the support `blocks` must be of one module, by their names: whether they permute
-    their input alike is not checked there.
+    Under torch.compile, layers with the support `blocks` must belong to one module, by their names: whether they
+    permute their input alike is not checked there.
 
     Args:
         x: (..., n).
@@ -95,7 +95,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
         The outputs, as of :func:`sl_linear`.
 
     Raises:
-        ValueError: Shapes or types do not fit together.
+        ValueError: Shapes or types do not match.
         RuntimeError: A support has no positions yet, see :attr:`Support.filled`.
     """
     dtype = _compute_dtype(x, operands)
@@ -103,13 +103,13 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
         _check_shapes(x, operand)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
     routes = [_route(flat, operand) for operand in operands]
-    together = [i for i, route in enumerate(routes) if route.path == "factored"]
+    factored = [i for i, route in enumerate(routes) if route.path == "factored"]
     outputs: list[Tensor | None] = [None] * len(operands)
-    if together:
-        layers = [operands[i] for i in together]
+    if factored:
+        layers = [operands[i] for i in factored]
         parameters = (parameter for layer in layers for parameter in (layer.B, layer.A, layer.V))
         supports, scales = tuple(layer.support for layer in layers), tuple(layer.scale for layer in layers)
-        for i, y in zip(together, Factored.apply(flat, supports, scales, *parameters), strict=True):
+        for i, y in zip(factored, Factored.apply(flat, supports, scales, *parameters), strict=True):
             outputs[i] = y
     results: list[Tensor] = []
     for operand, route, y in zip(operands, routes, outputs, strict=True):
@@ -124,7 +124,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
 
 
 def block_rows(operand: Operand, dtype: torch.dtype) -> int:
-    """Rows of W that the layer builds at a time."""
+    """Returns the number of rows of W that a layer builds at a time."""
     if operand.row_block_bytes is None:
         return operand.support.m
     return max(1, min(operand.support.m, operand.row_block_bytes // (operand.support.n * dtype.itemsize)))
@@ -143,7 +143,7 @@ def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; the operator takes floating-point tensors")
+        raise ValueError(f"x is {x.dtype}; it must be a floating-point tensor")
     for operand in operands:
         for name, parameter in (("B", operand.B), ("A", operand.A), ("V", operand.V), ("bias", operand.bias)):
             if parameter is not None and parameter.dtype != x.dtype:
@@ -158,17 +158,17 @@ def _check_shapes(x: Tensor, operand: Operand) -> None:
     support.check_filled()
     m, n = B.shape[0], A.shape[1]
     if B.shape[1] != A.shape[0]:
-        raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not have one rank")
+        raise ValueError(f"B {tuple(B.shape)} and A {tuple(A.shape)} must have the same rank")
     if x.dim() == 0 or x.shape[-1] != n:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {n}")
     if (m, n) != (support.m, support.n):
-        raise ValueError(f"B and A make a {m}×{n} weight, but the support is of a {support.m}×{support.n} one")
+        raise ValueError(f"B and A make a {m}×{n} weight, but the support is for {support.m}×{support.n}")
     if tuple(V.shape) != support.values_shape:
-        raise ValueError(f"V has shape {tuple(V.shape)}; the support has values for {support.values_shape}")
+        raise ValueError(f"V has shape {tuple(V.shape)}; the support needs {support.values_shape}")
     if bias is not None and tuple(bias.shape) != (m,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({m},)")
 
 
 def _plus_bias(y: Tensor, bias: Tensor) -> Tensor:
-    # What is compiled may be a view that an autograd function returned, which must not be written to.
-    return y + bias if torch.compiler.is_compiling() or keeps() else y.add_(bias)
+    # Under torch.compile, y may be a view that an autograd function returned, which must not be written to.
+    return y + bias if torch.compiler.is_compiling() or is_keeping() else y.add_(bias)

@@ -1,7 +1,7 @@
-"""What selective activation checkpointing keeps of the linear layers, so that recomputation does not multiply again.
+"""Selective activation checkpointing of linear layers: keeps their outputs, so that no product is recomputed.
 
-A sparse plus low-rank layer takes several operators to its output: some write into it in place, some build W, which
-must not be kept. So no operator of it is kept by itself; the layer hands its whole computation to :func:`keep`.
+A sparse plus low-rank layer runs several operators: some write into its output in place, some build W, which must not
+be kept. So none of its operators is kept by itself; the layer passes its whole computation to :func:`keep`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Computed = tuple[tuple[Tensor, ...], Tensor | None]
 
 
 class _Current(threading.local):
-    """The checkpointed forward pass that this thread is in: the backward pass may recompute in another thread."""
+    """The checkpointed forward pass that this thread runs: the backward pass may recompute in another thread."""
 
     results: KeptResults | None = None
 
@@ -30,43 +30,43 @@ _current = _Current()
 
 
 def keep(compute: Callable[[], Computed]) -> Computed:
-    """Computes what layers need of matrix products, or takes it from the forward pass that is made again.
+    """Computes the outputs of linear layers, or in recomputation returns those that the forward pass kept.
 
-    Outside of :class:`KeptResults`, it only calls `compute`. What it returns must not be written to.
+    Outside of :class:`KeptResults`, it only calls `compute`. Kept results must not be written to.
     """
-    if torch.compiler.is_compiling() or _current.results is None:  # policies of torch.compile are by operator
+    if torch.compiler.is_compiling() or _current.results is None:  # torch.compile's policies are per operator
         return compute()
     return _current.results.layers(compute)
 
 
-def keeps() -> bool:
-    """Whether outputs are kept, and must not be written to."""
+def is_keeping() -> bool:
+    """Returns whether outputs are kept, and so must not be written to."""
     return not torch.compiler.is_compiling() and _current.results is not None
 
 
 class KeptResults(TorchDispatchMode):
-    """Keeps the results of linear layers and of given operators in a forward pass; hands them out when it is repeated.
+    """A mode that keeps the results of linear layers and of given operators in a forward pass, for its recomputation.
 
-    Like torch's `create_selective_checkpoint_contexts`, but for layers as a whole as well. Two are made for a pass,
-    see :meth:`pair`.
+    Like torch's `create_selective_checkpoint_contexts`, but also for layers as a whole. Each pass needs two, see
+    :meth:`pair`.
 
     Args:
-        operators: Operators whose results are kept, where they are not part of a sparse plus low-rank layer.
-        results: What is kept, in the order in which it was computed; shared by the two.
-        again: Whether this is for the repetition.
+        operators: Operators whose results are kept, unless they are part of a sparse plus low-rank layer.
+        results: The kept results, in the order of their computation; shared by the pair.
+        recompute: Whether this mode is for the recomputation.
     """
 
-    def __init__(self, operators: Collection[Any], results: deque[Any], *, again: bool) -> None:
+    def __init__(self, operators: Collection[Any], results: deque[Any], *, recompute: bool) -> None:
         super().__init__()
-        self._operators, self._results, self._again = operators, results, again
+        self._operators, self._results, self._recompute = operators, results, recompute
         self._inside = False
         self._outer: KeptResults | None = None
 
     @classmethod
     def pair(cls, operators: Collection[Any]) -> tuple[KeptResults, KeptResults]:
-        """The contexts of a forward pass and of its repetition, as `torch.utils.checkpoint` takes them."""
+        """Returns the modes for a forward pass and its recomputation, as `torch.utils.checkpoint` takes them."""
         results: deque[Any] = deque()
-        return cls(operators, results, again=False), cls(operators, results, again=True)
+        return cls(operators, results, recompute=False), cls(operators, results, recompute=True)
 
     def __enter__(self) -> KeptResults:
         self._outer, _current.results = _current.results, self
@@ -76,8 +76,8 @@ class KeptResults(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _current.results = self._outer
-        if self._again:
-            self._results.clear()  # torch stops as soon as it has what the backward pass needs
+        if self._recompute:
+            self._results.clear()  # torch stops recomputing once it has what the backward pass needs
         elif self._results:
             self._results.append(_without_outputs(self._results.pop()))
 
@@ -87,16 +87,16 @@ class KeptResults(TorchDispatchMode):
         return self._keep(func, lambda: (func(*args, **(kwargs or {})), None))[0]
 
     def layers(self, compute: Callable[[], Computed]) -> Computed:
-        """The outputs of linear layers."""
+        """Returns the outputs of linear layers, computed or kept."""
         return self._keep("linear layers", compute)
 
     def _keep(self, name: Any, compute: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        if self._again:
+        if self._recompute:
             kept, result = self._results.popleft() if self._results else (None, None)
             if kept != name:
                 raise RuntimeError(
-                    f"the repeated forward pass takes {name} where the first one took {kept}: each result can be used "
-                    "in one backward pass, and the passes must not differ"
+                    f"recomputation reached {name} where the forward pass had {kept}: the two must not differ, and "
+                    "results are kept for one backward pass only"
                 )
             return tree_map_only(_Kept, _Kept.unchanged, result)
         self._inside = True
@@ -109,25 +109,25 @@ class KeptResults(TorchDispatchMode):
 
 
 class _Kept:
-    """A tensor without its graph, which would keep this very object alive, and its version."""
+    """A kept tensor without its graph, which would keep this object alive, and its version."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # As torch.utils.checkpoint: below autograd, where operators arrive, versions are not shared otherwise.
+        # As in torch.utils.checkpoint: below autograd, where this mode runs, versions are not shared otherwise.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             self.tensor = tensor.detach()
         self.version = tensor._version
 
     def unchanged(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise RuntimeError("a result that activation checkpointing keeps was written to")
+            raise RuntimeError("a result kept by activation checkpointing was written to in place")
         return self.tensor
 
-    def unread(self) -> _Kept:
-        """NaN in the same shape, which takes no memory."""
+    def without_values(self) -> _Kept:
+        """Returns NaN in the same shape, which takes no memory."""
         return _Kept(self.tensor.new_full((), torch.nan).expand(self.tensor.shape))
 
 
 def _without_outputs(entry: tuple[Any, tuple[Any, Any]]) -> tuple[Any, tuple[Any, Any]]:
-    """The last result of a decoder layer, whose outputs are only added to the residual stream and so not read again."""
+    """Drops a decoder layer's last outputs, which are only added to the residual stream and so not read again."""
     name, (outputs, saved) = entry
-    return name, (tree_map_only(_Kept, _Kept.unread, outputs), saved)
+    return name, (tree_map_only(_Kept, _Kept.without_values, outputs), saved)

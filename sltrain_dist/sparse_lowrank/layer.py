@@ -1,4 +1,4 @@
-"""Linear layers that stand in for `nn.Linear`: sparse plus low-rank, and low-rank alone."""
+"""Linear layers that replace `nn.Linear`: sparse plus low-rank, and low-rank alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SUPPORTS: dict[SupportKind, type[RandomSupport | StratifiedSupport | BlockSuppor
     "stratified": StratifiedSupport,
     "blocks": BlockSupport,
 }
-"""The supports by the name that `reparam.support` uses."""
+"""The classes of supports, by the name that `reparam.support` uses."""
 
 
 class SLLinear(nn.Module):
     """A linear layer with the weight W = (alpha/rank)·BA + S (SLTrain, arXiv 2406.02214).
 
-    A state dict holds B, A, V, the bias, and in 24 bytes the key that the positions of S are computed from. A layer
-    without a seed takes the key of a state dict over; one with a seed refuses a state dict of other positions.
+    A state dict holds B, A, V, the bias, and in 24 bytes the key and fingerprint of the positions of S. A layer without
+    a seed adopts the key of a state dict; one with a seed refuses a state dict of other positions.
 
     Args:
         in_features: n.
@@ -43,17 +43,17 @@ class SLLinear(nn.Module):
         density: δ, the share of W's entries that S holds.
         alpha: Numerator of the low-rank scale alpha / rank.
         support: How the positions of S are chosen.
-        path: How W is applied: "materialize" builds it, "factored" never does, "auto" picks the faster by
-            a cost model, for the number of tokens at hand.
+        path: How W is applied: "materialize" builds it, "factored" never does, "auto" picks the faster for the given
+            number of tokens, by a cost model.
         row_block_bytes: Most bytes of W, or of its gradient, that "materialize" forms at a time. None: all.
         bias: Whether there is a bias, which starts at 0.
         name: The layer's construction name; with a seed, it keys the support and the initial values. Layers of one seed
             with the support `blocks`, whose names differ only in the last part, such as "attn.q" and "attn.k", share
             the permutation of their inputs.
-        seed: Makes the support and the initial values functions of (seed, name), for exact reproduction. None: they
-            are drawn from torch's default generator, as `nn.Linear`'s are, so that layers differ, and
-            `torch.manual_seed` repeats them. Processes that train one model must then set it alike.
-        device: Where the parameters live. On "meta" nothing is drawn or computed until :meth:`reset_parameters`, or
+        seed: Makes the support and the initial values functions of (seed, name), for exact reproduction. None: they are
+            drawn from torch's default generator, as `nn.Linear`'s are, so that layers differ, and `torch.manual_seed`
+            repeats them. All processes that train one model must then set the same torch seed.
+        device: Device of the parameters. On "meta", nothing is drawn or computed until :meth:`reset_parameters`, or
             until a state dict is loaded.
         dtype: Type of the parameters.
 
@@ -64,7 +64,7 @@ class SLLinear(nn.Module):
 
     Raises:
         ValueError: An argument is out of range.
-        RuntimeError: On use, after `to_empty` without `reset_parameters` or a state dict, where the seed is None.
+        RuntimeError: On use, after `to_empty` without `reset_parameters` or a state dict, if the seed is None.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class SLLinear(nn.Module):
         super().__init__()
         _check_rank(rank, out_features, in_features)
         if support not in SUPPORTS:
-            raise ValueError(f"support = {support!r}; there are: {', '.join(map(repr, SUPPORTS))}")
+            raise ValueError(f"support = {support!r} is unknown; use one of {', '.join(map(repr, SUPPORTS))}")
         if path not in ("auto", "materialize", "factored"):
-            raise ValueError(f"path = {path!r}; there are: 'auto', 'materialize', 'factored'")
+            raise ValueError(f"path = {path!r} is unknown; use one of 'auto', 'materialize', 'factored'")
         if row_block_bytes is not None and row_block_bytes < 1:
             raise ValueError(f"row_block_bytes = {row_block_bytes} must be positive, or None")
         self.in_features, self.out_features = in_features, out_features
@@ -111,13 +111,13 @@ class SLLinear(nn.Module):
         return self.alpha / self.rank
 
     def reset_parameters(self) -> None:
-        """Sets the initial values, in place: those of (seed, name), or newly drawn ones and positions with them."""
+        """Sets the initial values in place, by (seed, name); without a seed, draws new values and positions."""
         if self.seed is None:
-            self.support.reset()  # with a seed its positions never change
+            self.support.reset()  # with a seed, the positions never change
         self._reset_values()
 
     def initial_values(self) -> dict[str, Initial]:
-        """How each parameter is initialised: by (seed, name), or as newly drawn where the seed is None."""
+        """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
         bound = 1 / math.sqrt(self.in_features)
         seed = draw_seed() if self.seed is None else self.seed
         values = {
@@ -136,13 +136,13 @@ class SLLinear(nn.Module):
         key = f"{prefix}support._extra_state"
         if self.seed is None and f"{prefix}V" in state_dict and key not in state_dict:
             error_msgs.append(
-                f"{prefix}V: the state dict has values but not the key of their positions, {key}; make the layer with "
-                "the name and the seed that the saved one had, and load with strict=False"
+                f"{prefix}V: the state dict has values but not the key of their positions, {key}; create the layer "
+                "with the name and the seed of the saved one, and load with strict=False"
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         device = self.V.device
-        if device != next(self.support.buffers()).device:  # assign=True has put parameters in place of meta ones
+        if device != next(self.support.buffers()).device:  # assign=True replaced the parameters on the meta device
             self.support.to_empty(device=device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,18 +150,18 @@ class SLLinear(nn.Module):
         return sl_linear_shared(x, [self.operand()])[0]
 
     def operand(self) -> Operand:
-        """What the layer brings to a call of :func:`sl_linear_shared`."""
+        """Returns the layer's argument for :func:`sl_linear_shared`."""
         return Operand(self.B, self.A, self.V, self.support, self.scale, self.bias, self.path, self.row_block_bytes)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """W as a new (m, n) tensor of the parameters' type."""
+        """Returns W as a new (m, n) tensor of the parameters' type."""
         self.support.check_filled()
         B, A, V = (plain(parameter, parameter.dtype) for parameter in (self.B, self.A, self.V))
         return build_rows(B, A, V, self.support, self.scale, B.dtype, 0, self.out_features)
 
     def merge_to_linear(self) -> nn.Linear:
-        """A dense layer that computes the same, of the parameters' type and on their device."""
+        """Returns a dense layer that computes the same, of the parameters' type and on their device."""
         B = self.B
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=B.dtype
@@ -187,7 +187,7 @@ class SLLinear(nn.Module):
         seed: int | None = None,
         sweeps: int = 1,
     ) -> SLLinear:
-        """A layer whose W is close to a dense weight; see :func:`sltrain_dist.sparse_lowrank.convert.fit`.
+        """Returns a layer whose W approximates a dense weight; see :func:`sltrain_dist.sparse_lowrank.convert.fit`.
 
         Args:
             weight: (m, n); its type and device become the layer's.
@@ -199,7 +199,7 @@ class SLLinear(nn.Module):
             path: How W is applied.
             name: Keys the support, with a seed.
             seed: As of :class:`SLLinear`.
-            sweeps: Alternations between the low-rank and the sparse part.
+            sweeps: Number of alternations between the low-rank and the sparse part.
 
         Raises:
             ValueError: An argument is out of range.
@@ -226,7 +226,7 @@ class SLLinear(nn.Module):
 
 
 def apply_shared(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """Applies layers to one input; sparse plus low-rank ones share the work on it, see :func:`sl_linear_shared`."""
+    """Applies layers to one input; sparse plus low-rank layers share work on it, see :func:`sl_linear_shared`."""
     if all(isinstance(layer, SLLinear) for layer in layers):
         return sl_linear_shared(x, [cast(SLLinear, layer).operand() for layer in layers])
     return [layer(x) for layer in layers]
@@ -235,11 +235,11 @@ def apply_shared(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 class LowRankLinear(nn.Module):
     """A linear layer with the weight W = (alpha/rank)·BA alone, the paper's low-rank baseline.
 
-    Here B cannot start at 0: with W = 0 in every layer, attention and MLP would pass neither signal nor
-    gradient to each other. B starts uniform with the variance that gives W's entries 1/(3n), the variance
-    of U(±1/√n), which is what S gives SLTrain's W (per non-zero).
+    Here B cannot start at 0: with W = 0 in every layer, attention and MLP would pass neither signal nor gradient to
+    each other. B starts uniform, with the variance that gives W's entries 1/(3n), the variance of U(±1/√n), which S
+    gives to W (per non-zero) in SLTrain.
 
-    Args and attributes as of :class:`SLLinear`, without S.
+    Args and attributes as of :class:`SLLinear`, without those of S.
     """
 
     def __init__(
@@ -269,16 +269,16 @@ class LowRankLinear(nn.Module):
         return self.alpha / self.rank
 
     def reset_parameters(self) -> None:
-        """Sets the initial values, in place: those of (seed, name), or newly drawn ones."""
+        """Sets the initial values in place, by (seed, name); without a seed, draws new ones."""
         for name, initial in self.initial_values().items():
             initial.fill_(getattr(self, name))
 
     def initial_values(self) -> dict[str, Initial]:
-        """How each parameter is initialised: by (seed, name), or as newly drawn where the seed is None."""
+        """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
         seed = draw_seed() if self.seed is None else self.seed
         return {
             "A": Initial.uniform(1 / math.sqrt(self.in_features), seed, f"{self.name}.A"),
-            # var(W) = s²·r·var(B)·var(A) = 1/(3n) with var(A) = 1/(3n) asks for var(B) = 1/(s²·r).
+            # var(W) = s²·r·var(B)·var(A) = 1/(3n) with var(A) = 1/(3n) requires var(B) = 1/(s²·r).
             "B": Initial.uniform(math.sqrt(3 / self.rank) / self.scale, seed, f"{self.name}.B"),
         }
 
@@ -288,7 +288,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """W as a new (m, n) tensor of the parameters' type."""
+        """Returns W as a new (m, n) tensor of the parameters' type."""
         return (self.B @ self.A).mul_(self.scale)
 
     def extra_repr(self) -> str:

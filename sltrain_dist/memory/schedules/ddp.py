@@ -12,7 +12,7 @@ from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.recording_store import evaluation_request, step_request
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.optim.state_layout import BLOCKS, is_quantized, needs_low_bit
+from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
 
 _IN_FLIGHT_BYTES = 1 << 25
 """As parallel/per_layer.py."""
@@ -105,7 +105,7 @@ class Timeline:
             waiting = self.held.waiting_values(whole=self.waits_whole, with_dealt=on_device or self.waits_whole)
             self.add("gradients", waiting * self.width)
         self.add("temporaries.scalars", self.scalar_bytes())
-        if optim.state_bits in BLOCKS:
+        if optim.state_bits in GROUP_SIZES:
             self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))
 
     def scalar_bytes(self) -> int:

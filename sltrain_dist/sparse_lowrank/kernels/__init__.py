@@ -1,1 +1,1 @@
-"""The products of the sparse part as kernels."""
+"""Kernels for the products of the sparse part."""

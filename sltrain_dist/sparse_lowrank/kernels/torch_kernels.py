@@ -1,8 +1,8 @@
-"""Where the Triton kernels are used, and the operators around them; without Triton, torch's implementation is.
+"""Operators around the Triton kernels, and when they are used; otherwise torch's implementation is.
 
-All operators but the in-place scatter are functional. They are known to torch.compile and to FakeTensor (which
-does not need Triton), and have no derivative of their own: the autograd functions of the paths call them. They
-take bf16, fp16 and float32; float64 on CUDA is left to torch's implementation.
+All operators but the in-place scatter are functional. torch.compile and FakeTensor support them (without Triton, for
+FakeTensor). They have no derivatives of their own: the autograd functions of the paths call them. They take bf16, fp16
+and float32; float64 on CUDA uses torch's implementation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from sltrain_dist.numerics.device import device_type, is_emulated
 
 Weights = tuple[Tensor, ...]
-"""As `Weights` in supports/support.py, of which this module cannot know: supports use it."""
+"""The same as `Weights` in supports/support.py, which this module cannot import: supports import it."""
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 """Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
@@ -29,17 +29,17 @@ DEVICES = ["cuda"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGN = 16
-"""Tokens of transposed matrices are padded to a multiple of this: what Triton recognises as aligned."""
+"""Tokens of transposed matrices are padded to a multiple of this, which Triton recognises as aligned."""
 _PROGRAMS = 512
-"""Programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
+"""Number of programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
 _TRANSPOSE_BLOCK = 64
 _SCATTER_BLOCK = 512
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether the kernels are used for tensors of x's device and type.
+    """Returns whether the kernels are used for tensors of x's device and type.
 
-    Warns, once in a process, where CUDA is used and Triton is not installed.
+    Warns, once per process, if CUDA is used and Triton is not installed.
     """
     if device_type(x) not in DEVICES or x.dtype not in _DTYPES:
         return False
@@ -53,7 +53,7 @@ def use_kernels(x: Tensor) -> bool:
 @cache
 def _warn_without_triton() -> None:
     warnings.warn(
-        "Triton is not installed, so that sparse products on CUDA use torch's slower operators; "
+        "Triton is not installed: sparse products on CUDA use torch's slower operators; "
         "install it with: pip install 'sltrain_dist[triton]'",
         RuntimeWarning,
         stacklevel=3,
@@ -61,7 +61,7 @@ def _warn_without_triton() -> None:
 
 
 class Windows(Protocol):
-    """What the products need of a BlockSupport."""
+    """The attributes of a BlockSupport that the products need."""
 
     k: int
     windows: int
@@ -71,9 +71,9 @@ class Windows(Protocol):
 
 
 class BlockProducts:
-    """Products with the S of a BlockSupport by the Triton kernels; takes the place of the support's own.
+    """Products with the S of a BlockSupport by the Triton kernels, in place of the support's own.
 
-    Arranged matrices are transposed, (features, T'), with their tokens padded to a multiple of 16.
+    Arranged matrices are transposed, (features, T'), where T' is T padded to a multiple of 16.
 
     Args:
         support: The positions.
@@ -139,9 +139,9 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _blocks(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Largest tiles, in tokens, in results' features, and in summed features."""
-    # Without tensor cores, as float32 is computed by default, larger ones run out of registers.
+def _tile_limits(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns the largest tiles: in tokens, in features of the result, and in features that are summed over."""
+    # float32 is computed without tensor cores by default, where larger tiles run out of registers.
     return (64, 32, 32) if dtype == torch.float32 else (128, 64, 64)
 
 
@@ -159,7 +159,7 @@ def _padded(tokens: int) -> int:
 
 @torch.library.custom_op("sltrain::transpose", mutates_args=())
 def transpose(x: Tensor) -> Tensor:
-    """Transposes a matrix with tokens as its rows, and pads the tokens with zeros to a multiple of 16.
+    """Transposes a matrix whose rows are tokens, and pads the tokens with zeros to a multiple of 16.
 
     Args:
         x: (T, features), contiguous; bf16, fp16 or fp32, like all matrices here.
@@ -183,13 +183,13 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("sltrain::transpose_back", mutates_args=())
 def transpose_back(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
-    """The inverse of :func:`transpose`; with places, also brings the inputs of windows back into their order.
+    """Inverts :func:`transpose`; with places, also restores the order of the inputs from that of the windows.
 
     Args:
         source: (features, T'), or with places (w·k, T'); contiguous.
         tokens: T.
-        places: (n,) int32, the `input_places` of a BlockSupport; an input that two windows have is their sum.
-        k: Inputs of a window.
+        places: (n,) int32, the `input_places` of a BlockSupport; an input that lies in two windows becomes their sum.
+        k: Number of inputs of a window.
 
     Returns:
         (T, features), or with places (T, n).
@@ -214,11 +214,11 @@ def _(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
 
 @torch.library.custom_op("sltrain::blocks_outputs", mutates_args=())
 def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
-    """S·xᵀ for the support `blocks`.
+    """Computes S·xᵀ for the support `blocks`.
 
     Args:
         inputs: xᵀ, (n, T'), from :func:`transpose`.
-        V: (m, k), contiguous; cast to the type of the inputs block by block.
+        V: (m, k), contiguous; cast to the type of the inputs tile by tile.
         window_inputs: (w·k,) int32, of the BlockSupport.
         shift: Of the BlockSupport.
 
@@ -230,7 +230,7 @@ def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int)
     rows = _cdiv(m, windows)
     out = inputs.new_empty(m, stride)
     if out.numel():
-        t, result, summed = _blocks(inputs.dtype)
+        t, result, summed = _tile_limits(inputs.dtype)
         block_t, block_r = _tile(stride, t), _tile(rows, result)
         with torch.cuda.device_of(inputs):
             _kernels().outputs_kernel[(_cdiv(rows, block_r) * _cdiv(stride, block_t) * windows,)](
@@ -247,14 +247,14 @@ def _(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
 
 @torch.library.custom_op("sltrain::blocks_inputs", mutates_args=())
 def blocks_inputs(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
-    """Sᵀ·gᵀ for the support `blocks`, arranged as its windows: for :func:`transpose_back` with places.
+    """Computes Sᵀ·gᵀ for the support `blocks`, in the order of its windows: for :func:`transpose_back` with places.
 
     Args:
         grads: gᵀ, (m, T'), from :func:`transpose`.
-        V: (m, k), contiguous; cast to the type of the gradients block by block.
+        V: (m, k), contiguous; cast to the type of the gradients tile by tile.
         windows: w.
         shift: Of the BlockSupport.
-        base: What is added, as from another call, or None.
+        base: A tensor to add, such as the result of another call, or None.
 
     Returns:
         (w·k, T').
@@ -263,7 +263,7 @@ def blocks_inputs(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tens
     rows = _cdiv(m, windows)
     out = grads.new_empty(windows * k, stride)
     if out.numel():
-        t, result, summed = _blocks(grads.dtype)
+        t, result, summed = _tile_limits(grads.dtype)
         block_t, block_k = _tile(stride, t), _tile(k, result)
         with torch.cuda.device_of(grads):
             _kernels().inputs_kernel[(_cdiv(k, block_k) * _cdiv(stride, block_t) * windows,)](
@@ -281,24 +281,24 @@ def _(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -
 
 @torch.library.custom_op("sltrain::blocks_values", mutates_args=())
 def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
-    """gᵀx at the support `blocks`: the gradient of V.
+    """Computes gᵀx at the positions of the support `blocks`: the gradient of V.
 
     Args:
         grads: gᵀ, (m, T'), from :func:`transpose`.
         inputs: xᵀ, (n, T'), from :func:`transpose`.
         window_inputs: (w·k,) int32, of the BlockSupport.
         shift: Of the BlockSupport.
-        k: Values of a row.
+        k: Number of values in a row.
 
     Returns:
-        (m, k), float32, summed over the tokens of each of a number of chunks, then over the chunks.
+        (m, k), float32, summed over the tokens of each chunk, then over the chunks.
     """
     m, stride = grads.shape
     windows = window_inputs.numel() // k
     rows = _cdiv(m, windows)
     if stride == 0:
         return grads.new_zeros(m, k, dtype=torch.float32)
-    most = 32 if grads.dtype == torch.float32 else 64  # as in _blocks
+    most = 32 if grads.dtype == torch.float32 else 64  # as in _tile_limits
     block_t, block_r, block_k = _tile(stride, most), _tile(rows, 64), _tile(k, 64)
     tiles = _cdiv(rows, block_r) * _cdiv(k, block_k) * windows
     # As many chunks as fill the device, of at least 256 tokens, and of whole tiles.
@@ -334,11 +334,11 @@ def stratified_add_(W: Tensor, V: Tensor, key: Tensor, first: int) -> None:
 
 @torch.library.custom_op("sltrain::stratified_take", mutates_args=())
 def stratified_take(G: Tensor, k: int, key: Tensor, first: int) -> Tensor:
-    """The entries of rows of a matrix at a StratifiedSupport, (rows, k).
+    """Returns the entries of rows of a matrix at the positions of a StratifiedSupport, (rows, k).
 
     Args:
         G: (rows, n), contiguous: rows first … first + rows − 1 of an (m, n) matrix.
-        k: Values of a row.
+        k: Number of values in a row.
         key: The support's 32-bit key, as one int64 on the device.
         first: Number of the first row.
     """

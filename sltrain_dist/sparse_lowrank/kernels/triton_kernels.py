@@ -1,24 +1,24 @@
 """Triton kernels for CUDA: the products of `blocks`, and the scatter and gather of `stratified`.
 
-The only module that imports triton. :mod:`.torch_kernels` launches the kernels, and says what their arguments are.
+The only module that imports triton. :mod:`.torch_kernels` launches the kernels and documents their arguments.
 
-`blocks`. Reading permuted features of a row-major matrix from inside a product would move a 32-byte sector for
-every 2-byte element, and so cost as much as the dense layer (and Triton has no gather from shared memory: its
-own becomes thousands of shuffles). So the products run in transposed form, features × tokens, where permuting
-is choosing rows and costs nothing: it is fused, with every mask and window, into the loads and stores of the
-product kernels. The transposition is a pass at the speed of a copy, once for an input that q, k and v share,
-and once for a gradient, that dx and dV share. Transposed matrices have their tokens padded with zeros to a
-multiple of 16, so that every access but those of the row-major side is of 16 bytes, whatever T.
+`blocks`. Reading permuted features of a row-major matrix inside a product would move a 32-byte sector for every 2-byte
+element, and so cost as much as the dense layer (and Triton has no gather from shared memory: its own becomes thousands
+of shuffles). So the products run in transposed form, features × tokens, where permuting is choosing rows and costs
+nothing: it is fused, with every mask and window, into the loads and stores of the product kernels. Transposing is a
+pass at the speed of a copy, once for an input that q, k and v share, and once for a gradient that dx and dV share.
+Transposed matrices have their tokens padded with zeros to a multiple of 16, so that every access but those on the
+row-major side is of 16 bytes, whatever T.
 
-`stratified`. The scatter into W and the gather from its gradient touch about k/n of the matrix; one kernel that
-hashes in registers replaces torch's dozen passes over int64 positions. Fusing it into the product BA would save
-nothing: W must be written by the product anyway, and the scatter then finds it in the cache.
+`stratified`. The scatter into W and the gather from its gradient touch about k/n of the matrix; one kernel that hashes
+in registers replaces torch's dozen passes over int64 positions. Fusing it into the product BA would save nothing: the
+product must write W anyway, and the scatter then finds it in the cache.
 
-Every result is the same from run to run: no atomics, every sum in a fixed order and in float32, and configurations
-that tuning chooses among differ only in what cannot change a result (warps and pipeline stages).
+Every result is the same from run to run: there are no atomics, every sum has a fixed order and is in float32, and the
+configurations that tuning chooses from differ only in what cannot change a result (warps and pipeline stages).
 """
 
-# Arguments of kernels are Triton's own values, for which it has no types.
+# The arguments of kernels are Triton values, for which Triton has no types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROW_STEP = tl.constexpr(0x9E3779B1)
 _SLOT_STEP = tl.constexpr(0x61C88647)
 _MURMUR_1 = tl.constexpr(0x85EBCA6B)
 _MURMUR_2 = tl.constexpr(0xC2B2AE35)
-# Triton 3.7's interpreter keeps bf16 as its bits, and multiplies those as integers.
+# Triton 3.7's interpreter stores bf16 as its bits, and multiplies those as integers.
 _UPCAST = tl.constexpr(_INTERPRETED)
 
 
@@ -53,14 +53,14 @@ def _multiply_add(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _first_output(run, m, windows):
-    """First output of a run, as layout.first_output."""
+    """Returns the first output of a run, as sizes.first_output."""
     return run * (m // windows) + tl.minimum(run, m % windows)
 
 
 @_tuned(["features"], [(4, 1), (8, 1), (2, 1)])
 @triton.jit
 def transpose_kernel(x, out, tokens, features, stride, BLOCK: tl.constexpr):
-    """out (features, stride) = x (tokens, features) transposed, zeros in columns tokens … stride − 1."""
+    """Writes x (tokens, features) transposed to out (features, stride), zeros in columns tokens … stride − 1."""
     tiles = tl.cdiv(features, BLOCK)
     program = tl.program_id(0)
     t = (program // tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -75,9 +75,9 @@ def transpose_back_kernel(
     source, places, out, tokens, features, stride, windows,
     K: tl.constexpr, GATHER: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out (tokens, features) = rows of source transposed: each feature's own row, or with GATHER that at its place.
+    """Writes rows of source, transposed, to out (tokens, features): row i for feature i, or with GATHER row places[i].
 
-    TWICE: the places are of inputs, in overlapping windows; an input that the next window has too is the sum.
+    TWICE: source holds inputs in overlapping windows; an input that the next window has too becomes the sum.
     """
     tiles = tl.cdiv(features, BLOCK)
     program = tl.program_id(0)
@@ -88,7 +88,7 @@ def transpose_back_kernel(
         place = tl.load(places + c, mask=c < features, other=0).to(tl.int64)
     tile = tl.load(source + place[:, None] * stride + t, mask=(c < features)[:, None] & (t < stride), other=0.0)
     if TWICE:
-        # Windows begin at ⌈i(n − K)/(windows − 1)⌉, as layout.window_starts: where the next one has it.
+        # Windows begin at ⌈i(n − K)/(windows − 1)⌉, as sizes.window_starts: finds the input's place in the next one.
         window = place // K
         span = features - K
         start = (window * span + windows - 2) // (windows - 1)
@@ -196,7 +196,7 @@ def values_kernel(
 
 @triton.jit
 def _finalise(h):
-    """MurmurHash3's 32-bit finaliser (Appleby, public domain), as stratified.murmur_finalise."""
+    """Applies MurmurHash3's 32-bit finaliser (Appleby, public domain), as stratified.murmur_finalise."""
     h = (h ^ (h >> 16)) * tl.full([], _MURMUR_1, tl.uint32)
     h = (h ^ (h >> 13)) * tl.full([], _MURMUR_2, tl.uint32)
     return h ^ (h >> 16)
@@ -204,7 +204,7 @@ def _finalise(h):
 
 @triton.jit
 def _stratified_column(key, i, j, n, k):
-    """Columns of slots j of rows i, as stratified.stratified_column; key and i are taken modulo 2^32."""
+    """Returns the columns of slots j of rows i, as stratified.stratified_column; key and i are taken modulo 2^32."""
     word = _finalise(key.to(tl.uint32) + i.to(tl.uint32) * tl.full([], _ROW_STEP, tl.uint32))
     word = _finalise(word + j.to(tl.uint32) * tl.full([], _SLOT_STEP, tl.uint32))
     wide = j.to(tl.int64) * n

@@ -1,1 +1,1 @@
-"""The two ways to apply a layer."""
+"""The two paths: ways to apply a layer."""

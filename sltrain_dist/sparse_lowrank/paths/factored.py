@@ -18,16 +18,16 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class Factored(torch.autograd.Function):
-    """Applies layers to one input. Saved for backward are x and h = s·xAᵀ, of all layers side by side; in x's place
-    what it is arranged as, if all layers arrange it alike and :attr:`Products.keeps_arranged`.
+    """Applies layers to one input. Saved for the backward pass are x and h = s·xAᵀ of all layers, side by side.
 
-    The input is transposed, and arranged for the sparse products, once; A of all layers is one product.
+    If all layers arrange x alike and :attr:`Products.keeps_arranged`, the arranged x is saved in its place. The input
+    is transposed, and arranged for the sparse products, once; it is multiplied by A of all layers in one product.
 
-    Called with (x, supports, scales, B, A, V of the first layer, B, A, V of the second …); returns the
-    outputs, without biases, as a tuple.
+    Called with (x, supports, scales, B, A, V of the first layer, B, A, V of the second …); returns the outputs, without
+    biases, as a tuple.
     """
 
-    # Leaves are saved as they came: see Materialize.
+    # Parameters are saved as they are passed: see Materialize.
 
     @staticmethod
     def forward(
@@ -52,7 +52,7 @@ class Factored(torch.autograd.Function):
 
 
 def _by_layer(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Factors]:
-    """int8 weights by their values; other parameters as they are."""
+    """Returns (B, A, V) of each layer: the values of int8 weights, other parameters as they are."""
     values = [plain(parameter, dtype) for parameter in parameters]
     return [(values[i], values[i + 1], values[i + 2]) for i in range(0, len(values), 3)]
 
@@ -60,8 +60,8 @@ def _by_layer(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Factors]
 def _factored_forward(
     x: Tensor, arranged: Tensor | None, layers: Sequence[Factors], supports: Sequence[Support], scales: Sequence[float]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The layers' outputs, (T, m), and h."""
-    h = _inner(x, layers, scales)
+    """Returns the layers' outputs, (T, m), and h."""
+    h = _project_down(x, layers, scales)
     outputs = _sparse_forward(x, arranged, layers, supports)
     for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
         y.addmm_(h_i, B.to(x.dtype).t())
@@ -79,20 +79,20 @@ def factored_backward(
     *,
     arranged: bool = False,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, ...]]]:
-    """Gradients of the layers' outputs by x, B, A and V, without anything of the size of W.
+    """Computes the gradients of x, B, A and V, without anything of the size of W.
 
     Args:
-        x: (T, n); or, arranged, as the supports' products arrange it.
-        h: s·xAᵀ of all layers side by side, or None where the forward pass has not formed it.
-        grads: By each layer's output, (T, m).
+        x: (T, n); or, if `arranged`, as the supports' products arrange it.
+        h: s·xAᵀ of all layers side by side, or None if the forward pass did not form it.
+        grads: Gradients of each layer's output, (T, m).
         layers: B, A and V of each layer.
-        supports: Of each layer.
+        supports: Support of each layer.
         scales: s of each layer.
-        needs: Whether the gradients by x, B, A and V are wanted.
-        arranged: Whether x is; only where :attr:`Products.keeps_arranged`.
+        needs: Whether the gradients of x, B, A and V are needed.
+        arranged: Whether x is arranged; only where :attr:`Products.keeps_arranged`.
 
     Returns:
-        dx, and (dB, dA, dV) of each layer; None for what is not wanted.
+        dx, and (dB, dA, dV) of each layer; None for what is not needed.
     """
     need_x, need_B, need_A, need_V = needs
     dtype = x.dtype
@@ -101,7 +101,7 @@ def factored_backward(
     dBs: list[Tensor | None] = [None] * len(layers)
     dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
     if need_x or need_A:
-        # q = s·gB, of all layers side by side. Inductor multiplies what is there by beta, 0 or not.
+        # q = s·gB, of all layers side by side. Inductor reads the old content even if beta is 0, so it must be zeros.
         new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
         q = new(grads[0].shape[0], sum(ranks))
         for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
@@ -112,7 +112,7 @@ def factored_backward(
             dA = supports[0].products(grads[0]).sum_over_tokens(q, x) if arranged else torch.mm(q.t(), x)
             dAs = list(dA.split(ranks))
     if need_B:
-        h = _inner(x, layers, scales) if h is None else h
+        h = _project_down(x, layers, scales) if h is None else h
         dBs = [torch.mm(g.t(), h_i) for g, h_i in zip(grads, h.split(ranks, dim=1), strict=True)]
     gradients = [
         tuple(None if d is None else d.to(parameter.dtype) for d, parameter in zip(of_layer, layer, strict=True))
@@ -122,25 +122,25 @@ def factored_backward(
 
 
 def _arranged(x: Tensor, supports: Sequence[Support]) -> Tensor | None:
-    """x as the supports' products arrange it, where all layers arrange it alike and it is to be kept."""
+    """Returns x as the supports' products arrange it, if all layers arrange it alike and it is saved; else None."""
     products = supports[0].products(x)
-    return products.arrange_inputs(x) if products.keeps_arranged and len(_groups(supports)) == 1 else None
+    return products.arrange_inputs(x) if products.keeps_arranged and len(_arranged_alike(supports)) == 1 else None
 
 
 def _sparse_forward(
     x: Tensor, arranged: Tensor | None, layers: Sequence[Factors], supports: Sequence[Support]
 ) -> list[Tensor]:
-    """xSᵀ of every layer, (T, m)."""
+    """Returns xSᵀ of every layer, (T, m)."""
     outputs: list[Tensor] = []
-    for group in _groups(supports):
-        products = [supports[i].products(x) for i in group]
-        weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(group, products, strict=True)]
+    for indices in _arranged_alike(supports):
+        products = [supports[i].products(x) for i in indices]
+        weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(indices, products, strict=True)]
         slices = _slices(x, products[0].step(x))
         if len(slices) == 1:
             inputs = products[0].arrange_inputs(x) if arranged is None else arranged
             outputs += [p.multiply(w, inputs) for p, w in zip(products, weights, strict=True)]
             continue
-        ys = [x.new_empty(x.shape[0], supports[i].m) for i in group]
+        ys = [x.new_empty(x.shape[0], supports[i].m) for i in indices]
         for part in slices:
             inputs = products[0].arrange_inputs(x[part])
             for product, w, y in zip(products, weights, ys, strict=True):
@@ -159,17 +159,17 @@ def _sparse_backward(
     *,
     arranged: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Σ gS over the layers, (T, n), and each layer's dV."""
+    """Returns Σ gS over the layers, (T, n), and each layer's dV."""
     dx: Tensor | None = None
     dVs: list[Tensor | None] = []
     if not (need_x or need_V):
         return None, [None] * len(layers)
-    for group in _groups(supports):
-        products = [supports[i].products(x) for i in group]
-        lead, numbered = products[0], list(enumerate(zip(group, products, strict=True)))
+    for indices in _arranged_alike(supports):
+        products = [supports[i].products(x) for i in indices]
+        lead, numbered = products[0], list(enumerate(zip(indices, products, strict=True)))
         weights = [p.transposed_weights(layers[i][2].to(x.dtype)) if need_x else () for _, (i, p) in numbered]
         places = [p.places() if need_V else () for p in products]
-        sums: list[Tensor | None] = [None] * len(group)
+        sums: list[Tensor | None] = [None] * len(indices)
         slices = [slice(None)] if arranged else _slices(x, lead.step(x))
         for part in slices:
             inputs: Tensor | None = None
@@ -184,7 +184,7 @@ def _sparse_backward(
                     total = product.multiply_transposed(weights[j], outputs, total)
             if total is None:
                 continue
-            if group[0] > 0 and dx is not None:
+            if indices[0] > 0 and dx is not None:
                 dx[part].add_(lead.restore_inputs(total))
             elif len(slices) == 1:
                 dx = lead.restore_inputs(total)
@@ -199,19 +199,19 @@ def _slices(x: Tensor, step: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, x.shape[0], step)]
 
 
-def _groups(supports: Sequence[Support]) -> list[list[int]]:
-    """Layers by number, neighbours together whose supports arrange their inputs alike."""
-    groups = [[0]]
+def _arranged_alike(supports: Sequence[Support]) -> list[list[int]]:
+    """Returns the layers' numbers, neighbours together whose supports arrange their inputs alike."""
+    alike = [[0]]
     for i in range(1, len(supports)):
         if supports[i].shares_inputs(supports[i - 1]):
-            groups[-1].append(i)
+            alike[-1].append(i)
         else:
-            groups.append([i])
-    return groups
+            alike.append([i])
+    return alike
 
 
-def _inner(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
-    """h = s·xAᵀ of all layers side by side, (T, Σr)."""
+def _project_down(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
+    """Returns h = s·xAᵀ of all layers side by side, (T, Σr)."""
     if len(set(scales)) == 1:
         return scaled_mm(x, _stacked(layers, x.dtype).t(), scales[0])
     h = torch.mm(x, _stacked(layers, x.dtype).t())
@@ -221,19 +221,19 @@ def _inner(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Ten
 
 
 def differentiable(y: Tensor) -> Tensor:
-    """An output of an autograd function's forward pass that was written in place, for the function to return.
+    """Returns an output of an autograd function's forward pass, written in place, in a form that has a gradient.
 
-    torch.compile of torch 2.11 gives no gradient to what depends on such an output, without a word; to what depends
-    on a view of it, it does.
+    Under torch.compile, torch 2.11 silently gives no gradient to what depends on such an output, but does to what
+    depends on a view of it.
     """
     return y.view_as(y) if torch.compiler.is_compiling() else y
 
 
 def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale·left·right, scaled inside the product: no pass over the result, and no copy of a factor."""
+    """Returns scale·left·right, scaled inside the product: without a pass over the result or a copy of a factor."""
     return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=scale)
 
 
 def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:
-    """A of all layers, one below the other."""
+    """Returns A of all layers, one below the other."""
     return layers[0][1].to(dtype) if len(layers) == 1 else torch.cat([A.to(dtype) for _, A, _ in layers])

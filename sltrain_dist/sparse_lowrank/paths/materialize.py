@@ -1,4 +1,4 @@
-"""The path `materialize` (the paper's Algorithm 1): W is built, used and thrown away."""
+"""The path `materialize` (the paper's Algorithm 1): W is built, used and freed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 class Materialize(torch.autograd.Function):
-    """y = x (s·BA + S)ᵀ by building W, in blocks of rows where the transient memory is bounded.
+    """Computes y = x (s·BA + S)ᵀ by building W, some rows at a time if transient memory is bounded.
 
-    The backward pass either builds W again, for dx, and the dense gradient, from which dB, dA and dV are
-    taken; or it forms neither, as the path `factored` does (fewer operations where there are few tokens).
+    The backward pass either builds W again, for dx, and the dense gradient, from which dB, dA and dV are taken; or it
+    forms neither and works as in the path `factored` (fewer operations for few tokens).
     """
 
-    # Leaves are saved as they came: a detached or cast copy would stay alive under ZeRO-3 and FSDP, which
-    # free and gather the leaves' storage around forward and backward.
+    # Parameters are saved as they are passed: a detached or cast copy would stay alive under ZeRO-3 and FSDP, which
+    # free and gather the parameters' storage around forward and backward.
 
     @staticmethod
     def forward(
@@ -51,18 +51,18 @@ class Materialize(torch.autograd.Function):
         if ctx.dense_backward:
             gradients = _dense_backward(x, B, A, V, grads[0], ctx.support, ctx.scale, ctx.block_rows, needs)
         else:
-            dx, (rest,) = factored_backward(x, None, grads, [(B, A, V)], [ctx.support], [ctx.scale], needs)
-            gradients = (dx, *rest)
+            dx, (factor_gradients,) = factored_backward(x, None, grads, [(B, A, V)], [ctx.support], [ctx.scale], needs)
+            gradients = (dx, *factor_gradients)
         return *gradients, None, None, None, None
 
 
 def _multiply(x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, block_rows: int) -> Tensor:
-    """xWᵀ, (T, m)."""
+    """Returns xWᵀ, (T, m)."""
     B, A, V = (plain(parameter, x.dtype) for parameter in (B, A, V))
     if block_rows >= support.m:
         return torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, 0, support.m).t())
     y = x.new_empty(x.shape[0], support.m)
-    for first, last in _blocks(support.m, block_rows):
+    for first, last in _row_chunks(support.m, block_rows):
         y[:, first:last] = torch.mm(x, build_rows(B, A, V, support, scale, x.dtype, first, last).t())
     return y
 
@@ -70,7 +70,7 @@ def _multiply(x: Tensor, B: Tensor, A: Tensor, V: Tensor, support: Support, scal
 def build_rows(
     B: Tensor, A: Tensor, V: Tensor, support: Support, scale: float, dtype: torch.dtype, first: int, last: int
 ) -> Tensor:
-    """Rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
+    """Returns rows first … last − 1 of W = scale·BA + S, as a new tensor of type `dtype`."""
     W = scaled_mm(B[first:last].to(dtype), A.to(dtype), scale)
     support.add_to_rows_(W, V, first, last)
     return W
@@ -92,13 +92,13 @@ def _dense_backward(
     dB = torch.empty_like(B) if need_B else None
     dA = torch.zeros_like(A, dtype=x.dtype) if need_A else None
     dV = torch.empty_like(V) if need_V else None
-    for first, last in _blocks(support.m, block_rows):
+    for first, last in _row_chunks(support.m, block_rows):
         g_rows = g[:, first:last]
         if dx is not None:
             dx.addmm_(g_rows, build_rows(B, A, V, support, scale, x.dtype, first, last))
         if not (need_B or need_A or need_V):
             continue
-        G = torch.mm(g_rows.t(), x)  # after W is gone, so that only one m×n tensor exists at a time
+        G = torch.mm(g_rows.t(), x)  # after W is freed, so that only one m×n tensor exists at a time
         if dB is not None:
             dB[first:last] = torch.mm(G, A.to(x.dtype).t()).mul_(scale)
         if dA is not None:
@@ -108,6 +108,6 @@ def _dense_backward(
     return dx, dB, None if dA is None else dA.mul_(scale).to(A.dtype), dV
 
 
-def _blocks(m: int, block_rows: int) -> Iterator[tuple[int, int]]:
+def _row_chunks(m: int, block_rows: int) -> Iterator[tuple[int, int]]:
     for first in range(0, m, block_rows):
         yield first, min(first + block_rows, m)

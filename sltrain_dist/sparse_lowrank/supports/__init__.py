@@ -1,1 +1,1 @@
-"""The fixed positions of the sparse part: three ways to draw them."""
+"""The supports: three ways to choose the fixed positions of the sparse part."""

@@ -1,4 +1,4 @@
-"""The support `blocks`: dense blocks between permuted inputs and runs of outputs."""
+"""The support `blocks`: dense blocks between windows of permuted inputs and runs of outputs."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ from sltrain_dist.sparse_lowrank.supports.support import (
     Products,
     Support,
     Weights,
+    add_to_total,
     flatten_columns,
-    summed,
-    untransposed,
+    to_tokens_first,
 )
 
 Order = Literal["random", "grouped", "strided", "natural"]
-"""How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: runs of 8
-neighbours, in random order. strided: neighbours are dealt out to the windows in turn. natural: as they come."""
+"""How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: sets of 8
+neighbours, in random order. strided: neighbours go to different windows in turn. natural: not permuted."""
 _GROUP = 8
 _SLICE = 512
-"""Tokens that gradients of V are summed over at a time on the CPU, in four and eight bytes: longer sums in one product
+"""Tokens that gradients of V are summed over at a time on the CPU, for 4- and 8-byte types: longer sums in one product
 are slower there."""
 
 
 def input_key(name: str) -> str:
-    """The name that keys the permutation of a layer's inputs: that of the module which holds the layer.
+    """Returns the name that keys the permutation of a layer's inputs: that of the module which contains the layer.
 
-    Layers of one module, such as q, k and v, share the permutation, so that their common input is permuted
-    once.
+    Layers of one module, such as q, k and v, share the permutation, so that their common input is permuted once.
     """
     return name.rpartition(".")[0]
 
 
 def first_window(name: str, windows: int) -> int:
-    """The window that a layer's first outputs use, by the last part of its name, such as up_proj.
+    """Returns the window that a layer's first outputs use, by the last part of its name, such as up_proj.
 
-    Layers that share their inputs then use other windows for the same outputs, which are multiplied or added up (q, k
-    and v; gate and up), and layers of one name the same, so that all decoder blocks compile to one trace.
+    Layers that share their inputs then use different windows for the same outputs, which are multiplied or added up (q,
+    k and v; gate and up). Layers of the same last name use the same window: all decoder layers compile to one trace.
     """
     return key64(0, f"{name.rpartition('.')[2]}.start") * windows >> 64  # far apart for LLaMA's names
 
 
 def make_order(order: Order, key: int, size: int, windows: int) -> npt.NDArray[np.int64]:
-    """A permutation of 0 … size − 1, as the list of what comes at each place."""
+    """Returns a permutation of 0 … size − 1, as the list of the input at each place."""
     if order == "random":
         return permutation(key, size)
     if order == "natural":
@@ -62,25 +61,25 @@ def make_order(order: Order, key: int, size: int, windows: int) -> npt.NDArray[n
 
 
 class BlockSupport(Support):
-    """Dense blocks between permuted inputs and runs of neighbouring outputs.
+    """Dense blocks between windows of permuted inputs and runs of neighbouring outputs.
 
-    The permuted inputs are covered by w = ⌈n/k⌉ windows of k, spread evenly, so that an input lies in one
-    or two. The outputs, as they come, make w runs, of R = ⌈m/w⌉ or one less; run j uses window (j + shift) mod w. The
-    product with S is then a batch of w products of (R, k) blocks, whose results lie where they belong. What is stored
-    is the permutation, as lists of places: O(n).
+    The permuted inputs are covered by w = ⌈n/k⌉ windows of k inputs, spread evenly, so that an input lies in one or two
+    of them. The outputs, in their own order, form w runs of R = ⌈m/w⌉ or R − 1; run j uses window (j + shift) mod w.
+    The product with S is then a batch of w products with (R, k) blocks, whose results are in the order of the outputs.
+    Only the permutation is stored, as lists of places: O(n).
 
     Args: as of :class:`Support`, and
-        device: Where the permutation lives. That of "meta" is computed when it gets memory (`to_empty`).
-        order: How it is made.
+        device: Device of the permutation. On "meta", it is computed when memory is allocated (`to_empty`).
+        order: How the permutation is made.
 
     Attributes:
-        k: Values in each row, the width of a window.
+        k: Number of values in each row, the width of a window.
         windows: w.
         shift: See :func:`first_window`.
-        runs: Runs that are alike, together: see :func:`window_runs`.
+        runs: The runs, equal ones together: see :func:`window_runs`.
         window_inputs: (w·k,) int32, the inputs of every window.
-        input_places: (n,) int32, where in `window_inputs` an input comes first.
-        second_places: (w·k − n,) int32, the places in `window_inputs` of inputs that an earlier window has.
+        input_places: (n,) int32, the first place of each input in `window_inputs`.
+        second_places: (w·k − n,) int32, the places in `window_inputs` of inputs that an earlier window has, too.
     """
 
     kind = "blocks"
@@ -113,14 +112,14 @@ class BlockSupport(Support):
         return key64(seed, f"{input_key(self.name)}.inputs"), first_window(self.name, windows)
 
     def _set_runs(self, shift: int) -> None:
-        self.shift = shift % self.windows  # that of another size of layer may be larger; its fingerprint is refused
+        self.shift = shift % self.windows  # a state dict of a larger layer may exceed it; its fingerprint is refused
         self.runs = window_runs(self.m, self.windows, self.shift)
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
         inputs = make_order(self.order, key, self.n, self.windows)
 
-        # Permuted input at every place of every window; the first time that it comes is its place.
+        # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))
         permuted = (starts[:, None] + np.arange(self.k)).ravel()
         first_places = np.unique(permuted, return_index=True)[1]
@@ -129,13 +128,13 @@ class BlockSupport(Support):
         self._write(self.second_places, np.setdiff1d(np.arange(permuted.size), first_places))
 
     def columns(self, first: int, last: int) -> Tensor:
-        """Columns of rows first … last − 1, int32 (rows, k)."""
-        # The window of each row: few numbers, where all columns would be as many as there are values.
+        """Returns the columns of rows first … last − 1, int32 (rows, k)."""
+        # The window of each row: one number per row, where all columns would be one per value.
         windows = []
         for run, rows, each in self.runs:
-            here = range(max(first, rows.start), min(last, rows.stop))
-            inside = torch.arange(len(here), device=self.window_inputs.device) + (here.start - rows.start)
-            windows.append(inside.div_(each, rounding_mode="floor").add_(run.start))
+            rows_here = range(max(first, rows.start), min(last, rows.stop))
+            offsets = torch.arange(len(rows_here), device=self.window_inputs.device) + (rows_here.start - rows.start)
+            windows.append(offsets.div_(each, rounding_mode="floor").add_(run.start))
         return self.window_inputs.view(self.windows, self.k).index_select(0, torch.cat(windows))
 
     def row_positions(self, first: int, last: int) -> Tensor:
@@ -150,16 +149,16 @@ class BlockSupport(Support):
         if (self.n, self.k, self.order) != (other.n, other.k, other.order):
             return False
         if torch.compiler.is_compiling():
-            # Layers of one seed that are applied together must be of one module, as the models' are: a name or a key
-            # in the trace would have every decoder block compiled anew, up to torch's limit of eight.
+            # Layers of one seed that are applied together must belong to one module, as in the models: a name or a key
+            # in the trace would recompile every decoder layer, up to torch's limit of eight.
             return self.seed is not None and self.seed == other.seed
         return self.keys is not None and other.keys is not None and self.keys[0] == other.keys[0]
 
     def products(self, x: Tensor) -> Products:
         return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
-    # Arranged inputs are (w, T, k), as a view of (T, w·k): the windows of every token side by side, so that features
-    # are picked in one pass. Where :func:`by_features`, (w, k, T). Outputs lie as they are, or transposed.
+    # Arranged inputs are (w, T, k), a view of (T, w·k): the windows of every token side by side, so that features are
+    # gathered in one pass. Where :func:`by_features`, they are (w, k, T). Outputs are unchanged, or transposed.
 
     keeps_arranged = True
 
@@ -178,7 +177,7 @@ class BlockSupport(Support):
     def arrange_inputs(self, x: Tensor) -> Tensor:
         if by_features(x):
             return x.t().contiguous().index_select(0, self.window_inputs).unflatten(0, (-1, self.k))
-        return _side_by_side(_pick(x, self.window_inputs), self.k)
+        return _side_by_side(_gather(x, self.window_inputs), self.k)
 
     def arrange_outputs(self, g: Tensor) -> Tensor:
         return g.t().contiguous() if by_features(g) else g
@@ -189,11 +188,11 @@ class BlockSupport(Support):
             x = flat.index_select(0, self.input_places)
         else:
             flat, features = arranged.transpose(0, 1).flatten(1), 1
-            x = _pick(flat, self.input_places, out)
+            x = _gather(flat, self.input_places, out)
         if self.second_places.numel() > 0:
             which = self.window_inputs.index_select(0, self.second_places)
             x.index_add_(features, which, flat.index_select(features, self.second_places))
-        return untransposed(x, out) if features == 0 else x
+        return to_tokens_first(x, out) if features == 0 else x
 
     def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
         flat = inputs.flatten(0, 1).t() if by_features(inputs) else inputs.transpose(0, 1).flatten(1)
@@ -226,7 +225,7 @@ class BlockSupport(Support):
             for run, rows, each in self.runs:
                 block = dV[rows].unflatten(0, (-1, each))
                 _product(outputs[rows].unflatten(0, (-1, each)), inputs[run].transpose(1, 2), block)
-            return summed(total, dV)
+            return add_to_total(total, dV)
         dV = outputs.new_empty(self.values_shape) if total is None else total
         tokens = max(1, outputs.shape[0])
         step = _SLICE if device_type(outputs) == "cpu" and not torch.compiler.is_compiling() else tokens
@@ -241,7 +240,7 @@ class BlockSupport(Support):
         return total
 
     def _new_total(self, outputs: Tensor) -> Tensor:
-        """For gradients of arranged inputs, of which windows without an output have none."""
+        """Returns a tensor for the gradients of arranged inputs; zeros if some windows have no output."""
         new = outputs.new_empty if self.m >= self.windows else outputs.new_zeros
         if by_features(outputs):
             return new(self.windows, self.k, outputs.shape[1])
@@ -252,17 +251,17 @@ class BlockSupport(Support):
         buffer.copy_(torch.from_numpy(values))
 
 
-# Which way to pick features is fastest on the CPU was measured (docs/operator.md): in two bytes, transposing,
-# copying rows, and transposing back; in more, picking along the features.
+# The fastest way to gather features on the CPU, as measured (docs/operator.md): for 2-byte types, transposing,
+# copying rows, and transposing back; for wider types, gathering along the features.
 
 
 def by_features(x: Tensor) -> bool:
-    """Whether arranged matrices of x's type and device have the tokens last."""
+    """Returns whether arranged matrices of x's type and device have the tokens last."""
     return device_type(x) == "cpu" and x.dtype.itemsize == 2
 
 
-def _pick(x: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
-    """x[:, columns], in `out` or new."""
+def _gather(x: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns x[:, columns], in `out` or new."""
     # torch 2.13's index_select has a fast loop for this, on one thread. gather takes twice as long, but uses all.
     if torch.compiler.is_compiling() or device_type(x) != "cpu" or torch.get_num_threads() == 1:
         return torch.index_select(x, 1, columns, out=out)
@@ -270,12 +269,12 @@ def _pick(x: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _side_by_side(matrix: Tensor, width: int) -> Tensor:
-    """(T, windows·width) as its windows, (windows, T, width)."""
+    """Returns (T, parts·width) as a view by part, (parts, T, width): parts are windows or runs."""
     return matrix.unflatten(1, (-1, width)).transpose(0, 1)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """Writes the products of a batch into `out`, which may be a view, or adds them there."""
+    """Writes a batch of products to `out`, which may be a view, or adds them to it."""
     if add:
         out.baddbmm_(left, right)
     elif torch.compiler.is_compiling():  # torch 2.13 cannot trace a product into a view

@@ -1,4 +1,4 @@
-"""The support `stratified`: one value in each of k stretches of a row, at a hashed column; stores no index."""
+"""The support `stratified`: one value in each of k strata of a row, at a hashed column; stores no index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sltrain_dist.sparse_lowrank.sizes import stratum_start
 from sltrain_dist.sparse_lowrank.supports.support import Support, flatten_columns
 
 _MASK = 0xFFFFFFFF
-# All multipliers are odd, and given as negative numbers above 2^31: then a product with 32 bits fits int64.
+# Odd multipliers; those above 2^31 are given as negative numbers, so that a product with 32 bits fits int64.
 _ROW_STEP = 0x9E3779B1 - (1 << 32)
 _SLOT_STEP = 0x61C88647
 _MURMUR_1 = 0x85EBCA6B - (1 << 32)
@@ -19,12 +19,12 @@ _MURMUR_2 = 0xC2B2AE35 - (1 << 32)
 
 
 def stratified_key(seed: int, name: str) -> int:
-    """The layer's 32-bit key: the first 4 bytes of SHA-256 of "seed:name", big-endian."""
+    """Returns the layer's 32-bit key: the first 4 bytes of SHA-256 of "seed:name", big-endian."""
     return int.from_bytes(key_bytes(seed, name)[:4], "big")
 
 
 def murmur_finalise(h: int) -> int:
-    """MurmurHash3's 32-bit finaliser (Appleby, public domain): a bijection of 32-bit words that avalanches."""
+    """Applies MurmurHash3's 32-bit finaliser (Appleby, public domain): an avalanching bijection of 32-bit words."""
     h ^= h >> 16
     h = (h * _MURMUR_1) & _MASK
     h ^= h >> 13
@@ -33,10 +33,10 @@ def murmur_finalise(h: int) -> int:
 
 
 def stratified_column(key: int, i: int, j: int, n: int, k: int) -> int:
-    """Column of slot j of row i, in Python integers: the definition, which every implementation repeats.
+    """Returns the column of slot j of row i, in Python integers: the definition that every implementation repeats.
 
-    Row i draws a word a = f(key + i·0x9E3779B1), slot j of it u = f(a + j·0x61C88647), f the finaliser and
-    all sums modulo 2^32; u is mapped into stratum j by multiply-shift, ⌊u·size/2^32⌋.
+    Row i gets a word a = f(key + i·0x9E3779B1), and its slot j gets u = f(a + j·0x61C88647), where f is the finaliser
+    and all sums are modulo 2^32; u is mapped into stratum j by multiply-shift, ⌊u·size/2^32⌋.
     """
     word = murmur_finalise((key + i * _ROW_STEP) & _MASK)
     word = murmur_finalise((word + j * _SLOT_STEP) & _MASK)
@@ -45,19 +45,19 @@ def stratified_column(key: int, i: int, j: int, n: int, k: int) -> int:
 
 
 class StratifiedSupport(Support):
-    """k = max(1, ⌊δn + ½⌋) values a row, one in each of k equal stretches of columns, chosen by a hash.
+    """k = max(1, ⌊δn + ½⌋) values per row, one in each of k equal strata of columns, chosen by a hash.
 
-    Nothing is stored: the positions are functions of (key, row, slot), the same to the bit in Python
+    No index is stored: the positions are functions of (key, row, slot), the same to the bit in Python
     (:func:`stratified_column`), in torch on any device, and in the Triton kernels.
 
     Args: as of :class:`Support`, and
-        device: Where :meth:`indices` computes, until the module is moved. The key of "meta" is computed when it gets
-            memory (`to_empty`).
+        device: Where :meth:`indices` computes, until the module is moved. On "meta", the key is computed when memory is
+            allocated (`to_empty`).
 
     Attributes:
-        key: (1,) int64, the layer's 32-bit key. A tensor, because a number would be a constant of compiled
-            code, which no two layers could share.
-        k: Values in each row.
+        key: (1,) int64, the layer's 32-bit key. A tensor, because a number would be a constant of compiled code, which
+            layers could then not share.
+        k: Number of values in each row.
     """
 
     kind = "stratified"
@@ -84,7 +84,7 @@ class StratifiedSupport(Support):
         self.key.fill_(key)
 
     def columns(self, first: int, last: int) -> Tensor:
-        """Columns of rows first … last − 1, int64 (rows, k)."""
+        """Returns the columns of rows first … last − 1, int64 (rows, k)."""
         device = self.key.device
         slots = torch.arange(self.k + 1, device=device)
         starts = (slots * self.n).div_(self.k, rounding_mode="floor")
@@ -112,7 +112,7 @@ class StratifiedSupport(Support):
 
 
 def _finalise_(h: Tensor) -> Tensor:
-    """:func:`murmur_finalise` in place, on int64 tensors of 32-bit words."""
+    """Applies :func:`murmur_finalise` in place, to int64 tensors of 32-bit words."""
     h.bitwise_xor_(h >> 16).mul_(_MURMUR_1).bitwise_and_(_MASK)
     h.bitwise_xor_(h >> 13).mul_(_MURMUR_2).bitwise_and_(_MASK)
     return h.bitwise_xor_(h >> 16)

@@ -156,7 +156,7 @@ def test_sixteen_bit_chunks_are_summed_in_float32() -> None:
 def test_a_second_backward_pass_is_refused() -> None:
     loss = chunked_cross_entropy_sum(*inputs((3, 5), torch.float32), 4)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="make only one"):
+    with pytest.raises(RuntimeError, match="only once"):
         loss.backward()
 
 

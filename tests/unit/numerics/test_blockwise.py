@@ -34,7 +34,7 @@ def round_trip(kind: Quantizer, given: Tensor, left: int = 0) -> tuple[Tensor, T
     """(decoded values, each value's scale)."""
     scales = kind.largest(given, left)
     decoded = kind.decode(kind.encode(given, scales, left), scales, left)
-    return decoded, scales.repeat_interleave(kind.block, -1)[:, left : left + given.shape[1]]
+    return decoded, scales.repeat_interleave(kind.group_size, -1)[:, left : left + given.shape[1]]
 
 
 class TestLevels:
@@ -58,7 +58,7 @@ class TestLevels:
         assert signed or levels[0] > 0
 
     def test_other_bits_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="not of 5"):
+        with pytest.raises(ValueError, match="not 5"):
             quantizer(5, 128, CPU, signed=True)
 
 

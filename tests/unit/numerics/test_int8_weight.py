@@ -16,7 +16,7 @@ from sltrain_dist.models.build import build_meta_model, build_model, supports_fi
 from sltrain_dist.models.count import is_int8, parameter_bytes, parameter_shapes
 from sltrain_dist.models.llama import Head
 from sltrain_dist.models.loss import cross_entropy_sum
-from sltrain_dist.numerics.int8_layout import INT8_BLOCK, int8_bytes, scale_count
+from sltrain_dist.numerics.int8_layout import INT8_GROUP, int8_bytes, scale_count
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
 from sltrain_dist.numerics.rounding import rounding_key
 from sltrain_dist.optim.factory import make_optimizer
@@ -43,7 +43,7 @@ def int8(values: Tensor, dtype: torch.dtype = torch.float32) -> Int8Weight:
 
 def by_scale(values: Tensor) -> tuple[Tensor, ...]:
     """The rows of a matrix, or the blocks of a vector."""
-    return values.unbind(0) if values.dim() > 1 else values.split(INT8_BLOCK)
+    return values.unbind(0) if values.dim() > 1 else values.split(INT8_GROUP)
 
 
 class TestCodes:
@@ -92,7 +92,7 @@ class TestCodes:
     def test_arithmetic_on_it_is_refused(self) -> None:
         weight = int8(torch.ones(2, 3))
         for wrong in (lambda: weight + 1, lambda: torch.ones(3) @ weight.t(), lambda: torch.ones(2, 3).copy_(weight)):
-            with pytest.raises((NotImplementedError, TypeError), match=r"by plain\(\)"):
+            with pytest.raises((NotImplementedError, TypeError), match=r"use plain\(\)"):
                 wrong()
 
 

@@ -26,7 +26,7 @@ from sltrain_dist.optim.state_layout import (
     Place,
     code_bytes,
     is_quantized,
-    shared_blocks,
+    shared_groups,
     spans,
     state_bytes,
     stored_states,
@@ -41,13 +41,13 @@ from tests.support.ranks import SINGLE, on_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "norm": (97,),  # under 4096 values
-    "V": (10_007,),  # a prime: cut in the middle of blocks, and of bytes
+    "V": (10_007,),  # a prime: cut in the middle of groups, and of bytes
     "U": (4096,),
-    "B": (67, 129),  # rows that end in short blocks
+    "B": (67, 129),  # rows that end in short groups
     "A": (16, 256),
     "small": (63, 65),  # 4095
 }
-Agreement = Callable[[Environment], low_bit.Agree]
+Agreement = Callable[[Environment], low_bit.AllReduceMax]
 
 
 def first_values(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def gradients(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
     }
 
 
-def agreement(env: Environment) -> low_bit.Agree:
+def agreement(env: Environment) -> low_bit.AllReduceMax:
     def agree(largest: Tensor) -> None:
         largest.copy_(torch.stack(env.gather(largest)).amax(0))
 
@@ -220,7 +220,7 @@ class TestRanks:
     def test_cut_blocks_need_agreement(self) -> None:
         place = Place("V", (10_007,), 0, 5004, (5004,))
         parameter = nn.Parameter(torch.zeros(5004))
-        with pytest.raises(ValueError, match="agree on scales"):
+        with pytest.raises(ValueError, match="pass all_reduce_max"):
             make_optimizer([("V", parameter)], OptimConfig(state_bits=8), places={"V": place})
 
     def test_a_rank_without_a_part_takes_part(self) -> None:
@@ -323,7 +323,7 @@ class TestLayout:
             assert [i for s in cut for i in (s.start, s.stop)][1:-1] == [s.start for s in cut[1:] for _ in (0, 1)]
             assert sum(s.stop - s.start for s in cut) == place.count
             assert all((place.start + s.start - s.left) % block == 0 for s in cut)
-            assert all(s.last_block - s.first_block == -(-(s.left + s.stop - s.start) // block) for s in cut)
+            assert all(s.last_group - s.first_group == -(-(s.left + s.stop - s.start) // block) for s in cut)
 
     @pytest.mark.parametrize("bits", [32, 16, 8, 4])
     @pytest.mark.parametrize("ranks", [1, 3])
@@ -354,11 +354,11 @@ class TestLayout:
         assert code_bytes(Place("v", (10_001,), 3, 4), 4) == 3  # half of the first, the second, the third
         assert code_bytes(whole("w", (3, 5)), 4) == 9
 
-    def test_shared_blocks(self) -> None:
-        assert shared_blocks(fsdp_place("v", (10_007,), 1, 3), 8) == [3336 // 256, 6672 // 256]
-        assert shared_blocks(fsdp_place("v", (10_240,), 1, 5), 8) == []  # 2048 each
-        assert shared_blocks(fsdp_place("v", (4095,), 1, 2), 8) == []
-        assert shared_blocks(fsdp_place("w", (101, 101), 1, 2), 8) == []
+    def test_shared_groups(self) -> None:
+        assert shared_groups(fsdp_place("v", (10_007,), 1, 3), 8) == [3336 // 256, 6672 // 256]
+        assert shared_groups(fsdp_place("v", (10_240,), 1, 5), 8) == []  # 2048 each
+        assert shared_groups(fsdp_place("v", (4095,), 1, 2), 8) == []
+        assert shared_groups(fsdp_place("w", (101, 101), 1, 2), 8) == []
 
     def test_a_scale_is_saved_once_and_read_where_it_is_needed(self) -> None:
         optim = OptimConfig(state_bits=8)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.sparse_lowrank.kept import KeptResults, keep, keeps
+from sltrain_dist.sparse_lowrank.kept import KeptResults, is_keeping, keep
 
 MM = torch.ops.aten.mm.default
 T, N, M, RANK = 7, 24, 40, 4
@@ -153,13 +153,13 @@ def test_the_backward_pass_may_run_in_another_thread() -> None:
 
 
 def test_outside_of_checkpoints_nothing_is_kept() -> None:
-    assert not keeps()
+    assert not is_keeping()
     y = torch.ones(2, 3)
     outputs, saved = keep(lambda: ((y,), None))
     assert outputs[0] is y and saved is None
     with KeptResults.pair(())[0]:
-        assert keeps()
+        assert is_keeping()
         with KeptResults.pair(())[0]:
-            assert keeps()
-        assert keeps()
-    assert not keeps()
+            assert is_keeping()
+        assert is_keeping()
+    assert not is_keeping()

@@ -100,7 +100,7 @@ def test_from_dense_is_better_than_either_part_alone(kind: SupportKind) -> None:
 
 def test_fit_refuses_other_shapes() -> None:
     support = SUPPORTS["random"](6, 7, 0.2)
-    with pytest.raises(ValueError, match="support is of"):
+    with pytest.raises(ValueError, match="support is for"):
         fit(torch.zeros(7, 6), 2, 1.0, support)
     with pytest.raises(ValueError, match="sweeps"):
         fit(torch.zeros(6, 7), 2, 1.0, support, sweeps=0)

@@ -401,9 +401,9 @@ def test_bad_calls(kind: SupportKind, route: Route) -> None:
     with pytest.raises(ValueError, match="V has shape"):
         functional.sl_linear(torch.zeros(4, 7), layer.B, layer.A, layer.V[1:], layer.support, 1.0)
     other = make(kind, 12, 7, 3, torch.float32)
-    with pytest.raises(ValueError, match="support is of a"):
+    with pytest.raises(ValueError, match="support is for"):
         functional.sl_linear(torch.zeros(4, 7), layer.B, layer.A, layer.V, other.support, 1.0)
-    with pytest.raises(ValueError, match="one rank"):
+    with pytest.raises(ValueError, match="same rank"):
         functional.sl_linear(torch.zeros(4, 7), layer.B, layer.A[1:], layer.V, layer.support, 1.0)
 
 
