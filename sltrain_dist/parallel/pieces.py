@@ -90,7 +90,9 @@ class LocalPieces:
         places = {piece.name: piece.place for piece in optimized}
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
         groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
-        self._optimizers = [make_optimizer(group, optim, places=places, all_reduce_max=all_reduce_max) for group in groups]
+        self._optimizers = [
+            make_optimizer(group, optim, places=places, all_reduce_max=all_reduce_max) for group in groups
+        ]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
         }
