@@ -76,7 +76,7 @@ def test_the_documents_of_a_split(mixed, split, expected):
         memory.pipe(f"/mixed/{path.name}", path.read_bytes())
     assert names(resolve_source("memory://mixed", split=split, report=notes.append)) == expected
     assert len(notes) == 2
-    assert all("left out" in note and "a glob would name them" in note for note in notes)
+    assert all("left out" in note and "use a glob to include them" in note for note in notes)
     assert "test.jsonl" in notes[0] or split == "test"
 
 
@@ -106,7 +106,7 @@ def test_globs_take_held_out_files_but_say_so(mixed):
 def test_a_directory_of_a_readme_and_subdirectories(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "README.md").write_text("Text.")
-    with pytest.raises(DataError, match=r"subdirectories need a glob such as '.*/\*\*/\*.json.gz', plain text needs"):
+    with pytest.raises(DataError, match=r"subdirectories need a glob such as '.*/\*\*/\*.json.gz'; plain text needs"):
         resolve_source(str(tmp_path))
 
 

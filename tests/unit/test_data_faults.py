@@ -106,8 +106,8 @@ LASTING = [
     ("an outage", [cut(0.6), *[status(503)] * 5], "gave up after 5 attempts.*server_error"),
     ("silence for good", [stall(0.0)] * 5, "gave up after 5 attempts.*timeout"),
     ("a server that asks for two hours", [status(429, Retry_After="7200")], "asked for 7200 s"),
-    ("a flipped byte", [flip(0.5)], "must be fetched again"),
-    ("a flipped byte of the checksum", [flip(1 - 5e-6)], "must be fetched again"),
+    ("a flipped byte", [flip(0.5)], "must be replaced"),
+    ("a flipped byte of the checksum", [flip(1 - 5e-6)], "must be replaced"),
 ]
 
 
@@ -234,7 +234,7 @@ def test_an_answer_without_a_length_has_no_end(server):
 
     server.files["c.jsonl"] = b'{"text": "1"}\n' * 1000
     server.plan["c.jsonl"] = [without_length]
-    with pytest.raises(DataError, match=r"does not say how long .*c\.jsonl is"):
+    with pytest.raises(DataError, match=r"does not tell the size of .*c\.jsonl"):
         list(read_documents(server.address("c.jsonl"), "text"))
     server.plan["a.json.gz"] = [without_length]
     assert len(list(read_documents(server.address("a.json.gz"), "text"))) == DOCUMENTS

@@ -247,14 +247,14 @@ def test_merging_checks_the_ranks(tmp_path):
     states = [loader.state_dict() for loader in loaders]
     with pytest.raises(CheckpointError, match="no rank"):
         merge_states([])
-    with pytest.raises(CheckpointError, match=r"no rank has given the position of the data streams \[5\]"):
+    with pytest.raises(CheckpointError, match=r"no rank has saved the position of the data streams \[5\]"):
         merge_states(states[:3])
     next(loaders[1])
     with pytest.raises(CheckpointError, match="ranks 0 and 1 disagree on the data's updates"):
         merge_states([states[0], loaders[1].state_dict(), *states[2:]])
     lagging = {**loaders[1].state_dict(), "updates": 0}
     with pytest.raises(
-        CheckpointError, match="rank 1 disagrees with a rank before it on the position of data stream 1"
+        CheckpointError, match="rank 1 disagrees with a lower rank on the position of data stream 1"
     ):
         merge_states([states[0], lagging, *states[2:]])
 
