@@ -128,7 +128,7 @@ def test_unsuitable_parquet(tmp_path):
         list(read_documents(path, "id"))
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns of the name 'text'; rename"):
+    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns named 'text'; rename"):
         list(read_documents(str(tmp_path / "twice.parquet"), "text"))
 
 

@@ -317,7 +317,7 @@ def test_misuse_is_refused(text, prepared, tmp_path):
     with pytest.raises(DataError, match="only source"):
         resolve_source([text[0], str(tmp_path / "tokens")])
     for entry in ("tokens/*", "tokens/00000.tokens"):
-        with pytest.raises(DataError, match=r"is a file of token shards; set data\.source to their directory .*/tokens alone"):
+        with pytest.raises(DataError, match=r"token shards; set data\.source to their directory .*/tokens alone"):
             resolve_source(str(tmp_path / entry))
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.01"):
         prepare_tokens(text, tmp_path / "bad", Path("unused"))
