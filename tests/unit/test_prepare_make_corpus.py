@@ -545,7 +545,7 @@ def test_inputs_and_outputs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown kind of file"):
         find_inputs([str(tmp_path / "x.log")])
     pattern = _write_txt(tmp_path / "in", 3)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         prepare_files([pattern], tmp_path / "in", PrepareOptions())
     (tmp_path / "empty").mkdir()
     prepare_files([pattern], tmp_path / "empty", PrepareOptions())

@@ -1,7 +1,8 @@
 """Documents of the embedded corpus: English prose found in every Python installation.
 
-The text comes from docstrings (read from source with `ast`; nothing is imported or executed), the
-descriptions in packages' metadata, and the language reference that `help()` shows. It allows training without any download. The same installed packages give the same documents on every machine.
+They are docstrings (read from source with `ast`; nothing is imported or executed), the descriptions in packages'
+metadata, and the language reference that `help()` shows. They allow training without any download. The same
+installed packages give the same documents on every machine.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f".{name}.lock").open("w")
     except OSError as error:
-        raise write_error(f"data.cache_dir = {cache} is not writable; set another directory", error, DataError) from None
+        raise write_error(f"data.cache_dir = {cache} is not writable; set another", error, DataError) from None
     with file:
         if not lock(file):
             report(f"waiting for another process that builds the embedded corpus in {cache}; takes a few minutes")

@@ -166,8 +166,8 @@ def _find_finished(output: Path, job: TokenJob) -> dict[int, TokenShard]:
         same_job = earlier.job == (job if earlier.job.contents else replace(job, contents=()))
         if not same_job or earlier.causes != _CAUSES[: len(earlier.causes)]:
             raise ConfigError(
-                f"{output} holds token shards made from other text or with another text field, length limit or tokenizer; "
-                "choose another directory or remove it"
+                f"{output} holds token shards made from other text or with another text field, length limit or "
+                "tokenizer; choose another directory or remove it"
             )
         records = list(earlier.shards)
     elif any(not path.name.startswith(".") for path in output.iterdir()):
