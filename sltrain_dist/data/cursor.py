@@ -93,7 +93,7 @@ def read_cursor(
         )
         raise CheckpointError(
             f"cannot resume the data from this checkpoint, because these differ: {changes}. "
-            "Restore them as they were, or start a new run"
+            "Restore them, or start a new run"
         )
     missing = [stream for stream in streams if str(stream) not in cursor["streams"]]
     if missing:
@@ -150,7 +150,7 @@ def _source_fingerprint(shards: Sequence[str]) -> str:
     while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
         common += 1
     names = "\n".join("/".join(names[common:]) for names in parts)
-    # Names may not be UTF-8: Python keeps such bytes as surrogates.
+    # File names are not always UTF-8: Python keeps such bytes as surrogates.
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
     return f"{len(shards)} files, {digest.hexdigest()[:16]}"
 

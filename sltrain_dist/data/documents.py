@@ -48,7 +48,7 @@ class Tally:
     documents: int = 0
     faults: Counter[Fault] = field(default_factory=Counter)
     example: tuple[str, int, Fault] | None = None
-    """Shard, line index and fault of the first unusable document."""
+    """Shard, line index and fault of one unusable document."""
 
     def add(self, shard: str, line: int, result: object) -> None:
         """Counts one document, as unusable if `result` is a :class:`Fault`."""
@@ -124,7 +124,7 @@ def parse(record: Record, text_field: str) -> str | Fault:
         return Fault.NO_TEXT
     if not text.strip():
         return Fault.EMPTY
-    # JSON escapes can spell half of a surrogate pair, which UTF-8 cannot encode and so no tokenizer takes.
+    # JSON escapes can spell half of a surrogate pair, which neither UTF-8 nor the tokenizer can encode.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -141,12 +141,14 @@ def test_the_remedy_fits_the_cause():
     for line in range(5):
         text.add("s", line, Fault.NOT_JSON)
         long.add("s", line, Fault.TOO_LONG if line else "text")
-    assert "write one JSON object a line; of plain text, `sltrain prepare-text` makes them" in str(
+    assert "write one JSON object per line; `sltrain prepare-text` converts plain text" in str(
         text.error("here", 0, "text")
     )
     latin = Tally()
     latin.add("s", 0, Fault.INVALID_UTF8)
-    assert "turn it into UTF-8, as `sltrain prepare-text --encoding latin-1`" in str(latin.error("here", 0, "text"))
+    assert "convert it to UTF-8, for example with `sltrain prepare-text --encoding latin-1`" in str(
+        latin.error("here", 0, "text")
+    )
     array = Tally()
     array.add("s", 0, Fault.NO_TEXT)
     assert "check data.text_field='body' and that each line is one JSON object" in str(array.error("here", 0, "body"))

@@ -99,7 +99,7 @@ def test_hub_dataset(monkeypatch):
     files[:] = ["hf://datasets/x/y@abc/data/train-00000.parquet"]
     assert resolve_source("x/y") == files
     files[:] = ["hf://datasets/x/y@abc/data/train-00000.csv"]
-    with pytest.raises(DataError, match=r"neither as JSON lines.*train-00000\.csv"):
+    with pytest.raises(DataError, match=r"not stored as JSON lines.*train-00000\.csv"):
         resolve_source("x/y")
 
 
@@ -290,7 +290,7 @@ def test_corrupt_gzip(archive):
     directory, content = archive
     middle = len(content) // 2
     (directory / "c.json.gz").write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
-    with pytest.raises(DataError, match=r"c\.json\.gz after \d+ lines: .*fetched again"):
+    with pytest.raises(DataError, match=r"c\.json\.gz after \d+ lines: .*must be replaced"):
         contents(str(directory / "c.json.gz"))
 
 

@@ -301,7 +301,7 @@ def test_another_tokenizer_or_field_is_refused(text, prepared, tmp_path, monkeyp
     monkeypatch.setattr(NumberTokenizer, "fingerprint", "another")
     with pytest.raises(ConfigError, match="0123456789abcdef"):
         make_loaders(data_config(), prepared, 1)
-    with pytest.raises(ConfigError, match="another tokenizer"):
+    with pytest.raises(ConfigError, match="length limit or tokenizer"):
         prepare(text, tmp_path / "tokens")
 
 

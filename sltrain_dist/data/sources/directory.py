@@ -53,7 +53,7 @@ def corpus_files(directory: Path, split: str, report: Report = lambda line: None
             raise DataError(f"{path} {found}; copy it again, or rebuild the corpus with `sltrain prepare-text`")
     others = {child.name for child in directory.iterdir() if _is_wanted(child.name, with_text=False)} - set(sizes)
     if others:
-        report(f"{printable(str(directory))}: left out {_listed(others)}, not in {MANIFEST}; use a glob to include them")
+        report(f"{printable(str(directory))}: left out {_listed(others)}, not in {MANIFEST}; include them by a glob")
     return [str((directory / file).absolute()) for file in files]
 
 
@@ -88,7 +88,7 @@ def document_files(files: Sequence[str], directory: str, split: str, report: Rep
         )
     if other := {base_name(file) for file in set(documents) - set(chosen)}:
         report(
-            f"{printable(directory)}: left out {_listed(other)}, by name not of split {split!r}; use a glob to include them"
+            f"{printable(directory)}: left out {_listed(other)}, by name not of split {split!r}; include them by a glob"
         )
     return chosen
 

@@ -52,7 +52,7 @@ def check_unchanged(path: str, expected: FileIdentity | None, descriptor: int | 
             return
         found = _identity(path if descriptor is None else descriptor)
     except FileNotFoundError:
-        raise DataError(f"{path} no longer exists; restore it, or correct the source") from None
+        raise DataError(f"{path} does not exist any more; restore it, or correct the source") from None
     if found.content != expected.content:
         raise DataError(
             f"{path} has changed since the run began: {found.size:,} bytes, content {found.content}, instead of "

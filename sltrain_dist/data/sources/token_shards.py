@@ -243,10 +243,7 @@ def count_shards(shards: Sequence[str]) -> int:
 
 
 def _unfinished(directory: Path | str) -> str:
-    return (
-        f"the preparation of {directory} is not finished; run the same `sltrain prepare-tokens` again to "
-        "resume it"
-    )
+    return f"the preparation of {directory} is not finished; run the same `sltrain prepare-tokens` again to resume it"
 
 
 def damage(directory: Path, shard: TokenShard, *, hashes: bool = True) -> str | None:
