@@ -368,7 +368,7 @@ def test_a_shard_that_vanishes(tmp_path):
     next(loader)
     for shard in tmp_path.iterdir():
         shard.unlink()
-    with pytest.raises(DataError, match=r"shard-00\d\.jsonl is not there"):
+    with pytest.raises(DataError, match=r"shard-00\d\.jsonl does not exist"):
         for _ in range(100):
             next(loader)
 

@@ -310,7 +310,7 @@ def test_wrong_checksum_and_not_gzip_at_all(archive):
 
 
 def test_vanished_shard(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.json is not there"):
+    with pytest.raises(DataError, match=r"gone\.json does not exist"):
         contents(str(tmp_path / "gone.json"))
 
 

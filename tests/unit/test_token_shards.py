@@ -321,7 +321,7 @@ def test_misuse_is_refused(text, prepared, tmp_path):
             resolve_source(str(tmp_path / entry))
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.01"):
         prepare_tokens(text, tmp_path / "bad", Path("unused"))
-    with tokens_module._claimed(tmp_path / "tokens"), pytest.raises(ConfigError, match="another process"):
+    with tokens_module._locked_directory(tmp_path / "tokens"), pytest.raises(ConfigError, match="another process"):
         prepare(text, tmp_path / "tokens")
 
 

@@ -124,7 +124,7 @@ def _is_wanted(file: str, *, with_text: bool) -> bool:
 def _no_documents_message(files: Sequence[str], directory: str) -> str:
     place = directory.rstrip("/")
     message = (
-        f"the directory {directory!r} has no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst), *.parquet or "
+        f"the directory {directory!r} holds no *.json, *.jsonl, *.ndjson (also .gz, .bz2, .xz, .zst), *.parquet or "
         f"*.arrow file of documents among its {len(files)} files"
     )
     message = f"{message}; subdirectories need a glob such as '{place}/**/*.json.gz'"
