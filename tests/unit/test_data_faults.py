@@ -234,7 +234,7 @@ def test_an_answer_without_a_length_has_no_end(server):
 
     server.files["c.jsonl"] = b'{"text": "1"}\n' * 1000
     server.plan["c.jsonl"] = [without_length]
-    with pytest.raises(DataError, match=r"does not tell the size of .*c\.jsonl"):
+    with pytest.raises(DataError, match=r"does not report the size of .*c\.jsonl"):
         list(read_documents(server.address("c.jsonl"), "text"))
     server.plan["a.json.gz"] = [without_length]
     assert len(list(read_documents(server.address("a.json.gz"), "text"))) == DOCUMENTS

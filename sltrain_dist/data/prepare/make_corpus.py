@@ -102,7 +102,7 @@ def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Re
                 _remove_leftovers(directory)
                 build_corpus_of_packages(installation, directory, report=report)
             if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
-                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; takes a few minutes")
+                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; up to a few minutes")
                 try:
                     # bpe: unigram takes ten times as long, packs 1 % better, and cannot find 32,000 pieces here.
                     train_tokenizer(_texts(directory), tokenizer, vocab_size=vocab_size, model_type="bpe")
@@ -124,14 +124,14 @@ def build_corpus_of_packages(
 ) -> CorpusManifest:
     """Writes the corpus of an installation's prose into `directory`, which must not exist.
 
-    The validation split is whole packages, about a twentieth of the text, so that no package is in both splits.
+    The validation split consists of whole packages, about a twentieth of the text: no package is in both splits.
 
     Raises:
         DataError: Fewer than two packages have prose, or the directory cannot be written.
     """
     report = report or (lambda line: None)
     dropped: Counter[str] = Counter()
-    report("reading docstrings and descriptions of the installed packages, once for all runs; takes a few minutes")
+    report("reading docstrings and descriptions of the installed packages, once for all runs; up to a few minutes")
     raw = _reported(raw_documents(find_packages(installation)), report)
     documents = list(_cleaned(raw, dropped))
     if len({document.source for document in documents}) < 2:
@@ -297,6 +297,6 @@ def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
         raise write_error(f"data.cache_dir = {cache} is not writable; set another", error, DataError) from None
     with file:
         if not lock(file):
-            report(f"waiting for another process that builds the embedded corpus in {cache}; takes a few minutes")
+            report(f"waiting for another process that builds the embedded corpus in {cache}; up to a few minutes")
             lock(file, wait=True)
         yield

@@ -2,7 +2,7 @@
 
 Docstrings are wrapped at a fixed width and mix prose with parameter lists, doctests, tables and directives in
 three conventions (reStructuredText, numpydoc, Google); package descriptions add Markdown. Everything
-else than paragraphs of prose is left out here; C4's line rules (:mod:`.clean`) then see whole paragraphs.
+except paragraphs of prose is left out here; C4's line rules (:mod:`.clean`) then see whole paragraphs.
 """
 
 from __future__ import annotations

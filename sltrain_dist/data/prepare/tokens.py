@@ -129,7 +129,7 @@ def prepare_tokens(
 
 
 def _size(shard: str) -> int:
-    """Returns the size of a shard in bytes; 0 if the server does not tell it."""
+    """Returns the size of a shard in bytes; 0 if the server does not report it."""
     try:
         return Fetcher().call(shard, lambda: num_bytes(shard)) or 0
     except Exception as error:  # plug-ins of file systems raise exceptions of any type
@@ -190,7 +190,7 @@ def _make(tasks: list[_Task], finished: dict[int, TokenShard], processes: int) -
         for task in tasks:
             yield task.number, _make_shard(task)
         return
-    # Not forked: a fork of a process with threads (such as the progress bar's) may inherit a locked lock.
+    # Not forked: a fork of a process with threads (such as the progress bar's) may inherit a lock that stays locked.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         min(processes, len(tasks)), context, initializer=_end_with_parent, initargs=(os.getpid(),)

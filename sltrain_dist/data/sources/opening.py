@@ -42,7 +42,7 @@ def opened(
 
     Args:
         shard: A path or URL.
-        fetcher: Retry policy for URLs.
+        fetcher: Retries failed reads of URLs.
         expected: Identity of a local file, checked before and after reading.
         encoding: The encoding of the text. None: UTF-16 and UTF-32 are detected, everything else is left as it is.
 
@@ -68,7 +68,7 @@ def opened(
 
 
 def num_bytes(shard: str) -> int | None:
-    """Returns the size of a shard's file, or None if the server does not tell it."""
+    """Returns the size of a shard's file, or None if the server does not report it."""
     if not is_url(shard):
         return Path(shard).stat().st_size
     file_system, path = fsspec.core.url_to_fs(shard)

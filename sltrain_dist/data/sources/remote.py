@@ -45,7 +45,7 @@ class RemoteFile(io.RawIOBase):
 
     Args:
         url: The file.
-        fetcher: Retry policy.
+        fetcher: Retries failed reads.
         has_end: Whether the reader of this file notices a missing end, as decompressors do.
 
     Raises:
@@ -77,13 +77,13 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to an offset, as in any file. Offsets from the end need a server that tells the file's size."""
+        """Moves to an offset, as in any file. Offsets from the end need a server that reports the file's size."""
         if whence == io.SEEK_CUR:
             offset += self._position
         elif whence == io.SEEK_END:
             size = self._attempt(lambda: self._open().size)
             if size is None:
-                raise DataError(f"the server does not tell the size of {self._url}; download the file")
+                raise DataError(f"the server does not report the size of {self._url}; download the file")
             offset += size
         if offset != self._position:
             self._disconnect()
@@ -128,7 +128,7 @@ class RemoteFile(io.RawIOBase):
             raise TruncatedError(f"the response ended at byte {self._position} of {connection.size}")
         if not connection.marks_end and not self._has_end:
             raise DataError(
-                f"the server does not tell the size of {self._url}, so a lost connection would look like its end; "
+                f"the server does not report the size of {self._url}, so a lost connection would look like its end; "
                 "download the file, or compress it"
             )
         return data

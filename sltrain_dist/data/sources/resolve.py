@@ -33,7 +33,7 @@ _SAVED_BY_DATASETS = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"}
 """Files that mark a directory made by `save_to_disk`, with several splits or with one."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HTTP = ("httpx", "httpx2", "requests", "urllib3", "aiohttp")
-"""HTTP libraries that the versions of `datasets` and its dependencies use."""
+"""HTTP libraries that some version of `datasets` or of its dependencies uses."""
 _SKIP_BYTES = 1 << 20
 """Bytes read at a time to skip the rest of a line that is too long."""
 
@@ -60,7 +60,7 @@ def resolve_source(
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset or of a directory.
         key: Name of the source in the configuration, for messages.
-        fetcher: Retry policy for listing URLs. None: the default policy.
+        fetcher: Retries failed listings of URLs. None: one with the default policy.
         report: Told about surprising choices of files in a directory or glob.
         with_text: Whether plain text is accepted too.
 
@@ -117,7 +117,7 @@ def read_documents(
         text_field: The column of a table; lines are parsed later, by :func:`sltrain_dist.data.documents.parse`.
         first: Index of the first document.
         step: Distance to the next.
-        fetcher: Retry policy for URLs. None: the default policy.
+        fetcher: Retries failed reads of URLs. None: one with the default policy.
         max_bytes: Longer lines, and longer texts of a table, come as :attr:`Fault.TOO_LONG`.
         expected: Identity of a local file, checked before and after reading. None: no check.
         encoding: Encoding of the lines. None: UTF-8, or UTF-16 or UTF-32 if the file's first bytes show it.
@@ -231,7 +231,7 @@ def _saved_arrow_files(path: Path, split: str) -> list[str]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged directory may raise any type
+    except Exception as error:  # a damaged directory may raise errors of any type
         raise DataError(f"`datasets` cannot read what it saved to {path}: {describe(error)}; save it again") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:

@@ -65,8 +65,8 @@ def open_corpus(
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON line.
         max_tokens: Number of leading tokens that are needed of a document; None: all. The arrays may be longer.
-        fetcher: Retry policy for remote text.
-        max_document_bytes: Longer documents are unusable. Token shards applied this limit when they were prepared.
+        fetcher: Retries failed reads of remote text.
+        max_document_bytes: Longer documents are unusable. For token shards, their preparation applied the limit.
     """
     if prepared is not None:
         return TokenCorpus(prepared)
