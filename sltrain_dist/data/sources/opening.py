@@ -96,9 +96,7 @@ def reading_error(shard: str, done: int, error: Exception) -> DataError:
     if isinstance(error, UnicodeError):
         return DataError(f"{message}. Its text is not in the encoding given by its first bytes or --encoding")
     if "requires too much memory" in str(error):  # zstd
-        return DataError(
-            f"{message}. It has a compression window of more than 128 MiB: compress it again without --long"
-        )
+        return DataError(f"{message}. It has a window of more than 128 MiB: compress it again without --long")
     if codec_of(shard) is not None or is_table:
         return DataError(f"{message}. A corrupt or truncated file must be replaced, or removed from the source")
     return DataError(message)
