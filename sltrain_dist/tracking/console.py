@@ -26,7 +26,7 @@ Sections = Mapping[str, Sequence[tuple[str, str]]]
 
 
 class Screen(RichConsole):
-    """Rich's console, without ending the process when the reader of its output is gone."""
+    """Rich's console, except that it does not end the process when the reader of its output is gone."""
 
     def on_broken_pipe(self) -> None:
         """Re-raises the error, which :class:`Console` handles."""

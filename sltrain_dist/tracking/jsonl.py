@@ -12,7 +12,7 @@ from sltrain_dist.files import has_its_name, make_directory, sync_path, write_wh
 
 
 class JsonLines:
-    """Appends records to a file of JSON lines; each line is written whole, in one system call, or not at all.
+    """Appends records to a file of JSON lines; each line is written with one system call.
 
     Values that are not finite become the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON
     mapping): JSON has no such numbers, null would not distinguish them, and `float()` reads the strings back.
