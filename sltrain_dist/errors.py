@@ -1,7 +1,7 @@
-"""Typed errors, and the exit code that each of them ends a process with.
+"""Typed errors and the process exit code of each.
 
-Every error that a user can cause derives from :class:`SltrainError`; its message says what was wrong
-and what to change. Launchers lose exit codes (torchrun returns 1 for a child's 75), so that the code is
+Every error that a user can cause derives from :class:`SltrainError`; its message says what is wrong
+and what to change. Launchers lose exit codes (torchrun returns 1 for a child's 75), so the code is
 also written to ``run_dir/exit.json``.
 """
 
@@ -20,19 +20,19 @@ class ExitCode(IntEnum):
     DIVERGED = 4
     CHECKPOINT = 5
     STORAGE = 6
-    """What had to be written could not be: disk full, quota, permission. Safe to requeue once there is space."""
+    """A file could not be written: disk full, quota, permission. Safe to requeue once that is fixed."""
     STOPPED_EARLY = 75
     """Stopped on request with everything saved (``EX_TEMPFAIL``): safe to requeue."""
 
 
 class SltrainError(Exception):
-    """Base of all errors with a documented exit code."""
+    """Base class of all errors with a documented exit code."""
 
     exit_code: ExitCode = ExitCode.UNEXPECTED
 
 
 class ConfigError(SltrainError):
-    """The configuration, or what it asks of this machine, cannot be run."""
+    """The configuration is invalid, or this machine cannot run it."""
 
     exit_code = ExitCode.CONFIG
 
@@ -50,16 +50,16 @@ class DivergedError(SltrainError):
 
 
 class CheckpointError(SltrainError):
-    """A checkpoint cannot be written, read, or does not belong to this run."""
+    """A checkpoint cannot be written or read, or does not belong to this run."""
 
     exit_code = ExitCode.CHECKPOINT
 
 
 class StorageError(SltrainError):
-    """A file cannot be written: the disk or a quota is full, or the file system refuses."""
+    """A file cannot be written: the disk or a quota is full, or the file system refuses the write."""
 
     exit_code = ExitCode.STORAGE
 
 
 class SanityError(SltrainError):
-    """A check of ``train.sanity_checks`` failed: a defect of this program, or of the machine."""
+    """A check of ``train.sanity_checks`` failed: a bug in this program, or a fault of the machine."""

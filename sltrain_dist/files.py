@@ -1,4 +1,4 @@
-"""How anything becomes durable, and how a file that may be damaged is read."""
+"""Durable writes (atomic, synced, locked), and checked reads of files that may be damaged."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from sltrain_dist.errors import SltrainError, StorageError
 T = TypeVar("T", bound=BaseModel)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-"""A SHA-256 in hexadecimal digits."""
+"""A SHA-256 as hexadecimal digits."""
 NumBytes = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""Size of a file."""
+"""Size of a file in bytes."""
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 """Name of a file inside the directory that lists it: no separator, no leading dot."""
 
 TEMPORARY = ".tmp"
-"""Suffix of files that are being written."""
+"""Suffix of temporary files, which are renamed once they are complete."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says where a disk or a quota is full."""
-_LARGEST_MANIFEST = 1 << 28
+"""`errno` values for a full disk or an exhausted quota."""
+_MAX_MANIFEST_BYTES = 1 << 28
 
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turns a failed write within the block into a StorageError.
+    """Turns any OSError raised within the block into a StorageError.
 
     Args:
-        what: What is written, as the message's first words, such as "the model runs/model".
+        what: What is being written; the message begins with it. Example: "the model runs/model".
     """
     try:
         yield
@@ -49,34 +49,34 @@ def writing(what: str) -> Iterator[None]:
 
 
 def storage_message(what: str, error: OSError) -> str:
-    """What cannot be written, why, and what to do about it."""
+    """Returns the message for a failed write: what, why, and what to do about it."""
     return (
-        f"{what} cannot be written ({error.strerror or error}); free space or quota, or mend the permissions, "
+        f"{what} cannot be written ({error.strerror or error}); free space or quota, or fix the permissions, "
         "and start the same command again"
     )
 
 
 def write_error(message: str, error: OSError, otherwise: type[SltrainError]) -> SltrainError:
-    """The error to raise for a failed write: StorageError on a full disk, and else what the command's user has to mend.
+    """Returns the error to raise for a failed write: StorageError if the disk or quota is full, else `otherwise`.
 
     Args:
-        message: What cannot be written; the reason is added.
-        error: What the system said.
-        otherwise: The error for a path that cannot be written at all.
+        message: What cannot be written; the reason is appended.
+        error: The failed write.
+        otherwise: The error type for every other cause, such as a path that is not writable.
     """
     kind = StorageError if error.errno in NO_SPACE else otherwise
     return kind(f"{message}: {error.strerror or error}")
 
 
 def delete_file(path: Path) -> None:
-    """Deletes a regular file that could not be written to its end, if there is one. Devices and pipes stay."""
+    """Deletes a partly written regular file, if it exists. Devices and pipes are left alone."""
     with suppress(OSError):
         if path.is_file():
             path.unlink()
 
 
 def write_synced(path: Path, content: str | bytes) -> None:
-    """Writes a file and waits until its content is on the disk."""
+    """Writes a file and waits until its content is on disk."""
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -84,20 +84,20 @@ def write_synced(path: Path, content: str | bytes) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """As :func:`writing_whole`, with all of the content at once."""
+    """Writes a file atomically, see :func:`writing_whole`."""
     with writing_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def writing_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is whole under its name when the block ends, or is what it was before, also after a power cut.
+    """Yields a file to write, which replaces `path` atomically when the block ends; safe against power cuts.
 
-    Until then it has another name, which no other process uses. A file that is replaced passes its permissions on; a
-    new one follows the umask.
+    The content goes to a temporary file with a unique name, which is deleted if the block raises. A replaced file
+    keeps its permissions; a new one follows the umask.
 
     Raises:
-        OSError: It cannot be written; nothing is left behind.
+        OSError: The file cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
@@ -115,16 +115,16 @@ def writing_whole(path: Path) -> Iterator[IO[bytes]]:
 
 
 def lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
-    """Locks an open file or directory until it is closed, or the process ends.
+    """Locks an open file or directory until it is closed or the process ends.
 
-    Some cluster file systems have no locks; there, two processes at a time go unnoticed.
+    Some cluster file systems have no locks. There this returns True for everyone, and excludes nobody.
 
     Args:
         file: The file, or the descriptor of a directory.
-        wait: Whether to wait while another process holds it.
+        wait: Whether to wait while another process holds the lock.
 
     Returns:
-        False if another process holds it.
+        False if another process holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +136,7 @@ def lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
 
 
 def has_its_name(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is still what `path` names: what is written to a deleted file is lost without a word."""
+    """Returns whether `path` still names this open file. Writes to a deleted file are lost without an error."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def has_its_name(file: IO[Any], path: Path) -> bool:
 
 
 def sync_path(path: Path) -> None:
-    """Waits until a file's content, or a directory's entries, are on the disk."""
+    """Waits until a file's content, or a directory's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,7 +153,7 @@ def sync_path(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, and waits until their names are on the disk."""
+    """Makes a directory and its missing parents, and waits until their names are on disk."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -161,10 +161,10 @@ def make_directory(path: Path) -> None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading. A device or a pipe could deliver bytes, or keep one waiting, for ever.
+    """Opens a regular file for reading. Devices and pipes are refused: reading one may never end.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(f"{path} is not a regular file")
@@ -172,24 +172,24 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal digits."""
+    """Returns the SHA-256 of a regular file, as hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SealedModel(BaseModel):
-    """What a manifest holds: strictly typed, with a checksum of its own.
+    """Base class of manifests: strictly typed values with a checksum over them.
 
-    A manifest without a checksum is of an older version of this program.
+    Manifests of older versions of this program have no checksum.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
     checksum: Sha256 | None = None
-    """SHA-256 over all other values, as JSON with sorted keys."""
+    """SHA-256 over all other values, serialized as JSON with sorted keys."""
 
     def sealed(self) -> str:
-        """The manifest's file, with its checksum."""
+        """Returns the manifest as JSON text, with its checksum."""
         values = self.model_dump(mode="json", exclude={"checksum"})
         return json.dumps({**values, "checksum": _checksum(values)}, indent=1, sort_keys=True) + "\n"
 
@@ -203,30 +203,30 @@ def read_model(path: Path, model: type[T]) -> T:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not what the model asks for; the message is one line.
+        ValueError: The content does not fit the model; the message is one line.
     """
     with open_regular(path) as file:
-        content = file.read(_LARGEST_MANIFEST + 1)
-    if len(content) > _LARGEST_MANIFEST:
-        raise ValueError(f"it has more than {_LARGEST_MANIFEST} bytes")
+        content = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise ValueError(f"it has more than {_MAX_MANIFEST_BYTES} bytes")
     return parse_model(content, model)
 
 
 def parse_model(content: bytes | str, model: type[T]) -> T:
-    """As :func:`read_model`, of a file's content."""
+    """Parses JSON text into a pydantic model; raises ValueError as :func:`read_model` does."""
     try:
         parsed = model.model_validate_json(content)
     except ValidationError as error:
         raise ValueError(first_problem(error)) from None
     if isinstance(parsed, SealedModel) and parsed.checksum is not None:
-        values = json.loads(content)  # as written: a later version may know fields that were not there yet
+        values = json.loads(content)  # as written: `parsed` also has the defaults of fields that the file lacks
         if values.pop("checksum") != _checksum(values):
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError("its checksum does not match its content")
     return parsed
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+    """Returns the first validation problem, as one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}" if place else first["msg"]

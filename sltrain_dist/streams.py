@@ -1,4 +1,4 @@
-"""Standard output and standard error that no character can bring down."""
+"""Standard output and standard error that never fail on a character that their encoding lacks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 
 
 def replace_unprintable() -> None:
-    """Lets standard output and standard error print "?" for what their encoding lacks, instead of failing.
+    """Makes standard output and standard error print "?" for characters that their encoding lacks.
 
     A terminal or a log may be in Latin-1 or ASCII (`PYTHONIOENCODING`, an old locale), where "→" and "δ" do not exist.
-    Every command calls this first. Files are not concerned: they are UTF-8 whatever the locale.
+    Every command calls this first. Files are not affected: they are UTF-8 in any locale.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not where a notebook or a test has put its own in the place
+        if isinstance(stream, io.TextIOWrapper):  # a notebook or a test may have replaced it
             stream.reconfigure(errors="replace")

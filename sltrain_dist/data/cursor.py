@@ -1,4 +1,4 @@
-"""The data cursor in a checkpoint: the positions of all streams, and what they are positions in."""
+"""The data cursor in a checkpoint: the positions of all streams, and the data and settings they refer to."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sltrain_dist.errors import CheckpointError
 _VERSION = 1
 _BYTES = "bytes of data.source"
 _CONTENTS = "contents of data.source"
-"""Of each shard of the text in order, :data:`CONTENT_DIGITS` digits of its content."""
+"""For each shard of the text in order, :data:`CONTENT_DIGITS` digits that identify its content."""
 _TOKENS = "contents of the token shards"
-"""The same of each of their files."""
+"""The same for each file of the token shards."""
 _MAY_BE_UNKNOWN = {_BYTES, _CONTENTS, _TOKENS}
-"""Compared where both sides know them: data may move between the Hub, a disk and token shards."""
-_ABSENT = {"data.truncate": "text"}
-"""What a setting was where the order does not name it."""
+"""Compared only if known on both sides: data may move between the Hub, a disk and token shards."""
+_DEFAULTS = {"data.truncate": "text"}
+"""Values of settings that the order leaves out."""
 
 
 def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str, str | int]:
-    """Everything that must be equal for a cursor to mean the same documents, for JSON."""
+    """Returns everything that must be equal for a cursor to mean the same documents, for JSON."""
     return {
         "seed": settings.seed,
         "data.source": _source_fingerprint(settings.shards),
@@ -36,7 +36,7 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
         "data.batching": settings.batching,
         "data.streams": settings.streams,
         "data.shuffle_block": settings.shuffle_block,
-        # Only where they say something: cursors from before there were such settings stay valid.
+        # Left out if not in use: cursors of versions without these settings stay valid.
         **({"data.weights": _mixture(settings)} if settings.mixture else {}),
         **({"data.reset_attention": True} if settings.mark else {}),
         **(
@@ -49,12 +49,12 @@ def data_order(settings: StreamSettings, tokenizer_fingerprint: str) -> dict[str
 
 
 def make_cursor(order: Mapping[str, str | int], updates: int, states: Mapping[int, StreamState]) -> dict[str, Any]:
-    """A cursor for JSON.
+    """Returns a cursor, for JSON.
 
     Args:
         order: See :func:`data_order`.
-        updates: Updates that the streams have given rows to.
-        states: Positions by stream.
+        updates: Number of updates whose rows were taken from the streams.
+        states: Position of each stream.
     """
     return {
         "version": _VERSION,
@@ -67,13 +67,13 @@ def make_cursor(order: Mapping[str, str | int], updates: int, states: Mapping[in
 def read_cursor(
     cursor: Mapping[str, Any], order: Mapping[str, str | int], streams: Sequence[int], settings: StreamSettings
 ) -> tuple[int, dict[int, StreamState]]:
-    """Number of updates, and the positions of the given streams.
+    """Returns the number of updates, and the positions of the given streams.
 
     Args:
-        cursor: What :func:`make_cursor` made.
-        order: What this run reads, see :func:`data_order`.
-        streams: Which streams' positions are wanted.
-        settings: What `order` was made of, for the names of files.
+        cursor: Made by :func:`make_cursor`.
+        order: The order of this run, see :func:`data_order`.
+        streams: Numbers of the streams to return.
+        settings: The settings that `order` was made from, for the names of files.
 
     Raises:
         CheckpointError: The cursor belongs to other data or another order, is damaged, or lacks a stream.
@@ -92,8 +92,8 @@ def read_cursor(
             for key in differing
         )
         raise CheckpointError(
-            f"the checkpoint's place in the data has no meaning in this run, because these differ: {changes}. "
-            "Set them as they were, or start a new run"
+            f"cannot resume the data from this checkpoint, because these differ: {changes}. "
+            "Restore them, or start a new run"
         )
     missing = [stream for stream in streams if str(stream) not in cursor["streams"]]
     if missing:
@@ -102,16 +102,16 @@ def read_cursor(
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One cursor from those of all ranks, with which any number of ranks can go on.
+    """Merges the cursors of all ranks into one, from which any number of ranks can resume.
 
     Args:
         states: `TrainLoader.state_dict()` of every rank, after the same number of updates.
 
     Raises:
-        CheckpointError: They disagree, or streams are missing.
+        CheckpointError: The cursors disagree, or streams are missing.
     """
     if not states:
-        raise CheckpointError("no rank has given its data cursor")
+        raise CheckpointError("no rank has saved its data cursor")
     for state in states:
         _check_form(state)
     first = states[0]
@@ -123,19 +123,19 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
         for stream, position in state["streams"].items():
             if streams.setdefault(stream, position) != position:
                 raise CheckpointError(
-                    f"rank {rank} disagrees with a rank before it on the position of data stream {stream}: {position} "
+                    f"rank {rank} disagrees with a lower rank on the position of data stream {stream}: {position} "
                     f"instead of {streams[stream]}; do all ranks see the same files?"
                 )
     missing = [stream for stream in range(first["order"]["data.streams"]) if str(stream) not in streams]
     if missing:
-        raise CheckpointError(f"no rank has given the position of the data streams {missing}")
+        raise CheckpointError(f"no rank has saved the position of the data streams {missing}")
     return {**first, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
 
 
 def _check_form(cursor: Mapping[str, Any]) -> None:
     if cursor.get("version") != _VERSION:
         raise CheckpointError(
-            f"the checkpoint's data cursor is of version {cursor.get('version')}; this program reads version {_VERSION}"
+            f"the checkpoint's data cursor has version {cursor.get('version')}; this program reads version {_VERSION}"
         )
     form = {"order": dict, "updates": int, "streams": dict}
     for key, kind in form.items():
@@ -144,13 +144,13 @@ def _check_form(cursor: Mapping[str, Any]) -> None:
 
 
 def _source_fingerprint(shards: Sequence[str]) -> str:
-    """Number and hash of the shards' names below their common directory: data may move between runs."""
+    """Returns number and hash of the shards' names below their common directory: data may move between runs."""
     parts = [shard.split("/") for shard in shards]
     common = 0
     while all(len(names) > common + 1 for names in parts) and len({names[common] for names in parts}) == 1:
         common += 1
     names = "\n".join("/".join(names[common:]) for names in parts)
-    # Names need not be UTF-8: Python keeps their bytes as surrogates.
+    # File names are not always UTF-8: Python keeps such bytes as surrogates.
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
     return f"{len(shards)} files, {digest.hexdigest()[:16]}"
 
@@ -161,9 +161,9 @@ def _mixture(settings: StreamSettings) -> str:
 
 
 def _contents(settings: StreamSettings) -> dict[str, str | int]:
-    """What is in the text and in token shards, so that rebuilt files of the same names are noticed.
+    """Returns what identifies the content of the text and of token shards, to notice rebuilt files of the same name.
 
-    Unknown are the size of text that is not all local (0), and the content of what is not local.
+    The content of a file that is not local is unknown, and then the size of the text is 0.
     """
     files, prepared = settings.files, settings.prepared
     if prepared is None:
@@ -189,7 +189,7 @@ def _contents(settings: StreamSettings) -> dict[str, str | int]:
 def _changed_files(
     key: str, saved: Mapping[str, Any], order: Mapping[str, str | int], settings: StreamSettings
 ) -> list[str]:
-    """The files whose contents differ and are known on both sides."""
+    """Returns the files whose contents are known on both sides and differ."""
     names = list(settings.shards)
     if key == _TOKENS and settings.prepared is not None:
         names = settings.prepared.all_files()
@@ -202,5 +202,5 @@ def _changed_files(
 
 
 def _show(key: str, value: Any) -> str:
-    value = _ABSENT.get(key) if value is None else value
+    value = _DEFAULTS.get(key) if value is None else value
     return f"{value}" if key in ("data.source", "data.tokenizer") else f"{value!r}"

@@ -1,4 +1,4 @@
-"""From lines to token ids: parsing, the causes for which a document cannot be used, and tokenization."""
+"""From lines to token ids: parsing, the reasons why a document cannot be used, and tokenization."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from sltrain_dist.errors import DataError
 TokenIds = npt.NDArray[np.int32]
 
 SAMPLE = 1000
-"""Documents from which on a share of unusable ones is taken for that of the source."""
+"""Number of documents that is enough to estimate the share of unusable ones in a source."""
 _CHUNK_DOCUMENTS = 64
 _CHUNK_BYTES = 1 << 20
-"""Documents are tokenized in chunks, for speed, bounded so that the first row does not wait for long."""
+"""Documents are tokenized in chunks, for speed; the bounds let the first row come soon."""
 _CHARS_PER_TOKEN = 8
 _JSON = json.JSONDecoder(parse_int=float)
-"""Integers of any length are numbers of JSON; Python's own are bounded to 4300 digits. No number is used here."""
+"""Parses integers as floats: JSON allows any number of digits, int() at most 4300. No number is used here."""
 
 
 class Fault(Enum):
-    """Why a line cannot be used."""
+    """Why a document cannot be used."""
 
     NOT_JSON = "not_json"
     """The line is not JSON."""
     NO_TEXT = "no_text"
     """The text field is missing or is not a string."""
     INVALID_UTF8 = "invalid_utf8"
-    """The line is not UTF-8, or its text is a sequence of characters that UTF-8 has no form for."""
+    """The line is not UTF-8, or its text has characters that UTF-8 cannot encode (lone surrogates)."""
     EMPTY = "empty"
-    """A blank line, a blank text, or one that the tokenizer has no tokens for."""
+    """The line or its text is blank, or the tokenizer gives no tokens for it."""
     TOO_LONG = "too_long"
-    """The line, or the text in a table, has more bytes than `data.max_document_bytes`."""
+    """The line, or the text in a table, is longer than `data.max_document_bytes`."""
 
 
 @dataclass
 class Tally:
-    """Documents read, and how many of them cannot be used."""
+    """Number of documents read, and of those that cannot be used."""
 
     documents: int = 0
     faults: Counter[Fault] = field(default_factory=Counter)
     example: tuple[str, int, Fault] | None = None
-    """Shard, line index and cause of an unusable one."""
+    """Shard, line index and fault of one unusable document."""
 
     def add(self, shard: str, line: int, result: object) -> None:
-        """Counts one document, which could be used unless `result` is a :class:`Fault`."""
+        """Counts one document, as unusable if `result` is a :class:`Fault`."""
         self.documents += 1
         if isinstance(result, Fault):
             self.faults[result] += 1
             self.example = self.example or (shard, line, result)
 
     def exceeds(self, max_bad_fraction: float) -> bool:
-        """Whether the share of unusable documents is larger than accepted."""
+        """Returns whether the share of unusable documents is larger than accepted."""
         return sum(self.faults.values()) > max_bad_fraction * self.documents
 
     def error(self, where: str, max_bad_fraction: float, text_field: str) -> DataError:
-        """The error to raise then; `where` says what was read."""
+        """Returns the error for too many unusable documents; `where` says what was read."""
         causes = ", ".join(f"{fault.value}: {count}" for fault, count in self.faults.items() if count)
         example = ""
         if self.example is not None:
@@ -70,9 +70,9 @@ class Tally:
             example = f"; for example line {line + 1} of {shard} ({fault.value})"
         remedies = ["Repair or leave out the file", f"check data.text_field={text_field!r}"]
         if self.faults[Fault.NOT_JSON] == self.documents:
-            remedies[1] = "write one JSON object a line; of plain text, `sltrain prepare-text` makes them"
+            remedies[1] = "write one JSON object per line; `sltrain prepare-text` converts plain text"
         elif self.faults[Fault.INVALID_UTF8] == self.documents:
-            remedies[1] = "turn it into UTF-8, as `sltrain prepare-text --encoding latin-1` would"
+            remedies[1] = "convert it to UTF-8, for example with `sltrain prepare-text --encoding latin-1`"
         elif self.faults[Fault.NO_TEXT] == self.documents:
             remedies[1] += " and that each line is one JSON object"
         if self.faults[Fault.TOO_LONG]:
@@ -85,29 +85,29 @@ class Tally:
 
 
 class Text(bytes):
-    """A document's text in UTF-8, as a column of a table gives it."""
+    """A document's text in UTF-8, from a column of a table."""
 
 
 Record = bytes | Fault
-"""A document as its file has it: a :class:`Text`, any other bytes: a JSON line, or why it could not be read."""
+"""An unparsed document: a :class:`Text` of a table, a JSON line (other bytes), or why it could not be read."""
 
 
 class Encoder(Protocol):
-    """What of :class:`sltrain_dist.data.tokenizer.Tokenizer` is needed here."""
+    """The part of :class:`sltrain_dist.data.tokenizer.Tokenizer` that this package uses."""
 
     eos_id: int
     fingerprint: str
 
     @property
     def breaks_at_spaces(self) -> bool:
-        """Whether the tokens of a text up to a space are always the first of the whole text's tokens."""
+        """Whether cutting a text before a space always gives a prefix of the whole text's tokens."""
 
     def encode(self, texts: list[str]) -> list[TokenIds]:
-        """Ids of each text, without special tokens."""
+        """Returns the ids of each text, without special tokens."""
 
 
 def parse(record: Record, text_field: str) -> str | Fault:
-    """The text of one document, or why there is none."""
+    """Returns the text of one document, or why it has none."""
     if isinstance(record, Fault):
         return record
     if isinstance(record, Text):
@@ -124,7 +124,7 @@ def parse(record: Record, text_field: str) -> str | Fault:
         return Fault.NO_TEXT
     if not text.strip():
         return Fault.EMPTY
-    # JSON escapes can spell half of a surrogate pair, which cannot be encoded and hence not tokenized.
+    # JSON escapes can spell half of a surrogate pair, which neither UTF-8 nor the tokenizer can encode.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -133,9 +133,9 @@ def parse(record: Record, text_field: str) -> str | Fault:
 
 
 def parse_json(line: bytes) -> Any:
-    """The value of a JSON line, or the :class:`Fault` for which there is none.
+    """Returns the value of a JSON line, or the :class:`Fault` that prevents parsing it.
 
-    A byte-order mark is no part of it: files begin with one, and where files were joined, so do later lines.
+    A byte-order mark is ignored: files begin with one, and so do later lines of concatenated files.
     """
     try:
         decoded = line.decode("utf-8-sig")
@@ -152,14 +152,14 @@ def parse_json(line: bytes) -> Any:
 def encode_documents(
     records: Iterable[tuple[int, Record]], tokenizer: Encoder, text_field: str, max_tokens: int | None
 ) -> Iterator[tuple[int, TokenIds | Fault]]:
-    """Token ids of each document, with its index, in the order given.
+    """Yields the index and the token ids of each document, in the order given.
 
     Args:
         records: Documents and their indices, as :func:`sltrain_dist.data.sources.resolve.read_documents` yields them.
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON object.
-        max_tokens: How many leading tokens of a document matter; None: all. More may come, and these are the same
-            for any value.
+        max_tokens: Number of leading tokens that are needed of a document; None: all. The arrays may be longer; the
+            value does not change the tokens.
     """
     chunk: list[tuple[int, Record]] = []
     size = 0
@@ -186,28 +186,28 @@ def _encode_chunk(
 
 
 def _encode_texts(texts: list[str], tokenizer: Encoder, max_tokens: int | None) -> list[TokenIds]:
-    """Token ids of the texts; with `max_tokens`, of so much of each text as gives that many tokens.
+    """Returns token ids of the texts; with `max_tokens`, of a prefix of each text that gives at least as many.
 
-    Books would otherwise cost several times what they need.
+    Tokenizing whole books would cost several times as much.
     """
     if max_tokens is None or not tokenizer.breaks_at_spaces:
         return tokenizer.encode(texts)
     limit = max_tokens * _CHARS_PER_TOKEN
-    starts = [_start(text, limit) for text in texts]
-    encoded = tokenizer.encode(starts)
-    while short := [i for i, text in enumerate(texts) if len(encoded[i]) < max_tokens and len(starts[i]) < len(text)]:
+    prefixes = [_prefix(text, limit) for text in texts]
+    encoded = tokenizer.encode(prefixes)
+    while short := [i for i, text in enumerate(texts) if len(encoded[i]) < max_tokens and len(prefixes[i]) < len(text)]:
         limit *= 4
         for i in short:
-            starts[i] = _start(texts[i], limit)
-        for i, ids in zip(short, tokenizer.encode([starts[i] for i in short]), strict=True):
+            prefixes[i] = _prefix(texts[i], limit)
+        for i, ids in zip(short, tokenizer.encode([prefixes[i] for i in short]), strict=True):
             encoded[i] = ids
     return encoded
 
 
-def _start(text: str, limit: int) -> str:
-    """The text up to a space, at most `limit` characters; all of it if it is shorter or has no such place.
+def _prefix(text: str, limit: int) -> str:
+    """Returns the text up to a space, at most `limit` characters; all of it if it is shorter or has no such space.
 
-    The character before the space is one that normalization keeps, so that it is not taken for a space itself.
+    The character before the space is one that normalization keeps and does not turn into a space.
     """
     end = limit if len(text) > limit else 0
     while (end := text.rfind(" ", 0, end)) > 0:

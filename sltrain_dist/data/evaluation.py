@@ -15,28 +15,28 @@ from sltrain_dist.data.stream.corpus import open_corpus
 from sltrain_dist.data.stream.rows import count_tokens, make_rows
 from sltrain_dist.errors import DataError
 
-_BLOCK = 64
-"""Documents that are read at a time."""
+_BLOCK_DOCUMENTS = 64
+"""Documents read at a time."""
 
 
 def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> TokenIds:
-    """Rows for evaluation: documents in the order of the files, batched as for training.
+    """Returns the evaluation rows: documents in file order, batched as in training.
 
-    With `data.batching: pack`, a last row is filled with padding, so that every token but the very first is
-    predicted exactly once; with `data.reset_attention`, every token but the first of each document.
+    With `data.batching: pack`, the last row is padded, so that every token except the very first is
+    predicted exactly once; with `data.reset_attention`, every token except the first of each document.
 
     Args:
-        eval_config: `tokens` is where to stop: with the row that reaches as many non-padding tokens.
+        eval_config: The last row is the one that reaches `tokens` non-padding tokens.
         data: How documents are read and batched.
-        shards: What `eval.source` resolves to.
+        shards: The files that `eval.source` resolves to.
         tokenizer: The tokenizer.
 
     Returns:
-        int32 array of shape (rows, seq_len + 1); −1 is padding, and see `batching.BEGIN`.
+        int32 array of shape (rows, seq_len + 1); −1 is padding; for marked first tokens see `rows.BEGIN`.
 
     Raises:
-        ConfigError: Token shards were made with another tokenizer.
-        DataError: A shard cannot be read, too many documents are unusable, or all are.
+        ConfigError: Token shards were prepared with another tokenizer, text field or document limit.
+        DataError: A shard cannot be read, or too many or all documents are unusable.
     """
     rows: list[TokenIds] = []
     tokens = 0
@@ -68,7 +68,7 @@ def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encode
     fetcher = Fetcher(RetryPolicy.of(data))
     corpus = open_corpus(shards, prepared, tokenizer, data.text_field, max_tokens, fetcher, data.max_document_bytes)
     for number, shard in enumerate(shards):
-        blocks = corpus.blocks(number, 0, 1, _BLOCK)
+        blocks = corpus.blocks(number, 0, 1, _BLOCK_DOCUMENTS)
         for line, result in chain.from_iterable(block.documents(np.arange(len(block))) for block in blocks):
             tally.add(shard, line, result)
             if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):

@@ -1,4 +1,4 @@
-"""The training loader: this rank's rows of every update, prepared in the background, resumable exactly."""
+"""The training loader: this rank's rows of every update, prepared in the background, with exact resume."""
 
 from __future__ import annotations
 
@@ -27,50 +27,50 @@ from sltrain_dist.data.worker import Job, Worker
 from sltrain_dist.errors import ConfigError, DataError
 
 _WEIGHT_TOLERANCE = 0.05
-"""Largest deviation of a source's share of the rows from its weight, relative to the weight."""
+"""Largest accepted deviation of a source's share of the rows from its weight, relative to the weight."""
 
 __all__ = ["LoaderStats", "TrainLoader", "merge_states"]
 
 
 @dataclass
 class LoaderStats:
-    """Totals since the loader was made. A stream that two ranks share counts on both."""
+    """Totals since the loader was created. A stream shared by two ranks counts on both."""
 
     wait_s: float = 0.0
-    """Seconds that the caller has waited for rows."""
+    """Seconds that the caller waited for rows."""
     documents: int = 0
     """Documents read, unusable ones included."""
     bad: dict[str, int] = field(default_factory=lambda: {fault.value: 0 for fault in Fault})
     """Documents that could not be used, by cause."""
     retries: dict[str, int] = field(default_factory=lambda: {cause.value: 0 for cause in Cause})
-    """How often reading a remote shard was tried again, by cause."""
+    """Retries of reading a remote shard, by cause."""
 
 
 class TrainLoader:
     """Endless iterator over this rank's rows of each update.
 
-    The rows of all ranks together, in the order of ranks, are the same for any number of ranks and workers.
+    The rows of all ranks, concatenated in rank order, are the same for any number of ranks and workers.
 
     Args:
-        data: The data section of the configuration. Its `source` and `tokenizer` are not looked at.
-        shards: What `data.source` resolves to, see :func:`sltrain_dist.data.sources.resolve.resolve_source`.
+        data: The data section of the configuration. Its `source` and `tokenizer` are ignored.
+        shards: The files that `data.source` resolves to, see :func:`sltrain_dist.data.sources.resolve.resolve_source`.
         tokenizer_path: The SentencePiece model file.
         seed: Seed of the order of documents.
         global_batch: Rows of an update, over all ranks.
         rank: In 0 … world_size − 1.
         world_size: Number of ranks; divides `global_batch`.
-        source_sizes: With `data.weights`: how many of the shards belong to each source, in order.
-        state: Where to go on: what :func:`merge_states` returned, for any number of ranks. None: from the start.
-        timeout_s: Seconds of waiting for a worker after which it counts as stuck.
+        source_sizes: With `data.weights`: number of shards of each source, in order.
+        state: Position to resume from, as :func:`merge_states` returned it for any number of ranks. None: the start.
+        timeout_s: Seconds to wait for a worker before it counts as stuck.
 
     Attributes:
-        order: Everything that decides which documents come when, such as hashes of the shard list and of the
-            tokenizer; ranks must agree on it.
+        order: Everything that determines the order of the tokens, such as hashes of the shard list and of the
+            tokenizer; must be equal on all ranks.
 
     Raises:
-        ConfigError: Token shards were made with another tokenizer, or whole streams cannot hold `data.weights`.
+        ConfigError: Token shards were prepared with other settings, or `data.streams` cannot realize `data.weights`.
         DataError: The tokenizer cannot be read, or there are no shards.
-        CheckpointError: `state` belongs to other data, or to another order.
+        CheckpointError: `state` belongs to other data or another order.
     """
 
     def __init__(
@@ -122,36 +122,35 @@ class TrainLoader:
         if data.workers == 0:
             self._groups = [StreamGroup(settings, tokenizer, shares, self._states)]
             return
-        for some in _contiguous_groups(shares, data.workers):
-            states = {share.stream: self._states[share.stream] for share in some}
-            self._workers.append(Worker(Job(settings, tokenizer_path, some, states, data.prefetch), timeout_s))
+        for part in _contiguous_parts(shares, data.workers):
+            states = {share.stream: self._states[share.stream] for share in part}
+            self._workers.append(Worker(Job(settings, tokenizer_path, part, states, data.prefetch), timeout_s))
         self._groups = self._workers
 
     def __iter__(self) -> TrainLoader:
         return self
 
-    def wait(self, asked: Callable[[], object]) -> bool:
-        """Waits for the workers to have the next update ready.
+    def wait(self, should_stop: Callable[[], object]) -> bool:
+        """Waits until the workers have the next update ready.
 
         Args:
-            asked: Looked at a few times a second.
+            should_stop: Called a few times a second; a true result ends the waiting.
 
         Returns:
-            Whether the next call of :meth:`__next__` has nothing to wait for, be it that it raises an error;
-            false as soon as `asked` is true.
+            Whether the next call of :meth:`__next__` returns, or raises its error, without waiting.
         """
         if self._failure is None:
             try:
-                return all(worker.wait(asked) for worker in self._workers)
+                return all(worker.wait(should_stop) for worker in self._workers)
             except DataError as error:
                 self._failure = error
         return True
 
     def __next__(self) -> TokenIds:
-        """This rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
+        """Returns this rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
 
-        −1 is padding. With `data.reset_attention`, documents' first tokens carry the bit `batching.BEGIN`. An error is
-        raised again by every later call.
+        −1 is padding. With `data.reset_attention`, documents' first tokens carry the bit `rows.BEGIN`. After an error,
+        every later call raises it again.
 
         Raises:
             DataError: A shard cannot be read, too many documents are unusable, or a worker died or is stuck.
@@ -170,9 +169,9 @@ class TrainLoader:
         return np.concatenate([update.rows for update in updates])
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor after the last returned rows, for JSON: the positions of this rank's streams.
+        """Returns the cursor after the last returned rows, for JSON: the positions of this rank's streams.
 
-        :func:`merge_states` joins those of all ranks.
+        :func:`merge_states` joins the cursors of all ranks.
         """
         return make_cursor(self.order, self._updates, self._states)
 
@@ -200,26 +199,26 @@ class TrainLoader:
 
 
 def _mixture(data: DataConfig, sizes: Sequence[int], num_shards: int, global_batch: int) -> tuple[WeightedSource, ...]:
-    """The weighted sources. Raises ConfigError if whole streams cannot hold the weights."""
+    """Returns the weighted sources. Raises ConfigError if whole streams cannot realize the weights."""
     if data.weights is None:
         return ()
     if len(sizes) != len(data.weights) or sum(sizes) != num_shards:
         raise ValueError(f"{len(data.weights)} weights for sources of {list(sizes)} shards, {num_shards} in all")
-    dealt = order.deal_streams(data.weights, order.num_streams(data.streams, global_batch))
-    shares = order.source_shares(dealt, len(sizes), global_batch)
+    stream_sources = order.deal_streams(data.weights, order.num_streams(data.streams, global_batch))
+    shares = order.source_shares(stream_sources, len(sizes), global_batch)
     wanted = [weight / sum(data.weights) for weight in data.weights]
     if any(abs(share - due) > _WEIGHT_TOLERANCE * due for share, due in zip(shares, wanted, strict=True)):
         raise ConfigError(
-            f"data.weights ask for shares of {[round(due, 4) for due in wanted]}, but {len(dealt)} streams give "
+            f"data.weights are shares of {[round(due, 4) for due in wanted]}, but {len(stream_sources)} streams give "
             f"{[round(share, 4) for share in shares]} of the {global_batch} rows of an update: every stream reads one "
             "source. Set data.streams (at most train.global_batch, best a divisor of it) so that each weight is a "
-            f"whole number of streams, to within {_WEIGHT_TOLERANCE:.0%}"
+            f"whole number of streams, within {_WEIGHT_TOLERANCE:.0%}"
         )
     return tuple(map(WeightedSource, sizes, data.weights))
 
 
-def _contiguous_groups(shares: list[order.StreamShare], workers: int) -> list[list[order.StreamShare]]:
-    """The streams dealt to at most `workers` workers, so that the rows stay in order."""
+def _contiguous_parts(shares: list[order.StreamShare], workers: int) -> list[list[order.StreamShare]]:
+    """Splits the streams into one contiguous part per worker, so that the rows stay in order."""
     count = min(workers, len(shares))
     bounds = [len(shares) * index // count for index in range(count + 1)]
     return [shares[begin:end] for begin, end in pairwise(bounds)]

@@ -1,20 +1,20 @@
-"""Which document comes when: a pure function of the seed, the epoch and the position.
+"""The order of documents: a pure function of the seed, the epoch and the position.
 
-The source is a list of S shards (files of documents). Its documents are dealt to V virtual streams, and
-every update takes a fixed number of rows from every stream, so that neither the number of ranks nor that
-of worker processes has any influence on a batch. In epoch e of a stream::
+The source is a list of S shards (files of documents). Its documents are distributed over V virtual streams,
+and every update takes a fixed number of rows from every stream, so neither the number of ranks nor the
+number of worker processes influences a batch. In epoch e of a stream::
 
     shards        0 1 2 3 ...                     permuted with a key of (seed, e)
       └ units     (shard, part) ...               every shard split in `parts`, so that all streams have work
           └ stream v takes units v, v + V, ...    part p of a shard: its documents p, p + parts, ...
               └ blocks of `shuffle_block` documents, each permuted with a key of (seed, e, shard, part, block)
 
-Each document of the source is in exactly one unit, hence read exactly once per epoch. Streams go on to
-their next epoch by themselves: no stream waits for another.
+Each document of the source is in exactly one unit, hence read exactly once per epoch. Each stream
+starts its next epoch on its own: no stream waits for another.
 
 With several weighted sources, every stream reads one of them, and the above holds for each source and its streams.
 
-Random numbers are those of :mod:`sltrain_dist.numerics.splitmix`, which no library release can change.
+Random numbers come from :mod:`sltrain_dist.numerics.splitmix`, so no library release can change them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MASK = (1 << 64) - 1
 
 
 class _Purpose(IntEnum):
-    """First word of every key, so that no two uses of the same seed share random numbers."""
+    """First word of a key, so that different uses of the same seed get different random numbers."""
 
     SHARDS = 1
     BLOCK = 2
@@ -48,9 +48,9 @@ class Unit(NamedTuple):
 
 
 class StreamShare(NamedTuple):
-    """What a rank takes of one stream in every update.
+    """The rows of one stream that a rank keeps in every update.
 
-    The stream always advances by `rows`; the rank keeps rows `begin` to `end` of these.
+    The stream always advances by `rows`; of these, the rank keeps rows `begin` to `end` (exclusive).
     """
 
     stream: int
@@ -60,44 +60,44 @@ class StreamShare(NamedTuple):
 
 
 def num_streams(streams: int, global_batch: int) -> int:
-    """Number of virtual streams V: at least one row of every update must come from each."""
+    """Returns the number of virtual streams V: at most one per row of an update, as each must give at least one."""
     return min(streams, global_batch)
 
 
 def deal_streams(weights: Sequence[float], streams: int) -> list[int]:
-    """The source that each stream reads, so that sources get rows in proportion to their weights.
+    """Returns the source that each stream reads, so that sources get rows in proportion to their weights.
 
-    Stream by stream, the source goes next that is furthest behind its due share, as in Bresenham's algorithm;
-    hence any number of consecutive streams holds the weights as closely as whole streams can.
+    Each stream gets the source that is furthest behind its share, as in Bresenham's algorithm;
+    hence any consecutive streams match the weights as closely as whole streams can.
 
     Args:
-        weights: Positive, one per source, of any sum.
+        weights: One positive weight per source; they need not sum to 1.
         streams: Number of virtual streams V.
     """
     total = sum(weights)
     counts = [0] * len(weights)
-    dealt = []
+    sources = []
     for number in range(1, streams + 1):
         source = max(range(len(weights)), key=lambda s: (weights[s] * number / total - counts[s], -s))
         counts[source] += 1
-        dealt.append(source)
-    return dealt
+        sources.append(source)
+    return sources
 
 
-def source_shares(dealt: Sequence[int], num_sources: int, global_batch: int) -> list[float]:
-    """The share of every update's rows that each source gets with streams dealt as by :func:`deal_streams`."""
-    streams = len(dealt)
+def source_shares(stream_sources: Sequence[int], num_sources: int, global_batch: int) -> list[float]:
+    """Returns the share of an update's rows that each source gets, given the source of each stream."""
+    streams = len(stream_sources)
     rows = [0] * num_sources
-    for stream, source in enumerate(dealt):
+    for stream, source in enumerate(stream_sources):
         rows[source] += _first_row(stream + 1, global_batch, streams) - _first_row(stream, global_batch, streams)
     return [count / global_batch for count in rows]
 
 
 def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> list[StreamShare]:
-    """The streams that rank `rank` reads, in the order of its rows.
+    """Returns the streams that rank `rank` reads, in the order of its rows.
 
-    The rows of an update are ordered by (stream, row of the stream), and every rank takes a contiguous
-    chunk, so that a stream may be shared by ranks when the number of streams is not a multiple of theirs.
+    The rows of an update are ordered by (stream, row of the stream), and every rank takes an equal contiguous
+    part, so ranks may share a stream if their number does not divide the number of streams.
 
     Args:
         rank: In 0 … world_size − 1.
@@ -119,7 +119,7 @@ def rank_shares(rank: int, world_size: int, global_batch: int, streams: int) -> 
 
 
 def stream_units(seed: int, epoch: int, num_shards: int, streams: int, stream: int) -> list[Unit]:
-    """The units that `stream` reads in its epoch `epoch`, in order. Never empty."""
+    """Returns the units that `stream` reads in its epoch `epoch`, in order. Never empty."""
     parts = -(-streams // num_shards)
     shards = permutation(_key(_Purpose.SHARDS, seed, epoch), num_shards)
     return [
@@ -128,12 +128,12 @@ def stream_units(seed: int, epoch: int, num_shards: int, streams: int, stream: i
 
 
 def block_permutation(seed: int, epoch: int, unit: Unit, block: int, size: int) -> npt.NDArray[np.int64]:
-    """The order, of shape (size,), in which the `size` documents of a unit's block are read."""
+    """Returns the order in which the `size` documents of a unit's block are read, of shape (size,)."""
     return permutation(_key(_Purpose.BLOCK, seed, epoch, unit.shard, unit.part, block), size)
 
 
 def _first_row(stream: int, global_batch: int, streams: int) -> int:
-    """Index in the update of the stream's first row: the first G % V streams have one row more."""
+    """Returns the index in the update of the stream's first row; the first G % V streams have one row more."""
     return stream * (global_batch // streams) + min(stream, global_batch % streams)
 
 

@@ -22,14 +22,14 @@ from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.files import write_error, write_whole
 
 _LINE_CHARS = 4000
-"""Longer lines are cut for training: SentencePiece drops what exceeds its `max_sentence_length`."""
+"""Longer lines are split for training: SentencePiece drops lines beyond its `max_sentence_length`."""
 _FIXED_PIECES = 256 + 3
 _HELD_OUT = 0.02
-"""Share of the sampled text that the report is measured on and the training does not see."""
+"""Share of the sampled text that is kept out of training, to measure the report on."""
 
 
 class Tokenizer:
-    """A SentencePiece model file. Can be pickled, and so sent to worker processes.
+    """A SentencePiece tokenizer. Can be pickled, and so sent to worker processes.
 
     Args:
         path: The model file (`*.model`).
@@ -39,17 +39,17 @@ class Tokenizer:
     """
 
     vocab_size: int
-    """Number of pieces; ids are below it."""
+    """Number of pieces; ids are 0 … vocab_size − 1."""
     eos_id: int
-    """End of sequence. Always defined."""
+    """Id of the end-of-sequence piece. Always defined."""
     bos_id: int
-    """Beginning of sequence, or -1 if the model has none."""
+    """Id of the beginning-of-sequence piece, or -1 if the model has none."""
     unk_id: int
-    """Unknown text."""
+    """Id of the piece for unknown text."""
     pad_id: int
-    """Padding, or -1 if the model has none."""
+    """Id of the padding piece, or -1 if the model has none."""
     fingerprint: str
-    """First 16 hexadecimal digits of the file's SHA-256."""
+    """First 16 hexadecimal digits of the model file's SHA-256."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -73,60 +73,60 @@ class Tokenizer:
             )
 
     def encode(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, as int32 arrays of shape (tokens,). No special pieces are added.
+        """Returns the ids of each text, as int32 arrays of shape (tokens,). No special pieces are added.
 
         Single-threaded: the loader's workers are the parallelism. The texts must be encodable as UTF-8 (no
-        lone surrogates), which what is read from UTF-8 files always is.
+        lone surrogates); text read from UTF-8 files always is.
         """
         rows: list[npt.NDArray[np.int32]] = self._processor.encode_as_numpy(texts, num_threads=1)
         return rows
 
     @cached_property
     def breaks_at_spaces(self) -> bool:
-        """Whether the tokens of a text up to a space are always the first of the whole text's tokens.
+        """Whether cutting a text before a space always gives a prefix of the whole text's tokens.
 
-        That is so if no piece continues beyond a space, and a space is known: unknown characters make one piece with
-        their unknown neighbours.
+        True if no piece continues beyond a space and the vocabulary has the space: adjacent unknown characters merge
+        into one piece.
         """
         pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
         return "▁" in pieces and not any(re.search("[^▁]▁", piece) for piece in pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special pieces become nothing."""
+        """Returns the text of the ids, without special pieces."""
         return str(self._processor.decode([int(i) for i in ids]))
 
     def byte_fallbacks(self, ids: npt.NDArray[np.int32]) -> int:
-        """How many of the ids are pieces that stand for a single byte of an unknown character."""
+        """Counts the ids that stand for a single byte of an unknown character."""
         return sum(map(self._processor.is_byte, ids.tolist()))
 
 
 def read_model(path: Path) -> Any:
-    """The parsed ModelProto of a SentencePiece model file.
+    """Returns the parsed ModelProto of a SentencePiece model file.
 
     Raises:
-        DataError: As :class:`Tokenizer`.
+        DataError: As in :class:`Tokenizer`.
     """
-    Tokenizer(path)  # for its errors
+    Tokenizer(path)  # raises DataError
     return sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
 
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """What :func:`train_tokenizer` made. The rates are measured on held-out text."""
+    """Result of :func:`train_tokenizer`. The rates are measured on held-out text."""
 
     path: Path
     vocab_size: int
     fingerprint: str
     sampled_documents: int
-    """Documents that were drawn, held-out ones included."""
+    """Number of sampled documents, held-out ones included."""
     sampled_bytes: int
-    """Their size in UTF-8."""
+    """Size of the sampled documents in UTF-8."""
     held_out_bytes: int
     bytes_per_token: float
     unknown_rate: float
     """Share of the tokens that are the unknown piece; 0 with byte fallback."""
     byte_fallback_rate: float
-    """Share of the tokens that stand for one byte of a character that has no piece (and for newlines)."""
+    """Share of the tokens that stand for one byte of a character without a piece (or for a newline)."""
 
 
 def train_tokenizer(
@@ -141,28 +141,28 @@ def train_tokenizer(
 ) -> TokenizerReport:
     """Trains a lossless SentencePiece model and writes it atomically.
 
-    As LLaMA's: text is not normalised, characters without a piece become bytes, and digits stand alone. Ids
-    are padding 0, end of sequence 1, unknown 2, as T5's, and there is no beginning of sequence. The same
-    texts and arguments give the same file.
+    As in LLaMA, text is not normalised, characters without a piece become bytes, and every digit is a piece. As in
+    T5, padding is id 0, end of sequence 1, unknown 2, and there is no beginning of sequence. The same texts and
+    arguments give the same file.
 
     Args:
-        texts: Documents. All are read; a uniform sample of them is trained on.
-        output: The model file to write. Its directory is made.
+        texts: Documents. All are read; training uses a uniform sample of them.
+        output: The model file to write. Missing directories are made.
         vocab_size: Number of pieces, including 3 special and 256 byte pieces.
-        model_type: unigram (T5's) or bpe (LLaMA's).
-        sample_bytes: Bound of the sample, in bytes of UTF-8.
+        model_type: unigram (as in T5) or bpe (as in LLaMA).
+        sample_bytes: Largest size of the sample, in bytes of UTF-8.
         character_coverage: Share of the text's characters that are guaranteed a piece.
-        seed: Seed of the sample.
+        seed: Seed of the sampling.
 
     Raises:
-        ConfigError: vocab_size does not suit the text.
+        ConfigError: vocab_size is too small or too large for the text.
         DataError: There are fewer than two non-empty documents, or the file cannot be written.
     """
     if vocab_size <= _FIXED_PIECES:
-        raise ConfigError(f"a vocabulary of {vocab_size} is too small: {_FIXED_PIECES} pieces are bytes and special")
+        raise ConfigError(f"a vocabulary of {vocab_size} is too small: byte and special pieces take {_FIXED_PIECES}")
     sample = _sample(texts, sample_bytes, random.Random(seed))
     if len(sample) < 2:
-        raise DataError(f"a tokenizer needs two documents at least, one of them to measure on; found {len(sample)}")
+        raise DataError(f"a tokenizer needs at least two documents, one of them to measure on; found {len(sample)}")
     held_out, training = _split(sample)
     model = _train(training, vocab_size, model_type, character_coverage)
     try:
@@ -176,22 +176,22 @@ def train_tokenizer(
 def _load(model: bytes, path: Path) -> Any:
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        # An empty file parses as an empty message, hence the second check.
+        # An empty file parses as an empty message, hence the check of the size.
         processor.LoadFromSerializedProto(model)
         if processor.vocab_size() > 0:
             return processor
-    except (RuntimeError, OSError, ValueError):  # a UnicodeDecodeError where the error message quotes the damage
+    except (RuntimeError, OSError, ValueError):  # a UnicodeDecodeError if the error message quotes binary data
         pass
     raise DataError(
-        f"{path} is not a SentencePiece model ({len(model)} bytes); data.tokenizer names a file such as "
-        "tokenizer.model, not a tokenizer.json or a directory"
+        f"{path} is not a SentencePiece model ({len(model)} bytes); set data.tokenizer to a file such as "
+        "tokenizer.model, not to a tokenizer.json or a directory"
     )
 
 
 def _sample(texts: Iterable[str], bound: int, rng: random.Random) -> list[str]:
-    """A uniform sample of the documents, in random order, of at most `bound` bytes (but for one document).
+    """Returns a uniform sample of the documents in random order: at most `bound` bytes, but at least two.
 
-    Every document gets a random priority; the heap keeps those of the highest priority that fit.
+    Every document gets a random priority; the heap keeps the documents of the highest priority that fit.
     """
     heap: list[tuple[float, int, str]] = []
     size = 0
@@ -206,11 +206,11 @@ def _sample(texts: Iterable[str], bound: int, rng: random.Random) -> list[str]:
 
 
 def _split(sample: list[str]) -> tuple[list[str], list[str]]:
-    """Held-out documents (at least one) and training documents (at least one)."""
+    """Splits the sample into held-out and training documents, at least one each."""
     budget = _HELD_OUT * sum(map(_num_bytes, sample))
-    taken, count = 0, 0
-    while count < len(sample) - 1 and (count == 0 or taken < budget):
-        taken += _num_bytes(sample[count])
+    size, count = 0, 0
+    while count < len(sample) - 1 and (count == 0 or size < budget):
+        size += _num_bytes(sample[count])
         count += 1
     return sample[:count], sample[count:]
 
@@ -240,7 +240,7 @@ def _train(texts: list[str], vocab_size: int, model_type: str, character_coverag
             eos_id=1,
             unk_id=2,
             bos_id=-1,
-            num_threads=1,  # sums of floats depend on how they are split over threads
+            num_threads=1,  # floating-point sums depend on how they are split over threads
             minloglevel=3,
         )
     except (RuntimeError, OSError) as error:
@@ -249,11 +249,11 @@ def _train(texts: list[str], vocab_size: int, model_type: str, character_coverag
 
 
 def _training_error(message: str, vocab_size: int) -> str:
-    """The trainer's own messages are file names and C++ expressions; the numbers in them are useful."""
+    """Turns a message of the trainer, full of file names and C++ expressions, into one about the vocabulary."""
     if found := re.search(r"set it to a value <= (\d+)", message):
-        return f"a vocabulary of {vocab_size} is too large for this text: at most {found[1]}, or give more text"
+        return f"a vocabulary of {vocab_size} is too large for this text: use at most {found[1]}, or more text"
     if found := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", message):
-        return f"a vocabulary of {vocab_size} is too small: the bytes and this text's characters need {found[1]}"
+        return f"a vocabulary of {vocab_size} is too small: the bytes and this text's characters need {found[1]} pieces"
     return f"SentencePiece cannot train a vocabulary of {vocab_size} on this text: {message}"
 
 

@@ -1,7 +1,7 @@
-"""SentencePiece models as transformers reads them: tokenizer.json and tokenizer_config.json.
+"""Conversion of SentencePiece models to tokenizer.json and tokenizer_config.json, which transformers reads.
 
-Without these files transformers converts `tokenizer.model` when it loads it, by the rules of the tokenizer that belongs
-to LLaMA: it takes the first three pieces for that tokenizer's special ones, and every normalisation for LLaMA's.
+Without these files transformers converts `tokenizer.model` on loading by the rules of LLaMA's tokenizer: it takes the
+first three pieces for LLaMA's special ones, and every normalisation for LLaMA's.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _SPACE = "▁"
 def write_tokenizer(model_file: Path, directory: Path, *, max_length: int) -> dict[str, int | None]:
     """Writes tokenizer.json and tokenizer_config.json for a SentencePiece model.
 
-    Texts get the ids that the SentencePiece model gives them, as in training, and no special tokens before or after.
-    There are rare exceptions. Where two ways to cut a word score the same but for float32's rounding, `tokenizers`,
-    which adds in float64, may take the other: once in a million tokens of unigram models. Where a model normalises, as
-    T5's does, `tokenizers` loses combining marks that form no character with the one before. A text that spells a
-    special token, such as </s>, is given that token, as by all tokenizers of transformers, and so is, in unigram
-    models, a text that spells the piece of a byte, such as <0x0A>.
+    Texts get the same ids as from the SentencePiece model, as in training, and no special tokens before or after.
+    There are rare exceptions. If two ways to split a word score the same except for float32 rounding, `tokenizers`,
+    which adds in float64, may choose the other: once in a million tokens of unigram models. If a model normalises, as
+    T5's does, `tokenizers` loses combining marks that do not compose with the character before. A text that spells a
+    special token, such as </s>, becomes that token, as in all tokenizers of transformers; in unigram models, so does
+    a text that spells a byte piece, such as <0x0A>.
 
-    A model without a padding piece pads with its unknown one: with the end of sequence, fine-tuning would mask that as
-    padding.
+    A model without a padding piece pads with the unknown piece: fine-tuning masks padding, and would mask the end of
+    sequence if that were used.
 
-    A kind of SentencePiece model that the format cannot express gets no files, and a warning says so.
+    If the format cannot express the model, no files are written and a warning is given.
 
     Args:
         model_file: The SentencePiece model.
-        directory: Where to write.
-        max_length: Longest sequence of the model, in tokens.
+        directory: Directory to write to.
+        max_length: Longest sequence that the model takes, in tokens.
 
     Returns:
-        Ids for the configuration of the model: bos_token_id, eos_token_id and pad_token_id; None where there is none.
+        Values for the model's configuration: bos_token_id, eos_token_id and pad_token_id; None if there is no such id.
 
     Raises:
         DataError: The model file cannot be read.
@@ -80,14 +80,14 @@ def _tokenizer_config(model: Any, ids: dict[str, int]) -> dict[str, Any]:
 
 
 def convert(model: Any) -> Tokenizer:
-    """The tokenizer that gives texts the ids of a SentencePiece model (its parsed ModelProto).
+    """Returns the tokenizer that gives the same ids as a SentencePiece model (its parsed ModelProto).
 
     Raises:
-        ValueError: `tokenizers` has nothing that does the same.
+        ValueError: `tokenizers` cannot express this model.
     """
     spec, normal = model.trainer_spec, model.normalizer_spec
     if spec.model_type not in (_UNIGRAM, _BPE):
-        raise ValueError("the tokenizer is a SentencePiece model of another type than unigram and bpe")
+        raise ValueError("the SentencePiece model is neither of type unigram nor bpe")
     if spec.treat_whitespace_as_suffix or not normal.escape_whitespaces:
         raise ValueError("the tokenizer does not mark the spaces before words")
     tokenizer = Tokenizer(_unigram(model) if spec.model_type == _UNIGRAM else _bpe(model))
@@ -98,8 +98,8 @@ def convert(model: Any) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(steps)
     special = [p.piece for i, p in enumerate(model.pieces) if p.type == _CONTROL or i == spec.unk_id]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
-    own = [AddedToken(p.piece, normalized=False) for p in model.pieces if p.type == _USER_DEFINED]
-    tokenizer.add_tokens(own)
+    user_defined = [AddedToken(p.piece, normalized=False) for p in model.pieces if p.type == _USER_DEFINED]
+    tokenizer.add_tokens(user_defined)
     return tokenizer
 
 
@@ -109,7 +109,7 @@ def _unigram(model: Any) -> Unigram:
 
 
 def _bpe(model: Any) -> BPE:
-    """SentencePiece merges two neighbours into a piece, that of the highest score first: a rank for every such pair."""
+    """Returns the BPE model. Pairs are ranked by the score of the piece they form, as SentencePiece merges them."""
     spec = model.trainer_spec
     ids = {p.piece: i for i, p in enumerate(model.pieces)}
     normal = [(i, p.piece) for i, p in enumerate(model.pieces) if p.type == _NORMAL]

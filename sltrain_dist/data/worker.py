@@ -1,9 +1,9 @@
 """Background processes that read and tokenize.
 
-A worker is a plain child process, connected by one socket: the job goes down, updates come up. It is not
-started through `multiprocessing`, which would import the training script again in every worker (and
-with it torch), cannot start from a script on standard input, and waits for its children when the parent
-ends. When the parent's end of the socket closes, for whatever reason, SIGKILL included, the worker ends.
+A worker is a plain child process, connected by one socket: the parent sends the job, the worker sends
+updates. `multiprocessing` is not used: it would import the training script (and with it torch) again in
+every worker, cannot start from a script on standard input, and waits for its children when the parent
+ends. When the parent's end of the socket closes, for any reason, SIGKILL included, the worker ends.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError, SltrainError
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Batch systems and terminals send these to all processes of a job; only the trainer answers them."""
+"""Batch systems and terminals send these to all processes of a job; only the trainer reacts to them."""
 _PARENT_CHECK_S = 1.0
 _EXIT_WAIT_S = 5.0
-_ASK_S = 0.2
-_START_S = 60.0
-"""More time for a worker's first update: on a busy machine its start takes seconds."""
+_POLL_S = 0.2
+_STARTUP_S = 60.0
+"""Extra time for a worker's first update: on a busy machine its start takes seconds."""
 _PROGRAM = "from sltrain_dist.data.worker import main; main()"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to do."""
+    """Work of one worker: the streams it reads, and from where."""
 
     settings: StreamSettings
     tokenizer_path: Path
@@ -54,48 +54,48 @@ class Job:
 
 
 class _Failure(NamedTuple):
-    """What a worker sends in place of an update that it cannot make."""
+    """Message of a worker that cannot make its next update."""
 
     error: SltrainError | None
-    """The error to raise in the parent."""
+    """The error to raise in the parent; None for any other exception, which is a bug in this program."""
     traceback: str
-    """For any other exception: a mistake of this program."""
+    """Traceback of the other exception, or empty."""
 
 
 class _Death(NamedTuple):
-    """What comes last of a worker that has ended without saying why."""
+    """Stands for the message of a worker that has ended without sending one."""
 
 
 _Message = UpdateRows | _Failure | _Death
 
 
 class Worker:
-    """A running worker, as its parent sees it.
+    """The parent's handle of a running worker.
 
-    A thread talks to it, because a worker can be stopped in the middle of a message, and the parent must not wait
-    for the rest without an end.
+    A thread reads from the worker: a worker can be stopped in the middle of a message, and the parent must not wait
+    forever for the rest.
 
     Args:
-        job: What to do.
-        timeout_s: Seconds of waiting for an update after which the worker counts as stuck.
+        job: The work.
+        timeout_s: Seconds to wait for an update before the worker counts as stuck.
     """
 
     def __init__(self, job: Job, timeout_s: float) -> None:
-        self._timeout_s, self._patience_s = timeout_s, timeout_s + _START_S
+        self._timeout_s, self._current_timeout_s = timeout_s, timeout_s + _STARTUP_S
         self._files = job.settings.files
-        self._connection, theirs = Pipe(duplex=True)
-        # Blocked signals stay blocked in a child: no moment is left at which one could end the worker.
+        self._connection, worker_end = Pipe(duplex=True)
+        # A child inherits blocked signals, so none can end the worker before it ignores them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-c", _PROGRAM, str(worker_end.fileno()), str(os.getpid())],
+                pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        worker_end.close()
         self._inbox: queue.Queue[_Message] = queue.Queue(1)
         self._arrived: _Message | None = None
         self._thread = threading.Thread(target=self._receive, args=(job,), daemon=True)
@@ -103,64 +103,64 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the worker."""
         return self._process.pid
 
-    def wait(self, asked: Callable[[], object]) -> bool:
-        """Waits for the next update, or for what comes in its place.
+    def wait(self, should_stop: Callable[[], object]) -> bool:
+        """Waits until :meth:`next_update` can return or raise at once.
 
         Args:
-            asked: Looked at a few times a second.
+            should_stop: Called a few times a second; a true result ends the waiting.
 
         Returns:
-            Whether it has come; false as soon as `asked` is true.
+            Whether a message has arrived.
 
         Raises:
-            DataError: Nothing has come for `timeout_s`.
+            DataError: The worker has sent nothing for `timeout_s`.
         """
         waited_s = 0.0
         while self._arrived is None:
-            if asked():
+            if should_stop():
                 return False
             try:
-                self._arrived = self._inbox.get(timeout=_ASK_S)
+                self._arrived = self._inbox.get(timeout=_POLL_S)
             except queue.Empty:
-                waited_s += _ASK_S  # by no clock: those go on while this process is stopped together with its worker
-                if waited_s >= self._patience_s:
-                    raise self._silence(waited_s) from None
-        self._patience_s = self._timeout_s
+                waited_s += _POLL_S  # not a clock: it would run on while this process and its worker are both stopped
+                if waited_s >= self._current_timeout_s:
+                    raise self._stuck_error(waited_s) from None
+        self._current_timeout_s = self._timeout_s
         return True
 
     def next_update(self) -> UpdateRows:
         """Waits for the next update.
 
         Raises:
-            DataError: The worker died, or nothing has come for `timeout_s`.
-            SltrainError: What the worker raised.
+            DataError: The worker died, or has sent nothing for `timeout_s`.
+            SltrainError: The worker raised it.
         """
         self.wait(lambda: False)
         message, self._arrived = self._arrived, None
         if isinstance(message, UpdateRows):
             return message
         if not isinstance(message, _Failure):
-            raise self._death()
+            raise self._death_error()
         if message.error is not None:
             raise message.error
         raise RuntimeError(f"a data worker failed:\n{message.traceback}")
 
     def hang_up(self) -> None:
-        """Tells the worker to end."""
+        """Makes the worker end, by closing the connection."""
         if self._connection.closed:
             return
         with socket.socket(fileno=os.dup(self._connection.fileno())) as end, suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
+            end.shutdown(socket.SHUT_RDWR)  # close() alone would not wake the reading thread
         while self._thread.is_alive():
             with suppress(queue.Empty):
                 self._inbox.get(timeout=0.01)
         self._connection.close()
 
     def join(self) -> None:
-        """Waits for its end, which :meth:`hang_up` has asked for."""
+        """Waits for the worker to end after :meth:`hang_up`, and kills it if that takes too long."""
         try:
             self._process.wait(_EXIT_WAIT_S)
         except subprocess.TimeoutExpired:
@@ -168,7 +168,7 @@ class Worker:
             self._process.wait()
 
     def _receive(self, job: Job) -> None:
-        """The thread: sends the job, and takes one update ahead of the one that waits in the inbox."""
+        """Runs in the thread: sends the job, then receives messages, one beyond the one in the inbox."""
         message: _Message = _Death()
         try:
             self._connection.send(job)
@@ -178,11 +178,11 @@ class Worker:
             message = _Death()
         self._inbox.put(message)
 
-    def _death(self) -> DataError:
+    def _death_error(self) -> DataError:
         self.hang_up()
         self.join()
         code = self._process.returncode
-        if code == -signal.SIGBUS:  # the way in which a mapped file ends that was cut short
+        if code == -signal.SIGBUS:  # reading a mapped file that was truncated raises SIGBUS
             try:
                 for path, expected in self._files.items():
                     check_unchanged(path, expected)
@@ -194,33 +194,33 @@ class Worker:
             "lower data.shuffle_block, data.prefetch or data.workers"
         )
 
-    def _silence(self, waited_s: float) -> DataError:
+    def _stuck_error(self, waited_s: float) -> DataError:
         return DataError(
             f"the data worker with process id {self.pid} has sent nothing for {waited_s:.0f} s (parallel.timeout_s): "
-            f"it {_activity(self.pid)}. Start the same command again to go on from the newest checkpoint; if reading "
+            f"it {_activity(self.pid)}. Start the same command again to resume from the newest checkpoint; if reading "
             "takes this long, set a larger parallel.timeout_s"
         )
 
 
 def _activity(pid: int) -> str:
-    """What a process is doing, in the kernel's words."""
+    """Describes what a process is doing, from its state in /proc."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "has ended"
     if state in "Tt":
-        return f"is stopped by a signal or a debugger (kill -CONT {pid} would let it go on)"
+        return f"is stopped by a signal or a debugger (kill -CONT {pid} resumes it)"
     return "is waiting for a disk or a file system" if state == "D" else "is still running, or waiting for its data"
 
 
 def _environment() -> dict[str, str]:
-    """The parent's module path, and no threads for linear algebra, of which a worker does none."""
+    """Returns the worker's environment: the parent's module path, and no BLAS threads, which it would not use."""
     paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main() -> None:
-    """The worker's program: `sys.argv` holds the number of its socket and the parent's process id."""
+    """Runs the worker; `sys.argv` holds the file descriptor of its socket and the parent's process id."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def _produce(job: Job, outbox: queue.Queue[UpdateRows | _Failure]) -> _Failure:
-    """Makes updates until that fails."""
+    """Makes updates until one fails; returns the failure."""
     try:
         group = StreamGroup(job.settings, Tokenizer(job.tokenizer_path), job.shares, job.states)
         while True:
@@ -250,7 +250,7 @@ def _produce(job: Job, outbox: queue.Queue[UpdateRows | _Failure]) -> _Failure:
 
 
 def _send(connection: Connection, outbox: queue.Queue[UpdateRows | _Failure]) -> None:
-    """Sends what the outbox holds, in a thread of its own, so that updates are prepared ahead."""
+    """Runs in a thread: sends the messages in the outbox, while further updates are prepared."""
     while True:
         message = outbox.get()
         try:
@@ -262,9 +262,9 @@ def _send(connection: Connection, outbox: queue.Queue[UpdateRows | _Failure]) ->
 
 
 def _end_with_parent(connection: Connection, parent: int) -> None:
-    """Ends the process, wherever its other threads are, when the parent hangs up or is gone.
+    """Ends the process, whatever its other threads are doing, when the parent hangs up or is gone.
 
-    The process id is looked at as well, because a fork of the parent's may hold its end of the socket open.
+    The parent's process id is checked too: a fork of the parent may keep its end of the socket open.
     """
     try:
         while not connection.poll(_PARENT_CHECK_S):

@@ -1,4 +1,4 @@
-"""What the user sees: a summary, a progress bar or plain lines, and the same lines in run_dir/log.txt."""
+"""Console output: a summary, then a progress bar or plain lines, and the same lines in run_dir/log.txt."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 Value = float | int | str | None
 
 Sections = Mapping[str, Sequence[tuple[str, str]]]
-"""Titles, and under each of them rows of (name, value)."""
+"""Rows of (name, value) by title."""
 
 
 class Screen(RichConsole):
-    """Rich's console, which by itself ends the process when the reader of its output is gone."""
+    """Rich's console, except that it does not end the process when the reader of its output is gone."""
 
     def on_broken_pipe(self) -> None:
-        """Lets the error through, for :class:`Console` to deal with."""
+        """Re-raises the error, which :class:`Console` handles."""
         raise  # rich calls this in its handler of the BrokenPipeError
 
 
 class Console:
     """The terminal (or whatever standard output is) and the log file.
 
-    On a terminal, training lines move a live bar, and everything else is printed above it. Elsewhere all
-    lines are printed plainly, with a time. The log file always gets the plain lines, appended.
+    On a terminal, training lines update a live bar, and everything else is printed above it. Elsewhere all
+    lines are printed plainly, with a time. The plain lines are always appended to the log file.
 
     Args:
         log_path: The log file. Its directory must exist.
-        mode: As `tracking.progress`.
-        total: Length of the run, in `unit`; None if it is not known.
-        unit: What the length is given in.
-        screen: Where to print; None: standard output.
-        now: The time of day, for the lines.
+        mode: Value of `tracking.progress`.
+        total: Length of the run, in `unit`; None if unknown.
+        unit: Unit of `total`.
+        screen: Console to print to; None: standard output.
+        now: Returns the time of day, for the lines.
 
     Raises:
         OSError: The log file cannot be opened.
@@ -69,13 +69,13 @@ class Console:
         self._bar: Progress | None = None
         self._details: dict[str, Value] = {}
         self._screen_is_gone = False
-        # A bar on what is no terminal would be a file full of control characters.
+        # Elsewhere than on a terminal, a bar would fill the output with control characters.
         self._live = mode != "lines" and self._screen.is_terminal and not self._screen.is_dumb_terminal
         if mode == "bar" and not self._live:
             self.note("tracking.progress=bar needs a terminal; printing lines")
 
     def summary(self, sections: Sections) -> None:
-        """Prints what the run is about to do, as one table, and as plain lines to the log file."""
+        """Prints a summary of the run, as one table, and as plain lines to the log file."""
         width = max((len(name) for rows in sections.values() for name, _ in rows), default=0)
         for title, rows in sections.items():
             self._write([title, *(f"  {name:<{width}}  {value}" for name, value in rows)], echo=not self._live)
@@ -90,20 +90,20 @@ class Console:
             self._show(lambda: self._screen.print(table))
 
     def note(self, message: str) -> None:
-        """Prints what the user may want to know."""
+        """Prints information for the user."""
         self._print(message)
 
     def warn(self, message: str) -> None:
-        """Prints what the user should know."""
+        """Prints a warning."""
         self._print(f"warning: {message}", "yellow")
 
     def progress(self, step: int, tokens: int, loss: float, eta_s: float | None) -> None:
-        """Moves the bar (where there is one)."""
+        """Updates the bar, if there is one."""
         self._details["loss"] = loss
         self._move_bar(step, tokens, eta_s)
 
     def train(self, record: Mapping[str, Value], eta_s: float | None) -> None:
-        """Prints a training line; on a terminal it goes into the bar, and only the log file gets the line."""
+        """Prints a training line; on a terminal it updates the bar, and only the log file gets the line."""
         step, tokens = record["step"], record.get("tokens") or 0
         assert isinstance(step, int) and isinstance(tokens, int)
         self._write([self._training_line(step, tokens, _details(record, _LINE), eta_s)], echo=not self._live)
@@ -120,13 +120,13 @@ class Console:
         )
 
     def sync(self) -> None:
-        """Waits until the log file is on the disk."""
+        """Waits until the log file is on disk."""
         if self._log is not None:
-            with suppress(OSError):  # told at the next line
+            with suppress(OSError):  # the next line reports it
                 os.fsync(self._log.fileno())
 
     def close(self) -> None:
-        """Leaves the bar as it is, gives the cursor back, and closes the log file. May be called twice."""
+        """Stops the bar, restores the cursor, and closes the log file. May be called twice."""
         if self._bar is not None:
             self._show(self._bar.stop)
             self._bar = None
@@ -168,7 +168,7 @@ class Console:
         stamp = self._now().strftime(_STAMP)
         text = "".join(f"{stamp}  {line}\n" for message in lines for line in message.split("\n"))
         if echo:
-            # Past rich, which would break lines at 80 columns when there is no terminal to measure.
+            # Bypasses rich, which would wrap lines at 80 columns when there is no terminal to measure.
             self._show(lambda: (self._screen.file.write(text), self._screen.file.flush()))
         if self._log is not None:
             try:
@@ -188,12 +188,12 @@ class Console:
             write()
         except OSError as error:
             self._screen_is_gone, self._live = True, False
-            self.warn(f"standard output is gone: {error}")
+            self.warn(f"cannot write to standard output any more: {error}")
 
     def _close_log(self) -> None:
         log, self._log = self._log, None
         if log is not None:
-            with suppress(OSError):  # what a full disk did not take is tried again here
+            with suppress(OSError):  # closing flushes again what a full disk refused
                 log.close()
 
 
@@ -203,18 +203,18 @@ def _open_log(path: Path) -> TextIO:
 
 
 def log_line(path: Path, message: str) -> None:
-    """Appends a line to a log file that no :class:`Console` has open yet."""
-    with suppress(OSError), _open_log(path) as log:  # the console will say so, in the run that begins
+    """Appends a line to a log file before a :class:`Console` opens it."""
+    with suppress(OSError), _open_log(path) as log:  # the console of the following run reports it
         log.write(f"{datetime.now():{_STAMP}}  {message}\n")
 
 
 _STAMP = "%Y-%m-%d %H:%M:%S"
 _LINE = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu")
-_BAR = ("loss", "tokens_per_s", "mfu", "lr")  # has to fit into 80 columns
+_BAR = ("loss", "tokens_per_s", "mfu", "lr")  # must fit into 80 columns
 
 
 def _details(record: Mapping[str, Value], keys: Sequence[str]) -> list[str]:
-    """The values of `keys` that are known, each with its label or unit."""
+    """Formats the known values of `keys`, each with its label or unit."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.3f}",
         "lr": lambda value: f"lr {value:.1e}",
@@ -231,13 +231,13 @@ def _number(value: Value, spec: str) -> str:
 
 
 def format_bytes(num_bytes: float, *, decimal: bool = False) -> str:
-    """Bytes for people, with three significant digits: "1.50 GiB" (2^30), or with `decimal` "1.61 GB" (10^9)."""
+    """Formats bytes with three significant digits: "1.50 GiB" (2^30), or with `decimal` "1.61 GB" (10^9)."""
     units = ("B", "kB", "MB", "GB", "TB", "PB") if decimal else ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     return _scaled(num_bytes, 1000 if decimal else 1024, units, " ")
 
 
 def format_count(count: float) -> str:
-    """A count with three significant digits: "512", "18.3k", "5.03M", "1.34B", "2.00T"."""
+    """Formats a count with three significant digits: "512", "18.3k", "5.03M", "1.34B", "2.00T"."""
     return _scaled(count, 1000, ("", "k", "M", "B", "T"), "")
 
 
@@ -245,7 +245,7 @@ def _scaled(value: float, base: int, units: Sequence[str], space: str) -> str:
     if not math.isfinite(value):
         return f"{value}{space}{units[0]}"
     sign, value, power = "-" if value < 0 else "", abs(value), 0
-    # 999.6k is 1.00M: the unit is chosen for the rounded number.
+    # The unit is chosen for the rounded number: 999.6k becomes 1.00M.
     while power < len(units) - 1 and value >= base - 0.5:
         value, power = value / base, power + 1
     whole = value >= 99.95 or (power == 0 and value == int(value))
@@ -254,7 +254,7 @@ def _scaled(value: float, base: int, units: Sequence[str], space: str) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as "0:07", "12:31", "1:02:03" or "2d 03:04:05"; "?" for what is not finite."""
+    """Formats seconds as "0:07", "12:31", "1:02:03" or "2d 03:04:05"; "?" if not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)

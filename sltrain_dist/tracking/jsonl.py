@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, which reads as one uninterrupted run however often it was resumed."""
+"""The file metrics.jsonl: one JSON object per line. A resumed run looks like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from sltrain_dist.files import has_its_name, make_directory, sync_path, write_wh
 
 
 class JsonLines:
-    """Appends records to a file of JSON lines; whole lines only, each handed to the system at once.
+    """Appends records to a file of JSON lines; each line is written with one system call.
 
     Values that are not finite become the strings "NaN", "Infinity" and "-Infinity" (as in protobuf's JSON
-    mapping): JSON has no such numbers, null would hide which of them it was, and `float()` reads them back.
+    mapping): JSON has no such numbers, null would not distinguish them, and `float()` reads the strings back.
 
     Args:
-        path: The file. Made if it is not there.
-        resumed_step: The run goes on after this update: lines of later updates are dropped (they are about
-            to be made again), and so is a line that a killed process left unfinished. 0: the run starts
-            anew, and nothing is kept.
-        warn: Told when the file has been deleted or replaced while it was being written: the lines so far are lost
-            then, and those that follow go into a new one.
+        path: The file. Made if it does not exist.
+        resumed_step: The update after which the run resumes. Lines of later updates are dropped, as these updates are
+            repeated, and so is an incomplete line of a killed process. 0: a new run; all lines are dropped.
+        warn: Called if the file is deleted or replaced during the run: the lines so far are then lost, and later lines
+            go to a new file.
 
     Raises:
         OSError: The file cannot be read or written.
@@ -39,10 +38,10 @@ class JsonLines:
         """Appends one record.
 
         Args:
-            record: Must have `step`, the update that it belongs to.
+            record: The values, with the number of their update as `step`.
 
         Raises:
-            OSError: The line could not be written; nothing of it is left in the file.
+            OSError: The line could not be written; no part of it stays in the file.
         """
         assert isinstance(record.get("step"), int), "a record without a step could not be dropped on resume"
         if not has_its_name(self._file, self._path):
@@ -53,29 +52,29 @@ class JsonLines:
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):
-                raise OSError(f"{self._path}: the line was written in part; is the disk full?")
+                raise OSError(f"{self._path}: only a part of the line was written; is the disk full?")
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
 
     def holds(self, step: int, key: str) -> bool:
-        """Whether there is a record of this update with this key."""
+        """Returns whether there is a record of this update with this key."""
         records = map(json.loads, self._path.read_bytes().splitlines())
         return any(record["step"] == step and key in record for record in records)
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk.
+        """Waits until all lines are on disk.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: Lines cannot be written.
         """
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Waits until all lines are on the disk, and closes the file. May be called twice.
+        """Waits until all lines are on disk, and closes the file. May be called twice.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: Lines cannot be written.
         """
         if not self._file.closed:
             try:
@@ -96,7 +95,7 @@ def _finite(value: float | int | str | None) -> float | int | str | None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrites the file without torn lines and without those of updates after `step`, atomically."""
+    """Rewrites the file atomically, without incomplete lines and lines of updates after `step`."""
     with path.open("rb") as old:
         kept = [line for line in old if _keep(line, step)]
     if sum(map(len, kept)) == path.stat().st_size:

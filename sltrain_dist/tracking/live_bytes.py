@@ -1,4 +1,4 @@
-"""The bytes of live tensors: what an allocator would be asked for, on any device and on fake tensors."""
+"""Bytes of live tensors, as requested from an allocator, on any device and for fake tensors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch.utils._pytree import tree_leaves
 
 
 class StorageWatch(TorchDispatchMode):
-    """Sees all tensor storages that come through the dispatcher, until they are freed.
+    """Tracks all tensor storages that pass through the dispatcher, until they are freed.
 
-    Scratch memory inside of operators and collectives is not seen, nor the allocator's rounding. A storage that is
-    resized, as FSDP2 does, counts as what it is at the time. Subclasses say what is done with what is seen.
+    Scratch memory inside operators and collectives is not seen, nor the allocator's rounding. A resized storage, as in
+    FSDP2, counts with its current size. Subclasses define what happens on each event.
 
     Args:
-        inside: Bytes that an operator takes while it runs, by the operator: called with its arguments.
+        inside: Functions that return an operator's scratch bytes, given its arguments, by operator.
     """
 
-    supports_higher_order_operators = True  # those of compiled layers pass through
+    supports_higher_order_operators = True  # compiled layers contain them
 
     def __init__(self, inside: dict[Any, Callable[..., int]] | None = None) -> None:
         super().__init__()
         self._inside = inside or {}
-        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._resize = torch.UntypedStorage.resize_
 
     def allocated(self, key: int, num_bytes: int) -> None:
-        """Called for a new storage; `key` is its own until it is freed."""
+        """Called for a new storage; `key` identifies it until it is freed."""
         raise NotImplementedError
 
     def freed(self, key: int, num_bytes: int) -> None:
@@ -41,20 +41,20 @@ class StorageWatch(TorchDispatchMode):
         raise NotImplementedError
 
     def resized(self, key: int, before: int, after: int) -> None:
-        """Called when a storage changes its size in bytes."""
+        """Called when a storage changes its size, in bytes."""
         raise NotImplementedError
 
     def passing(self, num_bytes: int) -> None:
-        """Called for bytes that an operator has taken and given back while it ran."""
+        """Called for scratch bytes that an operator has allocated and freed while it ran."""
         raise NotImplementedError
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes no result, so that torch.compile need not stand aside for it."""
+        """Returns True: it changes no result, so torch.compile stays enabled under it."""
         return True
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Counts storages that exist already."""
+        """Starts tracking the storages of existing tensors."""
         for tensor in tensors:
             self._see(tensor)
 
@@ -76,7 +76,7 @@ class StorageWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it calls operators on its local tensor, which come here
+            return NotImplemented  # DTensor then calls the operator on its local tensor, which comes back here
         out = self.call(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._see(out)
@@ -94,33 +94,33 @@ class StorageWatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> int:
-        """The key of a tensor's storage, which is counted if it is new."""
+        """Returns the key of a tensor's storage, and starts tracking it if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._known and tensor.device.type != "meta":
+        if key not in self._storages and tensor.device.type != "meta":
             size = storage.nbytes()
-            self._known[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
+            self._storages[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
             self.allocated(key, size)
         return key
 
     def _freed(self, key: int) -> None:
-        self.freed(key, self._known.pop(key)[1])
+        self.freed(key, self._storages.pop(key)[1])
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known:
-            alive, before = self._known[key]
-            self._known[key] = (alive, storage.nbytes())
+        if key in self._storages:
+            reference, before = self._storages[key]
+            self._storages[key] = (reference, storage.nbytes())
             self.resized(key, before, storage.nbytes())
 
 
 @dataclass
 class Interval:
-    """A part of what was watched.
+    """An interval of the tracked time.
 
     Attributes:
-        name: What was going on.
-        peak: Most bytes that were live at a time.
+        name: Name given to :meth:`LiveBytes.begin`.
+        peak: Largest number of live bytes in the interval.
     """
 
     name: Any
@@ -128,13 +128,13 @@ class Interval:
 
 
 class LiveBytes(StorageWatch):
-    """The live bytes of the moment, and their peaks.
+    """Counts the bytes live now, and their peak in each interval.
 
-    Args: as of :class:`StorageWatch`.
+    Args: as for :class:`StorageWatch`.
 
     Attributes:
-        live: Bytes that are live now.
-        intervals: What was watched, in its order; see :meth:`begin`.
+        live: Number of bytes live now.
+        intervals: All intervals so far, in order; see :meth:`begin`.
     """
 
     def __init__(self, inside: dict[Any, Callable[..., int]] | None = None) -> None:
@@ -144,11 +144,11 @@ class LiveBytes(StorageWatch):
 
     @property
     def peak(self) -> int:
-        """Most bytes that were live at a time."""
+        """Largest number of live bytes in all intervals."""
         return max(interval.peak for interval in self.intervals)
 
     def begin(self, name: Any) -> None:
-        """Begins an interval; the last one ends."""
+        """Ends the current interval and begins a new one."""
         self.intervals.append(Interval(name, self.live))
 
     def allocated(self, key: int, num_bytes: int) -> None:
@@ -174,6 +174,6 @@ class LiveBytes(StorageWatch):
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each counted once."""
+    """Returns the bytes of the tensors' storages, each counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""Throughput, model FLOP/s utilisation, peak memory and the time that is left."""
+"""Throughput, model FLOP/s utilisation, peak memory and remaining time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """What a device can do at best: dense matrix products, in FLOP/s (one multiply-add is two)."""
+    """Peak rates of a device for dense matrix products, in FLOP/s (one multiply-add is two)."""
 
     bf16: float | None
     """Bfloat16 inputs, float32 accumulation. None: the device has no bfloat16 matrix units."""
@@ -30,9 +30,9 @@ def _tensor(half: float, single: float) -> PeakFlops:
     return PeakFlops(half * 1e12, half * 1e12, single * 1e12)
 
 
-# Vendors' data sheets and architecture white papers, dense figures (half of what is printed "with sparsity");
-# consumer cards: the rate with float32 accumulation. The first pattern found in the device name counts. MI250X,
-# MI250: per device as torch sees it, which is half a card.
+# From vendors' data sheets and architecture white papers: dense figures (half of those "with sparsity"); for consumer
+# cards, the rate with float32 accumulation; for MI250X and MI250, per device as torch sees it, which is half a card.
+# The first pattern found in the device name counts.
 _PEAKS: tuple[tuple[str, PeakFlops], ...] = (
     (r"GB300", _tensor(2500, 1250)),
     (r"GB200", _tensor(2500, 1250)),
@@ -78,11 +78,11 @@ _PEAKS: tuple[tuple[str, PeakFlops], ...] = (
 
 
 def peak_flops(device_name: str) -> PeakFlops | None:
-    """Looks a device up by the name that its driver gives it, such as "NVIDIA A100-SXM4-80GB".
+    """Looks a device up by the name that its driver reports, such as "NVIDIA A100-SXM4-80GB".
 
     Returns:
-        None for a device that is not in the table: CPUs, MIG slices (which have a part of the peak that
-        the name does not tell), laptop and cut-down variants.
+        None for a device that is not in the table: CPUs, MIG slices (whose share of the peak is not in the
+        name), laptop and cut-down variants.
     """
     if re.search(r"\b(MIG|Laptop|Max-Q|Mobile|D|SUPER)\b", device_name):
         return None
@@ -94,11 +94,11 @@ def peak_flops(device_name: str) -> PeakFlops | None:
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak: float | None) -> float | None:
-    """Model FLOP/s utilisation (PaLM, arXiv 2204.02311, appendix B), as a share of one.
+    """Returns the model FLOP/s utilisation (PaLM, arXiv 2204.02311, appendix B), as a fraction of 1.
 
     Args:
-        tokens_per_s: Over all devices.
-        flops_per_token: What the model's mathematics needs, forward and backward, without recomputation.
+        tokens_per_s: Throughput of all devices together.
+        flops_per_token: FLOPs that the model itself needs, forward and backward, without recomputation.
         peak: FLOP/s of all devices together, or None if unknown.
 
     Returns:
@@ -108,13 +108,13 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak: float | None) -> floa
 
 
 def peak_memory_bytes() -> int:
-    """Highest memory use of this process so far.
+    """Returns the peak memory of this process so far.
 
     Returns:
-        On CUDA the allocator's peak on the current device (tensors, not the context); else the process's
-        peak resident size. A process whose torch has not touched CUDA counts as one on the CPU.
+        With CUDA, the allocator's peak on the current device (tensors, not the context); else, and if torch has not
+        initialized CUDA, the process's peak resident set size.
     """
-    torch = sys.modules.get("torch")  # this module must not be what loads torch
+    torch = sys.modules.get("torch")  # not imported, because this module must not load torch
     if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     try:
@@ -122,24 +122,24 @@ def peak_memory_bytes() -> int:
     except OSError:  # not Linux
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    # Not ru_maxrss: Linux lets it begin with the size of the launcher that started this process.
+    # Not ru_maxrss: on Linux it starts from the size of the launcher that started this process.
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 @dataclass(frozen=True)
 class Window:
-    """What happened between two log lines."""
+    """Totals between two log lines."""
 
     tokens: int
-    """Tokens trained on."""
+    """Number of tokens trained on."""
     elapsed_s: float
-    """Seconds of training, with waiting for data, without evaluation and checkpoints."""
+    """Seconds of training, including waiting for data, excluding evaluation and checkpoints."""
     data_wait_s: float
     """Seconds of `elapsed_s` in which training waited for data."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Zero for an empty window."""
+        """Tokens per second; 0 for an empty window."""
         return self.tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
@@ -147,8 +147,8 @@ class Throughput:
     """Counts tokens and seconds of training.
 
     Args:
-        clock: Seconds of a clock that never goes back.
-        total_s: Seconds of training that earlier processes of this run have made (for a resumed run).
+        clock: A monotonic clock, in seconds.
+        total_s: Seconds of training in earlier processes of this run, if it was resumed.
     """
 
     def __init__(self, clock: Clock = time.perf_counter, total_s: float = 0.0) -> None:
@@ -171,12 +171,12 @@ class Throughput:
         return self._measured("waiting_for_data")
 
     def excluded(self) -> AbstractContextManager[None]:
-        """Leaves the seconds of its block out of everything: evaluation, checkpoints."""
+        """Excludes the seconds of its block, such as evaluation and checkpoints, from all totals."""
         return self._measured("excluded")
 
     @contextmanager
     def _measured(self, block: str) -> Iterator[None]:
-        assert self._block is None, f"{block} inside of {self._block}: the same seconds would count twice"
+        assert self._block is None, f"{block} inside {self._block}: the same seconds would count twice"
         self._block, start = block, self._clock()
         try:
             yield
@@ -185,8 +185,8 @@ class Throughput:
             self._seconds[block] += self._clock() - start
 
     def window(self) -> Window:
-        """Returns what was counted since the last call, and starts a new window."""
-        assert self._block is None, f"a window ends inside of {self._block}"
+        """Returns the totals since the last call, and starts a new window."""
+        assert self._block is None, f"a window ends inside {self._block}"
         now = self._clock()
         elapsed_s = now - self._start - self._seconds["excluded"]
         window = Window(self._tokens, elapsed_s, self._seconds["waiting_for_data"])
@@ -196,19 +196,19 @@ class Throughput:
 
     @property
     def total_s(self) -> float:
-        """Seconds of training in all closed windows, and in earlier processes of the run."""
+        """Seconds of training in all finished windows and in earlier processes of the run."""
         return self._total_s
 
 
 class Eta:
-    """Estimates the seconds that are left, from the mean pace since the first report.
+    """Estimates the remaining seconds from the mean pace since the first report.
 
-    The first update is slow (compilation, cold caches), so that the pace is measured from its end on.
-    Evaluation and checkpoints count: they will come again.
+    The first update is slow (compilation, cold caches), so the pace is measured from its end.
+    Evaluation and checkpoints count, because they will recur.
 
     Args:
-        total: Updates, or tokens, of the whole run.
-        clock: Seconds of a clock that never goes back.
+        total: Number of updates, or tokens, of the whole run.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, total: int, clock: Clock = time.perf_counter) -> None:
@@ -218,7 +218,7 @@ class Eta:
         self._last: tuple[float, int] | None = None
 
     def update(self, done: int) -> None:
-        """Reports that `done` of the total are made."""
+        """Reports that `done` of `total` are done."""
         self._last = (self._clock(), done)
         self._first = self._first or self._last
 

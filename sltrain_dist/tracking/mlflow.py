@@ -1,4 +1,4 @@
-"""MLflow, from a background thread: a slow, broken or absent tracker never slows or stops training."""
+"""MLflow tracking in a background thread: a slow, broken or absent server never slows or stops training."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sltrain_dist.config.schema import TrackingConfig
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 RUN_ID_FILE = "mlflow_run_id"
-"""In run_dir: the MLflow run that a resumed run goes on with."""
+"""File in run_dir with the id of the MLflow run, for resuming."""
 
 _ENVIRONMENT = {
-    # What a tracker at its limit needs least is the same request again.
+    # Retries would make an overloaded server worse.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    # A training job opens no connection that its user did not ask for.
+    # Training jobs open only connections that the user asked for.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    # Migrations and links would tear the progress bar; failures reach the user through `warn`.
+    # Messages of migrations and links would break the progress bar; failures reach the user through `warn`.
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Defaults, for what the user's environment does not say."""
+"""Defaults for variables that the user has not set."""
 
 _DATABASES = ("sqlite", "mysql", "postgresql", "mssql")
 _THREAD = "sltrain-mlflow"
@@ -41,7 +41,7 @@ _QUEUE_SIZE = 10_000
 _LINES_PER_REQUEST = 50
 _METRICS_PER_REQUEST = 1000  # MLflow's own limits
 _PARAMS_PER_REQUEST = 100
-_COMPARED = 5000  # MLflow cuts values at 6000 characters
+_COMPARED_CHARS = 5000  # MLflow truncates values at 6000 characters
 
 
 class _Line(NamedTuple):
@@ -51,22 +51,22 @@ class _Line(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Where a run is tracked: as configured, else as MLflow's own variables say, else in the run directory."""
+    """Where a run is tracked: as configured, else as set by MLflow's variables, else in the run directory."""
 
     uri: str
-    """Tracking server or database."""
+    """URI of the tracking server or database."""
     experiment: str
-    """Name of the experiment, or its id."""
+    """Name or id of the experiment."""
     by_id: bool
     """Whether `experiment` is an id."""
     database: Path | None
-    """The run's own SQLite file, where that is the destination."""
+    """The run's own SQLite file, if that is the destination."""
     variables: tuple[str, ...]
-    """The variables that were followed."""
+    """MLflow's environment variables that determined the destination."""
 
     @staticmethod
     def of(tracking: TrackingConfig, run_dir: Path, environ: Mapping[str, str] = os.environ) -> Destination:
-        """The destination of a run in `run_dir`."""
+        """Returns the destination of a run in `run_dir`."""
         database = None
         uri = tracking.mlflow_uri or environ.get("MLFLOW_TRACKING_URI")
         if not uri:
@@ -75,15 +75,15 @@ class Destination(NamedTuple):
         name, number = environ.get("MLFLOW_EXPERIMENT_NAME"), environ.get("MLFLOW_EXPERIMENT_ID")
         by_id = not tracking.experiment and not name and bool(number)
         experiment = tracking.experiment or name or number or "sltrain"
-        followed = (
+        candidates = (
             ("MLFLOW_TRACKING_URI", not tracking.mlflow_uri and database is None),
             ("MLFLOW_EXPERIMENT_NAME", not tracking.experiment and bool(name)),
             ("MLFLOW_EXPERIMENT_ID", by_id),
         )
-        return Destination(uri, experiment, by_id, database, tuple(name for name, holds in followed if holds))
+        return Destination(uri, experiment, by_id, database, tuple(name for name, is_used in candidates if is_used))
 
     def __str__(self) -> str:
-        """For people: the server, the experiment, and which variables say so; without passwords."""
+        """Describes the server, the experiment and the variables that set them, without passwords."""
         experiment = f"experiment {'with id ' if self.by_id else ''}{self.experiment}"
         why = f"  (from {', '.join(self.variables)})" if self.variables else ""
         return f"{_without_password(self.uri)}, {experiment}{why}"
@@ -92,23 +92,23 @@ class Destination(NamedTuple):
 class MlflowTracker:
     """One MLflow run: parameters at the start, metrics per log line, a status at the end.
 
-    `log` only puts a line into a bounded queue; a daemon thread talks to MLflow. Whatever goes wrong there is
-    told once through `warn`, on the caller's thread, and ends the tracking, not the training. MLflow itself
-    is imported by the constructor, though, which takes seconds: a process that forks data workers while
-    another thread imports modules can hand them import locks that nobody will ever release.
+    `log` only puts a line into a bounded queue; a daemon thread talks to MLflow. A failure there is reported
+    once through `warn`, on the caller's thread, and ends the tracking, not the training. The constructor, not
+    the thread, imports MLflow, although that takes seconds: a process that forks data workers while another
+    thread imports modules can pass them import locks that are never released.
 
-    A resumed run goes on with its MLflow run. MLflow can neither take back metrics nor change parameters:
-    updates that are made a second time are there twice, and parameters that changed are noted as tags
+    A resumed run continues its MLflow run. MLflow can neither delete metrics nor change parameters:
+    repeated updates appear twice, and changed parameters are recorded as tags
     `resumed.<step>.<key>`.
 
     Args:
         tracking: Server, experiment and run name; see :class:`Destination`.
-        run_dir: Where the database and artifacts are by default, and the run's id. Must exist.
+        run_dir: Directory of the run's id, and by default of the database and artifacts. Must exist.
         params: The configuration, flattened to dotted keys.
-        resumed_step: The update that the run goes on after; 0 for a new run.
-        warn: Takes one line of text.
-        close_timeout_s: Seconds that `close` gives MLflow for what is still queued. None: 5 for a server,
-            which may hang; 60 for a database file, whose making alone can take several on a busy machine.
+        resumed_step: The update after which the run resumes; 0 for a new run.
+        warn: Receives one line of text.
+        close_timeout_s: Seconds that `close` waits for queued lines. None: 5 for a server, which may hang; 60 for
+            a database file, whose creation alone can take several seconds on a busy machine.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class MlflowTracker:
         self._failure: str | None = None
         self._active = False
         self._where: str | None = None
-        self._complained_of_full_queue = False
+        self._warned_of_full_queue = False
         try:
             _import_mlflow(self._uri)
             _check_sqlite_file(self._uri)
@@ -154,15 +154,15 @@ class MlflowTracker:
         try:
             self._queue.put_nowait(_Line(step, int(time.time() * 1000), dict(metrics)))
         except queue.Full:
-            if not self._complained_of_full_queue:
-                self._warn("MLflow is slower than training; lines that it cannot take are only in metrics.jsonl")
-                self._complained_of_full_queue = True
+            if not self._warned_of_full_queue:
+                self._warn("MLflow is slower than training; lines beyond its queue are only in metrics.jsonl")
+                self._warned_of_full_queue = True
 
     def close(self, status: Status) -> str | None:
-        """Ends the MLflow run, and waits a few seconds for what is queued. May be called twice.
+        """Ends the MLflow run, and waits a few seconds for queued lines. May be called twice.
 
         Returns:
-            Where to look at the run, if MLflow has taken all of it.
+            The command or address to view the run, if MLflow has stored all of it; else None.
         """
         if self._active:
             deadline = time.monotonic() + self._close_timeout_s
@@ -170,10 +170,10 @@ class MlflowTracker:
                 self._queue.put(status, timeout=self._close_timeout_s)
                 self._thread.join(max(0.0, deadline - time.monotonic()))
             except queue.Full:
-                pass  # the thread is still alive, and told of below
+                pass  # the thread is still alive, which is reported below
             if self._thread.is_alive() and self._failure is None:
                 timeout = f"{self._close_timeout_s:.0f} s"
-                self._fail(TimeoutError(f"it has not taken everything within {timeout} after the end"))
+                self._fail(TimeoutError(f"it did not store all lines within {timeout} after the end"))
         tracked = self._active and self._failure is None
         self._report_failure()
         self._active = False
@@ -192,7 +192,7 @@ class MlflowTracker:
             failure, self._failure, self._active = self._failure, None, False
             self._warn(failure)
 
-    # From here on: the background thread.
+    # The methods below run in the background thread.
 
     def _run(self) -> None:
         try:
@@ -202,13 +202,13 @@ class MlflowTracker:
                 self._send(client, run_id, lines)
                 if status is not None:
                     client.set_terminated(run_id, status)
-                    self._where = self._look(client, run_id)
+                    self._where = self._viewer(client, run_id)
                     return
         except Exception as error:  # MLflow's plugins and databases raise errors of any type
             self._fail(error)
 
     def _next_lines(self) -> tuple[list[_Line], Status | None]:
-        """Waits for a line, and takes those that are queued behind it."""
+        """Waits for a line; returns it with the lines queued behind it, and the final status if it has come."""
         lines: list[_Line] = []
         item = self._queue.get()
         while isinstance(item, _Line):
@@ -228,7 +228,7 @@ class MlflowTracker:
             client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_REQUEST], synchronous=True)
 
     def _connect(self) -> tuple[Any, str]:
-        """Returns a client, and the id of the run that the file in run_dir names, or of a new one."""
+        """Returns a client, and the id of the run named in run_dir or of a new run."""
         from mlflow.entities import Param, RunTag
         from mlflow.tracking import MlflowClient
 
@@ -247,7 +247,7 @@ class MlflowTracker:
         changed = [
             RunTag(f"resumed.{self._resumed_step}.{key}", value)
             for key, value in self._params.items()
-            if key in known and known[key][:_COMPARED] != value[:_COMPARED]
+            if key in known and known[key][:_COMPARED_CHARS] != value[:_COMPARED_CHARS]
         ]
         for start in range(0, len(new), _PARAMS_PER_REQUEST):
             client.log_batch(run_id, params=new[start : start + _PARAMS_PER_REQUEST], synchronous=True)
@@ -256,7 +256,7 @@ class MlflowTracker:
         return client, run_id
 
     def _existing_run(self, client: Any) -> Any | None:
-        """The run named in run_dir, set to running again; None if this server does not have it (any more)."""
+        """Returns the run named in run_dir, with its status reset to running; None if the server does not have it."""
         from mlflow.exceptions import MlflowException
 
         path = self._run_dir / RUN_ID_FILE
@@ -274,8 +274,8 @@ class MlflowTracker:
         client.update_run(run_id, status="RUNNING")
         return run
 
-    def _look(self, client: Any, run_id: str) -> str:
-        """Where to look at the run: the command that shows a database, or the server's page."""
+    def _viewer(self, client: Any, run_id: str) -> str:
+        """Returns how to view the run: the command for a database, or the page on the server."""
         if self._uri.startswith(_DATABASES):
             return f"mlflow ui --backend-store-uri {shlex.quote(_without_password(self._uri))}"
         if self._uri.startswith("http"):
@@ -291,19 +291,19 @@ class MlflowTracker:
             return name
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            # A server has its own place for artifacts.
+            # A server stores artifacts itself.
             artifacts = (self._run_dir / "mlartifacts").as_uri() if self._destination.database else None
             try:
                 return str(client.create_experiment(name, artifact_location=artifacts))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                experiment = client.get_experiment_by_name(name)  # another run was faster
+                experiment = client.get_experiment_by_name(name)  # another run has just created it
         return str(experiment.experiment_id)
 
 
 def _import_mlflow(uri: str) -> None:
-    """Imports what the background thread will need, quietly."""
+    """Imports the modules that the background thread needs, without their log output."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     importlib.import_module("mlflow.tracking")
@@ -311,23 +311,23 @@ def _import_mlflow(uri: str) -> None:
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
-    logging.getLogger("urllib3.connectionpool").addFilter(_is_not_ours)
+    logging.getLogger("urllib3.connectionpool").addFilter(_is_from_elsewhere)
 
 
-def _is_not_ours(record: logging.LogRecord) -> bool:
-    """Keeps urllib3's warnings of retries off the terminal, but only those that MLflow caused."""
+def _is_from_elsewhere(record: logging.LogRecord) -> bool:
+    """Returns False for records of the MLflow thread, which hides urllib3's warnings of retries there."""
     return record.threadName != _THREAD
 
 
 def _sqlite_uri(path: Path) -> str:
-    """A database file as a URI, in which `%`, `?` and `#` are escaped."""
+    """Returns the URI of a database file, with `%`, `?` and `#` escaped."""
     escaped = re.sub("[%?#]", lambda special: quote(special[0]), str(path))
-    # MLflow makes the parent directory of what follows "sqlite:///", escaped as it stands; not with the driver's name.
+    # MLflow makes the (still escaped) parent directory of "sqlite:///…" URIs, but not if the URI names the driver.
     return f"sqlite:///{path}" if escaped == str(path) else f"sqlite+pysqlite:///{escaped}"
 
 
 def _check_sqlite_file(uri: str) -> None:
-    """Opens a database file once: MLflow tries for minutes before it gives up on one that cannot be opened."""
+    """Opens a database file once, because MLflow retries for minutes if it cannot be opened."""
     if uri.startswith("sqlite"):
         from sqlalchemy import make_url
 

@@ -1,6 +1,6 @@
-"""How far a command has come, on standard error: something that moves on a terminal, plain lines elsewhere.
+"""Progress of a command on standard error: a live display on a terminal, plain lines elsewhere.
 
-Rich is imported where it is used: all commands import this, and few show progress.
+Rich is imported inside the functions: all commands import this module, and few show progress.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """Takes lines on what is being done: one that changes on a terminal, plain lines elsewhere."""
+    """Yields a function that shows a line of status: in place on a terminal, as plain lines elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -25,7 +25,7 @@ def status_line() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Takes the number of finished parts and a note: a bar on a terminal, plain lines elsewhere."""
+    """Yields a function that shows a number of finished parts and a note: as a bar on a terminal, else as lines."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""The one object that the training loop reports to."""
+"""The tracker, to which the training loop reports everything."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LOG = "log.txt"
 class RunTracker:
     """Console, log.txt, metrics.jsonl and MLflow, on the main rank; does nothing on the others.
 
-    Once it is made, nothing that it does can stop training: what cannot be written is told once.
+    Only the constructor raises. Later failures never stop training; each is reported once.
 
     Args:
-        tracking: How to track.
-        run_dir: Where the files go. Made if it is not there.
+        tracking: The tracking section of the configuration.
+        run_dir: Directory of the files. Made if it does not exist.
         config_flat: The resolved configuration, flattened to dotted keys; MLflow's parameters.
-        total_steps: Length of the run in updates; None: the run ends with `total_tokens`.
-        total_tokens: Length of the run in tokens, which counts if `total_steps` is None.
+        total_steps: Length of the run in updates; None: `total_tokens` is the length.
+        total_tokens: Length of the run in tokens, used if `total_steps` is None.
         is_main: Whether this is the rank that reports.
-        resumed_step: The update that the run goes on after; 0 for a new run.
-        screen: Where to print; None: standard output.
-        clock: Seconds of a clock that never goes back, for the time that is left.
+        resumed_step: The update after which the run resumes; 0 for a new run.
+        screen: Console to print to; None: standard output.
+        clock: A monotonic clock in seconds, for the remaining time.
 
     Raises:
         StorageError: `run_dir` cannot be written.
@@ -73,27 +73,27 @@ class RunTracker:
         )
 
     def summary(self, sections: Sections) -> None:
-        """Prints what the run is about to do: titles, and rows of (name, value) under each."""
+        """Prints a summary of the run: rows of (name, value) by title."""
         if self._is_main:
             self._console.summary(sections)
 
     def note(self, message: str) -> None:
-        """Prints what the user may want to know."""
+        """Prints information for the user."""
         if self._is_main:
             self._console.note(message)
 
     def warn(self, message: str) -> None:
-        """Prints what the user should know."""
+        """Prints a warning."""
         if self._is_main:
             self._console.warn(message)
 
     def progress(self, step: int, tokens: int, loss: float) -> None:
-        """Moves the progress bar; cheap enough for every update.
+        """Updates the progress bar; cheap enough for every update.
 
         Args:
-            step: Updates made.
-            tokens: Non-padding tokens trained on, over all ranks and since the run's beginning.
-            loss: Of this update.
+            step: Number of updates made.
+            tokens: Non-padding tokens trained on since the run's beginning, over all ranks.
+            loss: Loss of this update.
         """
         if self._is_main:
             if self._eta is not None:
@@ -105,7 +105,7 @@ class RunTracker:
 
         Args:
             record: `step`, `loss`, `lr`, `grad_norm`, `tokens` (cumulative), `tokens_per_s`, `data_wait_s`,
-                `peak_memory_bytes`, `elapsed_s`, and others such as `mfu` (a share of one).
+                `peak_memory_bytes`, `elapsed_s`, and others such as `mfu` (a fraction of 1).
         """
         if self._is_main:
             self._record(record)
@@ -118,22 +118,22 @@ class RunTracker:
             self._console.evaluation(record)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether metrics.jsonl has an evaluation after this update, which the run has gone on from."""
+        """Returns whether metrics.jsonl has an evaluation after this update, from which the run was resumed."""
         return self._is_main and self._jsonl.holds(step, "eval_loss")
 
     def close(self, status: Status) -> None:
-        """Ends the tracking: takes the bar away and waits a few seconds for MLflow. May be called twice."""
+        """Ends the tracking: stops the bar and waits a few seconds for MLflow. May be called twice."""
         if self._is_main:
             where = self._mlflow.close(status) if self._mlflow is not None else None
             if where is not None and status == "FINISHED":
                 self._console.note(f"look at the run:     {where}")
-            self._on_disk(self._jsonl.close)
+            self._try_jsonl(self._jsonl.close)
             self._console.close()
 
     def sync(self) -> None:
-        """Waits until the lines so far are on the disk: before a checkpoint is, which no line may be older than."""
+        """Waits until all lines so far are on disk; call it before a checkpoint, whose updates must not lack lines."""
         if self._is_main:
-            self._on_disk(self._jsonl.sync)
+            self._try_jsonl(self._jsonl.sync)
             self._console.sync()
 
     @property
@@ -141,7 +141,7 @@ class RunTracker:
         return self._eta.seconds if self._eta is not None else None
 
     def _record(self, record: Mapping[str, Value]) -> None:
-        self._on_disk(lambda: self._jsonl.write(record))
+        self._try_jsonl(lambda: self._jsonl.write(record))
         step = record["step"]
         assert isinstance(step, int)
         if self._mlflow is not None:
@@ -149,8 +149,8 @@ class RunTracker:
             known.pop("step")
             self._mlflow.log(step, known)
 
-    def _on_disk(self, write: Callable[[], None]) -> None:
-        """Tells once that lines could not be written."""
+    def _try_jsonl(self, write: Callable[[], None]) -> None:
+        """Calls `write`; warns once if lines could not be written."""
         try:
             write()
         except OSError as error:

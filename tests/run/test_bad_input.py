@@ -69,7 +69,7 @@ class TestData:
         broken.write_bytes(content[: len(content) // 2])
         error = fails(tiny, tmp_path / "run", capsys, 3, f"data.source={broken}", f"data.workers={workers}")
         assert str(broken) in error
-        assert "fetched again" in error
+        assert "must be replaced" in error
 
     def test_not_gzip_at_all(self, tiny: Path, tmp_path: Path, capsys: Output) -> None:
         broken = tmp_path / "broken.json.gz"

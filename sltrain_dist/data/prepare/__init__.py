@@ -1,1 +1,1 @@
-"""Making C4-format shards from raw text."""
+"""Preparation of C4-format shards from raw text."""

@@ -1,12 +1,12 @@
 """C4's cleaning rules and deduplication (T5 paper, arXiv 1910.10683, section 2.2).
 
-Followed: a line is kept if it ends in terminal punctuation, has at least five words, does not warn about
-Javascript and is no cookie or privacy notice; a page is dropped if it contains "lorem ipsum" or a curly
-bracket, or keeps fewer than three sentences; of a three-sentence span that occurs more than once, only the
-first is kept; Wikipedia's citation marks are removed. As in the authors' code, a line that ends in an
-ellipsis, or has a word of more than 1000 characters, goes too.
+Followed: a line is kept if it ends in terminal punctuation, has at least five words, does not mention
+Javascript and is not a cookie or privacy notice; a page is dropped if it contains "lorem ipsum" or a curly
+bracket, or keeps fewer than three sentences; of a repeated three-sentence span, only the first occurrence is
+kept; Wikipedia's citation marks are removed. As in the authors' code, lines that end in an ellipsis or have
+a word of more than 1000 characters are dropped too.
 
-Not followed: the list of bad words (not ours to ship) and language detection (a model of its own).
+Not followed: the list of bad words (not ours to ship) and language detection (needs another model).
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "u
 _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
 _ABBREVIATION = re.compile(r"(?:\b(?:[A-Za-z]|e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|Prof|St|Fig|No|al))\.$")
-_MAX_WORD = 1000
+_MAX_WORD_CHARS = 1000
 _SPAN = 3
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Bounds of the cleaning rules; the defaults are C4's."""
+    """Settings of the cleaning rules; the defaults are those of C4."""
 
     min_words: int = 5
     """Words that a line must have."""
     min_sentences: int = 3
     """Sentences that a page must keep."""
     curly: Literal["page", "line"] = "page"
-    """What a curly bracket condemns. line: for text whose code has been taken out already."""
+    """What a curly bracket drops: the page, or only its line, for text whose code has been removed already."""
 
 
 @dataclass
 class Cleaner:
-    """Applies the rules, and counts what they drop."""
+    """Applies the cleaning rules, and counts the dropped pages."""
 
     rules: Rules = field(default_factory=Rules)
     dropped: Counter[str] = field(default_factory=Counter)
-    """Pages dropped, by reason."""
+    """Number of dropped pages by reason."""
 
     def clean(self, text: str) -> str | None:
-        """The page's lines that pass, or None if the page is dropped."""
+        """Returns the lines of a page that pass, or None if the page is dropped."""
         lowered = text.lower()
         if "lorem ipsum" in lowered:
             self.dropped["lorem ipsum"] += 1
@@ -68,7 +68,7 @@ class Cleaner:
         if not line.endswith(_TERMINAL) or line.endswith("..."):
             return False
         words = line.split()
-        if len(words) < self.rules.min_words or max(map(len, words)) > _MAX_WORD:
+        if len(words) < self.rules.min_words or max(map(len, words)) > _MAX_WORD_CHARS:
             return False
         if self.rules.curly == "line" and "{" in line:
             return False
@@ -78,20 +78,19 @@ class Cleaner:
 
 @dataclass
 class Deduplicator:
-    """Drops what was seen before: whole documents, and spans of three sentences.
+    """Drops repeated documents and repeated spans of three sentences.
 
-    It remembers 8 bytes of hash per document and per sentence, so that about 100 bytes of memory are used
-    per sentence seen.
+    It keeps a hash of 8 bytes per document and per sentence, which takes about 100 bytes of memory per sentence.
     """
 
     min_sentences: int = Rules.min_sentences
-    """A document that keeps fewer sentences after losing spans is dropped."""
+    """Documents with fewer sentences after the removal of spans are dropped."""
     dropped: Counter[str] = field(default_factory=Counter)
     _documents: set[int] = field(default_factory=set)
     _spans: set[int] = field(default_factory=set)
 
     def keep(self, text: str) -> str | None:
-        """The document without spans seen before, or None if nothing worth keeping is left."""
+        """Returns the document without repeated spans, or None if it is repeated or too little is left."""
         key = _hash(_normalised(text))
         if key in self._documents:
             self.dropped["duplicate"] += 1
@@ -116,7 +115,7 @@ class Deduplicator:
 
 
 def split_sentences(line: str) -> list[str]:
-    """Sentences of a line, by punctuation followed by a capital letter or a digit; good for English prose."""
+    """Splits a line of English prose into sentences, at punctuation before a capital letter or a digit."""
     sentences: list[str] = []
     start = 0
     for match in _SENTENCE_END.finditer(line):
@@ -130,7 +129,7 @@ def split_sentences(line: str) -> list[str]:
 
 
 def unwrap(text: str) -> str:
-    """Joins the lines between blank lines, for text that was wrapped at a fixed width."""
+    """Joins the lines between blank lines, for text wrapped at a fixed width."""
     return "\n".join(" ".join(block.split()) for block in re.split(r"\n\s*\n", text) if block.strip())
 
 
@@ -139,5 +138,5 @@ def _normalised(text: str) -> str:
 
 
 def _hash(text: str) -> int:
-    """64 bits, the same in every process (unlike hash())."""
+    """Returns a 64-bit hash that is the same in every process (unlike hash())."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

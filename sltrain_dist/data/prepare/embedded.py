@@ -1,8 +1,8 @@
-"""The embedded corpus's documents: English prose that every Python installation holds.
+"""Documents of the embedded corpus: English prose found in every Python installation.
 
-Docstrings (read from source with `ast`; nothing is imported or executed), the descriptions in packages'
-metadata, and the language reference that `help()` shows. They serve as training text where nothing can be
-downloaded. The same installed packages give the same documents on every machine.
+They are docstrings (read from source with `ast`; nothing is imported or executed), the descriptions in packages'
+metadata, and the language reference that `help()` shows. They allow training without any download. The same
+installed packages give the same documents on every machine.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pathlib import Path, PurePosixPath
 from sltrain_dist.data.prepare.inputs import Document
 
 EXTRACTION_VERSION = 1
-"""To be raised when a change of the rules, here or in `markup` and `clean`, changes the embedded corpus."""
+"""Raise this when a change of the rules, here or in `markup` and `clean`, changes the embedded corpus."""
 
 _SKIPPED_DIRECTORIES = frozenset(
     {"tests", "test", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
 )
 _MIN_DOCSTRING_SHARE = 0.25
-"""Files with a smaller share of triple-quoted text are not parsed: most of the source, little of the prose."""
+"""Files with a smaller share of triple-quoted text are skipped: they are most of the source, but hold little prose."""
 _MAX_FILE_BYTES = 1_000_000
 _MAX_PACKAGE_BYTES = 10_000_000
-"""Source that is parsed per package, so that no package dominates."""
+"""Largest amount of source parsed per package, so that no package dominates."""
 _MAX_TOTAL_BYTES = 120_000_000
-"""Source that is parsed in total: under half a minute."""
+"""Largest amount of source parsed in total, which takes under half a minute."""
 _SELF = "sltrain-dist"
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -43,42 +43,42 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Package:
-    """A top-level Python package, with what is read of it."""
+    """A top-level Python package: its source files and descriptions."""
 
     name: str
     files: tuple[tuple[str, Path], ...]
-    """Names relative to the directory of packages, with forward slashes, and where the files are."""
+    """Names relative to the directory of packages, with forward slashes, and paths of the files."""
     descriptions: tuple[tuple[str, str], ...] = ()
-    """Distributions that belong to it, and their long descriptions."""
+    """Names and long descriptions of the distributions that belong to the package."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What is installed: where, and the names and versions that identify it."""
+    """A Python installation: its standard library and distributions."""
 
     standard_library: Path | None
     distributions: tuple[importlib.metadata.Distribution, ...]
     python_version: str
 
     def versions(self) -> list[tuple[str, str]]:
-        """Sorted names and versions, Python's own included: all that the embedded corpus depends on."""
+        """Returns sorted names and versions, Python included: all that the embedded corpus depends on."""
         found = [(_name(d), d.version) for d in self.distributions]
         return sorted([*found, ("python", self.python_version)] if self.standard_library else found)
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the versions and of the extraction rules. Cheap: reads no source."""
+        """Returns a hash of the versions and extraction rules, 16 hexadecimal digits. Cheap: reads no source."""
         key = json.dumps([EXTRACTION_VERSION, self.versions()])
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def find_installation(directories: Sequence[Path] | None = None, standard_library: Path | None = None) -> Installation:
-    """The running interpreter's installation, or what is in the given directories.
+    """Returns the running interpreter's installation, or the one in the given directories.
 
-    Left out are this project itself and editable installations: their text changes under the same version.
+    This project itself and editable installations are left out: their text changes without a new version.
 
     Args:
-        directories: Where distributions are installed. None: the interpreter's, and its standard library.
-        standard_library: Used with directories only. None: no standard library.
+        directories: Directories of distributions. None: the interpreter's, and its standard library.
+        standard_library: Used with `directories` only. None: no standard library.
     """
     if directories is None:
         directories = [Path(p) for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
@@ -86,20 +86,20 @@ def find_installation(directories: Sequence[Path] | None = None, standard_librar
     found: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions(path=[str(d) for d in directories]):
         if distribution.metadata["Name"] and not _is_editable(distribution):
-            found.setdefault(_name(distribution), distribution)  # the first on the path is what an import finds
+            found.setdefault(_name(distribution), distribution)  # an import finds the first on the path
     found.pop(_SELF, None)
     return Installation(standard_library, tuple(found[name] for name in sorted(found)), platform.python_version())
 
 
 def find_packages(installation: Installation) -> list[Package]:
-    """Top-level packages, sorted by name. Distributions that share one (`google`) are together."""
+    """Returns the top-level packages, sorted by name. Distributions that share one (`google`) are merged."""
     files: dict[str, dict[str, Path]] = {}
     descriptions: dict[str, list[tuple[str, str]]] = {}
     if installation.standard_library:
         _add_files(files, _walk(installation.standard_library))
     for distribution in installation.distributions:
-        own = [(f, Path(str(f.locate()))) for f in distribution.files or () if f.suffix == ".py"]
-        top_levels = _add_files(files, own)
+        modules = [(f, Path(str(f.locate()))) for f in distribution.files or () if f.suffix == ".py"]
+        top_levels = _add_files(files, modules)
         package = min(top_levels, default=_name(distribution))
         if description := distribution.metadata["Description"]:
             descriptions.setdefault(package, []).append((_name(distribution), description))
@@ -110,9 +110,9 @@ def find_packages(installation: Installation) -> list[Package]:
 
 
 def raw_documents(packages: Iterable[Package]) -> Iterator[Document]:
-    """The docstrings, descriptions and help topics as they are written, within the bounds on source read.
+    """Yields the unprocessed docstrings, descriptions and help topics, within the limits on parsed source.
 
-    Which files and packages are left out beyond the bounds is decided by hashes of their names.
+    Hashes of the names decide which files and packages are left out beyond the limits.
     """
     total = 0
     with _no_garbage_collection():
@@ -131,11 +131,11 @@ def raw_documents(packages: Iterable[Package]) -> Iterator[Document]:
 
 
 def docstrings(source: bytes, *, is_topics: bool = False) -> Iterator[tuple[str, str]]:
-    """Qualified names and docstrings in a module's source; nothing if it is not valid Python.
+    """Yields qualified names and docstrings in a module's source; nothing if it is not valid Python.
 
     Args:
         source: The file's bytes.
-        is_topics: Whether it is `pydoc_data/topics.py`, whose text is in one dictionary.
+        is_topics: Whether the file is `pydoc_data/topics.py`, whose text is in one dictionary.
     """
     try:
         with warnings.catch_warnings():
@@ -153,7 +153,7 @@ def docstrings(source: bytes, *, is_topics: bool = False) -> Iterator[tuple[str,
 
 def _walk_definitions(node: Definition, name: str) -> Iterator[tuple[str, str]]:
     if text := ast.get_docstring(node, clean=False):
-        # A string literal can hold half of a surrogate pair, which no UTF-8 file can.
+        # A string literal can hold half of a surrogate pair, which UTF-8 cannot encode.
         yield name, text.encode("utf-8", "replace").decode()
     if isinstance(node, ast.Module | ast.ClassDef):
         for child in node.body:
@@ -177,10 +177,10 @@ def _add_files(files: dict[str, dict[str, Path]], found: Iterable[tuple[PurePosi
 
 
 def _worth_parsing(path: Path) -> bytes | None:
-    """The file's bytes, if it is readable, of a sane size, and much of it is triple-quoted."""
+    """Returns the file's bytes if it is readable, not too large, and much of it is triple-quoted; else None."""
     try:
         source = path.read_bytes()
-    except OSError:  # listed by its distribution but deleted
+    except OSError:  # listed by its distribution, but deleted
         return None
     quoted = sum(map(len, source.split(b'"""')[1::2])) + sum(map(len, source.split(b"'''")[1::2]))
     return source if len(source) <= _MAX_FILE_BYTES and quoted >= _MIN_DOCSTRING_SHARE * len(source) else None
@@ -201,7 +201,7 @@ def _hash(text: str) -> bytes:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, and looking for some takes a fifth of the time."""
+    """Turns garbage collection off: syntax trees have no cycles, and looking for some takes a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Documents, and how they are read from a user's files of text, JSON lines and tables."""
+"""Documents of a corpus, read from a user's files of text, JSON lines and tables."""
 
 from __future__ import annotations
 
@@ -27,48 +27,50 @@ class Document:
 
     text: str
     url: str
-    """Where it came from: without absolute paths, so that a corpus does not depend on the machine."""
+    """Origin of the document, without absolute paths, so that a corpus does not depend on the machine."""
     source: str
-    """What the manifest counts it under: a Python package, or a file."""
+    """Name that the manifest counts the document under: a Python package or a file."""
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How files are read."""
+    """Options for reading files."""
 
     txt_unit: TxtUnit = "file"
-    """What a document is in a text file: the whole file, or the lines between two blank lines."""
+    """What one document of a text file is: the whole file, or the lines between two blank lines."""
     text_field: str = "text"
-    """Key of the text in each JSON line, or column of a table. In JSON, a string under `url` is kept."""
+    """Key of the text in each JSON line, or column of a table. A string under `url` in JSON is kept."""
     encoding: str | None = None
-    """Encoding of text and JSON lines. None: UTF-8, or UTF-16 or UTF-32 where a file's beginning says so."""
+    """Encoding of text and JSON lines. None: UTF-8, or UTF-16 or UTF-32 if a file's first bytes show it."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """Longer documents are an error."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if there is no such encoding."""
+        """Raises ConfigError if the encoding is unknown."""
         try:
             if self.encoding is not None:
                 codecs.getincrementaldecoder(self.encoding)()
-                "a".encode(self.encoding)  # which codecs for other things than text refuse
+                "a".encode(self.encoding)  # codecs that are not for text refuse this
         except (LookupError, ValueError):
             raise ConfigError(
-                f"--encoding {self.encoding}: Python knows no such encoding of text; utf-8, utf-16, latin-1 and cp1252 "
-                "are some"
+                f"--encoding {self.encoding}: not a text encoding that Python knows; use one such as utf-8, utf-16, "
+                "latin-1 or cp1252"
             ) from None
 
 
 def find_inputs(patterns: Sequence[str], report: Report = lambda line: None) -> list[str]:
-    """The files that the patterns name, as `data.source` names them, and plain text; sorted, each once.
+    """Returns the files that match the patterns, sorted, without duplicates.
+
+    Patterns are entries as in `data.source`; plain text is accepted too.
 
     Raises:
         DataError: A pattern matches nothing.
-        ConfigError: A file is of an unknown kind, or of token shards.
+        ConfigError: A file is of an unknown kind, or belongs to token shards.
     """
     shards = resolve_source(list(patterns), key="--input", report=report, with_text=True)
     for shard in shards:
         if base_name(shard) == "token_shards.json":
-            raise ConfigError(f"--input {shard} is of token shards; give the text that they were made of")
+            raise ConfigError(f"--input {shard} belongs to token shards; give the text that they were made from")
         if kind_of(shard) not in {Kind.PLAIN_TEXT, *DOCUMENTS}:
             raise ConfigError(
                 f"--input {shard}: unknown kind of file; text files end in .txt, .text or .md, JSON lines in .json, "
@@ -78,14 +80,14 @@ def find_inputs(patterns: Sequence[str], report: Report = lambda line: None) -> 
 
 
 def read_documents(shard: str, options: InputOptions | None = None) -> Iterator[Document]:
-    """The documents of a file.
+    """Yields the documents of a file.
 
     Args:
-        shard: One of :func:`find_inputs`'s.
-        options: How it is read.
+        shard: A file from :func:`find_inputs`.
+        options: How to read it.
 
     Raises:
-        DataError: The file cannot be read, is not in the encoding, or a line has no text. The message names it.
+        DataError: The file cannot be read, is not in the encoding, or has a line without text. The message names it.
     """
     options = options or InputOptions()
     name = printable(base_name(shard))
@@ -107,25 +109,24 @@ def _texts(shard: str, options: InputOptions) -> Iterator[str]:
             for unit in units:
                 if "\0" in unit:
                     raise DataError(
-                        f"{printable(shard)} holds NUL characters, so it is not text, or not in "
-                        f"{options.encoding or 'UTF-8'}; say what it is with --encoding, such as utf-16-le, or leave "
-                        "the file out"
+                        f"{printable(shard)} contains NUL characters, so it is not text, or not in "
+                        f"{options.encoding or 'UTF-8'}; set --encoding, such as to utf-16-le, or leave the file out"
                     )
                 yield unit
     except UnicodeError as error:
         why = str(error)
-        if isinstance(error, UnicodeDecodeError):  # whose position is that in a piece of the file
+        if isinstance(error, UnicodeDecodeError):  # its position is relative to a piece of the file
             why = f"{error.reason}: byte 0x{error.object[error.start]:02x}"
         raise DataError(
-            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); say what it is with --encoding, "
-            "such as latin-1, cp1252 or utf-16-le, or leave the file out"
+            f"{printable(shard)} is not {options.encoding or 'UTF-8'} text ({why}); set --encoding, "
+            "such as to latin-1, cp1252 or utf-16-le, or leave the file out"
         ) from None
     except _TooLongError:
         raise DataError(
-            f"{printable(shard)} has a document of more than {options.max_document_bytes:,} bytes; split it, take "
+            f"{printable(shard)} has a document of more than {options.max_document_bytes:,} bytes; split it, use "
             "--txt-unit paragraph, or raise --max-document-bytes (and data.max_document_bytes in training)"
         ) from None
-    # Any file system's plug-in and any decompressor may be at work here, each with exceptions of its own.
+    # Plug-ins of file systems and decompressors raise exceptions of any type.
     except Exception as error:
         raise reading_error(shard, 0, error) from error
 
@@ -140,7 +141,7 @@ def _as_text(file: io.BufferedReader) -> Iterator[io.TextIOWrapper]:
     try:
         yield text
     finally:
-        text.detach()  # or it would close the file, which is not its own
+        text.detach()  # its destructor would close the caller's file
 
 
 def _whole(file: io.TextIOWrapper, options: InputOptions) -> Iterator[str]:
@@ -167,7 +168,7 @@ def _paragraphs(file: io.TextIOWrapper, options: InputOptions) -> Iterator[str]:
 
 
 def _text_and_url(record: Record, where: str, options: InputOptions) -> tuple[str, str | None] | None:
-    """The text of one document, and where it says that it comes from; None for a blank line."""
+    """Returns the text of one document and its URL, if it has one; None for a blank line."""
     if isinstance(record, Text):
         try:
             return record.decode(), None
@@ -179,24 +180,24 @@ def _text_and_url(record: Record, where: str, options: InputOptions) -> tuple[st
     if row is Fault.EMPTY:
         return None
     if row is Fault.NOT_JSON:
-        raise DataError(f"{where}: not JSON; one object a line is expected")
+        raise DataError(f"{where}: not JSON; expected one object per line")
     if row is Fault.INVALID_UTF8:
-        raise DataError(f"{where}: not UTF-8; say what it is with --encoding, such as latin-1 or cp1252")
+        raise DataError(f"{where}: not UTF-8; set --encoding, such as to latin-1 or cp1252")
     if row is Fault.TOO_LONG:
         raise DataError(
-            f"{where}: more than {options.max_document_bytes:,} bytes; take it out, or raise --max-document-bytes (and "
+            f"{where}: more than {options.max_document_bytes:,} bytes; remove it, or raise --max-document-bytes (and "
             "data.max_document_bytes in training)"
         )
     if not isinstance(row, dict):
-        raise DataError(f"{where}: JSON of the type {type(row).__name__}; one object a line is expected")
+        raise DataError(f"{where}: JSON of type {type(row).__name__}; expected one object per line")
     text = row.get(options.text_field)
     if not isinstance(text, str):
         keys = ", ".join(row)
-        raise DataError(f"{where}: no text under {options.text_field!r} (there is: {keys}); see --text-field")
+        raise DataError(f"{where}: no text under {options.text_field!r} (its keys: {keys}); check --text-field")
     url = row.get("url")
     return _encodable(text), _encodable(url) if isinstance(url, str) else None
 
 
 def _encodable(text: str) -> str:
-    """A text without halves of surrogate pairs, which JSON can escape and no UTF-8 file can hold."""
+    """Returns the text without halves of surrogate pairs, which JSON can escape but UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""The two ways to make a corpus: the embedded one, cached, and one from a user's files."""
+"""Construction of corpora: the embedded one, which is cached, and those from a user's files."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ Report = Callable[[str], None]
 EMBEDDED = "embedded"
 _EMBEDDED_SHARDS = 4
 _EMBEDDED_RULES = Rules(min_sentences=2, curly="line")
-"""Docstrings are short, and what is left of code in them should not cost the prose around it."""
+"""Docstrings are short, and remnants of code should not drop the prose around them."""
 _LEFTOVER_AGE_S = 24 * 3600
 _REPORT_EVERY_S = 10.0
 _VALIDATION_SHARE = (0.05, 0.08)
-"""Wanted and largest share of the embedded corpus's text that is held out for validation."""
+"""Target and largest share of the embedded corpus's text that is held out for validation."""
 
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """Where the embedded corpus lies."""
+    """Paths of the embedded corpus and its tokenizer."""
 
     train_glob: str
     validation_glob: str
     tokenizer: Path | None
-    """None where none was asked for."""
+    """None if no vocabulary size was given."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How a user's documents are prepared."""
+    """Options for preparing a user's documents."""
 
     inputs: InputOptions = field(default_factory=InputOptions)
-    """How the files are read."""
+    """Options for reading the files."""
     unwrap: bool = False
-    """Join the lines of a paragraph, for text files that are wrapped at a fixed width."""
+    """Join the lines of a paragraph, for text files wrapped at a fixed width."""
     clean: bool = True
     """Apply C4's line and page rules."""
     dedup: bool = True
@@ -68,27 +68,27 @@ class PrepareOptions:
     min_sentences: int = Rules.min_sentences
     """Sentences that a page must keep."""
     validation_fraction: float = 0.01
-    """Share of the documents that is held out."""
+    """Share of the documents that is held out for validation."""
     num_shards: int = 4
-    """Shards of the training split."""
+    """Number of shards of the training split."""
 
 
 def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Report | None = None) -> EmbeddedCorpus:
-    """Builds the embedded corpus and a tokenizer for it, unless they are in the cache already.
+    """Builds the embedded corpus and a tokenizer for it, unless they are cached.
 
-    They lie in `<cache>/embedded-<fingerprint>/`, the fingerprint being that of the installed packages'
+    They are stored in `<cache>/embedded-<fingerprint>/`, where the fingerprint identifies the installed packages'
     versions. Safe to call from several processes at once: one builds, the others wait.
 
     Args:
-        cache_dir: None: $XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist.
-        vocab_size: Pieces of the tokenizer; None: none is needed.
+        cache_dir: The cache. None: $XDG_CACHE_HOME/sltrain_dist, or ~/.cache/sltrain_dist.
+        vocab_size: Number of pieces of the tokenizer; None: no tokenizer is made.
         report: Called with a line of text at each stage.
 
     Raises:
         ConfigError: The corpus is too small for the vocabulary.
-        DataError: The cache cannot be written, or there is no prose to be found.
+        DataError: The cache cannot be written, or no prose is found.
     """
-    # Here because SentencePiece is not needed to prepare data.
+    # Imported here, because preparing data does not need SentencePiece.
     from sltrain_dist.data.tokenizer import train_tokenizer
 
     report = report or (lambda line: None)
@@ -102,7 +102,7 @@ def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Re
                 _remove_leftovers(directory)
                 build_corpus_of_packages(installation, directory, report=report)
             if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
-                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; a minute or a few")
+                report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; up to a few minutes")
                 try:
                     # bpe: unigram takes ten times as long, packs 1 % better, and cannot find 32,000 pieces here.
                     train_tokenizer(_texts(directory), tokenizer, vocab_size=vocab_size, model_type="bpe")
@@ -124,22 +124,22 @@ def build_corpus_of_packages(
 ) -> CorpusManifest:
     """Writes the corpus of an installation's prose into `directory`, which must not exist.
 
-    Validation is made of whole packages, about a twentieth of the text, so that no package is in both.
+    The validation split consists of whole packages, about a twentieth of the text: no package is in both splits.
 
     Raises:
-        DataError: There are not two packages with prose, or the directory cannot be written.
+        DataError: Fewer than two packages have prose, or the directory cannot be written.
     """
     report = report or (lambda line: None)
     dropped: Counter[str] = Counter()
-    report("reading docstrings and descriptions of the installed packages, once for all runs; a minute or a few")
+    report("reading docstrings and descriptions of the installed packages, once for all runs; up to a few minutes")
     raw = _reported(raw_documents(find_packages(installation)), report)
     documents = list(_cleaned(raw, dropped))
     if len({document.source for document in documents}) < 2:
         raise DataError(
-            "two packages with prose are needed, one of them for validation; set data.source to your own text"
+            "the embedded corpus needs two packages with prose, one for validation; set data.source to your own text"
         )
     report(f"writing {len(documents)} documents")
-    # In packages' order, neighbours would be alike.
+    # In package order, adjacent documents would be alike.
     documents.sort(key=lambda d: (_key(d.url), d.text))
     validation = _validation_packages(documents)
     with new_directory(directory, yields_to_other=True) as temporary:
@@ -162,19 +162,19 @@ def prepare_files(
 ) -> CorpusManifest:
     """Cleans, deduplicates, splits and shards a user's files into `output`.
 
-    A document's split depends on its text alone, but the first goes to validation and the second to training,
-    so that neither is empty.
+    A document's split depends on its text alone, except that the first goes to validation and the second to
+    training, so that neither is empty.
 
     Args:
-        patterns: What to read: plain text, or documents as `data.source` names them.
-        output: Directory to make. It must not exist or be empty.
-        options: What is done to the documents.
-        name: How the shards' names begin.
+        patterns: Inputs: plain text, or entries as in `data.source`.
+        output: Directory to make. It must not exist, or be empty.
+        options: How to read and clean the documents.
+        name: Prefix of the shards' names.
         report: Called with a line of text for each file.
 
     Raises:
         ConfigError: The output exists, or a file is of an unknown kind.
-        DataError: A pattern matches nothing, a file cannot be read, or no two documents are left.
+        DataError: A pattern matches nothing, a file cannot be read, or fewer than two documents are left.
     """
     refuse_existing(output)
     report = report or (lambda line: None)
@@ -194,20 +194,20 @@ def prepare_files(
         if "train" not in manifest.splits:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common()) or "none was found"
             raise DataError(
-                f"not enough documents are left for a corpus ({reasons}); text that is wrapped at a fixed width needs "
+                f"not enough documents are left for a corpus ({reasons}); text wrapped at a fixed width needs "
                 "--unwrap, and --no-clean turns C4's rules off"
             )
     return manifest
 
 
 def refuse_existing(output: Path) -> None:
-    """Raises ConfigError if the output directory exists and is not empty: it would be lost."""
+    """Raises ConfigError if the output directory exists and is not empty, because it would be overwritten."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} exists already; choose another directory or remove it")
+        raise ConfigError(f"--output {output} already exists; choose another directory or remove it")
 
 
 def _reported(documents: Iterable[Document], report: Report) -> Iterator[Document]:
-    """Passes documents on, and reports every few seconds how many there have been."""
+    """Passes documents through, and reports their number every few seconds."""
     last = time.monotonic()
     for count, document in enumerate(documents, start=1):
         if time.monotonic() - last >= _REPORT_EVERY_S:
@@ -226,15 +226,15 @@ def _cleaned(documents: Iterable[Document], dropped: Counter[str]) -> Iterator[D
 
 
 def _validation_packages(documents: list[Document]) -> set[str]:
-    """Packages in order of their names' hashes, as long as they fit; the smallest if none does."""
+    """Chooses packages in order of their names' hashes, as long as they fit; the smallest if none does."""
     sizes: Counter[str] = Counter()
     for document in documents:
         sizes[document.source] += len(document.text)
-    wanted, largest = (share * sizes.total() for share in _VALIDATION_SHARE)
+    target, largest = (share * sizes.total() for share in _VALIDATION_SHARE)
     chosen: set[str] = set()
     total = 0
     for package in sorted(sizes, key=_key):
-        if total < wanted and total + sizes[package] <= largest:
+        if total < target and total + sizes[package] <= largest:
             chosen.add(package)
             total += sizes[package]
     return chosen or {min(sizes, key=lambda package: (sizes[package], package))}
@@ -264,8 +264,8 @@ def _prepared(documents: Iterable[Document], options: PrepareOptions, dropped: C
 
 def _split(documents: Iterable[Document], validation_fraction: float) -> Iterator[tuple[Split, Document]]:
     for number, document in enumerate(documents):
-        drawn = number == 0 if number < 2 else _key(document.text) < validation_fraction * 2**64
-        yield "validation" if drawn and validation_fraction > 0 else "train", document
+        held_out = number == 0 if number < 2 else _key(document.text) < validation_fraction * 2**64
+        yield "validation" if held_out and validation_fraction > 0 else "train", document
 
 
 def _key(text: str) -> int:
@@ -279,7 +279,7 @@ def _texts(directory: Path) -> Iterator[str]:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes a corpus with files missing, and what killed builds left (others may be building: see _lock)."""
+    """Removes an incomplete corpus, and old temporary directories of killed builds (recent ones may be in use)."""
     shutil.rmtree(directory, ignore_errors=True)
     for path in directory.parent.glob(f"{temporary_prefix(directory)}*"):
         with suppress(OSError):
@@ -289,14 +289,14 @@ def _remove_leftovers(directory: Path) -> None:
 
 @contextmanager
 def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
-    """Waits until no other process builds `name`, so that they do not all do the same work."""
+    """Waits until no other process builds `name`, so that only one does the work."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f".{name}.lock").open("w")
     except OSError as error:
-        raise write_error(f"data.cache_dir = {cache} cannot be written to; set another", error, DataError) from None
+        raise write_error(f"data.cache_dir = {cache} is not writable; set another", error, DataError) from None
     with file:
         if not lock(file):
-            report(f"waiting for another process that makes the embedded corpus in {cache}; a minute or a few")
+            report(f"waiting for another process that builds the embedded corpus in {cache}; up to a few minutes")
             lock(file, wait=True)
         yield

@@ -1,8 +1,8 @@
-"""Prose out of docstrings and package descriptions: paragraphs, one a line, without markup or code.
+"""Extraction of prose from docstrings and package descriptions: one paragraph per line, no markup or code.
 
 Docstrings are wrapped at a fixed width and mix prose with parameter lists, doctests, tables and directives in
-three conventions (reStructuredText, numpydoc, Google); package descriptions add Markdown. What is not a
-paragraph of prose is left out here; C4's line rules (:mod:`.clean`) then see whole paragraphs.
+three conventions (reStructuredText, numpydoc, Google); package descriptions add Markdown. Everything
+except paragraphs of prose is left out here; C4's line rules (:mod:`.clean`) then see whole paragraphs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LIST_SECTIONS = re.compile(
 )
 _PROSE_DIRECTIVES = {"note", "warning", "tip", "important", "attention", "caution", "hint", "admonition", "danger"}
 
-_INLINE = [  # with what must be there: most paragraphs need none of them
+_INLINE = [  # each with a string that it needs, which saves most paragraphs the search
     ("[`", re.compile(r"\[`([^`]+)`\](?!\()"), r"\1"),  # Markdown link to an object
     ("![", re.compile(r"!\[[^\]]*\]\([^)]*\)"), ""),  # Markdown image
     ("[", re.compile(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])"), r"\1"),  # Markdown link
@@ -48,8 +48,8 @@ _INLINE = [  # with what must be there: most paragraphs need none of them
     ("\\", re.compile(r"\\([*_`<>\\|-])"), r"\1"),
 ]
 _PROSE_WORD = re.compile(r"\(?[\"'“]?[A-Za-z]+(?:[-'’][A-Za-z]+)*[\"'”]?\)?[.,;:!?]?[\"'”]?\)?")
-_CONTINUATION = re.compile(r"[a-z]+[,:;]?")  # goes on with a sentence that a formula or code was part of
-_MIN_PLAIN = 0.8
+_CONTINUATION = re.compile(r"[a-z]+[,:;]?")  # the rest of a sentence that was interrupted by a formula or code
+_MIN_PLAIN_SHARE = 0.8
 _COMMON = {
     "the",
     "a",
@@ -73,7 +73,7 @@ _COMMON |= {"or", "by", "not", "can", "if", "you", "from"}
 
 
 def prose(text: str) -> str:
-    """The paragraphs of prose in a docstring or a description, one a line. Empty if there is none."""
+    """Returns the paragraphs of prose in a docstring or description, one per line; empty if there are none."""
     lines = _without_code(_without_sections(_without_fences(inspect.cleandoc(text).splitlines())))
     paragraphs = (_plain(paragraph) for paragraph in _joined(lines))
     return "\n".join(paragraph for paragraph in paragraphs if _is_prose(paragraph))
@@ -90,25 +90,25 @@ def _without_fences(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _without_sections(lines: Iterable[str]) -> Iterator[str]:
-    """Leaves out underlined titles, and all of a numpydoc section that is a list, up to the next title."""
+    """Drops underlined titles, and numpydoc sections that are lists, up to the next title."""
     skipping = False
-    held: str | None = None  # a line that is a title if an underline follows
+    previous: str | None = None  # a line that is a title if an underline follows
     for line in lines:
         if _UNDERLINE.match(line):
-            if held and held.strip():
-                skipping = _LIST_SECTIONS.fullmatch(held.strip()) is not None
-            held = ""
+            if previous and previous.strip():
+                skipping = _LIST_SECTIONS.fullmatch(previous.strip()) is not None
+            previous = ""
             continue
-        if held is not None and not skipping:
-            yield held
-        held = line
-    if held is not None and not skipping:
-        yield held
+        if previous is not None and not skipping:
+            yield previous
+        previous = line
+    if previous is not None and not skipping:
+        yield previous
 
 
 def _without_code(lines: Iterable[str]) -> Iterator[str]:
-    """Leaves out doctests, literal blocks, directives, field lists, definition lists and tables."""
-    deeper_than: int | None = None  # lines indented deeper belong to a block that is left out
+    """Drops doctests, literal blocks, directives, field lists, definition lists and tables."""
+    deeper_than: int | None = None  # lines indented deeper belong to a dropped block
     in_doctest = False
     for line in lines:
         if not line.strip():
@@ -138,20 +138,20 @@ def _without_code(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Paragraphs: consecutive lines of the same indentation. A list item's second line may be deeper."""
+    """Joins paragraphs: consecutive lines of equal indentation. A list item's second line may be deeper."""
     paragraph: list[str] = []
     indent, hanging = 0, False
     for line in lines:
-        own = len(line) - len(line.lstrip())
+        line_indent = len(line) - len(line.lstrip())
         bullet = _BULLET.match(line)
-        continues = paragraph and not bullet and (own == indent or (hanging and own > indent))
+        continues = paragraph and not bullet and (line_indent == indent or (hanging and line_indent > indent))
         if not line.strip() or not continues:
             if paragraph:
                 yield " ".join(paragraph)
             paragraph = []
         if line.strip():
             hanging = bullet is not None
-            indent = own
+            indent = line_indent
             paragraph.append(line[bullet.end() :] if bullet else line.strip())
     if paragraph:
         yield " ".join(paragraph)
@@ -165,11 +165,11 @@ def _plain(paragraph: str) -> str:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Whether most words are words, and some of them English function words (as in Gopher's rules)."""
+    """Returns whether most words are plain words and some are English function words (as in Gopher's rules)."""
     words = paragraph.split()
     if not words or _CONTINUATION.fullmatch(words[0]):
         return False
     num_plain = sum(_PROSE_WORD.fullmatch(word) is not None for word in words)
-    if num_plain < _MIN_PLAIN * len(words):
+    if num_plain < _MIN_PLAIN_SHARE * len(words):
         return False
     return not _COMMON.isdisjoint(word.lower() for word in words)

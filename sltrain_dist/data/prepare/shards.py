@@ -1,4 +1,4 @@
-"""Corpora on disk: C4-format shards (gzipped JSON lines) with a manifest, which appear whole or not at all."""
+"""Corpora on disk: C4-format shards (gzipped JSON lines) with a manifest, written atomically."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Split = Literal["train", "validation"]
 
 _FORMAT = 1
 _TIMESTAMP = "1970-01-01T00:00:00Z"
-"""C4's field for the time of the crawl. There was none, and the time of preparation would change the bytes."""
+"""Value of C4's field for the crawl time: there was no crawl, and the current time would change the bytes."""
 
 
 @dataclass
 class SplitCounts:
-    """What went into one split."""
+    """Size of one split."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -39,23 +39,23 @@ class SplitCounts:
 
 @dataclass
 class CorpusManifest:
-    """What a corpus consists of, and what it was made from."""
+    """Manifest of a corpus: its content and inputs."""
 
     name: str
     inputs: Any
-    """Names and versions, or names and sizes, of what the documents were taken from."""
+    """Names and versions of packages, or names and sizes of files, that the documents come from."""
     fingerprint: str = ""
     """16 hexadecimal digits of SHA-256 over all lines, split by split, in order of the shards."""
     splits: dict[str, SplitCounts] = field(default_factory=dict)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Documents by source and split."""
+    """Number of documents by source and split."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Documents read but not written, by reason."""
+    """Number of documents read but not written, by reason."""
     files: dict[str, int] = field(default_factory=dict)
     """Size of each shard, in bytes."""
 
     def to_json(self) -> str:
-        """The manifest's file."""
+        """Returns the manifest as JSON text."""
         values = {"format": _FORMAT, "tool": f"sltrain_dist {__version__}", **vars(self)}
         values["splits"] = {split: vars(counts) for split, counts in self.splits.items()}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -71,15 +71,15 @@ def write_corpus(
 ) -> CorpusManifest:
     """Writes `<name>-<split>.00000-of-00004.json.gz` and the manifest into an existing directory.
 
-    Documents are dealt to a split's shards in turn, so that none is empty: few documents make fewer shards.
+    Documents go to a split's shards in turn; few documents make fewer shards, so that none is empty.
     Validation is one shard. The same documents give the same bytes (with the same version of zlib).
 
     Args:
-        directory: Where to write; see :func:`new_directory`.
-        documents: With their splits, in order.
-        manifest: With name and inputs; the rest is filled in.
-        num_shards: Shards of the training split.
-        dropped: Counts of what the documents' producer drops; read when the documents are exhausted.
+        directory: Directory to write to; see :func:`new_directory`.
+        documents: Documents with their splits, in order.
+        manifest: Manifest with name and inputs; the other fields are filled in.
+        num_shards: Number of shards of the training split.
+        dropped: Counts of documents dropped by the producer of `documents`; read after the last document.
 
     Raises:
         DataError: The disk is full or the directory cannot be written.
@@ -105,13 +105,13 @@ def write_corpus(
         raise write_error(f"cannot write to {directory.parent}", error, DataError) from None
     finally:
         for writer in writers.values():
-            with suppress(OSError):  # told above
+            with suppress(OSError):  # reported above
                 writer.close()
     return manifest
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether the directory holds a manifest and all the shards that it lists, with their sizes."""
+    """Returns whether the directory has a manifest and all shards listed in it, with the right sizes."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest["format"] == _FORMAT and all(
@@ -123,11 +123,11 @@ def is_complete(directory: Path) -> bool:
 
 @contextmanager
 def new_directory(target: Path, *, yields_to_other: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place at the end, if no exception is raised.
+    """Yields a temporary directory next to `target`, which is renamed to it unless an exception is raised.
 
     Args:
         target: The directory to make. It must not exist, or be empty.
-        yields_to_other: Whether a directory that another process put there in the meantime is as good as ours.
+        yields_to_other: Whether to accept a directory that another process has made there in the meantime.
 
     Raises:
         DataError: The directory cannot be made.
@@ -150,12 +150,12 @@ def new_directory(target: Path, *, yields_to_other: bool = False) -> Iterator[Pa
 
 
 def temporary_prefix(target: Path) -> str:
-    """How the names of the temporary directories for `target` begin."""
+    """Returns the prefix of the names of temporary directories for `target`."""
     return f".{target.name}.tmp-"
 
 
 class _SplitWriter:
-    """Deals documents to gzip files in turn. Files get their names at the end, when their number is known."""
+    """Writes documents to gzip files in turn. The files are named at the end, when their number is known."""
 
     def __init__(self, directory: Path, num_shards: int) -> None:
         self.counts = SplitCounts()
@@ -168,7 +168,7 @@ class _SplitWriter:
         if index == len(self._open):
             descriptor, name = tempfile.mkstemp(dir=self._directory)
             raw = os.fdopen(descriptor, "wb")
-            # No name and no time in the header: they would differ between builds.
+            # No name and no time in the header, because they would differ between builds.
             self._open.append((Path(name), raw, gzip.GzipFile("", "wb", 6, raw, mtime=0), hashlib.sha256()))
         row = {"text": document.text, "timestamp": _TIMESTAMP, "url": document.url}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""From shards of text to token shards: in parallel, restartable, each file whole under its name or not there."""
+"""Preparation of token shards from shards of text: parallel, restartable, with atomic files."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _LOCK = ".lock"
 _PARENT_CHECK_S = 1.0
 
 Report = Callable[[int, TokenShard], None]
-"""Called with the number of finished shards, and the one that has just been finished or found."""
+"""Called with the number of finished shards, and the shard that has just been finished or found finished."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a process needs to make one shard."""
+    """Arguments of a process that makes one shard."""
 
     directory: Path
     number: int
     tokenizer_path: Path
     job: TokenJob
     expected: FileIdentity | None = None
-    """What the text's file was like when the preparation began, if it is local."""
+    """Identity of the text file when the preparation began, if it is local."""
 
     @property
     def name(self) -> str:
@@ -75,25 +75,25 @@ def prepare_tokens(
 ) -> TokenManifest:
     """Tokenizes text into a directory of token shards, one for each shard of the text.
 
-    What an earlier, interrupted call with the same arguments has finished is checked (SHA-256) and not made
-    again; in a finished directory, damaged shards are made anew.
+    Shards finished by an interrupted call with the same arguments are checked (SHA-256) and kept; damaged shards
+    are rebuilt, also in a finished directory.
 
     Args:
-        shards: What :func:`sltrain_dist.data.sources.resolve.resolve_source` returned.
-        output: Directory to make, or to go on with.
+        shards: Text shards from :func:`sltrain_dist.data.sources.resolve.resolve_source`.
+        output: Directory to make, or to resume.
         tokenizer_path: The SentencePiece model file.
         text_field: Key of the text in each JSON line.
         max_bad_fraction: Largest accepted share of unusable documents.
         max_document_bytes: Longer documents are unusable.
-        processes: Shards to make at the same time, each in a process of its own. 1: in this process.
+        processes: Number of processes, each of which makes one shard at a time. 1: this process does it.
         report: Called for each finished shard.
 
     Raises:
-        ConfigError: `output` holds something else, or is being written by another process.
+        ConfigError: `output` has other content, or another process is writing to it.
         DataError: A shard cannot be read, too many documents are unusable, or the directory cannot be written.
     """
     if any(Path(shard).name == MANIFEST for shard in shards):
-        raise ConfigError(f"{shards[0]} is of token shards already; give the text that they were made of")
+        raise ConfigError(f"{shards[0]} already belongs to token shards; give the text that they were made from")
     tokenizer = Tokenizer(tokenizer_path)
     sources = tuple((shard, _size(shard)) for shard in shards)
     files = identify(shards)
@@ -108,36 +108,36 @@ def prepare_tokens(
     )
     tasks = [_Task(output, number, tokenizer_path, job, files.get(shard)) for number, shard in enumerate(shards)]
     try:
-        with _claimed(output):
-            finished = _start(output, job)
-            tally = _BadDocuments(job, max_bad_fraction)
+        with _locked_directory(output):
+            finished = _find_finished(output, job)
+            limit = _BadDocumentLimit(job, max_bad_fraction)
             missing = [task for task in tasks if task.number not in finished]
             for count, (number, shard) in enumerate(_make(missing, finished, processes), start=1):
                 finished[number] = shard
-                tally.add(shard)
+                limit.add(shard)
                 if report is not None:
                     report(count, shard)
-            tally.check(at_end=True)
+            limit.check(at_end=True)
             manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
             write_whole(output / MANIFEST, manifest.to_json())
             for task in tasks:
                 _record(task).unlink(missing_ok=True)
             return manifest
     except OSError as error:
-        message = f"what is finished in {output} is kept, but it cannot be written to"
+        message = f"cannot write to {output} (finished shards are kept)"
         raise write_error(message, error, DataError) from None
 
 
 def _size(shard: str) -> int:
-    """Size in bytes; 0 where the server does not say."""
+    """Returns the size of a shard in bytes; 0 if the server does not report it."""
     try:
         return Fetcher().call(shard, lambda: num_bytes(shard)) or 0
-    except Exception as error:  # any file system's plug-in may be at work, each with exceptions of its own
-        raise DataError(f"cannot ask for the size of {shard}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # plug-ins of file systems raise exceptions of any type
+        raise DataError(f"cannot get the size of {shard}: {type(error).__name__}: {error}") from error
 
 
-class _BadDocuments:
-    """Stops the preparation when too many of the documents are unusable."""
+class _BadDocumentLimit:
+    """Stops the preparation when too many documents are unusable."""
 
     def __init__(self, job: TokenJob, limit: float) -> None:
         self._job = job
@@ -151,13 +151,13 @@ class _BadDocuments:
         self.check()
 
     def check(self, *, at_end: bool = False) -> None:
-        """Raises DataError if there are too many, once there are enough documents to say so."""
+        """Raises DataError if too many documents are unusable, as soon as enough have been counted to tell."""
         if (at_end or self._tally.documents >= SAMPLE) and self._tally.exceeds(self._limit):
             raise self._tally.error("the text", self._limit, self._job.text_field)
 
 
-def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
-    """The shards that are finished and whole; writes the manifest of an unfinished preparation."""
+def _find_finished(output: Path, job: TokenJob) -> dict[int, TokenShard]:
+    """Returns the finished, undamaged shards by number; writes the manifest of an unfinished preparation."""
     for left_over in output.glob(f".*{TEMPORARY}"):
         left_over.unlink(missing_ok=True)
     records: list[TokenShard] = []
@@ -166,31 +166,31 @@ def _start(output: Path, job: TokenJob) -> dict[int, TokenShard]:
         same_job = earlier.job == (job if earlier.job.contents else replace(job, contents=()))
         if not same_job or earlier.causes != _CAUSES[: len(earlier.causes)]:
             raise ConfigError(
-                f"{output} holds token shards of other text, another text field, another limit of length or another "
+                f"{output} holds token shards made from other text or with another text field, length limit or "
                 "tokenizer; choose another directory or remove it"
             )
         records = list(earlier.shards)
     elif any(not path.name.startswith(".") for path in output.iterdir()):
-        raise ConfigError(f"{output} exists already and holds no token shards; choose another directory or remove it")
+        raise ConfigError(f"{output} already exists and holds no token shards; choose another directory or remove it")
     records += filter(None, (read_record(path, job) for path in output.glob("*.shard.json")))
     numbers = {f"{number:05d}": number for number in range(len(job.sources))}
-    whole = {numbers[shard.name]: shard for shard in records if shard.name in numbers and damage(output, shard) is None}
-    if len(whole) < len(job.sources):
-        # From here on nobody takes the directory for finished; what is whole is known by records of its own.
-        for number, shard in whole.items():
+    intact = {numbers[each.name]: each for each in records if each.name in numbers and damage(output, each) is None}
+    if len(intact) < len(job.sources):
+        # The new manifest marks the directory as unfinished, so each intact shard needs its own record first.
+        for number, shard in intact.items():
             write_record(output / f"{number:05d}.shard.json", shard)
         write_whole(output / MANIFEST, TokenManifest(str(output), job, _CAUSES, ()).to_json())
-    return whole
+    return intact
 
 
 def _make(tasks: list[_Task], finished: dict[int, TokenShard], processes: int) -> Iterator[tuple[int, TokenShard]]:
-    """All shards with their numbers: those that were finished, then the others, as they become so."""
+    """Yields all shards with their numbers: the finished ones, then the others as they are made."""
     yield from sorted(finished.items())
     if processes == 1 or len(tasks) <= 1:
         for task in tasks:
             yield task.number, _make_shard(task)
         return
-    # Not forked: a fork of a process with threads (the progress bar's, say) may inherit a held lock.
+    # Not forked: a fork of a process with threads (such as the progress bar's) may inherit a lock that stays locked.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         min(processes, len(tasks)), context, initializer=_end_with_parent, initargs=(os.getpid(),)
@@ -201,7 +201,7 @@ def _make(tasks: list[_Task], finished: dict[int, TokenShard], processes: int) -
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise DataError(
-            "a process that tokenizes was killed (out of memory?); what is finished is kept: run the same command "
+            "a tokenizing process was killed (out of memory?); finished shards are kept: run the same command "
             "again, with fewer --processes if memory is short"
         ) from None
     finally:
@@ -209,7 +209,7 @@ def _make(tasks: list[_Task], finished: dict[int, TokenShard], processes: int) -
 
 
 def _end_with_parent(parent: int) -> None:
-    """Keeps a process from outliving a parent that was killed."""
+    """Makes this process end when its parent is gone, even if the parent was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -220,7 +220,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _make_shard(task: _Task) -> TokenShard:
-    """Makes the two files of a shard, and the record that says so."""
+    """Makes the two files of a shard, and its record."""
     job = task.job
     source = job.sources[task.number][0]
     tokenizer = Tokenizer(task.tokenizer_path)
@@ -255,7 +255,7 @@ def _make_shard(task: _Task) -> TokenShard:
 
 
 class _HashedFile:
-    """A file that is hashed as it is written."""
+    """A file whose content is hashed while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._sha256, self.size = file, hashlib.sha256(), 0
@@ -275,11 +275,11 @@ def _record(task: _Task) -> Path:
 
 
 @contextmanager
-def _claimed(output: Path) -> Iterator[None]:
-    """Makes the directory and keeps a second preparation out of it."""
+def _locked_directory(output: Path) -> Iterator[None]:
+    """Makes the directory, and locks it against other preparations."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / _LOCK).open("w") as file:
         if not lock(file):
-            raise ConfigError(f"another process is writing to {output}; wait for it, or choose another one")
+            raise ConfigError(f"another process is writing to {output}; wait for it, or choose another directory")
         yield
     (output / _LOCK).unlink(missing_ok=True)

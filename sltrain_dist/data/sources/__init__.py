@@ -1,1 +1,1 @@
-"""Where documents come from: files, HTTP, the Hub, Parquet and Arrow tables, token shards."""
+"""Sources of documents: files, HTTP, the Hub, Parquet and Arrow tables, token shards."""

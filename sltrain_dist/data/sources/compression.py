@@ -1,7 +1,7 @@
-"""Reading compressed files as the formats' own tools do.
+"""Readers of compressed files that accept and refuse the same files as the formats' own tools.
 
-The standard library's readers differ from these: `gzip` refuses a file with garbage at its end, which gzip reads;
-`lzma` refuses the padding that xz allows, and takes garbage for the end of the file, which xz refuses.
+The standard library's readers differ: `gzip` refuses trailing garbage, which the gzip tool ignores; `lzma` refuses the
+padding that the xz tool allows, and takes trailing garbage for the end of the file, which xz refuses.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 _READ_BYTES = 1 << 16
-"""Compressed bytes that are read at a time."""
+"""Compressed bytes read at a time."""
 _BUFFER_BYTES = 1 << 17
 _GZIP_FORMAT = 16 + zlib.MAX_WBITS
 _MAGIC_BYTES = 10
-"""Most bytes that tell whether another stream follows."""
+"""Number of bytes that always suffice to tell whether another stream follows."""
 _log = logging.getLogger(__name__)
 
 
 class _GzipDecompressor:
-    """Decompresses one stream, with its checksum, in the manner of `bz2`, `lzma` and `zstd`."""
+    """Decompressor of one gzip stream, checksum included, with the interface of those of `bz2`, `lzma` and `zstd`."""
 
     needs_input = True
 
@@ -39,7 +39,7 @@ class _GzipDecompressor:
             content = self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
         except zlib.error as error:
             raise gzip.BadGzipFile(str(error)) from None
-        # With a full answer, more may come without input.
+        # If the output is full, more may come without further input.
         self.needs_input = not self._zlib.unconsumed_tail and len(content) < max_length
         return content
 
@@ -53,20 +53,20 @@ class _GzipDecompressor:
 
 
 def _zstd() -> Any:
-    # Here, because only .zst files need it.
+    # Imported here, because only .zst files need it.
     from backports import zstd
 
     return zstd.ZstdDecompressor()
 
 
 class _Format(NamedTuple):
-    """How streams of a format are decompressed, and what its tool accepts after one."""
+    """How to decompress a stream of a format, and what its tool accepts after the stream."""
 
     decompressor: Callable[[], Any]
     padding: int
-    """Zero bytes may follow in multiples of this number; 0: none may."""
+    """Zero bytes may follow in multiples of this number; 0: no padding is allowed."""
     magic: re.Pattern[bytes] | None
-    """How another stream begins; anything else is ignored, with a warning. None: anything else is an error."""
+    """First bytes of a further stream; anything else is ignored with a warning. None: anything else is an error."""
 
 
 _FORMATS = {
@@ -78,25 +78,25 @@ _FORMATS = {
 
 
 def decompressed(file: IO[bytes], codec: str, name: str) -> io.BufferedReader:
-    """The content of a compressed file of one or several streams.
+    """Returns a reader of the content of a compressed file of one or several streams.
 
-    Memory is bounded, whatever the compression ratio. (zstd: by 128 MiB, as zstd itself without --long.)
+    Memory is bounded at any compression ratio (zstd: by 128 MiB, as in the zstd tool without --long).
 
     Args:
         file: The compressed bytes.
         codec: gzip, bz2, xz or zstd.
-        name: What the file is called, for warnings.
+        name: Name of the file, for warnings.
 
     Raises:
-        EOFError: On reading: the file is truncated, or empty.
-        Exception: On reading: the codec's own error; the file is damaged, or of another format.
+        EOFError: While reading: the file is truncated or empty.
+        Exception: While reading, the codec's own error: the file is damaged or of another format.
     """
     return io.BufferedReader(_Reader(file, _FORMATS[codec], name), _BUFFER_BYTES)
 
 
-@functools.cache  # every stream reads the file, and every epoch
+@functools.cache  # once per file, although every stream reads it in every epoch
 def _warn_of_garbage(name: str) -> None:
-    _log.warning("%s: the garbage after its compressed data is ignored", name)
+    _log.warning("%s: ignored garbage after the compressed data", name)
 
 
 class _Reader(io.RawIOBase):
@@ -105,7 +105,7 @@ class _Reader(io.RawIOBase):
         self._format = form
         self._name = name
         self._decompressor = form.decompressor()
-        self._data = b""  # read, and not yet given to the decompressor
+        self._data = b""  # read, but not yet passed to the decompressor
         self._ended = False
 
     def readable(self) -> bool:
@@ -120,7 +120,7 @@ class _Reader(io.RawIOBase):
             if self._decompressor.needs_input and not self._data:
                 self._data = self._file.read(_READ_BYTES)
                 if not self._data:
-                    raise EOFError("the file ends before its compressed data does")
+                    raise EOFError("the file ends in the middle of its compressed data")
             data, self._data = self._data, b""
             content = self._decompressor.decompress(data, len(view))
             if content:
@@ -129,7 +129,7 @@ class _Reader(io.RawIOBase):
         return 0
 
     def _next_stream(self) -> None:
-        """Begins with what follows a stream, if anything does."""
+        """Starts decompressing the next stream of the file, if there is one."""
         data = self._decompressor.unused_data or self._file.read(_READ_BYTES)
         if self._format.padding:
             zeros = 0
@@ -139,7 +139,7 @@ class _Reader(io.RawIOBase):
             stripped = data.lstrip(b"\0")
             zeros, data = zeros + len(data) - len(stripped), stripped
             if zeros % self._format.padding:
-                raise lzma.LZMAError(f"Corrupt input data: {zeros} bytes of padding, which is no multiple of 4")
+                raise lzma.LZMAError(f"Corrupt input data: {zeros} bytes of padding, which is not a multiple of 4")
         while data and len(data) < _MAGIC_BYTES and (more := self._file.read(_READ_BYTES)):
             data += more
         if data and self._format.magic is not None and not self._format.magic.match(data):

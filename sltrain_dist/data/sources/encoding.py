@@ -1,4 +1,4 @@
-"""Text in other encodings than UTF-8, read as if it were UTF-8."""
+"""Conversion of text in other encodings to UTF-8 while it is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from typing import IO, Any
 
 _READ_BYTES = 1 << 16
-_SIGNS = (
+_PREFIXES = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -17,19 +17,19 @@ _SIGNS = (
     (b"{\0", "utf-16-le"),
     (b"\0{", "utf-16-be"),
 )
-"""How a file begins: with a byte-order mark, or with an object of JSON. The first that fits counts."""
+"""First bytes of files, a byte-order mark or the brace of a JSON object, and their encoding. The first match counts."""
 
 
 def detect(head: bytes) -> str | None:
-    """UTF-16 or UTF-32, if a file's first four bytes say so; None: UTF-8, or something that cannot be told."""
-    return next((encoding for sign, encoding in _SIGNS if head.startswith(sign)), None)
+    """Returns UTF-16 or UTF-32 if a file's first four bytes show it; None: UTF-8 or unknown."""
+    return next((encoding for prefix, encoding in _PREFIXES if head.startswith(prefix)), None)
 
 
 def as_utf8(file: IO[bytes], encoding: str) -> io.BufferedReader:
-    """The text of a file in another encoding, in UTF-8.
+    """Returns a reader of a file in another encoding that gives its text in UTF-8.
 
     Raises:
-        UnicodeDecodeError: On reading: the text is not of this encoding.
+        UnicodeDecodeError: While reading: the text is not in this encoding.
     """
     return io.BufferedReader(_Reader(file, encoding), _READ_BYTES)
 

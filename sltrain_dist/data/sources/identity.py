@@ -1,4 +1,4 @@
-"""Whether a local file is still the one that a run began with."""
+"""Identities of local files, to notice when one changes during a run or before it resumes."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from sltrain_dist.data.sources.kinds import is_url
 from sltrain_dist.errors import DataError
 
 _HASHED_BYTES = 1 << 16
-"""Bytes at each end of a file that its content is told by: hashing all would read all data at every start."""
+"""Bytes hashed at each end of a file: hashing whole files would read all data at every start."""
 CONTENT_DIGITS = 8
 UNKNOWN = "-" * CONTENT_DIGITS
 """Stands for the content of a file that is not local."""
 
 
 class FileIdentity(NamedTuple):
-    """What is known of a file's content."""
+    """Size, partial hash and status of a local file."""
 
     size: int
     """In bytes."""
     content: str
-    """Hexadecimal digits over the size and the two ends of the file; equal for copies on other hosts."""
+    """Hash of the size and both ends of the file, as hexadecimal digits; equal for copies on other hosts."""
     status: tuple[int, ...]
-    """Changes whenever the file does on its host, and sometimes when it does not."""
+    """Values of `stat`: they change with every change of the file on this host, and sometimes without one."""
 
 
 def identify(paths: Iterable[str]) -> dict[str, FileIdentity]:
-    """The identities of those of the paths that are local files."""
+    """Returns the identities of the paths that are local files."""
     return {path: _identity(path) for path in paths if not is_url(path) and Path(path).is_file()}
 
 
 def check_unchanged(path: str, expected: FileIdentity | None, descriptor: int | None = None) -> None:
-    """Compares a file with what it was. Its content is looked at only where its status has changed.
+    """Checks that a file is unchanged. Its content is read only if its status has changed.
 
     Args:
         path: The file.
-        expected: What it was; None: anything.
-        descriptor: The open file to look at, where that might not be the one of this name any more.
+        expected: The identity to compare with; None: no check.
+        descriptor: The open file to check, in case `path` names another file by now.
 
     Raises:
-        DataError: It has changed, or is missing.
+        DataError: The file has changed or is missing.
     """
     if expected is None:
         return
@@ -52,11 +52,11 @@ def check_unchanged(path: str, expected: FileIdentity | None, descriptor: int | 
             return
         found = _identity(path if descriptor is None else descriptor)
     except FileNotFoundError:
-        raise DataError(f"{path} is not there any more; put it back, or correct the source") from None
+        raise DataError(f"{path} does not exist any more; restore it, or correct the source") from None
     if found.content != expected.content:
         raise DataError(
             f"{path} has changed since the run began: {found.size:,} bytes, content {found.content}, instead of "
-            f"{expected.size:,} bytes, content {expected.content}. Put the file back as it was, or begin a new run "
+            f"{expected.size:,} bytes, content {expected.content}. Restore the file, or start a new run "
             "(another run_dir)"
         )
 

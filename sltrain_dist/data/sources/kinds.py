@@ -1,4 +1,4 @@
-"""What a file is, as far as its name tells: its kind, its compression, and the split that it belongs to."""
+"""What a file's name tells about it: its kind, its compression and its split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from enum import Enum
 
 MANIFEST = "manifest.json"
-"""Name of the manifest in a directory of text that `sltrain prepare-text` has made."""
+"""Name of the manifest in a directory made by `sltrain prepare-text`."""
 
 MAX_DOCUMENT_BYTES = 32 << 20
 """Default of `data.max_document_bytes`."""
@@ -16,29 +16,29 @@ _METADATA = re.compile(
     rf"({re.escape(MANIFEST)}|token_shards\.json|dataset_(info|infos|dict)\.json|state\.json|index\.json"
     r"|(generation_)?config\.json|(added_tokens|special_tokens_map|vocab|tokenizer(_config)?)\.json|cache-.*\.arrow)"
 )
-"""Files that are not documents, of this program, `datasets`, `transformers` and `streaming`."""
+"""Names of metadata files of this program, `datasets`, `transformers` and `streaming`."""
 _SPLIT_WORDS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev", "heldout", "holdout"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-"""Words in file names that name a split, as on the Hub."""
+"""Words in file names that denote a split, as on the Hub."""
 
 
 class Kind(Enum):
-    """What a file holds."""
+    """Kind of a file's content, with the pattern that its name matches."""
 
     LINES = re.compile(r"\.(json|jsonl|ndjson)" + _COMPRESSED, re.IGNORECASE)
-    """JSON, one object a line."""
+    """JSON, one object per line."""
     PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
     ARROW = re.compile(r"\.arrow$", re.IGNORECASE)
     """Arrow's stream or file format."""
     PLAIN_TEXT = re.compile(r"\.(txt|text|md)" + _COMPRESSED, re.IGNORECASE)
-    """Text that `sltrain prepare-text` makes documents of."""
+    """Text, which `sltrain prepare-text` turns into documents."""
     FOREIGN = re.compile(
         r"\.(csv|tsv|zip|tar|tgz|tar\.\w+|html?|xml|pdf|docx?|epub|pkl|npy|npz|pt|bin|safetensors)$", re.IGNORECASE
     )
-    """Formats that nothing here reads."""
+    """Formats that this program cannot read."""
 
 
 TABLES = frozenset({Kind.PARQUET, Kind.ARROW})
@@ -46,56 +46,56 @@ DOCUMENTS = frozenset({Kind.LINES, *TABLES})
 
 
 def kind_of(name: str) -> Kind | None:
-    """The kind of a path or URL; None if its suffix is of none, which is read as JSON lines where a user names it."""
+    """Returns the kind of a path or URL; None for an unknown suffix, read as JSON lines if the user names the file."""
     path = without_query(name)
     return next((kind for kind in Kind if kind.value.search(path)), None)
 
 
 def codec_of(name: str) -> str | None:
-    """The compression of a path or URL: gzip, bz2, xz or zstd."""
+    """Returns the compression of a path or URL: gzip, bz2, xz, zstd or None."""
     path = without_query(name)
     return _CODECS.get(path[path.rfind(".") :].lower()) if "." in path else None
 
 
 def is_url(name: str) -> bool:
-    """Whether this is a URL and not a path."""
+    """Returns whether a name is a URL, not a path."""
     return "://" in name
 
 
 def without_query(name: str) -> str:
-    """A URL without what follows its first question mark; a path as it is."""
+    """Returns a URL without its query string; a path unchanged."""
     return name.split("?", 1)[0] if is_url(name) else name
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a file is hidden, or known to describe data instead of being data."""
+    """Returns whether a file is hidden, or known to describe data rather than hold it."""
     base = base_name(name)
     return base.startswith(".") or _METADATA.fullmatch(base) is not None
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file's name says that it is validation or test data."""
+    """Returns whether a file's name marks it as validation or test data."""
     return is_of_split(name, "validation") or is_of_split(name, "test")
 
 
 def is_of_split(name: str, split: str) -> bool:
-    """Whether a word of a file's name names this split."""
+    """Returns whether a word in a file's name denotes this split."""
     words = set(re.split(r"[^a-z]+", base_name(name).lower()))
     return bool(words & _synonyms(split))
 
 
 def is_training(split: str) -> bool:
-    """Whether this is what a training split is called."""
+    """Returns whether this is a name of a training split."""
     return split in _SPLIT_WORDS["train"]
 
 
 def base_name(name: str) -> str:
-    """The last component of a path or URL."""
+    """Returns the last component of a path or URL."""
     return without_query(name).rstrip("/").rpartition("/")[2]
 
 
 def printable(name: str) -> str:
-    """A path with those of its bytes escaped that are not UTF-8, which Python keeps as surrogates."""
+    """Returns a path with bytes that are not UTF-8 escaped; Python keeps them as surrogates."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Opening a shard: local or remote, compressed or not, in whatever Unicode encoding; and naming what goes wrong."""
+"""Opening of shards, local or remote, compressed or not, in any Unicode encoding; and messages for reading errors."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from sltrain_dist.data.sources.retry import Fetcher, status_of
 from sltrain_dist.errors import DataError
 
 _READ_BYTES = 1 << 18
-"""Bytes that are asked of a connection at once."""
-_BEGINNINGS = {
-    "gzip": (rb"\x1f\x8b", "let its name end in .gz"),
-    "bz2": (rb"BZh[1-9]1AY&SY", "let its name end in .bz2"),
-    "xz": (rb"\xfd7zXZ\0", "let its name end in .xz"),
-    "zstd": (rb"\x28\xb5\x2f\xfd", "let its name end in .zst"),
-    "Parquet": (rb"PAR1\x15", "let its name end in .parquet"),
-    "Arrow": (rb"ARROW1\0\0", "let its name end in .arrow"),
+"""Bytes read from a connection at a time."""
+_SIGNATURES = {
+    "gzip": (rb"\x1f\x8b", "rename it to end in .gz"),
+    "bz2": (rb"BZh[1-9]1AY&SY", "rename it to end in .bz2"),
+    "xz": (rb"\xfd7zXZ\0", "rename it to end in .xz"),
+    "zstd": (rb"\x28\xb5\x2f\xfd", "rename it to end in .zst"),
+    "Parquet": (rb"PAR1\x15", "rename it to end in .parquet"),
+    "Arrow": (rb"ARROW1\0\0", "rename it to end in .arrow"),
     "zip": (rb"PK\x03\x04", "unpack it"),
 }
-"""How files begin that are not text, and what to do with one whose name does not say what it is."""
-_LONGEST_BEGINNING = 10
+"""First bytes of file formats, and what to do with a file whose name does not show its format."""
+_MAX_SIGNATURE_BYTES = 10
 
 
 @contextmanager
 def opened(
     shard: str, fetcher: Fetcher, *, expected: FileIdentity | None = None, encoding: str | None = None
 ) -> Iterator[io.BufferedReader]:
-    """Opens a shard: a table as it is, anything else decompressed and in UTF-8.
+    """Opens a shard: a table as it is, everything else decompressed and converted to UTF-8.
 
     Args:
         shard: A path or URL.
-        fetcher: Decides about failures to read a URL.
-        expected: What a local file should be, now and when it has been read.
-        encoding: The encoding of the text. None: UTF-16 and UTF-32 are recognised, everything else is left as it is.
+        fetcher: Retries failed reads of URLs.
+        expected: Identity of a local file, checked before and after reading.
+        encoding: The encoding of the text. None: UTF-16 and UTF-32 are detected, everything else is left as it is.
 
     Raises:
         DataError: The file is not the expected one.
-        Exception: Here or on reading: the file system's or the decompressor's, see :func:`reading_error`.
+        Exception: Here or while reading, errors of the file system or the decompressor, see :func:`reading_error`.
     """
     with ExitStack() as stack:
         if is_url(shard):
@@ -61,14 +61,14 @@ def opened(
         try:
             yield _content(file, shard, encoding)
         except Exception:
-            # A file that was cut short while it was read is no corrupt one.
+            # A file that was truncated while it was read is reported as changed, not as corrupt.
             check_unchanged(shard, expected, file.fileno())
             raise
         check_unchanged(shard, expected, file.fileno())
 
 
 def num_bytes(shard: str) -> int | None:
-    """Size of a shard's file, or None where the server does not say."""
+    """Returns the size of a shard's file, or None if the server does not report it."""
     if not is_url(shard):
         return Path(shard).stat().st_size
     file_system, path = fsspec.core.url_to_fs(shard)
@@ -77,12 +77,12 @@ def num_bytes(shard: str) -> int | None:
 
 
 def reading_error(shard: str, done: int, error: Exception) -> DataError:
-    """The error for a shard that cannot be read.
+    """Returns the error to raise for a shard that cannot be read.
 
     Args:
-        shard: Its path or URL.
-        done: Lines or rows that were read before.
-        error: What happened.
+        shard: Path or URL of the shard.
+        done: Number of lines or rows read before the failure.
+        error: The original error.
     """
     if isinstance(error, DataError):
         return error
@@ -91,19 +91,19 @@ def reading_error(shard: str, done: int, error: Exception) -> DataError:
     if remedy := remedy_for(error, shard):
         return DataError(f"cannot read the shard {shard}: {describe(error)}; {remedy}")
     if isinstance(error, FileNotFoundError):
-        return DataError(f"the shard {shard} is not there (any more); put it back, or correct the source")
+        return DataError(f"the shard {shard} does not exist; restore it, or correct the source")
     message = f"cannot read the shard {shard} {where}: {describe(error)}"
     if isinstance(error, UnicodeError):
-        return DataError(f"{message}. Its text is not in the encoding that its beginning, or --encoding, says")
+        return DataError(f"{message}. Its text is not in the encoding given by its first bytes or --encoding")
     if "requires too much memory" in str(error):  # zstd
-        return DataError(f"{message}. It was compressed with a window of more than 128 MiB: repeat that without --long")
+        return DataError(f"{message}. It has a window of more than 128 MiB: compress it again without --long")
     if codec_of(shard) is not None or is_table:
-        return DataError(f"{message}. A corrupt or truncated file must be fetched again, or taken out of the source")
+        return DataError(f"{message}. A corrupt or truncated file must be replaced, or removed from the source")
     return DataError(message)
 
 
 def remedy_for(error: Exception, url: str) -> str | None:
-    """What to install or to check, where the error of a URL tells."""
+    """Returns what to install or check for an error of a URL; None if the error does not show it."""
     protocol, _, path = url.partition("://")
     if not path:
         return None
@@ -116,7 +116,7 @@ def remedy_for(error: Exception, url: str) -> str | None:
 
 
 def describe(error: Exception) -> str:
-    """An error's type and message."""
+    """Returns an error's type and message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -124,9 +124,9 @@ def _content(file: io.BufferedReader, shard: str, encoding: str | None) -> io.Bu
     if kind_of(shard) in TABLES:
         return file
     codec = codec_of(shard)
-    head = file.peek(_LONGEST_BEGINNING)
-    for format_name, (beginning, remedy) in _BEGINNINGS.items():
-        if format_name != codec and re.match(beginning, head):
+    head = file.peek(_MAX_SIGNATURE_BYTES)
+    for format_name, (signature, remedy) in _SIGNATURES.items():
+        if format_name != codec and re.match(signature, head):
             raise DataError(f"{shard} is a {format_name} file by its content, but not by its name; {remedy}")
     if codec:
         file = decompressed(file, codec, shard)

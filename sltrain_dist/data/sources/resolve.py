@@ -1,9 +1,9 @@
-"""From `data.source` to a list of shards, and from a shard to its documents.
+"""Resolution of `data.source` to a list of shards, and reading of a shard's documents.
 
 A shard is a file of JSON lines, possibly compressed, or a Parquet or Arrow file, on the local disk or behind any URL
-that fsspec understands (the Hub's `hf://` included). `datasets` resolves Hub datasets, and what it has saved to a
-disk, to their files. Lines are not read with its text builder, which reads 10 MB pieces through several copies (a
-fifth of the speed and 200 MB more on 60 MB of Wikipedia) and treats a lone carriage return as the end of a line.
+that fsspec understands (the Hub's `hf://` included). `datasets` resolves Hub datasets, and what it has saved to
+disk, to files. Its text builder is not used to read lines: it reads 10 MB pieces through several copies (a fifth of
+the speed and 200 MB more on 60 MB of Wikipedia) and treats a lone carriage return as the end of a line.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from sltrain_dist.data.sources.tables import read_column
 from sltrain_dist.errors import DataError
 
 _SAVED_BY_DATASETS = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
-"""What is in a directory that `save_to_disk` has made, of several splits or of one."""
+"""Files that mark a directory made by `save_to_disk`, with several splits or with one."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HTTP = ("httpx", "httpx2", "requests", "urllib3", "aiohttp")
-"""Libraries that one or the other version of `datasets` and its kin speak HTTP with."""
+"""HTTP libraries that some version of `datasets` or of its dependencies uses."""
 _SKIP_BYTES = 1 << 20
-"""Bytes of a line that is too long that are read at a time."""
+"""Bytes read at a time to skip the rest of a line that is too long."""
 
 
 def resolve_source(
@@ -48,25 +48,24 @@ def resolve_source(
     report: Report = lambda line: None,
     with_text: bool = False,
 ) -> list[str]:
-    """The shards of a source: absolute local paths and URLs, sorted, each once.
+    """Returns the shards of a source: absolute local paths and URLs, sorted, without duplicates.
 
-    A directory of token shards is one entry, its manifest; the sizes of its files are checked.
+    A directory of token shards gives one entry, its manifest; the sizes of its files are checked.
 
     Args:
         source: A file, a directory (the documents of the split in it, see
-            :func:`sltrain_dist.data.sources.directory.document_files`; a corpus or token shards of `sltrain
-            prepare-text`; what `datasets` has saved), a glob, a URL or URL glob, or a Hub dataset `owner/name`; or a
-            list of these. Something that exists locally is never looked for on the Hub.
+            :func:`sltrain_dist.data.sources.directory.document_files`; a corpus of `sltrain prepare-text`;
+            token shards; what `datasets` has saved), a glob, a URL or URL glob, or a Hub dataset `owner/name`; or a
+            list of these. A name that exists locally is never looked up on the Hub.
         subset: Configuration of a Hub dataset.
         split: Split of a Hub dataset or of a directory.
-        key: What the source is called in the configuration, for messages.
-        fetcher: Decides about failures to list a URL. Default: one of the default policy.
-        report: Told in a line what of a directory or glob may not be what the user expects.
+        key: Name of the source in the configuration, for messages.
+        fetcher: Retries failed listings of URLs. None: one with the default policy.
+        report: Told about surprising choices of files in a directory or glob.
         with_text: Whether plain text is accepted too.
 
     Raises:
-        DataError: Nothing is there, the Hub cannot be reached, or token shards are damaged; the message names the
-            entry.
+        DataError: An entry does not exist, the Hub cannot be reached, or token shards are damaged.
     """
     entries = [source] if isinstance(source, str) else source
     if not entries:
@@ -76,22 +75,22 @@ def resolve_source(
     for shard in sorted(shards):
         if Path(shard).name == token_shards.MANIFEST and (len(shards) > 1 or is_url(shard)):
             raise DataError(
-                f"{shard} belongs to token shards, which must lie on a local or mounted disk and be the only source; "
-                f"name their directory alone in {key}"
+                f"{shard} belongs to token shards, which must be on a local or mounted disk and the only source; "
+                f"set {key} to their directory alone"
             )
         if kind_of(shard) is None and token_shards.is_prepared(Path(shard).parent):
             raise DataError(
-                f"{shard} is a file of token shards; name their directory {Path(shard).parent} alone in {key}"
+                f"{shard} is a file of token shards; set {key} to their directory {Path(shard).parent} alone"
             )
         if kind_of(shard) is Kind.FOREIGN:
             raise DataError(
-                f"{shard} is neither Parquet, nor Arrow, nor a file of JSON lines (one object with a text field a "
-                "line, as in C4)"
+                f"{shard} is not Parquet, Arrow or JSON lines (one object with a text field per line, as in C4); "
+                f"convert it, or leave it out of {key}"
             )
         if kind_of(shard) is Kind.PLAIN_TEXT and not with_text:
             given = shlex.quote(source) if isinstance(source, str) else shard
             raise DataError(
-                f"{shard} is plain text, not JSON lines; make documents of it with "
+                f"{shard} is plain text, not JSON lines; convert it with "
                 f"`sltrain prepare-text --input {given} --output DIR` and set {key}=DIR"
             )
     return sorted(shards)
@@ -108,23 +107,23 @@ def read_documents(
     expected: FileIdentity | None = None,
     encoding: str | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    r"""Documents `first`, `first + step`, … of a shard, with their indices (from 0): lines or rows, unparsed.
+    r"""Yields documents `first`, `first + step`, … of a shard with their indices (from 0): lines or rows, unparsed.
 
-    Lines end with `\n` only. Memory is bounded by `max_bytes`, or as
-    :func:`sltrain_dist.data.sources.tables.read_column` says.
+    Lines end with `\n` only. Memory is bounded by `max_bytes`; for tables, see
+    :func:`sltrain_dist.data.sources.tables.read_column`.
 
     Args:
-        shard: One of :func:`resolve_source`'s.
-        text_field: The column of a table; lines are left to :func:`sltrain_dist.data.documents.parse`.
+        shard: A shard from :func:`resolve_source`.
+        text_field: The column of a table; lines are parsed later, by :func:`sltrain_dist.data.documents.parse`.
         first: Index of the first document.
         step: Distance to the next.
-        fetcher: Decides about failures to read a URL. Default: one of the default policy.
-        max_bytes: Longer lines, and longer texts of a table, are given as :attr:`Fault.TOO_LONG`.
-        expected: What a local file must be, before and after it is read. None: anything.
-        encoding: The lines' encoding. None: UTF-8, or UTF-16 or UTF-32 where their beginning says so.
+        fetcher: Retries failed reads of URLs. None: one with the default policy.
+        max_bytes: Longer lines, and longer texts of a table, come as :attr:`Fault.TOO_LONG`.
+        expected: Identity of a local file, checked before and after reading. None: no check.
+        encoding: Encoding of the lines. None: UTF-8, or UTF-16 or UTF-32 if the file's first bytes show it.
 
     Raises:
-        DataError: The shard cannot be read to its end; names the shard and how far it was read.
+        DataError: The shard cannot be read to its end; the message names it and how far it was read.
     """
     done = 0
     try:
@@ -138,7 +137,7 @@ def read_documents(
                 done = index + 1
                 if index >= first and (index - first) % step == 0:
                     yield index, line
-    # Any file system's plug-in and any decompressor may be at work here, each with exceptions of its own.
+    # Plug-ins of file systems and decompressors raise exceptions of any type.
     except Exception as error:
         raise reading_error(shard, done, error) from error
 
@@ -155,7 +154,7 @@ def _lines(file: io.BufferedReader, max_bytes: int) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class _Resolver:
-    """The shards of one entry at a time; see :func:`resolve_source`."""
+    """Resolves one entry of a source at a time; see :func:`resolve_source`."""
 
     subset: str | None
     split: str
@@ -192,7 +191,7 @@ class _Resolver:
         if token_shards.is_prepared(path):
             return [str(Path(token_shards.open_manifest(path).directory) / token_shards.MANIFEST)]
         if any(all((path / name).is_file() for name in names) for names in _SAVED_BY_DATASETS):
-            return _saved_by_datasets(path, self.split)
+            return _saved_arrow_files(path, self.split)
         if (files := corpus_files(path, self.split, self.report)) is not None:
             return files
         children = [str(child.absolute()) for child in path.iterdir() if child.is_file()]
@@ -207,7 +206,7 @@ class _Resolver:
             found = self.fetcher.call(url, lambda: self._list(url, is_glob))
         except DataError:
             raise
-        except Exception as error:  # as above: any plug-in's
+        except Exception as error:  # plug-ins raise exceptions of any type
             remedy = remedy_for(error, url) or f"check {self.key}"
             raise DataError(f"cannot list {url}: {describe(error)}; {remedy}") from error
         if not found:
@@ -225,24 +224,24 @@ class _Resolver:
         return [url]
 
 
-def _saved_by_datasets(path: Path, split: str) -> list[str]:
-    """The Arrow files of what `save_to_disk` has made."""
-    # Here, because it takes a second to import.
+def _saved_arrow_files(path: Path, split: str) -> list[str]:
+    """Returns the Arrow files of a directory made by `save_to_disk`."""
+    # Imported here, because it takes a second.
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever its parts raise over a damaged directory
+    except Exception as error:  # a damaged directory may raise errors of any type
         raise DataError(f"`datasets` cannot read what it saved to {path}: {describe(error)}; save it again") from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise DataError(f"the data set in {path} has no split {split!r}, it has {sorted(saved)}")
+            raise DataError(f"the data set in {path} has no split {split!r}; it has {sorted(saved)}")
         saved = saved[split]
     return [str(Path(file["filename"]).absolute()) for file in saved.cache_files]
 
 
 def _glob(file_system: fsspec.AbstractFileSystem, pattern: str) -> Iterator[str]:
-    """Files that match a glob. fsspec's own takes a directory that it could not list for an empty one."""
+    """Yields the files that match a glob. fsspec's own glob takes a directory that it cannot list for an empty one."""
     magic = re.search(r"[*?[]", pattern)
     assert magic is not None
     root = pattern[: pattern.rfind("/", 0, magic.start()) + 1]
@@ -259,7 +258,7 @@ def _glob(file_system: fsspec.AbstractFileSystem, pattern: str) -> Iterator[str]
             return
         for entry in entries:
             name = entry["name"]
-            if name.rstrip("/").endswith(("/.", "/..")):  # links of an HTTP server's listing
+            if name.rstrip("/").endswith(("/.", "/..")):  # links in an HTTP server's listing
                 continue
             if entry["type"] == "directory":
                 if levels is None or name.rstrip("/").count("/", len(root)) < levels:
@@ -269,23 +268,24 @@ def _glob(file_system: fsspec.AbstractFileSystem, pattern: str) -> Iterator[str]
 
 
 def _resolve_hub(name: str, subset: str | None, split: str, key: str, fetcher: Fetcher) -> list[str]:
-    # Here, because it takes a second to import and only Hub datasets need it.
+    # Imported here, because it takes a second and only Hub datasets need it.
     import datasets
 
-    def ask() -> datasets.DatasetBuilder:
+    def load_builder() -> datasets.DatasetBuilder:
         try:
             return datasets.load_dataset_builder(name, subset)
         except Exception as error:
-            raise _on_the_way(error) from None
+            raise _network_cause(error) from None
 
     try:
-        builder = ask() if datasets.config.HF_HUB_OFFLINE else fetcher.call(f"the Hub's {name}", ask)
+        offline = datasets.config.HF_HUB_OFFLINE
+        builder = load_builder() if offline else fetcher.call(f"the Hub's {name}", load_builder)
     except Exception as error:
         raise DataError(
-            f"{name!r} is no local file or directory (working directory {Path.cwd()}), so it was looked for as a "
-            f"dataset on the Hugging Face Hub, which failed too: {describe(error)}. If a path was meant, correct "
-            f"{key}; if the dataset, check its name, {key.replace('source', 'subset')}, the network, HF_HUB_OFFLINE "
-            "and, for a private or gated one, HF_TOKEN"
+            f"{name!r} is not a local file or directory (working directory {Path.cwd()}), so it was looked up as a "
+            f"dataset on the Hugging Face Hub, which failed too: {describe(error)}. If you meant a path, correct "
+            f"{key}; if a dataset, check its name, {key.replace('source', 'subset')}, the network, HF_HUB_OFFLINE "
+            "and, for a private or gated dataset, HF_TOKEN"
         ) from error
     files_of_split = {
         str(key): [str(file) for file in files] for key, files in (builder.config.data_files or {}).items()
@@ -295,17 +295,17 @@ def _resolve_hub(name: str, subset: str | None, split: str, key: str, fetcher: F
     files = files_of_split[split]
     if not files or not all(kind_of(file) in DOCUMENTS for file in files):
         raise DataError(
-            f"the Hub dataset {name!r} is stored neither as JSON lines, as allenai/c4 is, nor as Parquet or Arrow "
+            f"the Hub dataset {name!r} is not stored as JSON lines (as allenai/c4 is), Parquet or Arrow "
             f"(first file of {split!r}: {files[:1]})"
         )
     return files
 
 
-def _on_the_way(error: Exception) -> Exception:
-    """The failure of the network behind an error of `datasets`, which turns most into files that are not found."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, Exception) and (status_of(found) or type(found).__module__.partition(".")[0] in _HTTP):
-            return found
-        found = found.__cause__ or found.__context__
+def _network_cause(error: Exception) -> Exception:
+    """Returns the network error behind an error of `datasets`, which reports most of them as "file not found"."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Exception) and (status_of(cause) or type(cause).__module__.partition(".")[0] in _HTTP):
+            return cause
+        cause = cause.__cause__ or cause.__context__
     return error

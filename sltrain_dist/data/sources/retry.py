@@ -1,4 +1,4 @@
-"""Which failures to wait for, how long, and how often: what is done about a network that fails now and then."""
+"""Retries after network failures: which failures, how often, and after what waits."""
 
 from __future__ import annotations
 
@@ -17,63 +17,63 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sltrain_dist.errors import DataError
 
-if TYPE_CHECKING:  # half of a data worker's start, and 10 MB of it, would be pydantic
+if TYPE_CHECKING:  # pydantic would take half of a data worker's start-up time, and 10 MB
     from sltrain_dist.config.schema import DataConfig
 
 _LONGEST_WAIT_S = 60.0
-"""Waits double up to here."""
+"""Limit of the doubling waits."""
 _LONGEST_RETRY_AFTER_S = 3600.0
-"""A server that wants a longer pause than this is not waited for."""
-_LASTING = (FileNotFoundError, PermissionError, ImportError, NotImplementedError, TypeError, ValueError)
-"""Errors that no second attempt will mend."""
+"""Longest pause requested by a server that is respected; beyond it, reading gives up."""
+_PERMANENT = (FileNotFoundError, PermissionError, ImportError, NotImplementedError, TypeError, ValueError)
+"""Errors that a retry cannot fix."""
 _T = TypeVar("_T")
 
 
 class Cause(Enum):
-    """Why a read was tried again."""
+    """Cause of a retry."""
 
     TIMEOUT = "timeout"
-    """No answer in time, or status 408."""
+    """No response in time, or status 408."""
     CONNECTION = "connection"
-    """Refused, reset or otherwise failed."""
+    """The connection was refused or reset, or failed otherwise."""
     RATE_LIMIT = "rate_limit"
     """Status 429."""
     SERVER_ERROR = "server_error"
     """Status 5xx."""
     TRUNCATED = "truncated"
-    """The answer ended before the length that it announced."""
+    """The response ended before its announced length."""
 
 
 class TruncatedError(OSError):
-    """An answer that ended too soon."""
+    """A response ended before its announced length."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient to be with the network; the fields are the configuration's `data.retry…`."""
+    """How often and how long to retry; the fields correspond to the configuration's `data.retry…`."""
 
     retries: int = 8
-    """Attempts after the first without any progress between them, before giving up."""
+    """Number of retries without any progress between them before giving up."""
     wait_s: float = 1.0
-    """Mean wait before the first of them; it doubles each time, up to a minute."""
+    """Mean wait before the first retry; it doubles each time, up to a minute."""
     timeout_s: float = 60.0
-    """Longest silence of an HTTP server."""
+    """Seconds without data from an HTTP server after which a read fails."""
 
     @classmethod
     def of(cls, data: DataConfig) -> RetryPolicy:
-        """The policy of a configuration."""
+        """Returns the policy of a configuration."""
         return cls(data.retries, data.retry_wait_s, data.timeout_s)
 
 
 class Fetcher:
-    """Decides whether and when to try again, and counts.
+    """Retries failed reads by a policy, and counts the retries.
 
     Args:
-        policy: How often and after what waits.
-        sleep: Waits for some seconds.
-        jitter: A random number in [0, 1), so that the ranks of a job do not all come back at once. Has no
-            influence on what is read.
-        report: Told in a line of every wait before it begins.
+        policy: How often to retry and after what waits.
+        sleep: Waits for a number of seconds.
+        jitter: Returns a random number in [0, 1), so that the ranks of a job do not all retry at once. Does not
+            influence what is read.
+        report: Receives one line before every wait.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Fetcher:
     ) -> None:
         self.policy = policy or RetryPolicy()
         self.retries: Counter[Cause] = Counter()
-        """Attempts after the first, by cause."""
+        """Number of retries by cause."""
         self._sleep = sleep
         self._jitter = jitter
         self._report = report
@@ -95,42 +95,41 @@ class Fetcher:
         """Waits before the next attempt after `failures` (at least 1) failed ones.
 
         Raises:
-            DataError: There have been too many.
-            Exception: `error`, if it is not one that passes.
+            DataError: There were too many failures, or the server asks for too long a pause.
+            Exception: `error` itself, if a retry cannot fix it.
         """
         cause = cause_of(error)
         if cause is None:
             raise error
-        wanted_s = _retry_after_s(error)
-        if failures > self.policy.retries or wanted_s > _LONGEST_RETRY_AFTER_S:
-            given_up = (
-                f"after {failures} attempts" if failures > self.policy.retries else f"(asked for {wanted_s:.0f} s)"
-            )
+        requested_s = _retry_after_s(error)
+        if failures > self.policy.retries or requested_s > _LONGEST_RETRY_AFTER_S:
+            too_many = failures > self.policy.retries
+            why = f"after {failures} attempts" if too_many else f"(the server asked for {requested_s:.0f} s)"
             raise DataError(
-                f"cannot read {url}: gave up {given_up}, at last because of {cause.value}: "
-                f"{type(error).__name__}: {error}. Start again when the server answers, or raise data.retries"
+                f"cannot read {url}: gave up {why}; last error: {cause.value}, "
+                f"{type(error).__name__}: {error}. Start again when the server responds, or raise data.retries"
             ) from error
         self.retries[cause] += 1
         wait_s = min(self.policy.wait_s * 2.0 ** (failures - 1), _LONGEST_WAIT_S) * (0.5 + self._jitter())
-        wait_s = max(wait_s, wanted_s)
+        wait_s = max(wait_s, requested_s)
         what = f"{url}: {cause.value}, {type(error).__name__}"
-        self._report(f"{what}; again in {wait_s:.0f} s ({failures} of {self.policy.retries})")
+        self._report(f"{what}; retry {failures} of {self.policy.retries} in {wait_s:.0f} s")
         self._sleep(wait_s)
 
     def call(self, url: str, function: Callable[[], _T]) -> _T:
-        """The result of a function that asks a server about `url`. Raises as :meth:`pause` does."""
+        """Returns the result of a function that makes requests to `url`, with retries. Raises as :meth:`pause` does."""
         failures = 0
         while True:
             try:
                 return function()
-            # Any file system's plug-in may be at work here, each with exceptions of its own.
+            # Plug-ins of file systems raise exceptions of any type.
             except Exception as error:
                 failures += 1
                 self.pause(url, failures, error)
 
 
 def cause_of(error: Exception) -> Cause | None:
-    """Why to try again after an error; None if that would be useless."""
+    """Returns the cause of a retry after an error; None if a retry cannot help."""
     status = status_of(error)
     if status is not None:
         if status == http.client.REQUEST_TIMEOUT:
@@ -142,7 +141,7 @@ def cause_of(error: Exception) -> Cause | None:
         return cause_of(error.reason)
     if isinstance(error, (TruncatedError, http.client.IncompleteRead)):
         return Cause.TRUNCATED
-    if isinstance(error, (DataError, *_LASTING, ssl.SSLCertVerificationError, http.client.InvalidURL)):
+    if isinstance(error, (DataError, *_PERMANENT, ssl.SSLCertVerificationError, http.client.InvalidURL)):
         return None
     if isinstance(error, TimeoutError) or "timeout" in type(error).__name__.lower():
         return Cause.TIMEOUT
@@ -150,17 +149,17 @@ def cause_of(error: Exception) -> Cause | None:
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error of any of the usual libraries carries."""
-    for holder in (error, getattr(error, "response", None)):
+    """Returns the HTTP status in an error of the usual libraries, or None."""
+    for source in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):
-            value = getattr(holder, name, None)
+            value = getattr(source, name, None)
             if isinstance(value, int) and 400 <= value < 600:
                 return value
     return None
 
 
 def _retry_after_s(error: Exception) -> float:
-    """The pause that the server asks for (RFC 9110, section 10.2.3: seconds or a date); 0 if none."""
+    """Returns the pause that the server asks for (RFC 9110, section 10.2.3: seconds or a date); 0 if none."""
     headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None)
     value = headers.get("Retry-After") if headers is not None else None
     if value is None:

@@ -1,4 +1,4 @@
-"""Documents in a text column of a Parquet or an Arrow file, one a row."""
+"""Documents in a text column of a Parquet or Arrow file, one per row."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from sltrain_dist.errors import DataError
 
 _BATCH_ROWS = 256
 _ARROW_FILE = b"ARROW1"
-"""How Arrow's file format begins; what begins otherwise is in its stream format, as `datasets` writes."""
+"""First bytes of Arrow's file format; other files are in its stream format, which `datasets` writes."""
 
 
 def read_column(
     file: io.BufferedReader, shard: str, field: str, first: int, step: int, max_bytes: int
 ) -> Iterator[tuple[int, Text | Fault]]:
-    """Rows `first`, `first + step`, … of a column of strings, with their indices.
+    """Yields rows `first`, `first + step`, … of a column of strings, with their indices.
 
-    Memory is bounded by one row group's compressed column in Parquet, which the file's writer has chosen, and some
-    hundred documents; by a record batch in Arrow. Row groups before `first` are not fetched.
+    Memory is bounded in Parquet by the compressed column of one row group, whose size the file's writer has chosen,
+    plus a few hundred documents; in Arrow by one record batch. Row groups before `first` are not fetched.
 
     Args:
         file: The open file.
-        shard: Its path or URL: Parquet where this ends in `.parquet`, else Arrow.
+        shard: Path or URL of the file: Parquet if it ends in `.parquet`, else Arrow.
         field: Name of the column.
         first: Index of the first row.
         step: Distance to the next.
-        max_bytes: Longer texts are faults.
+        max_bytes: Longer texts come as :attr:`Fault.TOO_LONG`.
 
     Raises:
-        DataError: The file does not have exactly one such column, or it does not hold strings.
+        DataError: The file does not have exactly one such column, or the column does not hold strings.
     """
     batches = _parquet_batches if shard.split("?", 1)[0].lower().endswith(".parquet") else _arrow_batches
     for row, column in batches(file, shard, field, first):
@@ -41,8 +41,8 @@ def read_column(
 
 
 def _parquet_batches(file: io.BufferedReader, shard: str, field: str, first: int) -> Iterator[tuple[int, Any]]:
-    """Pieces of the column, with the index of their first rows."""
-    # Here, because only tables need it and it takes a third of a second to import in every worker.
+    """Yields batches of the column, with the indices of their first rows."""
+    # Imported here, because only tables need it and the import takes a third of a second in every worker.
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
@@ -59,7 +59,7 @@ def _parquet_batches(file: io.BufferedReader, shard: str, field: str, first: int
 
 
 def _arrow_batches(file: io.BufferedReader, shard: str, field: str, first: int) -> Iterator[tuple[int, Any]]:
-    """As :func:`_parquet_batches`."""
+    """Yields batches of the column, with the indices of their first rows."""
     import pyarrow as pa
 
     is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
@@ -77,10 +77,10 @@ def _check_column(schema: Any, shard: str, field: str) -> None:
 
     count = len(schema.get_all_field_indices(field))
     if count == 0:
-        raise DataError(f"{shard} has no column {field!r}, it has {schema.names}; set data.text_field")
+        raise DataError(f"{shard} has no column {field!r}; set data.text_field to one of {schema.names}")
     if count > 1:
-        raise DataError(f"{shard} has {count} columns of the name {field!r}; rename all but one of them")
-    kind = _stored(schema.field(field).type)
+        raise DataError(f"{shard} has {count} columns named {field!r}; rename all but one of them")
+    kind = _value_type(schema.field(field).type)
     textual = (
         pa.types.is_string,
         pa.types.is_large_string,
@@ -91,11 +91,11 @@ def _check_column(schema: Any, shard: str, field: str) -> None:
         pa.types.is_fixed_size_binary,
     )
     if not any(test(kind) for test in textual):
-        raise DataError(f"the column {field!r} of {shard} holds {kind}, not strings; set data.text_field")
+        raise DataError(f"the column {field!r} of {shard} holds {kind}, not strings; set data.text_field to another")
 
 
-def _stored(kind: Any) -> Any:
-    """The type of the values of an encoded or extended type."""
+def _value_type(kind: Any) -> Any:
+    """Returns the type of the values of an encoded or extension type."""
     import pyarrow as pa
 
     while True:
@@ -108,9 +108,9 @@ def _stored(kind: Any) -> Any:
 
 
 def _text(scalar: Any, max_bytes: int) -> Text | Fault:
-    while hasattr(scalar, "value"):  # of a dictionary, a run or an extension type
+    while hasattr(scalar, "value"):  # for dictionary, run-end encoded and extension types
         scalar = scalar.value
-    # As bytes: neither format promises that a string is UTF-8, and one that is not must be counted.
+    # As bytes: neither format guarantees that strings are UTF-8, and those that are not must be counted.
     buffer = None if scalar is None else scalar.as_buffer()
     if buffer is None:
         return Fault.NO_TEXT

@@ -1,1 +1,1 @@
-"""From documents to rows of tokens."""
+"""Virtual streams, which turn documents into rows of tokens."""

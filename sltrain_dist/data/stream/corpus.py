@@ -1,4 +1,4 @@
-"""The documents of a source, in blocks: read from text and tokenized, or from token shards."""
+"""Corpora: a source's documents in blocks, read from text and tokenized, or read from token shards."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from sltrain_dist.data.sources.token_shards import ShardReader, TokenManifest
 Order = npt.NDArray[np.int64]
 
 NO_FILES: Mapping[str, FileIdentity] = MappingProxyType({})
-"""Nothing is known of any file."""
+"""Default for expected identities: no file is checked."""
 _OPEN_SHARDS = 64
-"""Token shards that are kept open for the streams that have parts of them."""
+"""Largest number of open token shards, which streams share."""
 
 
 class Block(Protocol):
-    """Some documents that are permuted together."""
+    """A block of documents, whose order is permuted."""
 
     def __len__(self) -> int:
-        """Number of documents, unusable ones included."""
+        """Returns the number of documents, unusable ones included."""
         ...
 
     def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
-        """Line index, and token ids or what is wrong, of the documents of the given indices in the block."""
+        """Yields line index and token ids, or fault, of the documents with the given indices in the block."""
         ...
 
 
 class Corpus(Protocol):
-    """The shards of a source."""
+    """Interface to the documents in the shards of a source."""
 
     def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[Block]:
-        """Documents `first`, `first + step`, … of a shard in blocks of `size`; the last may be smaller."""
+        """Yields documents `first`, `first + step`, … of a shard in blocks of `size`; the last may be smaller."""
         ...
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
-        """Line index of every document of a shard, and its :class:`Fault` if it has one that needs no tokenizer."""
+        """Yields the line index of every document, and its :class:`Fault` if one can be found without tokenizing."""
         ...
 
 
@@ -57,16 +57,16 @@ def open_corpus(
     fetcher: Fetcher,
     max_document_bytes: int,
 ) -> Corpus:
-    """The documents of token shards, or of text.
+    """Opens token shards, or text files.
 
     Args:
-        shards: The files of text.
-        prepared: The token shards to read in their place.
+        shards: The text files.
+        prepared: Token shards to read instead of the text.
         tokenizer: The tokenizer.
         text_field: Key of the text in each JSON line.
-        max_tokens: How many leading tokens of a document matter; None: all. More may come.
-        fetcher: Decides about failures to read remote text.
-        max_document_bytes: Longer documents are unusable; those of token shards were so when they were prepared.
+        max_tokens: Number of leading tokens that are needed of a document; None: all. The arrays may be longer.
+        fetcher: Retries failed reads of remote text.
+        max_document_bytes: Longer documents are unusable. For token shards, their preparation applied the limit.
     """
     if prepared is not None:
         return TokenCorpus(prepared)
@@ -74,7 +74,7 @@ def open_corpus(
 
 
 class TextCorpus:
-    """Files of JSON lines or tables. See :func:`open_corpus`; `files` is what local ones must be like."""
+    """Corpus of JSON-lines files or tables. See :func:`open_corpus`; `files` holds expected identities by path."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class TextCorpus:
     def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TextBlock]:
         """See :class:`Corpus`."""
         lines = self._read(shard, first, step)
-        while some := list(islice(lines, size)):
-            yield _TextBlock(self, some)
+        while block := list(islice(lines, size)):
+            yield _TextBlock(self, block)
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
         """See :class:`Corpus`."""
@@ -117,7 +117,7 @@ class TextCorpus:
         )
 
     def encode(self, lines: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, TokenIds | Fault]]:
-        """Token ids of documents."""
+        """Yields line index and token ids, or fault, of unparsed documents."""
         return encode_documents(lines, self._tokenizer, self._text_field, self._max_tokens)
 
 
@@ -134,11 +134,11 @@ class _TextBlock:
 
 
 class TokenCorpus:
-    """Token shards.
+    """Corpus of token shards.
 
     Args:
         manifest: The manifest of their directory.
-        files: What its files must be like, by path.
+        files: Expected identities of its files, by path.
     """
 
     def __init__(self, manifest: TokenManifest, files: Mapping[str, FileIdentity] = NO_FILES) -> None:
@@ -151,18 +151,18 @@ class TokenCorpus:
         reader = self._reader(shard)
         documents = np.arange(first, reader.documents, step)
         for start in range(0, len(documents), size):
-            # Here, because reading a part of a mapped file that is not there any more kills the process.
+            # Checked per block, because reading a mapped file that was truncated kills the process.
             for path in self._manifest.files(shard):
                 check_unchanged(path, self._files.get(path))
             yield TokenBlock(reader, documents[start : start + size])
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
-        """See :class:`Corpus`. Here, faults that only the tokenizer has found are known too."""
+        """See :class:`Corpus`. Faults that only tokenizing finds are included: they are stored in the shards."""
         reader = self._reader(shard)
         return ((index, reader.fault(index)) for index in range(reader.documents))
 
     def _reader(self, shard: int) -> ShardReader:
-        """The shard, which the streams that have a part of it share, open."""
+        """Returns the open shard, which all streams that read parts of it share."""
         if shard not in self._readers:
             if len(self._readers) == _OPEN_SHARDS:
                 del self._readers[next(iter(self._readers))]
@@ -171,21 +171,21 @@ class TokenCorpus:
 
 
 class TokenBlock:
-    """Some documents of a token shard.
+    """A block of documents of a token shard.
 
     Args:
         reader: The shard.
-        documents: Indices of the documents in it.
+        documents: Indices of the block's documents in the shard.
     """
 
     def __init__(self, reader: ShardReader, documents: Order) -> None:
         self._reader = reader
         self._documents = documents
         self.tokens = reader.tokens
-        """Those of the shard."""
+        """Token ids of the whole shard."""
 
     def __len__(self) -> int:
-        """Number of documents, unusable ones included."""
+        """Returns the number of documents, unusable ones included."""
         return len(self._documents)
 
     def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
@@ -197,12 +197,12 @@ class TokenBlock:
                 yield int(self._documents[index]), self.tokens[start : end - 1].astype(np.int32)
 
     def spans(self, order: Order) -> tuple[Order, Order]:
-        """Where the documents begin and end in the tokens, with their eos; at the same place if unusable."""
+        """Returns begin and end of the documents in the tokens, eos included; equal for unusable documents."""
         documents = self._documents[order]
         return self._reader.starts[documents], self._reader.starts[documents + 1]
 
     def unusable(self, index: int) -> tuple[int, Fault]:
-        """Line index of an unusable document, and what is wrong with it."""
+        """Returns line index and fault of an unusable document."""
         document = int(self._documents[index])
         fault = self._reader.fault(document)
         assert fault is not None

@@ -1,4 +1,4 @@
-"""From documents to rows.
+"""Rows of tokens, padded or packed from documents.
 
 A row is an int32 array of shape (seq_len + 1,): a model reads `row[:-1]` and predicts `row[1:]`.
 :data:`PADDING` stands where there is no token.
@@ -15,10 +15,10 @@ import numpy.typing as npt
 from sltrain_dist.data.documents import TokenIds
 
 PADDING = -1
-"""No token. Not a tokenizer's padding id: many have none, and those of others may occur in a text."""
+"""Marks the absence of a token. Not a tokenizer's padding id: many have none, and others may occur in a text."""
 BEGIN = 1 << 30
-"""Bit of a document's first token, where rows say where documents begin; larger than any id. They cannot be told from
-eos: a tokenizer may give it to a text that spells it."""
+"""Bit that marks a document's first token; larger than any id. Eos cannot mark documents: a tokenizer may give it to a
+text that spells it."""
 
 Batching = Literal["pad", "pack"]
 Truncate = Literal["text", "eos"]
@@ -30,9 +30,9 @@ class MadeRow(NamedTuple):
     tokens: TokenIds
     """Shape (seq_len + 1,)."""
     finished: int
-    """Number of documents that no later row needs, counted from the first."""
+    """Number of documents, counted from the first, that no later row needs."""
     offset: int
-    """First token of the next row, within the document after these (whose last token is its eos)."""
+    """Index of the next row's first token in the document after these, eos included."""
 
 
 def make_rows(
@@ -46,16 +46,16 @@ def make_rows(
     rest: bool = False,
     mark: bool = False,
 ) -> Iterator[MadeRow]:
-    """The rows of some documents.
+    """Yields rows made from documents.
 
     Args:
-        documents: Token ids of each document, not empty. Taken one at a time, as they are needed.
-        batching: pad: one document a row, see :func:`pad_rows`. pack: see :func:`pack_rows`.
-        seq_len: Tokens that a model reads of a row.
+        documents: Token ids of each document, not empty. Consumed one at a time, as needed.
+        batching: pad: one document per row, see :func:`pad_rows`. pack: see :func:`pack_rows`.
+        seq_len: Number of tokens of a row that a model reads.
         eos_id: The token that ends a document.
-        truncate: For pad: what ends a row that its document is too long for.
-        offset: For pack: the first token to use of the first document; a `MadeRow.offset` of an earlier call.
-        rest: For pack: whether what is left at the end makes a last, padded row.
+        truncate: For pad: how a row ends if its document is too long, with text or eos.
+        offset: For pack: index of the first token to use of the first document, a `MadeRow.offset` of an earlier call.
+        rest: For pack: whether the remaining tokens make a last, padded row.
         mark: For pack: whether documents' first tokens carry :data:`BEGIN`.
     """
     if batching == "pad":
@@ -66,15 +66,15 @@ def make_rows(
 def pad_rows(
     documents: Iterable[TokenIds], *, seq_len: int, eos_id: int, truncate: Truncate = "text"
 ) -> Iterator[MadeRow]:
-    """One row for each document: its ids and eos, cut or padded to `seq_len` tokens.
+    """Yields one row for each document: its ids and eos, truncated or padded to `seq_len` tokens.
 
-    A row that is cut ends with the document's text, or with eos, as `truncate` says. The last column is padding too, so
-    that the row has the shape of a packed one.
+    A truncated row ends with the document's text or with eos, as `truncate` says. An extra last column of padding gives
+    the row the shape of a packed one.
     """
-    most = seq_len if truncate == "text" else seq_len - 1
+    max_length = seq_len if truncate == "text" else seq_len - 1
     for finished, ids in enumerate(documents, start=1):
         row = np.full(seq_len + 1, PADDING, dtype=np.int32)
-        length = min(len(ids), most)
+        length = min(len(ids), max_length)
         row[:length] = ids[:length]
         if length < seq_len:
             row[length] = eos_id
@@ -90,9 +90,9 @@ def pack_rows(
     rest: bool = False,
     mark: bool = False,
 ) -> Iterator[MadeRow]:
-    """Documents, each followed by eos, one after another; every row takes `seq_len + 1` tokens.
+    """Yields rows of `seq_len + 1` tokens from the concatenated documents, each followed by eos.
 
-    The next row starts with the last token of the row before, so that every token but the very first is
+    Each row starts with the last token of the row before, so that every token except the very first is
     predicted exactly once.
     """
     row = np.full(seq_len + 1, PADDING, dtype=np.int32)
@@ -117,14 +117,14 @@ def pack_rows(
 
 
 def count_tokens(rows: npt.NDArray[np.int32]) -> int:
-    """Tokens that a model reads in `rows`, of shape (…, seq_len + 1): padding and the last column do not count."""
+    """Counts the tokens that a model reads in `rows`, of shape (…, seq_len + 1): no padding, not the last column."""
     return int(np.count_nonzero(rows[..., :-1] != PADDING))
 
 
 def count_labels(rows: npt.NDArray[np.int32]) -> int:
-    """Tokens that a model is to predict in `rows`, of shape (…, seq_len + 1).
+    """Counts the tokens that a model predicts in `rows`, of shape (…, seq_len + 1).
 
-    Not padding, nor a token with :data:`BEGIN`: nothing of its document comes before it.
+    Padding does not count, nor a token with :data:`BEGIN`: its document has no earlier token to predict it from.
     """
     targets = rows[..., 1:]
     return int(np.count_nonzero((targets >= 0) & (targets < BEGIN)))

@@ -1,4 +1,4 @@
-"""Some virtual streams together: a rank's, or those of one of its workers."""
+"""Groups of virtual streams: all of a rank, or those of one of its workers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from sltrain_dist.data.stream.virtual_stream import Stream, StreamBase, StreamSe
 
 
 class UpdateRows(NamedTuple):
-    """What some streams give to one update."""
+    """Rows that a group of streams contributes to one update."""
 
     rows: TokenIds
     """Shape (rows, seq_len + 1)."""
     states: dict[int, StreamState]
     """Position of each stream after these rows."""
     documents_read: int
-    """Documents read by these streams since their start in this process, unusable ones included."""
+    """Number of documents that these streams read since their start in this process, unusable ones included."""
     faults_found: Counter[Fault]
-    """How many of these were unusable, by cause."""
+    """Number of unusable ones among these, by cause."""
     retries: Counter[Cause]
-    """How often these streams have tried to read again, by cause, since then."""
+    """Number of retries since the same start, by cause."""
 
 
 class StreamGroup:
-    """Some streams, read in turn: a rank's, or those of one of its workers.
+    """A group of virtual streams, read in turn: all of a rank, or those of one of its workers.
 
     Args:
-        settings: What all streams have in common.
+        settings: Settings of all streams.
         tokenizer: The tokenizer.
-        shares: The streams, and what of each is kept.
-        states: Where each stream starts.
+        shares: The streams, and the rows to keep of each.
+        states: Start position of each stream.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class StreamGroup:
             self._streams = [TokenStream(settings, corpus, share.stream, states[share.stream]) for share in shares]
 
     def next_update(self) -> UpdateRows:
-        """The rows of the next update. Raises DataError as :meth:`Stream.take` does."""
+        """Returns the rows of the next update. Raises DataError as :meth:`Stream.take` does."""
         rows = [
             stream.take(share.rows)[share.begin : share.end]
             for share, stream in zip(self._shares, self._streams, strict=True)

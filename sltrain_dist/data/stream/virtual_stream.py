@@ -1,4 +1,4 @@
-"""Virtual streams: each reads its units without end and makes rows of them, from any position onwards."""
+"""Virtual streams: each reads its units endlessly, from any position onwards, and makes rows of them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from sltrain_dist.errors import CheckpointError, DataError
 
 
 class WeightedSource(NamedTuple):
-    """One of several sources."""
+    """One source of a weighted mixture."""
 
     shards: int
-    """Number of its shards."""
+    """Number of shards of the source."""
     weight: float
-    """Its share of the rows, relative to the others'."""
+    """Share of the rows, relative to the other sources' weights."""
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What determines the rows of all streams, besides the tokenizer."""
+    """Settings of all streams; with the tokenizer they determine the rows."""
 
     shards: tuple[str, ...]
-    """Those of the text, also where token shards were made of them."""
+    """Shards of the text, even if token shards made from them are read."""
     text_field: str
     seed: int
     streams: int
@@ -46,37 +46,37 @@ class StreamSettings:
     shuffle_block: int
     max_bad_fraction: float
     prepared: TokenManifest | None = None
-    """The token shards to read in place of the text."""
+    """Token shards to read instead of the text."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
-    """Without influence on the rows."""
+    """Does not influence the rows."""
     mixture: tuple[WeightedSource, ...] = ()
-    """The sources that the shards belong to, in order, if their rows are mixed by weight. Empty: one source."""
+    """The sources of the shards, in order, if rows are mixed by weight. Empty: one source."""
     mark: bool = False
-    """Whether documents' first tokens carry `batching.BEGIN`."""
+    """Whether documents' first tokens carry `rows.BEGIN`."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """Longer documents are unusable."""
     files: Mapping[str, FileIdentity] = field(default_factory=dict)
-    """What the local files that are read were like at the start, by path."""
+    """Identities at the start of the local files that are read, by path."""
     truncate: Truncate = "text"
-    """For pad: what ends a row that its document is too long for."""
+    """For pad: how a row ends if its document is too long, with text or eos."""
 
 
 class StreamState(NamedTuple):
-    """Where a stream stands: what it takes to go on at exactly the next row, and its counts in this epoch."""
+    """Position of a stream, from which it continues with exactly the next row, and its counts in this epoch."""
 
     rows: int = 0
-    """Rows made since the beginning of training."""
+    """Number of rows made since the beginning of training."""
     epoch: int = 0
     unit: int = 0
-    """Index among the stream's units of this epoch."""
+    """Index of the unit among the stream's units of this epoch."""
     block: int = 0
-    """Index among the blocks of the unit."""
+    """Index of the block in the unit."""
     document: int = 0
-    """Index in the permuted block of the document with which the next row begins."""
+    """Index in the permuted block of the document in which the next row begins."""
     token: int = 0
-    """Index in this document of the token with which the next row begins; always 0 for pad."""
+    """Index in this document of the next row's first token; always 0 for pad."""
     documents: int = 0
-    """Documents read in this epoch and done with, unusable ones included."""
+    """Number of documents finished in this epoch, unusable ones included."""
     not_json: int = 0
     no_text: int = 0
     invalid_utf8: int = 0
@@ -84,34 +84,34 @@ class StreamState(NamedTuple):
     too_long: int = 0
 
     def tally(self, example: tuple[str, int, Fault] | None = None) -> Tally:
-        """The counts of this epoch."""
+        """Returns the counts of this epoch."""
         return Tally(self.documents, Counter({fault: getattr(self, fault.value) for fault in Fault}), example)
 
     def after(self, fault: Fault | None) -> StreamState:
-        """The position after one more document, which could be used or not."""
+        """Returns the position after one more document, usable or with a fault."""
         counts = {fault.value: getattr(self, fault.value) + 1} if fault else {}
         return self._replace(document=self.document + 1, token=0, documents=self.documents + 1, **counts)
 
     def to_dict(self) -> dict[str, int]:
-        """For JSON."""
+        """Returns the values for JSON."""
         return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StreamState:
-        """The inverse of :meth:`to_dict`. Raises CheckpointError if the values are not those of a state."""
+        """Inverts :meth:`to_dict`. Raises CheckpointError if the values are not a valid state."""
         expected = set(cls._fields)
-        values = {"too_long": 0, **values}  # not in cursors from before there was such a cause
+        values = {"too_long": 0, **values}  # cursors of older versions lack this cause
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
-            raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is no stream position")
+            raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is not a stream position")
         return cls(**values)
 
 
 Piece = TypeVar("Piece")
-"""What a kind of stream reads at a time."""
+"""Unit in which a kind of stream reads documents."""
 
 
 class _Share(NamedTuple):
-    """The source that a stream reads, and which of the source's streams it is."""
+    """The source that a stream reads, and the stream's number among those of the source."""
 
     first_shard: int
     shards: int
@@ -122,13 +122,13 @@ class _Share(NamedTuple):
     def of(cls, settings: StreamSettings, stream: int) -> _Share:
         if not settings.mixture:
             return cls(0, len(settings.shards), settings.streams, stream)
-        dealt = order.deal_streams([source.weight for source in settings.mixture], settings.streams)
-        own = dealt[stream]
+        sources = order.deal_streams([source.weight for source in settings.mixture], settings.streams)
+        own = sources[stream]
         first = sum(source.shards for source in settings.mixture[:own])
-        return cls(first, settings.mixture[own].shards, dealt.count(own), dealt[:stream].count(own))
+        return cls(first, settings.mixture[own].shards, sources.count(own), sources[:stream].count(own))
 
     def units(self, seed: int, epoch: int) -> list[order.Unit]:
-        """Those of the stream in an epoch. Shards are numbered over all sources."""
+        """Returns the stream's units of an epoch. Shards are numbered over all sources."""
         units = order.stream_units(seed, epoch, self.shards, self.streams, self.number)
         return [unit._replace(shard=unit.shard + self.first_shard) for unit in units]
 
@@ -140,33 +140,33 @@ class _Document(NamedTuple):
 
 
 class StreamBase(ABC, Generic[Piece]):
-    """One virtual stream: the order of documents and the check of their quality. A subclass makes the rows.
+    """One virtual stream: the order of its documents and the limit on unusable ones. Subclasses make the rows.
 
     Args:
-        settings: What all streams have in common.
+        settings: Settings of all streams.
         corpus: The documents.
-        number: Which of the streams this is.
-        state: Where to start.
+        number: Number of this stream.
+        state: Start position.
     """
 
     def __init__(self, settings: StreamSettings, corpus: Corpus, number: int, state: StreamState) -> None:
         self.state = state
         """Position after the last row taken."""
         self.documents_read = 0
-        """Documents read by this object, unusable ones included."""
+        """Number of documents read by this object, unusable ones included."""
         self.faults_found: Counter[Fault] = Counter()
-        """How many of these were unusable, by cause."""
+        """Number of unusable ones among these, by cause."""
         self._settings = settings
         self._corpus = corpus
         self.retries: Counter[Cause] = Counter()
-        """How often something remote was tried again, by cause."""
+        """Number of retries of remote reads, by cause."""
         self._number = number
         self._share = _Share.of(settings, number)
-        self._accepted: set[int] = set()
+        self._accepted_shards: set[int] = set()
 
     @abstractmethod
     def take(self, count: int) -> TokenIds:
-        """The next rows, shape (count, seq_len + 1).
+        """Returns the next rows, shape (count, seq_len + 1).
 
         Raises:
             DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
@@ -174,38 +174,38 @@ class StreamBase(ABC, Generic[Piece]):
 
     @abstractmethod
     def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[Piece, None, StreamState]:
-        """The usable documents of a block from a position in it onwards; returns the position after it."""
+        """Yields the usable documents of a block, from a position in it onwards; returns the position after it."""
 
     def _pieces(self, state: StreamState) -> Iterator[Piece]:
-        """Usable documents without end, from a position onwards."""
+        """Yields usable documents endlessly, from a position onwards."""
         settings = self._settings
         while True:
             units = self._share.units(settings.seed, state.epoch)
             for unit in units[state.unit :]:
                 state = yield from self._unit(unit, state)
             if state.documents == state.tally().faults.total():
-                raise self._nothing_usable(state, units)
+                raise self._empty_epoch_error(state, units)
             state = StreamState(rows=state.rows, epoch=state.epoch + 1)
 
-    def _nothing_usable(self, state: StreamState, units: list[order.Unit]) -> DataError:
-        """The error after an epoch without a usable document, which would be followed by others of the same kind."""
+    def _empty_epoch_error(self, state: StreamState, units: list[order.Unit]) -> DataError:
+        """Returns the error for an epoch without a usable document: all later epochs would be the same."""
         names = list(dict.fromkeys(self._settings.shards[unit.shard] for unit in units))
         where = f"its share of the source, parts of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
         if state.documents == 0:
             return DataError(
                 f"data stream {self._number} of {self._settings.streams} has no document in {where}: every stream "
-                "needs one at least. Set data.streams to no more than there are documents, or check whether the files "
+                "needs at least one. Set data.streams to at most the number of documents, or check whether the files "
                 "are empty"
             )
         causes = ", ".join(f"{fault.value}: {count}" for fault, count in state.tally().faults.items() if count)
         return DataError(
             f"data stream {self._number} of {self._settings.streams} has no usable document among the "
-            f"{state.documents} in {where} ({causes}): every stream needs one at least. Repair the files, check "
-            f"data.text_field={self._settings.text_field!r}, or lower data.streams, so that each has more documents"
+            f"{state.documents} in {where} ({causes}): every stream needs at least one. Repair the files, check "
+            f"data.text_field={self._settings.text_field!r}, or lower data.streams so that each has more documents"
         )
 
     def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Piece, None, StreamState]:
-        """The documents of one unit from a position in it onwards; returns the position after it."""
+        """Yields the documents of one unit, from a position in it onwards; returns the position after it."""
         size = self._settings.shuffle_block
         first = unit.part + state.block * size * unit.parts
         for block in self._corpus.blocks(unit.shard, first, unit.parts, size):
@@ -226,14 +226,14 @@ class StreamBase(ABC, Generic[Piece]):
     def _check_unit(self, unit: order.Unit, state: StreamState) -> None:
         """Checks the share of unusable documents at the end of a unit.
 
-        One bad line among the dozen that a stream has of a small file says nothing about the source. So, if
-        the stream's own share is too large but comes of few documents, that of the next `SAMPLE` documents
-        from this shard on (or of the whole source, if it has fewer) decides.
+        One bad line among the dozen that a stream reads of a small file says nothing about the source. So, if
+        the share is too large but the stream has read few documents, the share among the next `SAMPLE` documents
+        from this shard on (or among the whole source, if it has fewer) decides.
         """
         own = state.tally()
         if own.documents >= SAMPLE:
             self._check(unit, own)
-        if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted:
+        if not own.exceeds(self._settings.max_bad_fraction) or unit.shard in self._accepted_shards:
             return
         shards = self._settings.shards
         first, last = self._share.first_shard, self._share.first_shard + self._share.shards
@@ -243,7 +243,7 @@ class StreamBase(ABC, Generic[Piece]):
         for outcome in islice(outcomes, SAMPLE):
             sample.add(*outcome)
         self._check(unit, sample)
-        self._accepted.add(unit.shard)
+        self._accepted_shards.add(unit.shard)
 
     def _check(self, unit: order.Unit, tally: Tally) -> None:
         limit = self._settings.max_bad_fraction
@@ -253,13 +253,13 @@ class StreamBase(ABC, Generic[Piece]):
 
 
 class Stream(StreamBase[_Document]):
-    """One virtual stream of text, document by document.
+    """One virtual stream of text, read document by document.
 
     Args:
-        settings: What all streams have in common.
+        settings: Settings of all streams.
         tokenizer: The tokenizer.
-        number: Which of the streams this is.
-        state: Where to start.
+        number: Number of this stream.
+        state: Start position.
     """
 
     def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
@@ -280,7 +280,7 @@ class Stream(StreamBase[_Document]):
         self._rows = self._make_rows(state)
 
     def take(self, count: int) -> TokenIds:
-        """The next rows, see :class:`StreamBase`."""
+        """Returns the next rows, see :class:`StreamBase`."""
         rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
         for index, (row, state) in enumerate(islice(self._rows, count)):
             rows[index] = row
@@ -288,10 +288,10 @@ class Stream(StreamBase[_Document]):
         return rows
 
     def _make_rows(self, state: StreamState) -> Iterator[tuple[TokenIds, StreamState]]:
-        """Rows without end, each with the position after it."""
+        """Yields rows endlessly, each with the position after it."""
         settings = self._settings
-        pending: list[_Document] = []  # taken, and not finished before the last row
-        passed = 0  # documents that were dropped from there
+        pending: list[_Document] = []  # read, and not finished before the last row
+        num_dropped = 0  # finished documents that were dropped from `pending`
 
         def ids_of(documents: Iterable[_Document]) -> Iterator[TokenIds]:
             for document in documents:
@@ -308,10 +308,10 @@ class Stream(StreamBase[_Document]):
             mark=settings.mark,
         )
         for number, row in enumerate(rows, start=state.rows + 1):
-            done = row.finished - passed
+            done = row.finished - num_dropped
             position = pending[done].start if done < len(pending) else pending[done - 1].end
             del pending[:done]
-            passed = row.finished
+            num_dropped = row.finished
             yield row.tokens, position._replace(rows=number, token=row.offset)
 
     def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:

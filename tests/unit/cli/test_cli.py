@@ -161,7 +161,7 @@ def test_prepare_text(
     assert "20/20" in captured.err
     assert _run(monkeypatch, *arguments) == 2
     assert (
-        capsys.readouterr().err == f"error: --output {tmp_path / 'out'} exists already; choose another directory "
+        capsys.readouterr().err == f"error: --output {tmp_path / 'out'} already exists; choose another directory "
         "or remove it\n"
     )
 

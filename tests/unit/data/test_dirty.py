@@ -122,13 +122,15 @@ def test_dirty_parquet(tmp_path):
 
 def test_unsuitable_parquet(tmp_path):
     path = write_table(tmp_path / "x.parquet", ["a"], name="body")
-    with pytest.raises(DataError, match=r"x\.parquet has no column 'text', it has \['id', 'body'\]"):
+    with pytest.raises(
+        DataError, match=r"x\.parquet has no column 'text'; set data\.text_field to one of \['id', 'body'\]"
+    ):
         list(read_documents(path, "text"))
     with pytest.raises(DataError, match=r"column 'id' of .*x\.parquet holds int64"):
         list(read_documents(path, "id"))
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns of the name 'text'; rename"):
+    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns named 'text'; rename"):
         list(read_documents(str(tmp_path / "twice.parquet"), "text"))
 
 
@@ -159,5 +161,5 @@ def test_damaged_parquet(tmp_path, damage):
     if damage == "flip":
         content[len(content) // 2] ^= 1
     path.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
-    with pytest.raises(DataError, match=r"x\.parquet.*fetched again"):
+    with pytest.raises(DataError, match=r"x\.parquet.*must be replaced"):
         list(read_documents(str(path), "text"))

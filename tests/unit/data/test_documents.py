@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sltrain_dist.data.documents import Fault, Tally, Text, _start, encode_documents, parse
+from sltrain_dist.data.documents import Fault, Tally, Text, _prefix, encode_documents, parse
 from sltrain_dist.data.tokenizer import Tokenizer
 from tests.support.data import NumberTokenizer
 
@@ -102,11 +102,11 @@ def test_a_prefix_has_the_tokens_of_the_whole_text(shared_data, model, max_token
 
 def test_where_a_text_may_be_cut():
     """Before the first of several spaces, after what normalization does not take for one."""
-    assert _start("ab  cd ef", 5) == "ab"
-    assert _start("ab\u200b cd", 6) == "ab\u200b cd"
-    assert _start("中文 ab cd", 5) == "中文"
-    assert _start("short", 5) == "short"
-    assert _start("  no place", 3) == "  no place"
+    assert _prefix("ab  cd ef", 5) == "ab"
+    assert _prefix("ab\u200b cd", 6) == "ab\u200b cd"
+    assert _prefix("中文 ab cd", 5) == "中文"
+    assert _prefix("short", 5) == "short"
+    assert _prefix("  no place", 3) == "  no place"
 
 
 def test_a_vocabulary_that_reaches_beyond_spaces_reads_all(shared_data, monkeypatch):
@@ -141,12 +141,14 @@ def test_the_remedy_fits_the_cause():
     for line in range(5):
         text.add("s", line, Fault.NOT_JSON)
         long.add("s", line, Fault.TOO_LONG if line else "text")
-    assert "write one JSON object a line; of plain text, `sltrain prepare-text` makes them" in str(
+    assert "write one JSON object per line; `sltrain prepare-text` converts plain text" in str(
         text.error("here", 0, "text")
     )
     latin = Tally()
     latin.add("s", 0, Fault.INVALID_UTF8)
-    assert "turn it into UTF-8, as `sltrain prepare-text --encoding latin-1`" in str(latin.error("here", 0, "text"))
+    assert "convert it to UTF-8, for example with `sltrain prepare-text --encoding latin-1`" in str(
+        latin.error("here", 0, "text")
+    )
     array = Tally()
     array.add("s", 0, Fault.NO_TEXT)
     assert "check data.text_field='body' and that each line is one JSON object" in str(array.error("here", 0, "body"))

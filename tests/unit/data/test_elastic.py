@@ -32,7 +32,7 @@ class SimulatedRank:
         shares = order.rank_shares(rank, world_size, global_batch, config.streams)
         self.groups = [
             StreamGroup(config, NumberTokenizer(), some, states)
-            for some in loader_module._contiguous_groups(shares, workers)
+            for some in loader_module._contiguous_parts(shares, workers)
         ]
 
     def update(self):
@@ -93,7 +93,7 @@ def test_every_rank_count_deals_every_row_once(world_size):
             shares = order.rank_shares(rank, world_size, global_batch, streams)
             rows += [(share.stream, row) for share in shares for row in range(share.begin, share.end)]
             for workers in (1, 2, 5):
-                groups = loader_module._contiguous_groups(shares, workers)
+                groups = loader_module._contiguous_parts(shares, workers)
                 assert [share for group in groups for share in group] == shares
         assert len(rows) == global_batch
         assert rows == sorted(set(rows))

@@ -109,7 +109,7 @@ def test_faults(tmp_path):
         rows_of([many])
     with pytest.raises(DataError, match=r"no usable document for evaluation in .*none\.jsonl"):
         rows_of([write_shard(tmp_path / "none.jsonl", [])])
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         rows_of([str(tmp_path / "missing.json")])
 
 

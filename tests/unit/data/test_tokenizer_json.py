@@ -79,7 +79,7 @@ def test_what_cannot_be_expressed_is_said(tmp_path: Path) -> None:
         sentence_iterator=iter(["one two three", "two three four"] * 9), model_prefix=str(prefix), vocab_size=7,
         model_type="word", minloglevel=3,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match=r"no tokenizer\.json: .* another type than unigram and bpe"):
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json: .* neither of type unigram nor bpe"):
         ids = write_tokenizer(prefix.with_suffix(".model"), tmp_path, max_length=64)
     assert ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert not list(tmp_path.glob("*.json"))

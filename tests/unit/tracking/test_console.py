@@ -163,8 +163,8 @@ class TestTrouble:
         made.progress(121, 0, 5.0, None)
         made.note("still here")
         made.close()
-        assert [line for line in log(tmp_path) if "standard output is gone" in line] == [
-            "warning: standard output is gone: [Errno 32] Broken pipe"
+        assert [line for line in log(tmp_path) if "cannot write to standard output any more" in line] == [
+            "warning: cannot write to standard output any more: [Errno 32] Broken pipe"
         ]
         assert {LINE, "still here"} <= set(log(tmp_path))
 

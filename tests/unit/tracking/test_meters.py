@@ -66,9 +66,9 @@ class TestThroughput:
     def test_misuse_is_refused(self, clock: HandClock) -> None:
         meter = Throughput(clock)
         with meter.excluded():
-            with pytest.raises(AssertionError, match="waiting_for_data inside of excluded"), meter.waiting_for_data():
+            with pytest.raises(AssertionError, match="waiting_for_data inside excluded"), meter.waiting_for_data():
                 pass
-            with pytest.raises(AssertionError, match="inside of excluded"):
+            with pytest.raises(AssertionError, match="inside excluded"):
                 meter.window()
 
 

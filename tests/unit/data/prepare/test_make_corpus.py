@@ -419,8 +419,8 @@ def test_wrapped_text_needs_unwrap(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
-        (b'{"body": "x"}\n', r"line 1: no text under 'text' \(there is: body\)"),
-        (b"[1]\n", "line 1: JSON of the type list; one object a line"),
+        (b'{"body": "x"}\n', r"line 1: no text under 'text' \(its keys: body\)"),
+        (b"[1]\n", "line 1: JSON of type list; expected one object per line"),
         (b'{"text": 3}\n', "line 1: no text"),
         (b'{"text": "\xff"}\n', "line 1: not UTF-8; .*--encoding"),
     ],
@@ -442,9 +442,9 @@ def _kept(directory: Path, *patterns: str, **options: Any) -> list[str]:
     ("content", "message", "encoding"),
     [
         ("Un café.".encode("latin-1"), r"x\.txt is not UTF-8 text \(.*byte 0xe9\); .*--encoding", "latin-1"),
-        ("Un cafe.".encode("utf-16-le"), r"x\.txt holds NUL characters.*--encoding", "utf-16-le"),
+        ("Un cafe.".encode("utf-16-le"), r"x\.txt contains NUL characters.*--encoding", "utf-16-le"),
         ("Un café.".encode("cp1252"), "is not utf-16 text", None),
-        (b"\0\1\2" * 99, "holds NUL characters", None),
+        (b"\0\1\2" * 99, "contains NUL characters", None),
         (b"\x80\x81\xfe", "is not UTF-8 text", None),
     ],
 )
@@ -545,7 +545,7 @@ def test_inputs_and_outputs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown kind of file"):
         find_inputs([str(tmp_path / "x.log")])
     pattern = _write_txt(tmp_path / "in", 3)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         prepare_files([pattern], tmp_path / "in", PrepareOptions())
     (tmp_path / "empty").mkdir()
     prepare_files([pattern], tmp_path / "empty", PrepareOptions())

@@ -100,14 +100,14 @@ def test_what_passes_changes_nothing(server, expected, faults, retries, ranges):
 
 
 LASTING = [
-    ("a shard that was never there", [status(404)], "is not there"),
-    ("a shard that vanishes in the middle", [cut(0.6), status(404)], "is not there"),
+    ("a shard that was never there", [status(404)], "does not exist"),
+    ("a shard that vanishes in the middle", [cut(0.6), status(404)], "does not exist"),
     ("no permission", [status(403)], "HTTPError"),
     ("an outage", [cut(0.6), *[status(503)] * 5], "gave up after 5 attempts.*server_error"),
     ("silence for good", [stall(0.0)] * 5, "gave up after 5 attempts.*timeout"),
     ("a server that asks for two hours", [status(429, Retry_After="7200")], "asked for 7200 s"),
-    ("a flipped byte", [flip(0.5)], "must be fetched again"),
-    ("a flipped byte of the checksum", [flip(1 - 5e-6)], "must be fetched again"),
+    ("a flipped byte", [flip(0.5)], "must be replaced"),
+    ("a flipped byte of the checksum", [flip(1 - 5e-6)], "must be replaced"),
 ]
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_pass_stops_the_run_and_names_the_shard(server, expected, 
     loader = make_loader(server)
     with pytest.raises(DataError, match=f"(?s)b.json.gz.*{message}") as error:
         for row in expected:
-            assert np.array_equal(next(loader), row) or "flipped" in message or "fetched again" in message
+            assert np.array_equal(next(loader), row) or "flipped" in message or "must be replaced" in message
     assert error.value.exit_code == 3
 
 
@@ -136,7 +136,7 @@ def test_a_shard_that_changes_on_the_server(server, expected, change):
 
     server.plan["b.json.gz"] = [replace]
     loader = make_loader(server)
-    with pytest.raises(DataError, match=r"b\.json\.gz (has changed|is not there)"):
+    with pytest.raises(DataError, match=r"b\.json\.gz (has changed|does not exist)"):
         for row in expected:
             assert np.array_equal(next(loader), row)
 
@@ -234,7 +234,7 @@ def test_an_answer_without_a_length_has_no_end(server):
 
     server.files["c.jsonl"] = b'{"text": "1"}\n' * 1000
     server.plan["c.jsonl"] = [without_length]
-    with pytest.raises(DataError, match=r"does not say how long .*c\.jsonl is"):
+    with pytest.raises(DataError, match=r"does not report the size of .*c\.jsonl"):
         list(read_documents(server.address("c.jsonl"), "text"))
     server.plan["a.json.gz"] = [without_length]
     assert len(list(read_documents(server.address("a.json.gz"), "text"))) == DOCUMENTS

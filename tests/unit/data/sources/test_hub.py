@@ -61,7 +61,7 @@ def test_listing_and_reading_survive_dropped_connections(tmp_path):
     assert found["texts"] == texts
     assert 1 <= len(found["waits"]) <= 3  # the Hub's own library has mended the others
     assert found["lines"][0].startswith("the Hub's allenai/c4: connection, ")
-    assert found["lines"][0].endswith("; again in 1 s (1 of 3)")
+    assert found["lines"][0].endswith("; retry 1 of 3 in 1 s")
 
 
 def test_a_hub_that_is_gone_is_given_up(tmp_path):
@@ -69,6 +69,6 @@ def test_a_hub_that_is_gone_is_given_up(tmp_path):
         hub.drop_all = True
         found = ask(hub, tmp_path)
         assert found["waits"] == [1, 2, 4]
-        assert "'allenai/c4' is no local file" in found["error"]
-        assert "gave up after 4 attempts, at last because of connection" in found["error"]
+        assert "'allenai/c4' is not a local file" in found["error"]
+        assert "gave up after 4 attempts; last error: connection" in found["error"]
         assert "check its name, data.subset, the network, HF_HUB_OFFLINE" in found["error"]

@@ -77,7 +77,7 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, entry, message):
 
 def test_unsuitable_files_are_refused(tmp_path):
     (tmp_path / "a.csv").touch()
-    with pytest.raises(DataError, match=r"a\.csv is neither Parquet, nor Arrow, nor a file of JSON lines"):
+    with pytest.raises(DataError, match=r"a\.csv is not Parquet, Arrow or JSON lines"):
         resolve_source(str(tmp_path / "a.csv"))
     with pytest.raises(DataError, match="holds no"):
         resolve_source(str(tmp_path))
@@ -99,7 +99,7 @@ def test_hub_dataset(monkeypatch):
     files[:] = ["hf://datasets/x/y@abc/data/train-00000.parquet"]
     assert resolve_source("x/y") == files
     files[:] = ["hf://datasets/x/y@abc/data/train-00000.csv"]
-    with pytest.raises(DataError, match=r"neither as JSON lines.*train-00000\.csv"):
+    with pytest.raises(DataError, match=r"not stored as JSON lines.*train-00000\.csv"):
         resolve_source("x/y")
 
 
@@ -130,11 +130,11 @@ def test_unreachable_hub_explains_both_readings(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     waits = []
     fetcher = Fetcher(RetryPolicy(retries=2), sleep=waits.append, jitter=lambda: 0.5)
-    with pytest.raises(DataError, match=r"'data/train' is no local file.*3 attempts.*Couldn't reach.*HF_HUB_OFFLINE"):
+    with pytest.raises(DataError, match=r"'data/train' is not a local.*3 attempts.*Couldn't reach.*HF_HUB_OFFLINE"):
         resolve_source("data/train", fetcher=fetcher)
     assert waits == [1, 2]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"'data/train' is no local file.*failed too: ConnectionError: Couldn't reach"):
+    with pytest.raises(DataError, match=r"'data/train' is not a local.*failed too: ConnectionError: Couldn't reach"):
         resolve_source("data/train", fetcher=fetcher)
     assert waits == [1, 2], "nobody answers who must not be asked"
 
@@ -155,7 +155,7 @@ def test_failures_that_datasets_calls_a_missing_file(monkeypatch, code, attempts
             raise FileNotFoundError("Couldn't find any data file") from None
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
-    with pytest.raises(DataError, match=rf"'x/y' is no local file.*StatusError: status {code}"):
+    with pytest.raises(DataError, match=rf"'x/y' is not a local file.*StatusError: status {code}"):
         resolve_source("x/y", fetcher=Fetcher(RetryPolicy(retries=2), sleep=waits.append))
     assert (len(asked), len(waits)) == (attempts, attempts - 1)
 
@@ -290,7 +290,7 @@ def test_corrupt_gzip(archive):
     directory, content = archive
     middle = len(content) // 2
     (directory / "c.json.gz").write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
-    with pytest.raises(DataError, match=r"c\.json\.gz after \d+ lines: .*fetched again"):
+    with pytest.raises(DataError, match=r"c\.json\.gz after \d+ lines: .*must be replaced"):
         contents(str(directory / "c.json.gz"))
 
 
@@ -310,7 +310,7 @@ def test_wrong_checksum_and_not_gzip_at_all(archive):
 
 
 def test_vanished_shard(tmp_path):
-    with pytest.raises(DataError, match=r"gone\.json is not there"):
+    with pytest.raises(DataError, match=r"gone\.json does not exist"):
         contents(str(tmp_path / "gone.json"))
 
 

@@ -301,7 +301,7 @@ def test_another_tokenizer_or_field_is_refused(text, prepared, tmp_path, monkeyp
     monkeypatch.setattr(NumberTokenizer, "fingerprint", "another")
     with pytest.raises(ConfigError, match="0123456789abcdef"):
         make_loaders(data_config(), prepared, 1)
-    with pytest.raises(ConfigError, match="another tokenizer"):
+    with pytest.raises(ConfigError, match="length limit or tokenizer"):
         prepare(text, tmp_path / "tokens")
 
 
@@ -317,11 +317,11 @@ def test_misuse_is_refused(text, prepared, tmp_path):
     with pytest.raises(DataError, match="only source"):
         resolve_source([text[0], str(tmp_path / "tokens")])
     for entry in ("tokens/*", "tokens/00000.tokens"):
-        with pytest.raises(DataError, match=r"is a file of token shards; name their directory .*/tokens alone in"):
+        with pytest.raises(DataError, match=r"token shards; set data\.source to their directory .*/tokens alone"):
             resolve_source(str(tmp_path / entry))
     with pytest.raises(DataError, match=r"more than data\.max_bad_fraction=0\.01"):
         prepare_tokens(text, tmp_path / "bad", Path("unused"))
-    with tokens_module._claimed(tmp_path / "tokens"), pytest.raises(ConfigError, match="another process"):
+    with tokens_module._locked_directory(tmp_path / "tokens"), pytest.raises(ConfigError, match="another process"):
         prepare(text, tmp_path / "tokens")
 
 
