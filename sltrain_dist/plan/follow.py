@@ -147,7 +147,7 @@ class Follower:
 
     def _module_begins(self, what: Literal["forward", "recomputation", "backward"], name: str) -> None:
         where = name.removeprefix("model.").replace("layers.", "layer ").replace(".", ", ")
-        where += ", computed again" if what == "recomputation" else ""
+        where += ", recomputed" if what == "recomputation" else ""
         where = where if self._passes == 1 else f"pass {self._pass}, {where}"
         self.log.begin(("forward" if what == "forward" else "backward", where))
 

@@ -36,7 +36,7 @@ def reference_estimate(config: Config) -> Estimate:
     return Estimate(
         timeline=tuple(update.points()),
         reserved_bytes=0,  # the paper's figures are of allocated tensors
-        parameters=update.held.total_values,
+        parameters=update.holdings.total_values,
         flops_per_token=update.flops_per_token,
         comm_bytes_per_update=0,
         relative_error=RELATIVE_ERROR,
@@ -82,8 +82,8 @@ class _Update(Timeline):
 
     def points(self) -> list[Point]:
         """See :class:`Timeline`; the published code's step, and nothing of a save or an evaluation."""
-        self.hold_parameters()
-        self.hold_more()
+        self.allocate_parameters()
+        self.allocate_states_and_gradients()
         self.init()
         self.add("batch", self.batch_bytes(self.tokens))
         self.forward()
@@ -94,16 +94,16 @@ class _Update(Timeline):
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations, without those of GaLore's SVD."""
-        update = sum(item.count * self._update_of(item).flops for item in self.held.items)
+        update = sum(item.count * self._update_of(item).flops for item in self.holdings.items)
         return (self.passes * self.model.flops + update) // (self.passes * self.tokens)
 
-    def hold_more(self) -> None:
+    def allocate_states_and_gradients(self) -> None:
         """States, and gradients that wait for the last micro-batch."""
-        for item in self.held.items:
+        for item in self.holdings.items:
             for component in ("states", "states.projectors"):
                 self.add(component, item.count * self._update_of(item).sizes[component])
         if self.passes > 1:
-            self.add("gradients", self.held.total_values * self.width)
+            self.add("gradients", self.holdings.total_values * self.width)
 
     def batch_bytes(self, tokens: int) -> int:
         """Bytes of token ids, labels and padding mask, in int64."""
@@ -118,10 +118,10 @@ class _Update(Timeline):
         if self.config.optim.update == "per_layer":
             return
         if self.config.optim.state_bits == 16 and self.config.reparam.method != "galore":  # torch's multi-tensor step
-            taken = sum(item.count * self.step_bytes(item) for item in self.held.items)
+            taken = sum(item.count * self.step_bytes(item) for item in self.holdings.items)
         else:
-            taken = max(map(self.step_bytes, self.held.items))
-        self.point("update", "step of the optimizer", {"temporaries.update": taken})
+            taken = max(map(self.step_bytes, self.holdings.items))
+        self.point("update", "optimizer step", {"temporaries.update": taken})
 
     def _update_of(self, item: Holding) -> Recording:
         sections = {"reparam": only_memory(self.config.reparam), "optim": only_memory(self.config.optim)}
