@@ -24,7 +24,7 @@ def main() -> int:
         stream.reconfigure(errors="replace")  # the help has characters that ASCII and Latin-1 lack
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that override the file's")
     parser.add_argument("--print-run-dir", action="store_true", help="only print where exit.json will be")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher
     arguments = parser.parse_intermixed_args()

@@ -202,7 +202,7 @@ def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tup
 def by_itself() -> Iterator[None]:
     """Isolates a recording from torch's global state: autocast, gradient mode and attention kernels."""
     enabled = torch.is_autocast_enabled("cpu")
-    # autocast(enabled=False) does not do: inside it, autocast's cache is not cleared where training clears it.
+    # autocast(enabled=False) would not do: inside it, autocast's cache is not cleared where training clears it.
     depth = torch.autocast_increment_nesting() - 1
     for _ in range(depth + 1):
         torch.autocast_decrement_nesting()

@@ -1,6 +1,6 @@
 """A cache of recordings in memory and on disk, which makes missing ones (no torch unless one is missing).
 
-A file is named by the hash of the recorded sources, torch's version, and the settings that the recording depends on.
+A file is found by a hash of the recorded sources, torch's version, and the settings that the recording depends on.
 A recording whose file is damaged or unreadable is made again. If files cannot be written, recordings are cached in this
 process only, and :data:`problems` says why.
 """
@@ -89,7 +89,7 @@ class Request:
 
 _found: dict[Request, Recording] = {}
 _recording_lock = threading.Lock()
-"""Lets one thread record at a time, because a GPU is emulated in the whole process."""
+"""Lock that lets one thread record at a time, because a GPU is emulated in the whole process."""
 
 
 def record_missing(requests: Iterable[Request], workers: int, report: Callable[[int, int], None]) -> None:
@@ -230,7 +230,7 @@ def directory() -> Path:
 
 
 def _version() -> str:
-    """Returns a hash of all sources and of torch's version, which changes whenever a recording may."""
+    """Returns a hash of the recorded sources and torch's version, which changes whenever a recording may change."""
     root = Path(sltrain_dist.__file__).parent
     digest = hashlib.sha256(importlib.metadata.version("torch").encode())
     for path in sorted(_source_files(root)):

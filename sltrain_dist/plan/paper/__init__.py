@@ -1,1 +1,1 @@
-"""The paper: its accounting, and its published code."""
+"""The memory of the paper: its accounting, and an emulation of its published code."""
