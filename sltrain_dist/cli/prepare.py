@@ -41,8 +41,7 @@ def prepare_text(
         float, typer.Option(min=0, max=0.5, help="Share of the documents that is held out.")
     ] = 0.01,
     txt_unit: Annotated[
-        TxtUnit,
-        typer.Option(help="What a document is in a text file: the whole file, or the lines between blank lines."),
+        TxtUnit, typer.Option(help="Unit of a text file that is a document: all of it, or lines between blank lines.")
     ] = TxtUnit.file,
     text_field: TextFieldOption = "text",
     unwrap: Annotated[
@@ -108,9 +107,7 @@ def prepare_tokens(
     max_document_bytes: MaxDocumentBytesOption = MAX_DOCUMENT_BYTES,
     subset: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
-    max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest accepted share of unusable documents.")
-    ] = 0.01,
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Largest share of unusable documents.")] = 0.01,
     processes: Annotated[int, typer.Option(min=1, help="Number of shards to make in parallel.")] = 1,
 ) -> None:
     """Makes token shards, for data.source, from the documents of --input, which is written like data.source.

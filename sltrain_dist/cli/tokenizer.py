@@ -30,9 +30,7 @@ def train_tokenizer(
     inputs: InputOption = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32_000,
     model_type: Annotated[ModelType, typer.Option(help="unigram like T5's, or bpe like LLaMA's.")] = ModelType.unigram,
-    sample_bytes: Annotated[
-        int, typer.Option(min=1, help="Bytes of text to train on, sampled from the whole input.")
-    ] = 20_000_000,
+    sample_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text to sample and train on.")] = 20_000_000,
     character_coverage: Annotated[
         float, typer.Option(min=0.9, max=1, help="Share of the text's characters that get pieces of their own.")
     ] = 0.9995,

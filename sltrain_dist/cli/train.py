@@ -17,9 +17,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="section.key=value", help="Values that override the file's.")
     ] = None,
-    print_run_dir: Annotated[
-        bool, typer.Option("--print-run-dir", help="Only print the directory of exit.json.")
-    ] = False,
+    print_run_dir: Annotated[bool, typer.Option("--print-run-dir", help="Only print where exit.json will be.")] = False,
 ) -> None:
     """Pretrains a model, as launch/pretrain.py does.
 

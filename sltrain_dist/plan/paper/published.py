@@ -57,9 +57,9 @@ def as_published(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
         layer.support.register_buffer("positions", torch.empty(layer.V.shape, dtype=torch.int64))  # as torch.randperm's
         layer.scaled = _Scaled(layer.scale)
     if config.train.activation_checkpointing == "full":
-        for layer in model.model.layers:
+        for decoder in model.model.layers:
             # Reentrant, as Hugging Face's gradient_checkpointing was. Nothing in a layer is random.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=True, preserve_rng_state=False)
+            decoder.forward = partial(checkpoint, decoder.forward, use_reentrant=True, preserve_rng_state=False)
     return model
 
 
