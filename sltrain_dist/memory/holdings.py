@@ -20,7 +20,7 @@ Sharding = Literal["nothing", "factors", "all"]
 
 @dataclass(frozen=True)
 class Holding:
-    """The part of equal parameters that the rank with the most memory stores.
+    """The part of equal parameters that is stored by the rank that needs the most memory.
 
     Attributes:
         parameter: One of the parameters.
@@ -105,7 +105,7 @@ class Holdings:
         }
 
     def on_device(self, *, with_sharded: bool) -> tuple[Holding, ...]:
-        """Returns the parts that are on the device; sharded parameters may be on the host instead."""
+        """Returns the parts that are on the device; sharded parameters may be offloaded, and are then left out."""
         return tuple(item for item in self.items if with_sharded or not item.sharded)
 
     def stored_bytes(self, width: int, *, with_sharded: bool) -> dict[str, int]:
@@ -116,8 +116,8 @@ class Holdings:
             sums[item.parameter.component] += item.count * each
         return sums
 
-    def waiting_values(self, *, whole: bool, with_sharded: bool) -> int:
-        """Returns the values of gradients between two micro-batches; `whole`: they are reduced only after the last."""
+    def accumulated_values(self, *, whole: bool, with_sharded: bool) -> int:
+        """Returns the number of gradient values between two micro-batches; `whole`: they are reduced after the last."""
         items = self.on_device(with_sharded=with_sharded)
         return sum(item.count * (item.parameter.values if whole else item.values) for item in items)
 

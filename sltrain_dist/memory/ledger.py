@@ -1,4 +1,4 @@
-"""Plays recordings (no torch): adds up what they allocate and free, for a given handling of the gradients."""
+"""The player of recordings (no torch): adds up what they allocate and free, for a given handling of gradients."""
 
 from __future__ import annotations
 

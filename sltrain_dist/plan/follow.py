@@ -1,4 +1,4 @@
-"""Follows the live bytes of a training run, which uses the real model, engine, optimizer and training step.
+"""The live bytes of a short training run with the real model, engine, optimizer and training step.
 
 This works on real and on fake tensors; :class:`sltrain_dist.memory.events.EventLog` finds the component of each byte.
 Private parts of torch that allocate memory are patched, because they have no hooks.

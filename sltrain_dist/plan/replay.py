@@ -62,9 +62,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType 
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank} is outside 0 … ranks − 1 = {ranks - 1}")
     if dist.is_initialized():
-        raise RuntimeError(
-            "a replay creates a process group, but this process already has one; replay in another process"
-        )
+        raise RuntimeError("a replay creates a process group, but this process already has one; use a new process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     model = build_meta_model(eager)

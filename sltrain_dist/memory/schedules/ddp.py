@@ -103,8 +103,8 @@ class Timeline:
         if self.passes > 1:
             # Gradients accumulated unsharded are on the device, even if their shards will be offloaded.
             whole = self.accumulates_whole
-            waiting = self.holdings.waiting_values(whole=whole, with_sharded=on_device or whole)
-            self.add("gradients", waiting * self.width)
+            accumulated = self.holdings.accumulated_values(whole=whole, with_sharded=on_device or whole)
+            self.add("gradients", accumulated * self.width)
         self.add("temporaries.scalars", self.scalar_bytes())
         if optim.state_bits in BLOCKS:
             self.add("temporaries.levels", 2 * (_LEVELS_BYTES + 8 * 2**optim.state_bits))

@@ -1,1 +1,1 @@
-"""The memory of the paper: its accounting, and an emulation of its published code."""
+"""The paper's accounting of memory, and an emulation of its published code."""

@@ -1,8 +1,9 @@
 """The memory of the published code, which predicts the paper's *measured* Figure 3 (no torch if all is recorded).
 
 The code that the authors published with arXiv 2406.02214 builds on that of GaLore (arXiv 2403.03507). Its algorithm is
-in plan/paper/published.py; it is recorded and played like our own, on one GPU in bf16. Two things cannot be recorded:
-the 8-bit Adam of bitsandbytes allocates nothing in a step, and cuSOLVER's undocumented workspace is left out.
+in plan/paper/published.py; it is recorded and played like our own, on one GPU in bf16. Two things cannot be recorded
+and are assumed: the 8-bit Adam of bitsandbytes allocates nothing in a step, and cuSOLVER's undocumented workspace is
+left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RELATIVE_ERROR = 0.1
 def reference_estimate(config: Config) -> Estimate:
     """Estimates the memory of the published code for a configuration, on one GPU.
 
-    Supported methods are sltrain, and full and galore with 16- or 8-bit states and whole or per-layer updates.
+    Supported methods: full and galore (with or without 8-bit states, per layer or not) and sltrain.
     `train.micro_batch`, `data.seq_len` and full activation checkpointing have an effect; engine and paths, which are
     settings of this code only, do not. Gradients are accumulated only with whole updates, because per-layer updates of
     the published code step at every micro-batch.

@@ -1,4 +1,4 @@
-"""Renders the planner's HTML page from the template page.html.j2 (no torch)."""
+"""The planner's HTML page, rendered from the template page.html.j2 (no torch)."""
 
 from __future__ import annotations
 

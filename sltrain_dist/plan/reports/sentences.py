@@ -66,7 +66,7 @@ def fact_sentences(planned: PlannedRun) -> Iterator[str]:
     )
     if planned.assumed:
         settings = _overrides(planned.assumed)
-        yield f"With one rank, the plan is for {settings} whatever the file says: add it to the training command."
+        yield f"With one rank, the plan is for {settings}, whatever the file says: add it to the training command."
 
 
 def verdict(planned: PlannedRun) -> tuple[Literal["good", "warn", "bad"], str]:

@@ -1,4 +1,4 @@
-"""Prints the planner's results as tables and sentences to the terminal (no torch)."""
+"""The planner's results, printed to the terminal as tables and sentences (no torch)."""
 
 from __future__ import annotations
 

@@ -86,13 +86,13 @@ def _pass_seconds(config: Config) -> float:
     copies = rates.copy * tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
-        layer, launches = linears + 3.5 * attention + 3 * copies, 1.0
+        cost, launches = linears + 3.5 * attention + 3 * copies, 1.0
         if train.is_recomputed(index):  # another forward pass, a third of both passes
-            layer += copies
-            layer += 0 if train.keeps_products else linears / 3
-            layer += 0 if train.keeps_attention else attention
+            cost += copies
+            cost += 0 if train.keeps_products else linears / 3
+            cost += 0 if train.keeps_attention else attention
             launches += 1 / 3
-        total += max(layer * unit, launches * KERNELS_PER_LAYER * LAUNCH_S)
+        total += max(cost * unit, launches * KERNELS_PER_LAYER * LAUNCH_S)
     return total
 
 
