@@ -3,10 +3,9 @@
 
     python tools/bench_data.py --input 'data/*.json.gz' --tokenizer t5.model --json
 
-All make rows of the same text with the same (unigram) SentencePiece model. Tokens are those of the rows,
-padding not counted. Seconds are of the processor, over all processes, the start of a worker included;
-repetitions take turns, and medians are reported. Each repetition reads about `--megabytes` of text (prepared:
-`--epochs` times).
+All of them make rows from the same text with the same (unigram) SentencePiece model. Tokens are counted without
+padding. Seconds are processor time of all processes, including the start of a worker; repetitions take turns, and
+medians are reported. Each repetition reads about `--megabytes` of text (prepared: `--epochs` times).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, as everything here
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # all pipelines use one thread
 
 import datasets
 import numpy as np
@@ -44,21 +43,21 @@ from sltrain_dist.streams import replace_unprintable
 
 GLOBAL_BATCH = 64
 PLAIN_BATCH = 1000
-"""Documents that `datasets` maps together: its default."""
+"""Number of documents that `datasets` maps together (its default)."""
 
 
 class Cost(NamedTuple):
-    """What one repetition took."""
+    """Tokens, time and memory of one repetition."""
 
     tokens: int
     cpu_s: float
     wall_s: float
     worker_bytes: int = 0
-    """Largest resident memory of a worker."""
+    """Peak resident memory of a worker."""
 
 
-def cut(inputs: str, text_field: str, num_bytes: int, num_shards: int, directory: Path) -> list[str]:
-    """Deals the first `num_bytes` of usable text to shards of gzipped JSON lines."""
+def make_shards(inputs: str, text_field: str, num_bytes: int, num_shards: int, directory: Path) -> list[str]:
+    """Distributes the first `num_bytes` of usable text over shards of gzipped JSON lines; returns their paths."""
     paths = [directory / f"text.{number:05d}.json.gz" for number in range(num_shards)]
     size = count = 0
     with ExitStack() as stack:
@@ -77,19 +76,19 @@ def cut(inputs: str, text_field: str, num_bytes: int, num_shards: int, directory
 
 
 def fast_tokenizer(model: Path, directory: Path) -> Any:
-    """transformers' T5 conversion of a unigram SentencePiece model."""
+    """Converts a unigram SentencePiece model to the fast T5 tokenizer of transformers."""
     shutil.copy(model, directory / "spiece.model")
     return transformers.T5TokenizerFast.from_pretrained(directory, extra_ids=0, model_max_length=int(1e9))
 
 
 def plain_rows(shards: list[str], tokenizer: Any, batching: str, seq_len: int) -> Iterator[np.ndarray]:
-    """Rows of the usual pipeline, as NumPy arrays of shape (rows, seq_len), −1 for padding."""
+    """Yields the rows of the `datasets` pipeline as arrays of shape (rows, seq_len), with −1 for padding."""
 
     def pad(batch: dict[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(batch["text"], max_length=seq_len, truncation=True, padding="max_length"))
 
     def pack(batch: dict[str, list[str]]) -> dict[str, Any]:
-        ids = tokenizer(batch["text"])["input_ids"]  # eos is added
+        ids = tokenizer(batch["text"])["input_ids"]  # with the eos token
         joined = [token for document in ids for token in document]
         whole = len(joined) // seq_len * seq_len
         return {"input_ids": [joined[i : i + seq_len] for i in range(0, whole, seq_len)]}
@@ -105,14 +104,14 @@ def plain_rows(shards: list[str], tokenizer: Any, batching: str, seq_len: int) -
 
 
 def run_plain(shards: list[str], tokenizer: Any, batching: str, seq_len: int) -> Cost:
-    """One epoch of the usual pipeline, in this process."""
+    """Runs one epoch of the `datasets` pipeline in this process."""
     cpu, wall = time.process_time(), time.perf_counter()
     tokens = sum(int(np.count_nonzero(rows >= 0)) for rows in plain_rows(shards, tokenizer, batching, seq_len))
     return Cost(tokens, time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def run_ours(shards: list[str], tokenizer: Path, data: DataConfig, updates: int) -> Cost:
-    """Some updates of our loader; with a worker, its start (of Python) is counted too."""
+    """Runs some updates of our loader; with a worker, the time includes the start of its process."""
     children = _children_s()
     cpu, wall = time.process_time(), time.perf_counter()
     loader = TrainLoader(
@@ -136,14 +135,14 @@ def _peak_resident(pid: int) -> int:
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """All pipelines, interleaved."""
-    shards = cut(args.input, args.text_field, int(args.megabytes * 1e6), args.shards, directory)
+    """Runs all pipelines in turns and returns the report."""
+    shards = make_shards(args.input, args.text_field, int(args.megabytes * 1e6), args.shards, directory)
     ours = Tokenizer(args.tokenizer)
     (directory / "hf").mkdir()
     fast = fast_tokenizer(args.tokenizer, directory / "hf")
     texts = [str(parse(line, "text")) for shard in shards for _, line in read_documents(shard, "text")]
-    mine, theirs = ours.encode(texts), fast(texts, add_special_tokens=False)["input_ids"]
-    equal = sum(one.tolist() == other for one, other in zip(mine, theirs, strict=True))
+    ours_ids, fast_ids = ours.encode(texts), fast(texts, add_special_tokens=False)["input_ids"]
+    equal = sum(one.tolist() == other for one, other in zip(ours_ids, fast_ids, strict=True))
     start = time.process_time()
     manifest = prepare_tokens(shards, directory / "tokens", args.tokenizer)
     prepare_s = time.process_time() - start
@@ -172,7 +171,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         for _ in range(args.repeats):
             for name, run in runs.items():
                 costs[name].append(run())
-        results = {name: summarise(some) for name, some in costs.items()}
+        results = {name: summarise(repetitions) for name, repetitions in costs.items()}
         for result in results.values():
             result["ratio"] = result["tokens_per_cpu_s"] / results["plain"]["tokens_per_cpu_s"]
         report["batching"][batching] = results
@@ -180,7 +179,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def summarise(costs: list[Cost]) -> dict[str, float]:
-    """Medians of the repetitions."""
+    """Returns the medians of the repetitions."""
     result = {
         "tokens": costs[0].tokens,
         "tokens_per_cpu_s": statistics.median(cost.tokens / cost.cpu_s for cost in costs),
@@ -198,10 +197,10 @@ def main() -> None:
     parser.add_argument("--input", required=True, help="JSON lines: a file, directory or glob")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a unigram SentencePiece model, such as T5's")
     parser.add_argument("--text-field", default="text")
-    parser.add_argument("--megabytes", type=float, default=8, help="text to read")
-    parser.add_argument("--shards", type=positive, default=8, help="files that the text is dealt to, one a stream")
+    parser.add_argument("--megabytes", type=float, default=8, help="amount of text to read")
+    parser.add_argument("--shards", type=positive, default=8, help="files to distribute the text over, one per stream")
     parser.add_argument("--seq-len", type=positive, default=256)
-    parser.add_argument("--epochs", type=positive, default=20, help="times that the prepared shards are read")
+    parser.add_argument("--epochs", type=positive, default=20, help="number of times that the prepared shards are read")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

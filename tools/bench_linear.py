@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Times the linear layers of a decoder block, forward and backward: ours, the published algorithm, nn.Linear.
+"""Times the linear layers of a decoder layer, forward and backward: ours, the published algorithm, nn.Linear.
 
     python tools/bench_linear.py --shapes 1b --dtype bf16 --tokens 2048
 
-Layers that share an input (q, k, v; gate, up) are run together by every method. Times are medians of
-interleaved repetitions; ratios are to nn.Linear in the same run, and lower is better.
+Every method runs layers that share an input (q, k, v; gate, up) together. Times are medians of interleaved
+repetitions; ratios are to nn.Linear in the same run, and lower is better.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PublishedFunction(torch.autograd.Function):
 
 
 class Published(nn.Module):
-    """A layer with the published algorithm, made from one of ours."""
+    """A linear layer with the published algorithm, made from one of our layers."""
 
     def __init__(self, layer: SLLinear) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Group:
 
 
 def groups_of(preset: str) -> tuple[list[Group], int, float, float]:
-    """(groups of one decoder block, rank, density, alpha) of a preset."""
+    """Returns (groups of one decoder layer, rank, density, alpha) of a preset."""
     config = build_config({"preset": f"llama_{preset}"})
     shapes = {shape.name.rpartition(".")[2].removesuffix("_proj"): shape for shape in block_linears(config.model)}
     groups = [Group(names, shapes[names[0]].m, shapes[names[0]].n) for names in GROUPS]
@@ -93,13 +93,13 @@ def groups_of(preset: str) -> tuple[list[Group], int, float, float]:
 
 
 def make_layers(method: str, group: Group, rank: int, density: float, alpha: float, **to: Any) -> list[nn.Module]:
-    """The layers of a group by one method."""
+    """Makes the layers of a group for one method."""
     if method == "dense":
         return [nn.Linear(group.n, group.m, bias=False, **to) for _ in group.names]
     support, path = METHODS.get(method, ("random", "materialize"))
     layers = []
     for name in group.names:
-        key = {"name": f"x.{name}", "seed": 0}  # of one seed, so that blocks permutes their common input once
+        key = {"name": f"x.{name}", "seed": 0}  # the same seed, so that blocks permutes the shared input once
         layer = SLLinear(group.n, group.m, rank, density, alpha, support=support, path=path, **key, **to)
         nn.init.normal_(layer.B, std=0.02)
         layers.append(Published(layer) if method == "published" else layer)
@@ -107,10 +107,10 @@ def make_layers(method: str, group: Group, rank: int, density: float, alpha: flo
 
 
 def measure(group: Group, methods: Sequence[str], rank: int, density: float, alpha: float, args: Any) -> list[dict]:
-    """Times and memory of all methods on one group."""
+    """Returns times and memory of all methods on one group."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     x = torch.randn(args.tokens, group.n, device=device).to(dtype)
-    gs = [torch.randn(args.tokens, group.m, device=device).to(dtype) for _ in group.names]
+    output_grads = [torch.randn(args.tokens, group.m, device=device).to(dtype) for _ in group.names]
 
     def forward(layers: list[nn.Module]) -> list[Tensor]:
         return apply_shared(layers, x.detach().requires_grad_())
@@ -119,7 +119,7 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
         def run() -> None:
             for layer in layers:
                 layer.zero_grad()
-            torch.autograd.backward(forward(layers), gs)
+            torch.autograd.backward(forward(layers), output_grads)
 
         return run
 
@@ -157,19 +157,19 @@ def main() -> None:
     parser.add_argument("--shapes", type=some_of(sizes()), default="1b", help="presets, by comma: 60m,130m,350m,1b,7b")
     methods = ("dense", "published", *METHODS)
     parser.add_argument(
-        "--methods", type=some_of(methods), default=methods, help="by comma, beside dense; default: all"
+        "--methods", type=some_of(methods), default=methods, help="comma-separated, in addition to dense; default: all"
     )
     parser.add_argument("--rank", type=positive, default=None, help="instead of the preset's")
     parser.add_argument("--repeats", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=None)
-    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
         keep_freed_memory()  # as in training
-    methods = list(dict.fromkeys(["dense", *args.methods]))  # ratios are to dense
+    methods = list(dict.fromkeys(["dense", *args.methods]))  # ratios are relative to dense
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "load": os.getloadavg()[0], "clock": "cpu" if args.cpu_time else "wall",
@@ -206,7 +206,7 @@ def print_preset(preset: str, report: dict[str, Any], methods: Sequence[str]) ->
         times.append([method, *(f"{c['seconds'] * 1e3:.1f} ({c['ratio']:.2f})" for c in cells)])
         times[-1].append(f"{total['seconds'] * 1e3:.1f} (**{total['ratio']:.2f}**)")
         memory.append([method, *(f"{c['peak_bytes'] / 1e6:.0f} / {c['saved_bytes'] / 1e6:.0f}" for c in cells)])
-    print(table(["ms (ratio)", *groups, "block"], times))
+    print(table(["ms (ratio)", *groups, "layer"], times))
     print("\n" + table(["MB: peak / saved", *groups], memory))
 
 

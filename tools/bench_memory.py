@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Peak memory of real training steps, by configuration and category.
+"""Measures the peak memory of real training steps, by configuration and category.
 
     python tools/bench_memory.py --preset 7b --fake           # on fake tensors: nothing is allocated, any size
     python tools/bench_memory.py --preset 60m --device cuda   # from CUDA's allocator
 
-The model, its engine (one process) and optimizer are those that train; what is measured is an update beside whose
-forward and backward pass the optimizer's states are there. On the CPU and on fake tensors the
-peak is that of the bytes of live tensor storages, as a dispatch mode sees them come and go: scratch memory inside of
-kernels, the allocator's rounding and the device's context are not in it. Fake tensors stand for a GPU's: the model
-takes the paths that it takes on CUDA (numerics/device.py), so that on the CPU other bytes are measured.
+The model, its engine (one process) and optimizer are the real ones; the second update is measured, in which the
+optimizer states are allocated from the start. On the CPU and on fake tensors, the peak is that of live tensor storages,
+as a dispatch mode sees them: scratch memory inside kernels, the allocator's rounding and the device's context are not
+counted. On fake tensors the model takes the routes of CUDA (numerics/device.py), so the bytes differ from the CPU's.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from sltrain_dist.train.step import forward_backward
 
 @dataclass(frozen=True)
 class Peak:
-    """The most bytes that were live at a time, and what they were."""
+    """The peak of live bytes, by category."""
 
     total: int
     parameters: int
@@ -51,35 +50,35 @@ class Peak:
 
     @staticmethod
     def of(point: Point) -> Peak:
-        """From a moment of a timeline."""
+        """Makes a peak from a moment of a timeline."""
         groups = point.groups()
         kinds = (("factors", "sparse_values", "dense"), ("gradients",), ("states", "master_weights"))
         return Peak(point.total, *(sum(groups.get(group, 0) for group in kind) for kind in kinds))
 
 
 def live_peak(config: Config, *, fake: bool) -> Peak:
-    """Peak of live bytes in the second update."""
+    """Returns the peak of live bytes in the second update."""
     points = replay(config).timeline if fake else follow(config, Environment(0, 1, 0, torch.device("cpu")))
     return Peak.of(max((point for point in points if point.phase not in ("init", "save")), key=lambda p: p.total))
 
 
 def cuda_peak(config: Config) -> Peak:
-    """Peak of the CUDA allocator in the second update; categories as they are before it."""
+    """Returns the peak of the CUDA allocator in the second update; the categories are measured before clipping."""
     engine = start_engine(config, Environment(0, 1, 0, torch.device("cuda")))
     rows = made_up_rows(config, 0, config.train.global_batch)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         engine.begin_update(config.optim.lr, 1.0)
         forward_backward(engine, rows, config.train.micro_batch, Environment(0, 1, 0, torch.device("cuda")))
-        held = engine.tensors()
+        tensors = engine.tensors()
         engine.clip_gradients()
         engine.update()
-    sizes = (storage_bytes(held[kind]) for kind in ("parameters", "gradients", "states"))
+    sizes = (storage_bytes(tensors[kind]) for kind in ("parameters", "gradients", "states"))
     return Peak(torch.cuda.max_memory_allocated(), *sizes)
 
 
 def configurations(args: argparse.Namespace) -> Iterator[tuple[str, Config]]:
-    """The rows of the table."""
+    """Yields the name and configuration of each row of the table."""
 
     def row(name: str, reparam: dict[str, Any], bits: int, update: str, **train: Any) -> tuple[str, Config]:
         values = {
@@ -116,11 +115,11 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=1, help="sequences")
     parser.add_argument("--seq-len", type=positive, default=256)
     supports = get_args(SupportKind)
-    parser.add_argument("--supports", type=some_of(supports), default=supports, help="by comma; default: all")
+    parser.add_argument("--supports", type=some_of(supports), default=supports, help="comma-separated; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.fake and args.device == "cuda":
-        parser.error("--fake needs no device; leave --device out")
+        parser.error("--fake needs no device; leave out --device")
     rows = []
     for name, config in configurations(args):
         peak = cuda_peak(config) if args.device == "cuda" else live_peak(config, fake=args.fake)
@@ -137,7 +136,7 @@ def main() -> None:
 
 
 def parts(peak: Peak) -> dict[str, int]:
-    """What an engine's tensors take of a peak."""
+    """Returns the bytes of an engine's tensors at a peak."""
     return {f"{kind}_bytes": getattr(peak, kind) for kind in ("parameters", "gradients", "states")}
 
 

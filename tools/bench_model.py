@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times whole models, forward, backward and update: tokens/s against the full-rank model of the same preset.
+"""Times whole models, forward, backward and update: tokens/s relative to the full-rank model of the same preset.
 
     python tools/bench_model.py --preset 130m --dtype fp32 --micro-batch 8 --seq-len 256
 
@@ -35,7 +35,7 @@ METHODS = {
 
 
 def make_step(preset: str, method: str, args: argparse.Namespace) -> Callable[[], None]:
-    """A model with its optimizer, as a function that makes one update on fixed random tokens."""
+    """Returns a function that makes one update of a model on fixed random tokens."""
     config = build_config(
         {
             "preset": f"llama_{preset}",
@@ -68,16 +68,16 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=positive, default=8)
     parser.add_argument("--seq-len", type=positive, default=256)
     usual = "random auto,stratified auto,blocks auto"
-    parser.add_argument("--methods", type=some_of(METHODS), default=usual, help="by comma, beside full")
+    parser.add_argument("--methods", type=some_of(METHODS), default=usual, help="comma-separated, in addition to full")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, where others use the machine")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    methods = list(dict.fromkeys(["full", *args.methods]))  # speed-ups are over full
+    methods = list(dict.fromkeys(["full", *args.methods]))  # speed-ups are relative to full
     device = torch.device(args.device)
     if device.type == "cpu":
         keep_freed_memory()  # as in training

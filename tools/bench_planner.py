@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How far the planner is from replays of the training step on fake tensors, or from a GPU's allocator.
+"""Compares the planner with replays of the training step on fake tensors, or with a GPU's allocator.
 
     python tools/bench_planner.py --json                      # 200 configurations, drawn with a fixed seed
     python tools/bench_planner.py --sample 8 --max-layers 4   # a quick look
-    python tools/bench_planner.py --cuda                      # on one GPU, both of them against the allocator's peak
+    python tools/bench_planner.py --cuda                      # on one GPU: plan and replay against the allocator
     python tools/bench_planner.py --public                    # predictions of what others have measured
 
-Configurations are drawn at random over the presets and every setting that memory depends on, 1 to 64 ranks; what
-cannot be run is drawn again. Errors are shares of what is replayed, or measured. Replays of 7B take up to a minute
-each. `--rows` keeps what has been compared, so that the bench can go on where it was stopped.
+Configurations are drawn at random over the presets, every setting that memory depends on, and 1 to 64 ranks; those
+that cannot be run are drawn again. Errors are relative to the replayed or measured bytes. Replays of 7B take up to a
+minute each. `--rows` saves the results, so that an interrupted benchmark can be continued.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ LEVERS: dict[str, tuple[Any, ...]] = {
     "train.checkpoint_every": (2, 3),
     "train.loss_chunk_tokens": (None, None, 0, 256),
 }
-"""Settings and what they are drawn from; what stands there twice comes twice as often."""
+"""Values that each setting is drawn from; a value that is listed twice is drawn twice as often."""
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RANK_DIVISORS = (1, 2, 4)
-"""Of the preset's rank."""
+"""Divisors of the preset's rank."""
 ACCUMULATION = (1, 2, 4)
-"""Micro-batches of an update."""
+"""Numbers of micro-batches in an update."""
 
 
 def cases(seed: int, count: int, *, max_layers: int | None, on_one: bool) -> Iterator[dict[str, Any]]:
-    """Configurations as `build_config` takes them, with the number of ranks beside: always the same of a seed."""
+    """Yields the configurations of a seed, as arguments of `build_config`, with their numbers of ranks."""
     rng = random.Random(seed)
-    made = 0
-    while made < count:
+    num_cases = 0
+    while num_cases < count:
         preset = rng.choice(list(PRESETS))
         values: dict[str, Any] = {"preset": preset}
         for lever, choices in LEVERS.items():
@@ -91,19 +91,19 @@ def cases(seed: int, count: int, *, max_layers: int | None, on_one: bool) -> Ite
             values.setdefault(section, {})[field] = rng.choice(choices)
         values["reparam"]["rank"] = PRESETS[preset]["reparam"]["rank"] // rng.choice(RANK_DIVISORS)
         ranks = 1 if on_one else rng.choice(RANKS)
-        if on_one:  # fsdp on one rank would need a process group, and shards nothing
+        if on_one:  # fsdp would need a process group, and shards nothing on one rank
             values["parallel"]["engine"] = "ddp"
         passes = rng.choice(ACCUMULATION)
         values["train"]["global_batch"] = ranks * passes * values["train"]["micro_batch"]
         if max_layers is not None:
             values["model"] = {"num_layers": min(max_layers, PRESETS[preset]["model"]["num_layers"])}
-        if not _runs(values, ranks):
+        if not _can_run(values, ranks):
             continue
-        made += 1
+        num_cases += 1
         yield {"values": values, "ranks": ranks}
 
 
-def _runs(values: dict[str, Any], ranks: int) -> bool:
+def _can_run(values: dict[str, Any], ranks: int) -> bool:
     replicas = values["parallel"]["replicas"]
     if replicas > 1 and (ranks % replicas or ranks == replicas):
         return False
@@ -115,7 +115,7 @@ def _runs(values: dict[str, Any], ranks: int) -> bool:
 
 
 def compare(case: dict[str, Any]) -> dict[str, Any]:
-    """A plan against a replay: bytes of the peak and of each phase's, and by group at the peak."""
+    """Compares a plan with a replay: the peak, the peak of each phase, and the groups at the peak."""
     torch.set_num_threads(1)
     config, start = build_config(case["values"]), time.perf_counter()
     replayed = replay(config, case["ranks"])
@@ -137,7 +137,7 @@ def compare(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_on_gpu(case: dict[str, Any]) -> dict[str, Any] | None:
-    """Closed form and replay against the allocator; None where nothing was measured because it will not fit."""
+    """Compares plan and replay with the allocator; None if the run is not measured, because it will not fit."""
     config = build_config(case["values"])
     predicted = estimate(config)
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -162,7 +162,7 @@ def compare_on_gpu(case: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _step_peak(estimated: Estimate) -> Point:
-    """Without building and saving: what `cuda_peak` measures."""
+    """Returns the peak of a training step, without building and saving, as `cuda_peak` measures it."""
     return max((point for point in estimated.timeline if point.phase not in ("init", "save")), key=lambda p: p.total)
 
 
@@ -171,7 +171,7 @@ def _groups() -> tuple[str, ...]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and worst cases, of magnitudes."""
+    """Returns medians and worst cases of the errors' magnitudes."""
     measured = [row for row in rows if "error" in row]
     result = {"compared": len(measured), "peak": _spread([row["error"] for row in measured])}
     if any("replay_error" in row for row in measured):
@@ -195,7 +195,7 @@ def _spread(errors: list[float]) -> dict[str, float]:
 
 
 def run(todo: list[dict[str, Any]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows as they come; what `--rows` has already is not made again."""
+    """Yields rows as they are finished; rows that `--rows` already contains are not computed again."""
     known: dict[str, dict[str, Any]] = {}
     if args.rows is not None and args.rows.exists():
         lines = (json.loads(line) for line in args.rows.read_text().splitlines())
@@ -218,19 +218,19 @@ def _key(case: dict[str, Any]) -> str:
 def main() -> None:
     replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=positive, default=200, help="configurations")
+    parser.add_argument("--sample", type=positive, default=200, help="number of configurations")
     parser.add_argument("--seed", type=int, default=8)
-    parser.add_argument("--jobs", type=positive, default=1, help="processes")
-    parser.add_argument("--max-layers", type=positive, help="cut the models' depth, for speed")
-    parser.add_argument("--cuda", action="store_true", help="measure on the GPU of this machine, with one rank")
+    parser.add_argument("--jobs", type=positive, default=1, help="number of processes")
+    parser.add_argument("--max-layers", type=positive, help="limit the depth of the models, for speed")
+    parser.add_argument("--cuda", action="store_true", help="measure on this machine's GPU, with one rank")
     parser.add_argument(
         "--public", action="store_true", help="only predict the rows of docs/reports/public-measurements.csv"
     )
-    parser.add_argument("--rows", type=Path, help="file of JSON lines, one a configuration, to add to")
+    parser.add_argument("--rows", type=Path, help="file of JSON lines, one per configuration, to append to")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.cuda and not torch.cuda.is_available():
-        parser.error("--cuda needs a GPU, and torch finds none")
+        parser.error("--cuda needs a GPU, but torch finds none")
     if args.public:
         try:
             measured = read_measurements()
@@ -241,8 +241,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for row in run(list(cases(args.seed, args.sample, max_layers=args.max_layers, on_one=args.cuda)), args):
         rows.append(row)
-        shown = "out of memory" if "error" not in row else f"{row['error']:+.2%} of {row['bytes'] / 1e9:.2f} GB"
-        print(f"{len(rows)}: {row['values']['preset']}, {row['ranks']} ranks: {shown}", file=sys.stderr, flush=True)
+        outcome = "out of memory" if "error" not in row else f"{row['error']:+.2%} of {row['bytes'] / 1e9:.2f} GB"
+        print(f"{len(rows)}: {row['values']['preset']}, {row['ranks']} ranks: {outcome}", file=sys.stderr, flush=True)
     result = {"seed": args.seed, "torch": torch.__version__, **summary(rows)}
     if args.json:
         print(json.dumps({**result, "rows": rows}, indent=1))

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""Times training steps with per-layer updates against such with whole ones (docs/memory.md).
+"""Times training steps with per-layer updates against steps with whole updates (docs/memory.md).
 
     python tools/bench_updates.py --preset 60m --dtypes fp32 bf16 --state-bits 16 8 --threads 1
 
-Model, engine (one process) and optimizer are those that train. The two models of a pair are in memory together and
-take turns; the cost of per-layer updates is the median over the turns of the seconds of one step with them divided by
-those of one with whole updates, minus 1. On a machine that others use, the processor's seconds tell more than the
-clock's.
+Model, engine (one process) and optimizer are the real ones. The two models of a pair are in memory together and take
+turns. In each turn, the seconds of a step with per-layer updates are divided by those of a step with whole updates; the
+cost is the median of these ratios, minus 1. On a shared machine, processor time is more reliable than wall-clock time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ UPDATES = ("whole", "per_layer")
 
 
 def make_step(args: argparse.Namespace, dtype: str, state_bits: int, update: str) -> Callable[[], None]:
-    """A model in training, as a function that makes one update on fixed random tokens."""
+    """Returns a function that makes one training step of a model on fixed random tokens."""
     config = build_config(
         {
             "preset": f"llama_{args.preset}",
@@ -59,7 +58,7 @@ def make_step(args: argparse.Namespace, dtype: str, state_bits: int, update: str
 
 
 def compare(args: argparse.Namespace, dtype: str, state_bits: int) -> dict[str, Any]:
-    """One row of the report: medians of both kinds of updates, and of their ratio by turns."""
+    """Returns one row of the report: the medians of both kinds of updates, and of their ratio in each turn."""
     runs = {update: make_step(args, dtype, state_bits, update) for update in UPDATES}
     times = interleaved(runs, args.repeats, torch.device(args.device), warm_up=1)
     row: dict[str, Any] = {
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state-bits", nargs="+", type=int, default=[16, 8], choices=(32, 16, 8, 4))
     parser.add_argument("--micro-batch", type=positive, default=8)
     parser.add_argument("--seq-len", type=positive, default=128)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for no clipping")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
     parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

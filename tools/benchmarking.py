@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, bytes saved for backward."""
+"""Functions that the benchmarks share: interleaved timing, peak memory, bytes saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own; read when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler; read when torch is loaded
 
 import torch
 from torch import Tensor
@@ -24,40 +24,40 @@ Run = Callable[[], Any]
 
 
 def sizes() -> list[str]:
-    """The presets as benchmarks call them: 60m, 130m, …"""
+    """Returns the short names of the presets: 60m, 130m, …"""
     return [name.removeprefix("llama_") for name in presets.PRESETS]
 
 
 def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
-    """A type for argparse: names out of `choices`, by comma; each counts once."""
+    """Returns a type for argparse: a comma-separated list of `choices`, without duplicates."""
     known = list(choices)
 
     def parse(text: str) -> list[str]:
         names = list(dict.fromkeys(name.strip() for name in text.split(",")))
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise argparse.ArgumentTypeError(f"no such: {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
         return names
 
     return parse
 
 
 def positive(text: str) -> int:
-    """A type for argparse: a whole number above zero."""
+    """Parses a positive whole number, as a type for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number above 0")
     return int(text)
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a run took: by the clock, and of the processor, over all threads."""
+    """Duration of a run: wall-clock time, and processor time over all threads."""
 
     wall: float
     cpu: float
@@ -66,7 +66,7 @@ class Seconds:
 def interleaved(
     runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[Seconds]]:
-    """Seconds of every repetition of every run. Runs take turns, so that a slow spell of the machine hits all alike."""
+    """Times every repetition of every run. Runs take turns, so that slow periods of the machine affect all of them."""
     times: dict[str, list[Seconds]] = {name: [] for name in runs}
     for repetition in range(warm_up + repeats):
         for name, run in runs.items():
@@ -82,18 +82,18 @@ def interleaved(
 def median_times(
     runs: Mapping[str, Run], repeats: int, device: torch.device, warm_up: int = 1, *, cpu_time: bool = False
 ) -> dict[str, float]:
-    """Median seconds of every run, see :func:`interleaved`.
+    """Returns the median seconds of every run, see :func:`interleaved`.
 
-    With `cpu_time`, seconds are of the processor: for one thread on a machine that others use.
+    With `cpu_time` they are processor seconds, for single-threaded runs on a shared machine.
     """
     times = interleaved(runs, repeats, device, warm_up)
     return {name: statistics.median(s.cpu if cpu_time else s.wall for s in seconds) for name, seconds in times.items()}
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """Most bytes that torch has allocated at a time during the run, beyond those from before.
+    """Returns the peak bytes that torch allocates during the run, beyond those allocated before.
 
-    Scratch memory of the matrix libraries is not torch's, and not counted.
+    Scratch memory of the matrix libraries is not allocated by torch, and not counted.
     """
     activities = [ProfilerActivity.CPU]
     with _without_stderr(), profile(activities=activities, profile_memory=True) as profiler:
@@ -102,16 +102,16 @@ def peak_bytes(run: Run, device: torch.device) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     wanted = {"cpu": 0, "cuda": 1}[device.type]
     changes = [(e.start_ns(), e.nbytes()) for e in events if int(e.device_type().value) == wanted]
-    peak = held = 0
+    peak = allocated = 0
     for _, change in sorted(changes, key=lambda at_and_bytes: at_and_bytes[0]):
-        held += change
-        peak = max(peak, held)
+        allocated += change
+        peak = max(peak, allocated)
     return peak
 
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Hides what the profiler's library writes at every start and stop."""
+    """Hides the output that the profiler's library writes at every start and stop."""
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -123,7 +123,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def saved_bytes(run: Run, parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run`, the parameters themselves left out."""
+    """Returns the bytes that autograd saves for the backward pass of `run`, without those of the parameters."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
     saved: dict[int, int] = {}
 
@@ -133,12 +133,12 @@ def saved_bytes(run: Run, parameters: list[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    del kept
+        output = run()
+    del output
     return sum(size for pointer, size in saved.items() if pointer not in known)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Formats a table in Markdown."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Trains a small model with optimizer states of several widths, over several seeds, and compares the validation losses
-with those of 32 bits.
+"""Trains a small model with optimizer states of several widths over several seeds, and compares the validation losses
+with those of 32-bit states.
 
     python tools/compare_states.py --out runs/compare_states
     python tools/compare_states.py --bits 4 --seeds 0 -- train.dtype=bf16 data.source=c4.json.gz
 
-What follows "--" is set in every run. A seed sets the initial values, the supports and the order of documents.
-Controls are runs with 32 bits that ought to end where the reference does, and show how far two runs are apart by
-themselves: `lr` has a learning rate 0.1 % higher, `rounding` sums gradients in another order (two micro-batches an
+Overrides after "--" apply to every run. A seed determines the initial values, the supports and the order of documents.
+Controls are runs with 32-bit states that should end with the loss of the reference, and show how far two such runs
+differ anyway: `lr` has a learning rate 0.1 % higher, `rounding` sums gradients in another order (two micro-batches an
 update). A difference that is not well above theirs says nothing about the states.
 """
 
@@ -42,28 +42,28 @@ REFERENCE = "32"
 CONTROLS = ("lr", "rounding")
 
 Losses = dict[tuple[str, int], tuple[float, float]]
-"""Validation losses before the first and after the last update, in nats a token, by variant and seed."""
+"""Validation losses before the first and after the last update, in nats per token, by variant and seed."""
 
 
 def overrides_of(variant: str, config: Config) -> list[str]:
-    """What a variant sets: a control's name, or bits."""
+    """Returns the overrides of a variant, which is the name of a control or a number of bits."""
     if variant == "lr":
         return [f"optim.state_bits={REFERENCE}", f"optim.lr={config.optim.lr * 1.001!r}"]
     if variant == "rounding":
         if config.train.micro_batch % 2:
-            raise ConfigError(f"--controls rounding halves train.micro_batch, and {config.train.micro_batch} is odd")
+            raise ConfigError(f"--controls rounding needs an even train.micro_batch, not {config.train.micro_batch}")
         return [f"optim.state_bits={REFERENCE}", f"train.micro_batch={config.train.micro_batch // 2}"]
     return [f"optim.state_bits={variant}"]
 
 
 def run_name(variant: str, seed: int, config: Config) -> str:
-    """Name of a run's directory: runs of other settings are others."""
+    """Returns the name of a run's directory, which is unique to its settings."""
     settings = config.model_dump_json(exclude={"run_dir", "tracking"})
     return f"{variant}-{seed}-{sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def losses_of(config: str, overrides: Sequence[str], run_dir: Path) -> tuple[float, float]:
-    """First and last validation loss of a run of its own, which goes on where it was; SystemExit where it fails."""
+    """Makes or resumes a run and returns its first and last validation loss; raises SystemExit if the run fails."""
     with redirect_stdout(sys.stderr):  # standard output is for the result
         code = pretrain(config, [*overrides, f"run_dir={run_dir}", "tracking.mlflow=false"])
     if code != ExitCode.DONE:
@@ -74,7 +74,7 @@ def losses_of(config: str, overrides: Sequence[str], run_dir: Path) -> tuple[flo
 
 
 def differences(losses: Losses) -> dict[str, list[float]]:
-    """Last losses minus the same seed's with 32 bits, by variant."""
+    """Returns the last losses minus those of the same seed with 32-bit states, by variant."""
     found: dict[str, list[float]] = {}
     for (variant, seed), (_, loss) in losses.items():
         if variant != REFERENCE:
@@ -83,7 +83,7 @@ def differences(losses: Losses) -> dict[str, list[float]]:
 
 
 def make_table(losses: Losses) -> Table:
-    """The differences to be read by people, and where the reference begins and ends."""
+    """Makes a table of the differences, with the first and last loss of the reference in its title."""
     before, after = zip(*(pair for (variant, _), pair in losses.items() if variant == REFERENCE), strict=True)
     title = f"Validation loss minus that of {REFERENCE}-bit states ({statistics.fmean(before):.3f} before, "
     table = Table(title=f"{title}{statistics.fmean(after):.3f} after), nats", box=SIMPLE_HEAD)
@@ -97,7 +97,7 @@ def make_table(losses: Losses) -> Table:
 
 
 def report(losses: Losses, config: Config) -> dict[str, Any]:
-    """All of it, for programs."""
+    """Returns the JSON report."""
     settings = config.model_dump(include={"model", "reparam", "data", "optim", "train", "eval"}, exclude_defaults=True)
     runs = [
         {"states": variant, "seed": seed, "eval_loss_before": before, "eval_loss": after}
@@ -113,14 +113,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", default=["8", "4"], choices=("16", "8", "4"))
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=CONTROLS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where runs are kept, and go on; default: nowhere")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory of the runs, which are resumed; default: a temporary one"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("overrides", nargs="*")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the runs, seed by seed, and prints the table, or JSON; returns the exit code."""
+    """Makes the runs, seed by seed, and prints the table or JSON; returns the exit code."""
     replace_unprintable()
     args = parse(arguments)
     variants = list(dict.fromkeys([REFERENCE, *args.controls, *args.bits]))
@@ -134,9 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SltrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
-    with tempfile.TemporaryDirectory() as nowhere:
+    with tempfile.TemporaryDirectory() as temporary:
         for key, (overrides, name) in runs.items():
-            losses[key] = losses_of(args.config, overrides, (args.out or Path(nowhere)) / name)
+            losses[key] = losses_of(args.config, overrides, (args.out or Path(temporary)) / name)
     if args.json:
         print(json.dumps(report(losses, config)))
     else:

@@ -3,10 +3,10 @@
 
     python tools/compare_supports.py --text wiki.json.gz --out runs/supports --supports random blocks lowrank
 
-Supports: random, stratified, blocks, or blocks:ORDER with the permutation of its inputs made in another way
-(grouped, strided, natural); lowrank and full are the models without S, and without factors. A finished run is
-one JSON file in --out and is not repeated, so that a study that was stopped goes on where it was. A seed sets
-the initial values, the support and the order of documents; what is held out is the same for all.
+Supports: random, stratified, blocks, or blocks:ORDER with another permutation of its inputs (grouped, strided,
+natural); lowrank is the model without S, and full the model without S and factors. A finished run is one JSON file
+in --out and is not repeated, so that an interrupted study can be continued. A seed determines the initial values,
+the support and the order of documents; the held-out documents are the same for all.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from sltrain_dist.streams import replace_unprintable
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.step import Rows, forward_backward
 
-HELD_OUT_EVERY = 50  # one document in so many is validated on
-WARMUP_SHARE = 0.05  # of the updates
+HELD_OUT_EVERY = 50  # every 50th document is used for validation
+WARMUP_SHARE = 0.05  # warm-up as a share of the updates
 WITHOUT_S = ("lowrank", "full")
 ORDERS: dict[str, Order] = {f"blocks:{order}": order for order in get_args(Order)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What differs between the runs of a study."""
+    """The settings that differ between the runs of a study."""
 
     support: str
     density: float
@@ -69,18 +69,18 @@ class Case:
 
 
 def option(default: float, meaning: str) -> Any:
-    """A field of :class:`Study` that is an option of the command line."""
+    """Returns a field of :class:`Study` that is also a command-line option."""
     return field(default=default, metadata={"help": f"{meaning}; default: {default}"})
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the runs of a study share."""
+    """The settings that all runs of a study share."""
 
     files: tuple[str, ...]
     tokenizer: str
-    vocab: int = option(4096, "pieces of the tokenizer that is trained where none is given")
-    layers: int = option(4, "decoder blocks")
+    vocab: int = option(4096, "vocabulary of the tokenizer that is trained without --tokenizer")
+    layers: int = option(4, "decoder layers")
     hidden: int = option(256, "width of the residual stream")
     intermediate: int = option(768, "width of the MLP")
     heads: int = option(4, "attention heads")
@@ -88,21 +88,21 @@ class Study:
     scale: float = option(0.25, "alpha / r")
     seq: int = option(256, "tokens in a sequence")
     batch: int = option(16, "sequences in an update")
-    clip: float = option(1.0, "largest gradient norm, 0 for no clipping")
-    tokens: int = option(4_000_000, "to train each run on")
-    valid_tokens: int = option(200_000, "to validate on")
+    clip: float = option(1.0, "largest gradient norm; 0 for no clipping")
+    tokens: int = option(4_000_000, "training tokens of each run")
+    valid_tokens: int = option(200_000, "validation tokens")
     autocast: bool = option(False, "compute in bfloat16, with parameters in float32")
 
     @property
     def updates(self) -> int:
-        """Updates of each run."""
+        """Number of updates in each run."""
         return max(1, self.tokens // (self.batch * self.seq))
 
     def config(self, case: Case) -> Config:
-        """The project's configuration of one run; a ConfigError where it cannot be run."""
+        """Returns the configuration of one run; raises ConfigError if it cannot be run."""
         known = (*get_args(SupportKind), *ORDERS, *WITHOUT_S)
         if case.support not in known:
-            raise ConfigError(f"--supports {case.support}: there are {', '.join(known)}")
+            raise ConfigError(f"--supports {case.support}: unknown; choose from {', '.join(known)}")
         reparam = {"rank": self.rank, "alpha": self.scale * self.rank, "method": case.support}
         if case.support not in WITHOUT_S:
             reparam |= {"method": "sltrain", "support": case.support.partition(":")[0], "density": case.density}
@@ -118,7 +118,7 @@ class Study:
 
 
 def split_documents(files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(training, held-out) texts of C4-format files: gzipped, a JSON object with a `text` on each line."""
+    """Returns (training, held-out) texts of C4-format files: gzipped, with a JSON object with a `text` on each line."""
     texts: list[str] = []
     for file in files:
         try:
@@ -143,7 +143,7 @@ def train_tokenizer(files: Sequence[str], vocab_size: int, path: Path) -> None:
 
 
 def pack(texts: Iterable[str], tokenizer: SentencePieceProcessor, rows: int, seq_len: int) -> Rows:
-    """Joins documents, each ended by the end-of-document token, into at most `rows` rows (rows, seq_len + 1)."""
+    """Packs documents, each followed by the end-of-document token, into at most `rows` rows (rows, seq_len + 1)."""
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer.encode(text), tokenizer.eos_id()]
@@ -154,7 +154,7 @@ def pack(texts: Iterable[str], tokenizer: SentencePieceProcessor, rows: int, seq
 
 
 def load_rows(study: Study, seed: int) -> tuple[Rows, Rows]:
-    """(training, validation) rows of one run; a DataError where there is too little text for them."""
+    """Returns (training, validation) rows of one run; raises DataError if there is too little text."""
     tokenizer = SentencePieceProcessor(model_file=study.tokenizer)
     texts, held_out = split_documents(study.files)
     order = permutation(key64(seed, "data order"), len(texts))
@@ -162,13 +162,13 @@ def load_rows(study: Study, seed: int) -> tuple[Rows, Rows]:
     train = pack((texts[i] for i in order), tokenizer, wanted, study.seq)
     valid = pack(held_out, tokenizer, max(1, study.valid_tokens // study.seq), study.seq)
     if len(train) < wanted or not len(valid):
-        made = f"{len(train)} of {wanted} sequences to train on and {len(valid)} to validate on"
-        raise DataError(f"the text makes {made}; give --text more, or lower --tokens")
+        counts = f"{len(train)} of {wanted} training sequences and {len(valid)} validation sequences"
+        raise DataError(f"the text is only enough for {counts}; add files to --text, or lower --tokens")
     return train, valid
 
 
 def make_model(study: Study, case: Case) -> LlamaForCausalLM:
-    """The model of one run, with the permutations that the case asks for."""
+    """Builds the model of one run, with the permutations of its case."""
     model = build_model(study.config(case))
     for _, layer in sparse_layers(model):
         if case.support in ORDERS and isinstance(layer.support, BlockSupport):
@@ -180,7 +180,7 @@ def make_model(study: Study, case: Case) -> LlamaForCausalLM:
 
 
 def train(study: Study, threads: int, case: Case) -> dict[str, Any]:
-    """Makes one run; a DivergedError where its loss is not finite."""
+    """Makes one run and returns its result; raises DivergedError if the loss is not finite."""
     torch.set_num_threads(threads)
     config, model = study.config(case), make_model(study, case)
     train_rows, valid_rows = load_rows(study, case.seed)
@@ -202,7 +202,7 @@ def train(study: Study, threads: int, case: Case) -> dict[str, Any]:
     layers = [layer for _, layer in sparse_layers(model)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return asdict(case) | {
-        "density": sum(layer.support.nnz for layer in layers) / max(1, weights),  # what S really has
+        "density": sum(layer.support.nnz for layer in layers) / max(1, weights),  # the actual density of S
         "perplexity": evaluate(engine, valid_rows, study.batch, env).perplexity,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens_per_s": rate,
@@ -210,7 +210,7 @@ def train(study: Study, threads: int, case: Case) -> dict[str, Any]:
 
 
 def run(study: Study, threads: int, out: Path, case: Case) -> dict[str, Any]:
-    """Makes one run and writes its result; or reads the result, where there is one for the same settings."""
+    """Returns the result of one run: from its file if it exists for the same settings, else from a new run."""
     texts = [(Path(file).name, Path(file).stat().st_size) for file in study.files]
     settings = asdict(study) | {"files": texts, "tokenizer": sha256(Path(study.tokenizer).read_bytes()).hexdigest()}
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -218,12 +218,12 @@ def run(study: Study, threads: int, out: Path, case: Case) -> dict[str, Any]:
     if not path.exists():
         record = {"result": train(study, threads, case), "study": settings}
         path.with_suffix(".partial").write_text(json.dumps(record, indent=1))
-        path.with_suffix(".partial").replace(path)  # so that a run that is stopped leaves no half file
+        path.with_suffix(".partial").replace(path)  # so that an interrupted run leaves no partial result
     return dict(json.loads(path.read_text())["result"])
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each support, density and learning rate: means over its seeds, and their number."""
+    """Returns a row for each support, density and learning rate: means over the seeds, and their number."""
     groups: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["support"], result["density"], result["lr"]), []).append(result)
@@ -237,7 +237,7 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """The rows of :func:`summarise` to be read by people."""
+    """Makes a table of the rows of :func:`summarise`."""
     table = Table(title="Validation perplexity over the seeds", box=SIMPLE_HEAD)
     for heading in ("support", "S", "lr", "mean", "min–max", "seeds", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "support" else "right", no_wrap=True)
@@ -251,7 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", required=True, nargs="+", metavar="GLOB", help="C4-format *.json.gz files")
-    add("--out", required=True, type=Path, metavar="DIR", help="where finished runs are kept")
+    add("--out", required=True, type=Path, metavar="DIR", help="directory of finished runs")
     add("--tokenizer", metavar="FILE", help="SentencePiece model; default: trained on the text, kept in --out")
     add("--supports", nargs="+", default=["random", "stratified", "blocks"])
     add("--densities", nargs="+", type=float, default=[0.03])
@@ -260,14 +260,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for each in fields(Study)[2:]:
         kind = {"action": "store_true"} if each.default is False else {"type": type(each.default), "metavar": "N"}
         add(f"--{each.name.replace('_', '-')}", default=each.default, help=each.metadata["help"], **kind)
-    add("--threads", type=int, default=1, help="of torch, in each run")
-    add("--jobs", type=int, default=1, help="runs at a time")
+    add("--threads", type=int, default=1, help="number of torch threads in each run")
+    add("--jobs", type=int, default=1, help="number of runs in parallel")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
 
 
 def make_study(args: argparse.Namespace) -> Study:
-    """The study that the command line asks for, with its tokenizer."""
+    """Makes the study of the command line, and its tokenizer if none is given."""
     if not (files := sorted(file for pattern in args.text for file in glob.glob(pattern))):  # noqa: PTH207
         raise DataError(f"no file matches --text {' '.join(args.text)}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -279,16 +279,16 @@ def make_study(args: argparse.Namespace) -> Study:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes the runs that are not there yet, seed by seed, and prints the table; returns the exit code."""
+    """Makes the missing runs, seed by seed, and prints the table; returns the exit code."""
     replace_unprintable()
     args = parse(arguments)
     try:
         study = make_study(args)
         grid = itertools.product(args.seeds, args.lrs, args.densities, args.supports)
-        # What has no S has no density: one run of it is enough.
+        # Without S there is no density, and one run is enough.
         cases = list(dict.fromkeys(Case(s, 0.0 if s in WITHOUT_S else d, lr, seed) for seed, lr, d, s in grid))
         for case in cases:
-            study.config(case)  # what cannot be run is found before hours of runs
+            study.config(case)  # finds invalid cases before hours of runs
         work = partial(run, study, args.threads, args.out)
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows = summarise((pool.map if args.jobs > 1 else map)(work, cases))

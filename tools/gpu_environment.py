@@ -1,4 +1,4 @@
-"""Prints what a GPU check ran on, as JSON: device, torch, which optional packages are there, commit."""
+"""Prints the environment of a GPU check as JSON: device, versions of torch and optional packages, commit."""
 
 import importlib.metadata
 import json

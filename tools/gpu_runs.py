@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Trains a few updates of many configurations on one GPU: does each run, how fast, and in what memory?
+"""Trains many configurations for a few updates on one GPU: does each run, how fast, and in how much memory?
 
     python tools/gpu_runs.py --set ddp --out ddp.jsonl
-    python tools/gpu_runs.py --set 1b --out 1b.jsonl      # timed: nothing else may run on the GPU
+    python tools/gpu_runs.py --set 1b --out 1b.jsonl      # timed: nothing else may use the GPU
 
-Each row is a configuration with one process (fsdp and zero over NCCL): the losses of its updates on fixed made-up
-rows, seconds of an update, and the allocator's peak in the last one against the planner's prediction. A row that fails
-says how, and the next one goes on. Rows are written as they come.
+Each row is a configuration in one process (fsdp and zero with NCCL): the losses of its updates on fixed random rows,
+seconds of an update, and the allocator's peak in the last one compared with the planner's prediction. A failed row
+contains the error, and the remaining rows are run. Every row is written as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
 
 Values = dict[str, Any]
-"""A configuration as `section.key: value`, with `preset`."""
+"""A configuration by dotted key, and `preset`."""
 
 SMALL: Values = {"preset": "llama_60m", "model.num_layers": 4, "train.micro_batch": 8, "train.global_batch": 16}
 PATHS = [
@@ -47,7 +47,7 @@ PLAIN = [{"reparam.method": "full"}, {"reparam.method": "lowrank"}]
 BLOCKS: Values = {"reparam.support": "blocks", "reparam.path": "factored"}
 RANDOM: Values = {"reparam.support": "random", "reparam.path": "materialize"}
 DTYPES = ("bf16", "fp32", "mixed")
-SPARE: Values = {
+LOW_MEMORY: Values = {
     "optim.state_bits": 8,
     "optim.update": "per_layer",
     "train.activation_checkpointing": "full",
@@ -57,7 +57,7 @@ SPARE: Values = {
 
 
 def ddp() -> Iterator[Values]:
-    """One process without a group."""
+    """Yields configurations for one process without a process group."""
     for dtype in DTYPES:
         for weights in (*PATHS, *PLAIN):
             yield {**weights, "train.dtype": dtype}
@@ -66,8 +66,8 @@ def ddp() -> Iterator[Values]:
             yield {**weights, "optim.state_bits": bits}
         for bits in (16, 8, 4):
             yield {**weights, "optim.state_bits": bits, "optim.update": "per_layer"}
-        yield {**weights, **SPARE}
-        yield {**weights, **SPARE, "reparam.weight_bits": 8}
+        yield {**weights, **LOW_MEMORY}
+        yield {**weights, **LOW_MEMORY, "reparam.weight_bits": 8}
         yield {**weights, "train.activation_checkpointing": "full"}
         yield {**weights, "train.activation_checkpointing": "selective", "train.checkpoint_policy": "attention"}
         yield {**weights, "train.loss_chunk_tokens": 0}
@@ -85,7 +85,7 @@ def ddp() -> Iterator[Values]:
 
 
 def compiled() -> Iterator[Values]:
-    """torch.compile, which takes long."""
+    """Yields configurations with torch.compile, which is slow to start."""
     for weights in (BLOCKS, RANDOM, *PATHS[1:4], PATHS[4], *PLAIN):
         yield {**weights, "train.compile": True, "model.num_layers": 2}
     yield {**BLOCKS, "train.compile": True, "model.num_layers": 12, "train.activation_checkpointing": "full"}
@@ -93,7 +93,7 @@ def compiled() -> Iterator[Values]:
 
 
 def fsdp() -> Iterator[Values]:
-    """FSDP2 on one rank."""
+    """Yields configurations for FSDP2 on one rank."""
     for dtype in DTYPES:
         for shard in ("factors", "all"):
             for weights in (RANDOM, BLOCKS):
@@ -109,7 +109,7 @@ def fsdp() -> Iterator[Values]:
 
 
 def zero() -> Iterator[Values]:
-    """DeepSpeed on one rank."""
+    """Yields configurations for DeepSpeed on one rank."""
     for stage in (1, 2, 3):
         for dtype in DTYPES:
             yield {**BLOCKS, "parallel.zero_stage": stage, "train.dtype": dtype}
@@ -124,7 +124,7 @@ def zero() -> Iterator[Values]:
 
 
 def one_billion() -> Iterator[Values]:
-    """Whole 1B models."""
+    """Yields configurations of whole 1B models."""
     base: Values = {"preset": "llama_1b", "train.micro_batch": 32, "train.global_batch": 32}
     for weights in (
         {"reparam.method": "full"}, BLOCKS, {**BLOCKS, "reparam.path": "materialize"}, RANDOM,
@@ -134,16 +134,16 @@ def one_billion() -> Iterator[Values]:
     yield {**base, **BLOCKS, "train.compile": True}
     yield {**base, "reparam.method": "full", "train.compile": True}
     yield {**base, **BLOCKS, "optim.state_bits": 8, "optim.update": "per_layer"}
-    yield {**base, **BLOCKS, **SPARE, "train.micro_batch": 32, "train.global_batch": 32}
+    yield {**base, **BLOCKS, **LOW_MEMORY, "train.micro_batch": 32, "train.global_batch": 32}
 
 
 def seven_billion() -> Iterator[Values]:
-    """Whole 7B models: the paper's settings and the smallest."""
+    """Yields configurations of whole 7B models: the paper's settings, and those with the least memory."""
     base: Values = {"preset": "llama_7b", "train.micro_batch": 8, "train.global_batch": 8}
     yield {**base, **BLOCKS}
     yield {**base, **BLOCKS, "optim.state_bits": 8, "optim.update": "per_layer"}
-    yield {**base, **BLOCKS, **SPARE}
-    yield {**base, **BLOCKS, **SPARE, "train.micro_batch": 1, "train.global_batch": 1, "optim.state_bits": 4,
+    yield {**base, **BLOCKS, **LOW_MEMORY}
+    yield {**base, **BLOCKS, **LOW_MEMORY, "train.micro_batch": 1, "train.global_batch": 1, "optim.state_bits": 4,
            "reparam.weight_bits": 8}  # fmt: skip
     yield {**base, **RANDOM, "optim.state_bits": 8, "optim.update": "per_layer"}
     yield {**base, **RANDOM}
@@ -153,7 +153,7 @@ SETS = {"ddp": ddp, "compiled": compiled, "fsdp": fsdp, "zero": zero, "1b": one_
 
 
 def nested(values: Values) -> dict[str, Any]:
-    """As `build_config` takes it."""
+    """Returns the configuration as `build_config` takes it, by section."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         section, _, field = key.partition(".")
@@ -165,7 +165,7 @@ def nested(values: Values) -> dict[str, Any]:
 
 
 def train(config: Config, env: Environment, updates: int) -> dict[str, Any]:
-    """Updates on the same rows again and again."""
+    """Trains for some updates on the same rows, and returns losses, times and memory."""
     predicted = estimate(config)
     step = max((point for point in predicted.timeline if point.phase not in ("init", "save")), key=lambda p: p.total)
     before = torch.cuda.memory_allocated()
@@ -208,7 +208,7 @@ def train(config: Config, env: Environment, updates: int) -> dict[str, Any]:
 
 
 def warm_up(device: torch.device) -> None:
-    """Allocates what a process needs once: the matrix library's workspaces, also in the backward pass's thread."""
+    """Allocates the workspaces of the matrix library, in this thread and in that of the backward pass."""
     a = torch.randn(256, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
     torch.nn.functional.linear(a, a).sum().backward()
     (a @ a).sum().backward()
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--set", required=True, choices=SETS)
     parser.add_argument("--out", required=True, type=Path, help="file of JSON lines")
     parser.add_argument("--updates", type=int, default=4)
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of rows, from 0")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the rows to run, from 0")
     args = parser.parse_args()
     engine = args.set if args.set in ("fsdp", "zero") else "ddp"
     env = environment.start(600, need_group=engine != "ddp")
@@ -244,11 +244,11 @@ def main() -> None:
             row["row_s"] = time.perf_counter() - start
             out.write(json.dumps(row) + "\n")
             out.flush()
-            said = row.get("failed", "")[:300] or (
+            outcome = row.get("failed", "")[:300] or (
                 f"{row['losses'][0]:.3f} → {row['losses'][-1]:.3f}, {row['tokens_per_s']:.0f} tokens/s, "
                 f"{row['allocated_bytes'] / 1e9:.3f} GB, predicted {row['error']:+.1%}"
             )
-            print(f"{args.set} {number} {values}: {said} ({row['row_s']:.1f} s)", file=sys.stderr, flush=True)
+            print(f"{args.set} {number} {values}: {outcome} ({row['row_s']:.1f} s)", file=sys.stderr, flush=True)
     environment.stop()
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Kills small runs with SIGKILL at random moments, resumes them, and compares them with runs that were left alone.
+"""Kills small runs with SIGKILL at random moments, resumes them, and compares them with uninterrupted runs.
 
     python tools/kill_campaign.py --kills 60 --seed 0 --json
 
-Each run trains a tiny model on made-up text, with a checkpoint every 3 updates: in one process, or on two ranks of
-one host under FSDP2 or DeepSpeed ZeRO. A kill ends all of its processes at once, while it starts, in an update, or in
-a save. After every kill all checkpoints must be whole, and the run must resume. When it has come to its end, its
-metrics must be those of a run that was never killed: the same numbers, bit by bit. The exit code is 1 if not.
+Each run trains a tiny model on generated text, with a checkpoint every 3 updates: in one process, or on two ranks of
+one host under FSDP2 or DeepSpeed ZeRO. A kill ends all processes at once: at the start, in an update, or in a save.
+After every kill all checkpoints must be intact, and the run must resume. At the end, its metrics and final tensors must
+equal those of an uninterrupted run bit by bit. If not, the exit code is 1.
 
 Runs are forked from this process, which has imported everything, so that a kill costs about two seconds.
 """
@@ -49,42 +49,42 @@ ENGINES = {"single": ("ddp", 1), "fsdp": ("fsdp", 2), "zero": ("zero", 2)}
 MOMENTS = ("start", "update", "save")
 EVERY = 3
 TIMEOUT_S = 300.0
-"""Only a hang gets there."""
+"""Longest time to wait for a run, which only a hanging run reaches."""
 
 
 @dataclass
 class Result:
-    """What became of the runs of one engine."""
+    """The results of the runs of one engine."""
 
     kills: int = 0
     by_moment: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
     runs: int = 0
-    """Runs that came to their end."""
+    """Number of runs that finished."""
     equal: int = 0
-    """Of these, those with the metrics and final tensors, bit by bit, of the run that was never killed."""
+    """Number of finished runs whose metrics and final tensors equal the uninterrupted run's bit by bit."""
     problems: list[str] = field(default_factory=list)
 
 
 class Ranks:
-    """One start of a run: forked processes, in a process group of their own."""
+    """The forked processes of one start of a run, each the leader of its own process group."""
 
     def __init__(self, engine: str, config: Path, run_dir: Path) -> None:
         name, self._count = ENGINES[engine]
         self._log = run_dir.with_suffix(".log")
         overrides = [f"run_dir={run_dir}", f"parallel.engine={name}"]
-        meeting = {"WORLD_SIZE": str(self._count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        rendezvous = {"WORLD_SIZE": str(self._count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self._pids: list[int] = []
         for rank in range(self._count):
             pid = os.fork()
             if pid == 0:
-                self._train(config, overrides, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                self._train(config, overrides, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             with suppress(ProcessLookupError):
                 os.setpgid(pid, pid)
             self._pids.append(pid)
         self._codes: dict[int, int] = {}
 
     def _train(self, config: Path, overrides: list[str], environment: dict[str, str]) -> None:
-        """What a forked process does until its end."""
+        """Trains in a forked process, and exits."""
         code = 1
         try:
             os.setpgid(0, 0)
@@ -100,7 +100,7 @@ class Ranks:
             os._exit(code)
 
     def ended(self) -> bool:
-        """Whether all processes have ended by themselves."""
+        """Returns whether all processes have ended."""
         for pid in self._pids:
             if pid not in self._codes:
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -109,7 +109,7 @@ class Ranks:
         return len(self._codes) == self._count
 
     def wait(self) -> list[int]:
-        """Waits for the end; the exit codes by rank."""
+        """Waits for the end of all processes and returns the exit codes by rank."""
         end = time.monotonic() + TIMEOUT_S
         while not self.ended():
             if time.monotonic() > end:
@@ -119,7 +119,7 @@ class Ranks:
         return [self._codes[pid] for pid in self._pids]
 
     def kill(self) -> None:
-        """SIGKILL to all ranks and their workers, and waits until all are gone."""
+        """Sends SIGKILL to all ranks and their workers, and waits until all have ended."""
         for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -131,7 +131,7 @@ class Ranks:
 
 
 def _alive(group: int) -> bool:
-    """Whether a process of the group is there, and is not only waiting for its parent to take note of its end."""
+    """Returns whether a process of the group is running, that is, exists and is not a zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
@@ -141,24 +141,24 @@ def _alive(group: int) -> bool:
 
 
 def campaign(engine: str, kills: int, rng: random.Random, config: Path, directory: Path, steps: int) -> Result:
-    """Kills runs of an engine so many times, and lets the last one come to its end."""
+    """Kills runs of an engine `kills` times, and lets the last run finish."""
     result = Result()
-    whole = directory / f"{engine}-whole"
+    reference = directory / f"{engine}-whole"
     began = time.monotonic()
-    ranks = Ranks(engine, config, whole)
-    while last_step(whole) < 1 and not ranks.ended():
+    ranks = Ranks(engine, config, reference)
+    while last_step(reference) < 1 and not ranks.ended():
         time.sleep(0.005)
     start_s = time.monotonic() - began
     if any(ranks.wait()):
-        result.problems.append(f"the uninterrupted run failed; see {whole.with_suffix('.log')}")
+        result.problems.append(f"the uninterrupted run failed; see {reference.with_suffix('.log')}")
         return result
     update_s = (time.monotonic() - began - start_s) / steps
     while not result.problems and (result.kills < kills or not result.runs):
         run_dir = directory / f"{engine}-{result.runs}"
-        _break_and_finish(engine, kills, rng, config, run_dir, (start_s, update_s), result)
+        _kill_and_resume(engine, kills, rng, config, run_dir, (start_s, update_s), result)
         if not result.problems:
             result.runs += 1
-            if difference := _compare(run_dir, whole):
+            if difference := _compare(run_dir, reference):
                 result.problems.append(difference)
             else:
                 result.equal += 1
@@ -166,7 +166,7 @@ def campaign(engine: str, kills: int, rng: random.Random, config: Path, director
     return result
 
 
-def _break_and_finish(
+def _kill_and_resume(
     engine: str,
     kills: int,
     rng: random.Random,
@@ -175,7 +175,7 @@ def _break_and_finish(
     seconds: tuple[float, float],
     result: Result,
 ) -> None:
-    """One run from its beginning to its end, killed on the way."""
+    """Makes one run, which is killed and resumed until it finishes."""
     while True:
         ranks = Ranks(engine, config, run_dir)
         moment = rng.choice(MOMENTS)
@@ -194,7 +194,7 @@ def _break_and_finish(
 
 
 def _await(moment: str, rng: random.Random, ranks: Ranks, run_dir: Path, start_s: float, update_s: float) -> bool:
-    """Waits for a random moment of a kind; False if the run ends before."""
+    """Waits for a random moment of a kind; returns False if the run ends before it."""
     pause, target = rng.random(), last_step(run_dir) + rng.randint(1, 8)
     saves = run_dir / "checkpoints"
     if moment == "start":
@@ -209,19 +209,19 @@ def _await(moment: str, rng: random.Random, ranks: Ranks, run_dir: Path, start_s
     return not ranks.ended()
 
 
-def _compare(run_dir: Path, whole: Path) -> str | None:
-    """What differs between two runs, or None."""
-    got, want = trajectory(run_dir), trajectory(whole)
+def _compare(run_dir: Path, reference: Path) -> str | None:
+    """Returns a description of the first difference between two runs, or None."""
+    got, want = trajectory(run_dir), trajectory(reference)
     if len(got) != len(want):
-        return f"{run_dir} has {len(got)} lines of metrics, and not {len(want)}"
+        return f"{run_dir} has {len(got)} lines of metrics instead of {len(want)}"
     for line, other in zip(got, want, strict=True):
         if line != other:
-            return f"{run_dir} differs: {line}, and not {other}"
-    return None if final_tensors(run_dir) == final_tensors(whole) else f"{run_dir} has other final tensors"
+            return f"{run_dir} differs: {line} instead of {other}"
+    return None if final_tensors(run_dir) == final_tensors(reference) else f"{run_dir} has different final tensors"
 
 
 def prepare(directory: Path, steps: int) -> Path:
-    """Text, tokenizer and configuration of the runs."""
+    """Makes text, tokenizer and configuration of the runs; returns the configuration file."""
     for shard in range(3):
         write_shard(directory / f"c4-train.{shard:05d}-of-00003.json.gz", documents(f"train-{shard}", 60))
     write_shard(directory / "c4-validation.00000-of-00001.json.gz", documents("validation", 21))
@@ -240,9 +240,9 @@ def prepare(directory: Path, steps: int) -> Path:
 def main() -> int:
     replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="over all engines together")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--steps", type=int, default=40, help="updates of a run")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills over all engines")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--steps", type=int, default=40, help="number of updates in a run")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     arguments = parser.parse_args()
@@ -268,7 +268,7 @@ def main() -> int:
             print(f"{engine}: {asdict(results[engine])}", flush=True)
     good = all(not result.problems for result in results.values())
     if good:
-        shutil.rmtree(directory)  # else it is what can be looked at
+        shutil.rmtree(directory)  # otherwise it is kept for inspection
     if arguments.json:
         report = {
             "seed": arguments.seed,

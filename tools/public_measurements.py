@@ -1,4 +1,4 @@
-"""Training memory that others have measured on GPUs, and what the planner predicts of the same runs.
+"""Training memory that others have measured on GPUs, and the planner's predictions for the same runs.
 
 The measurements are the rows of docs/reports/public-measurements.csv; `tools/bench_planner.py --public` prints them
 beside the predictions. docs/reports/2026-11-27-public-measurements.md explains the columns and the differences.
@@ -30,7 +30,7 @@ MEASUREMENTS = Path(__file__).resolve().parents[1] / "docs/reports/public-measur
 UNITS = {"GB": 10**9, "GiB": 2**30}
 
 TOLERANCE = 1.05
-"""Share of the card up to which a run that fitted may be predicted to take."""
+"""Largest prediction for a run that fitted, as a share of the card's memory."""
 
 
 def _llama(
@@ -59,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "TinyLlama-1.1B": _llama(32_000, 2048, 5632, 22, 32, 4),
     "torchao's Llama2-1B": _llama(32_000, 1536, 6144, 24, 24),
 }
-"""Sizes of the models that predictions are made of; Llama 3 and 3.1 have the same."""
+"""Sizes of the models with predictions; those of Llama 3 and 3.1 are equal."""
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {"activation_checkpointing": "none"},
@@ -67,32 +67,32 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "every second block": {"activation_checkpointing": "selective", "checkpoint_policy": "blocks"},
     "operators": {"activation_checkpointing": "selective", "checkpoint_policy": "attention"},
 }
-"""Settings for what a run recomputed. operators: torchtitan keeps the outputs of attention and of every second matrix
-product; `attention`, which keeps the former only, is the nearest setting, and a lower bound."""
+"""Settings for the recomputation of a run. operators: torchtitan keeps the outputs of attention and of every second
+matrix product; `attention`, which keeps only those of attention, is the nearest setting, and a lower bound."""
 
 Text = Annotated[str, Field(min_length=1)]
 Unstated = Literal["unstated"]
 
 
 class Measurement(BaseModel):
-    """One row of the file; what the source does not say is `unstated`.
+    """One row of the file; values that the source does not give are `unstated`.
 
     Attributes:
         id: Unique name of the row.
-        source: Address or arXiv number of what reports the measurement.
-        place: Where in it: page, section, table, commit.
+        source: Address or arXiv number of the source of the measurement.
+        place: Place in the source: page, section, table, commit.
         batch: Sequences per rank and forward pass.
         update: whole, or per_layer where the optimizer steps during the backward pass.
         settings: More settings of the prediction as `section.key=value`, separated by spaces.
         card: The device's memory as `sltrain plan --device-memory` reads it.
-        quantity: What was measured. outcome: only whether the run fitted.
-        how: By what it was measured.
-        planner: What predicts it: planner (sltrain_dist.memory), reference (the emulation of the published code), or
-            none, where no configuration expresses the run.
+        quantity: Measured quantity. outcome: only whether the run fitted.
+        how: Method of the measurement.
+        planner: Source of the prediction: planner (sltrain_dist.memory), reference (the emulation of the published
+            code), or none, where no configuration expresses the run.
         relation: same, or lower bound where the configuration keeps less than the run did.
-        difference_bytes: What the run is known to have held beyond the configuration; `cause` derives it.
-        matters: The assumption that matters most.
-        cause: Why the prediction is far off, or why there is none.
+        difference_bytes: Bytes that the run is known to need beyond the configuration; `cause` derives them.
+        matters: The most important assumption.
+        cause: Reason why the prediction is far off, or why there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
@@ -137,7 +137,7 @@ class Measurement(BaseModel):
                 raise ValueError("cause must say why nothing predicts the run")
         elif "unstated" in (self.batch, self.seq_len, self.ranks, self.update, self.state_bits, self.recompute):
             raise ValueError(
-                "a prediction needs every size and setting; fill in what is unstated, and say so in assumed"
+                "a prediction needs every size and setting; replace unstated values, and name them in assumed"
             )
         elif self.model not in MODELS:
             raise ValueError(
@@ -167,7 +167,7 @@ def read_measurements(path: Path = MEASUREMENTS) -> list[Measurement]:
                 problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
                 raise ConfigError(f"{line}: {'; '.join(problems)}") from None
             if row.id in rows:
-                raise ConfigError(f"{line}: there are two rows of this id; rename one")
+                raise ConfigError(f"{line}: another row has the same id; rename one of them")
             rows[row.id] = row
     return list(rows.values())
 
@@ -208,12 +208,12 @@ def config_of(row: Measurement) -> Config:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the planner says of a measured run.
+    """The planner's prediction for a measured run.
 
     Attributes:
         row: The measurement.
-        predicted_bytes: Of the quantity that was measured.
-        device_bytes: What the run takes of the device, with context, NCCL and idle memory.
+        predicted_bytes: Predicted bytes of the measured quantity.
+        device_bytes: Predicted device memory, with context, NCCL and unused allocator memory.
         card_bytes: Memory of the device.
     """
 
@@ -224,19 +224,19 @@ class Prediction:
 
     @property
     def error(self) -> float | None:
-        """Share of the measured bytes that is predicted too much; None if only the outcome is known."""
+        """Relative error, positive if too much is predicted; None if only the outcome is known."""
         measured = self.row.measured_bytes
         return None if measured is None else self.predicted_bytes / measured - 1
 
     @property
     def unexplained_error(self) -> float | None:
-        """The error once the known difference between run and configuration is counted."""
+        """Relative error after adding the known difference between run and configuration."""
         measured = self.row.measured_bytes
         return None if measured is None else (self.predicted_bytes + self.row.difference_bytes) / measured - 1
 
     @property
     def card_share(self) -> float:
-        """Share of the device's memory that the run takes, with the known difference."""
+        """Predicted share of the device's memory, with the known difference."""
         return (self.device_bytes + self.row.difference_bytes) / self.card_bytes
 
     @property
@@ -253,8 +253,8 @@ class Prediction:
 def predict(row: Measurement) -> Prediction:
     """Predicts a measured run.
 
-    Peaks are those of training steps: what building the model and saving take is left out, because the measured
-    programs do both in other ways, and most of them count from the first step on.
+    The peak is that of a training step, without building the model and saving: the measured programs do both in other
+    ways, and most of them measure from the first step on.
 
     Raises:
         ConfigError: No configuration expresses the run; the message says why.
@@ -263,10 +263,10 @@ def predict(row: Measurement) -> Prediction:
     ranks = int(row.ranks)
     found = reference_estimate(config) if row.planner == "reference" else estimate(config, ranks=ranks)
     peak = _step_bytes(found)
-    beside = found.reserved_bytes - int(SLACK * (found.peak_bytes - peak)) if found.reserved_bytes else 0
+    overhead = found.reserved_bytes - int(SLACK * (found.peak_bytes - peak)) if found.reserved_bytes else 0
     outside = outside_bytes(ranks, communicators(config.parallel)) if found.reserved_bytes else 0
-    quantities = {"reserved": peak + beside - outside, "outcome": peak + beside}
-    return Prediction(row, quantities.get(row.quantity, peak), peak + beside, parse_device_memory(row.card))
+    quantities = {"reserved": peak + overhead - outside, "outcome": peak + overhead}
+    return Prediction(row, quantities.get(row.quantity, peak), peak + overhead, parse_device_memory(row.card))
 
 
 def _step_bytes(found: Estimate) -> int:
@@ -274,7 +274,7 @@ def _step_bytes(found: Estimate) -> int:
 
 
 def predict_all(rows: Iterable[Measurement]) -> tuple[list[Prediction], dict[str, str]]:
-    """Predicts all rows: (predictions, {id: why there is none})."""
+    """Predicts all rows; returns (predictions, {id: reason why there is none})."""
     predictions, refused = [], {}
     for row in rows:
         try:

@@ -1,11 +1,11 @@
-"""The `sltrain` command: one module a command, with nothing but arguments and printing.
+"""The `sltrain` command. Every subcommand is a module that only parses arguments and prints.
 
 Commands import what they need when they run, so that `--help` stays fast.
 """
 
 import gc
 
-gc.disable()  # imports make many objects and no garbage, and looking for some takes a tenth of a plan's time
+gc.disable()  # imports make many objects but no garbage; collecting it would take a tenth of a plan's time
 
 from sltrain_dist.cli.app import app, main  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""`python -m sltrain_dist.cli`, or this folder as a script."""
+"""Entry point of `python -m sltrain_dist.cli`, and of this folder run as a script."""
 
 from sltrain_dist.cli import main
 

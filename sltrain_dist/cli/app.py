@@ -1,4 +1,4 @@
-"""All commands together, and what becomes of their errors."""
+"""The command-line application: all commands, and the exit codes of their errors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's tables cut the names of options on a narrow terminal
+    rich_markup_mode=None,  # rich's tables truncate option names on a narrow terminal
 )
 for _command in (train, plan, prepare_text, prepare_tokens, train_tokenizer, export, verify):
     app.command(_command.__name__.replace("_", "-"))(_command)
-_as_given = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command("prepare-data", hidden=True, context_settings=_as_given)(prepare_data)
+_pass_through = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command("prepare-data", hidden=True, context_settings=_pass_through)(prepare_data)
 
 
 @app.callback()
@@ -36,11 +36,11 @@ def _sltrain(
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Sparse plus low-rank pretraining, and the tools around it."""
-    # DeepSpeed's launcher puts its option before the command; the environment says the same.
+    # DeepSpeed's launcher puts its option before the command; it is ignored, because LOCAL_RANK has the same value.
 
 
 def main() -> None:
-    """Entry point: errors that a user can cause become one message and the documented exit code."""
+    """Runs the command line; an error that a user can cause ends with a message and the documented exit code."""
     replace_unprintable()
     try:
         app(prog_name="sltrain")

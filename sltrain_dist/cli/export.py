@@ -1,4 +1,4 @@
-"""`sltrain export`."""
+"""The `sltrain export` command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sltrain_dist.tracking.progress import status_line
 
 
 class Dtype(StrEnum):
-    """Type of exported weights."""
+    """Type of the exported weights."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -30,7 +30,7 @@ def export(
     output: OutputOption,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
 ) -> None:
-    """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), its sparse and low-rank parts merged."""
+    """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), with sparse and low-rank parts merged."""
     from sltrain_dist.checkpoint.export import export_dense
 
     with status_line() as report:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how commands print."""
+"""Options that several commands share, and the printing of their results."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ InputOption = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to make.")
+    Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to create.")
 ]
 TextFieldOption = Annotated[str, typer.Option(help="Key of the text in JSON lines, or column of a table.")]
 EncodingOption = Annotated[
     str | None,
     typer.Option(
         help="Encoding of text files and JSON lines, such as latin-1, cp1252 or utf-16-le. Default: UTF-8, or UTF-16 "
-        "and UTF-32 where a file's beginning says so."
+        "or UTF-32 if a file begins with their byte order mark."
     ),
 ]
 MaxDocumentBytesOption = Annotated[
-    int, typer.Option(min=1, help="Longest document in bytes, as data.max_document_bytes in training.")
+    int, typer.Option(min=1, help="Largest size of a document in bytes, as data.max_document_bytes in training.")
 ]
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Prints a title and its rows as plain lines: a terminal that is too narrow breaks them and cuts nothing."""
+    """Prints a title and its rows as plain lines, which a narrow terminal wraps instead of truncating them."""
     width = max(map(len, rows), default=0)
     print(title)
     for key, value in rows.items():

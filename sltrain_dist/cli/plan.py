@@ -1,4 +1,4 @@
-"""The `sltrain plan` command: checks the options and prints or writes the reports.
+"""The `sltrain plan` command, which checks the options and prints or writes the reports.
 
 Modules that are slow to import are imported where they are needed.
 """
@@ -26,7 +26,7 @@ _DEFAULT_ROWS = 12
 """Largest number of rows that a search lists without `--rows`."""
 
 _MIN_COMBINATIONS_FOR_PROGRESS = 200
-"""Number of combinations from which on a search shows its progress; fewer take less than a second."""
+"""Smallest number of combinations for which a search shows its progress; fewer take less than a second."""
 
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 """Suffixes of the file formats of `--plot`."""
@@ -39,9 +39,9 @@ def _path(name: str, metavar: str, description: str) -> Any:
 def plan(
     config: Annotated[Path, _path("--config", "FILE", "YAML file, as for training.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that override the file's.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, max=2**17, help="Number of ranks, one a device.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=2**17, help="Number of ranks, one per device.")] = 1,
     device_memory: Annotated[
         str | None,
         typer.Option(help="Memory of one device: 24GiB, 80GB, or a GPU such as 'RTX 4090' (nvidia-smi's names)."),
@@ -57,7 +57,7 @@ def plan(
             "default lever, such as engine; may be repeated."
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="With --search: most rows to list (12).")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="With --search: maximum number of rows to list (12).")] = None,
     save: Annotated[
         Path | None, _path("--save", "DIR", "With --search: directory for the listed rows' configurations.")
     ] = None,
@@ -71,7 +71,7 @@ def plan(
         typer.Option(help="paper: the arithmetic of the paper's Table 2, for all five methods."),
     ] = None,
     implementation: Annotated[
-        Literal["ours", "reference"], typer.Option(help="reference: how the published code uses memory.")
+        Literal["ours", "reference"], typer.Option(help="reference: the memory of the published code.")
     ] = "ours",
 ) -> None:
     """Predicts the memory of a run, and searches for settings that fit a device.
@@ -90,13 +90,13 @@ def plan(
     if accounting:
         given = {"--device-memory": device_memory, "--html": html, "--plot": plot, **searching}
         given |= {"--implementation": reference, "--ranks": ranks > 1}
-        _refuse(given, "--accounting paper is arithmetic about a model alone")
+        _refuse(given, "--accounting paper only counts the memory of a model")
     if reference:
         given = {**searching, f"--ranks {ranks}": ranks > 1}
         _refuse(given, "--implementation reference emulates one configuration on one GPU")
     for option, value in {"--vary": vary, "--save": save, "--rows": rows}.items():
         if value and not search:
-            raise ConfigError(f"{option} goes with --search")
+            raise ConfigError(f"{option} needs --search")
     if plot is not None and plot.suffix.lower() not in _PLOT_SUFFIXES:
         raise ConfigError(f"--plot {plot}: the suffix must be one of {', '.join(_PLOT_SUFFIXES)}")
     loaded = load_config(config, overrides or [])
@@ -139,7 +139,7 @@ def plan(
             progress=_show_progress,
         )
     for problem in recording_store.problems:
-        print(f"note: recordings cannot be kept in {problem}: the next plan makes them anew", file=sys.stderr)
+        print(f"note: recordings cannot be saved in {problem}; the next plan makes them again", file=sys.stderr)
     _report(planned, html, plot, as_json)
 
 
@@ -152,7 +152,7 @@ def _refuse(options: Mapping[str, object], reason: str) -> None:
 
 @contextmanager
 def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows on standard error how far a search is, unless it is over in a moment."""
+    """Shows the progress of a search on standard error, unless the search is short."""
     if total < _MIN_COMBINATIONS_FOR_PROGRESS:
         yield lambda done: None
         return
@@ -163,7 +163,7 @@ def _show_progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: bool) -> None:
-    """Writes the files that were asked for, then prints JSON or text."""
+    """Writes the requested files, then prints JSON or text."""
     if html is not None:
         from sltrain_dist.plan.reports.page import render_page
 
@@ -183,7 +183,7 @@ def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: 
 
 
 def _write(option: str, path: Path, content: bytes) -> None:
-    """Writes a report's file; of one that cannot be written to its end, nothing is left."""
+    """Writes a report's file, and removes it if it cannot be written completely."""
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`sltrain prepare-text` and `sltrain prepare-tokens`."""
+"""The `sltrain prepare-text` and `sltrain prepare-tokens` commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sltrain_dist.tracking.progress import progress_bar, status_line
 
 
 class TxtUnit(StrEnum):
-    """What a document is in a text file."""
+    """Unit of a text file that is a document."""
 
     file = "file"
     paragraph = "paragraph"
@@ -33,31 +33,31 @@ def prepare_text(
     output: OutputOption,
     inputs: InputOption = None,
     embedded: Annotated[
-        bool, typer.Option("--embedded", help="Take the prose of the installed Python packages instead of files.")
+        bool, typer.Option("--embedded", help="Use the prose of the installed Python packages instead of files.")
     ] = False,
-    name: Annotated[str, typer.Option(help="How the shards' names begin.")] = "corpus",
-    shards: Annotated[int, typer.Option(min=1, max=99_999, help="Shards of the training split.")] = 4,
+    name: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "corpus",
+    shards: Annotated[int, typer.Option(min=1, max=99_999, help="Number of shards of the training split.")] = 4,
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of the documents that is held out.")
     ] = 0.01,
     txt_unit: Annotated[
-        TxtUnit, typer.Option(help="What a document is in a text file: all of it, or lines between blank lines.")
+        TxtUnit, typer.Option(help="Unit of a text file that is a document: all of it, or lines between blank lines.")
     ] = TxtUnit.file,
     text_field: TextFieldOption = "text",
     unwrap: Annotated[
         bool, typer.Option("--unwrap", help="Join the lines of each paragraph: for text wrapped at a fixed width.")
     ] = False,
-    clean: Annotated[bool, typer.Option("--clean/--no-clean", help="C4's rules for lines and pages.")] = True,
+    clean: Annotated[bool, typer.Option("--clean/--no-clean", help="Apply C4's rules for lines and pages.")] = True,
     dedup: Annotated[
         bool, typer.Option("--dedup/--no-dedup", help="Drop repeated documents and three-sentence spans.")
     ] = True,
-    min_sentences: Annotated[int, typer.Option(min=1, help="Sentences that a page must keep.")] = 3,
+    min_sentences: Annotated[int, typer.Option(min=1, help="Number of sentences that must remain of a page.")] = 3,
     encoding: EncodingOption = None,
     max_document_bytes: MaxDocumentBytesOption = MAX_DOCUMENT_BYTES,
 ) -> None:
     """Makes a corpus that is cleaned, deduplicated and split, in C4's format (gzipped JSON lines).
 
-    The directory that it makes is a data.source, and an eval.source.
+    The resulting directory can be used as data.source and as eval.source.
     """
     from sltrain_dist.data.prepare import embedded as packages
     from sltrain_dist.data.prepare import make_corpus
@@ -73,9 +73,9 @@ def prepare_text(
         num_shards=shards,
     )
     if embedded == bool(inputs):
-        raise ConfigError("give either --input (files of your own) or --embedded, and not both")
+        raise ConfigError("give either --input (your own files) or --embedded, not both")
     if embedded and (options != make_corpus.PrepareOptions(num_shards=shards) or name != "corpus"):
-        raise ConfigError("--embedded has rules of its own: only --output and --shards go with it")
+        raise ConfigError("--embedded has its own rules: only --output and --shards can be combined with it")
     with status_line() as report:
         if inputs:
             manifest = make_corpus.prepare_files(inputs, output, options, name=name, report=report)
@@ -108,12 +108,12 @@ def prepare_tokens(
     subset: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
     max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Largest share of unusable documents.")] = 0.01,
-    processes: Annotated[int, typer.Option(min=1, help="Shards to make at a time.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of shards to make in parallel.")] = 1,
 ) -> None:
-    """Makes token shards, for data.source, of the documents that --input names as data.source would.
+    """Makes token shards, for data.source, from the documents of --input, which is written like data.source.
 
-    Text is tokenized as it is; to clean it too, make a corpus with prepare-text first. The same command goes on where
-    an interrupted one stopped.
+    Text is tokenized as it is; to clean it first, make a corpus with prepare-text. Running the same command again
+    continues an interrupted one.
     """
     from sltrain_dist.data.prepare import tokens
     from sltrain_dist.data.sources.resolve import resolve_source
@@ -150,9 +150,9 @@ def prepare_tokens(
 
 
 def prepare_data(context: typer.Context) -> None:
-    """The former name of prepare-text, and with --tokenizer of prepare-tokens."""
+    """Deprecated alias of prepare-text, and with --tokenizer of prepare-tokens."""
     given = {argument.partition("=")[0] for argument in context.args}
     command = "prepare-tokens" if "--tokenizer" in given else "prepare-text"
-    typer.echo(f"note: `sltrain prepare-data` is now `sltrain {command}`", err=True)
+    typer.echo(f"note: `sltrain prepare-data` is deprecated; use `sltrain {command}`", err=True)
     assert context.parent is not None  # the group of all commands
     context.parent.command.main([command, *context.args], prog_name="sltrain", standalone_mode=False)

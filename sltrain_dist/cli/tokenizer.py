@@ -1,4 +1,4 @@
-"""`sltrain train-tokenizer`."""
+"""The `sltrain train-tokenizer` command."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def train_tokenizer(
     ],
     inputs: InputOption = None,
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32_000,
-    model_type: Annotated[ModelType, typer.Option(help="unigram as T5's, or bpe as LLaMA's.")] = ModelType.unigram,
-    sample_bytes: Annotated[int, typer.Option(min=1, help="Text to train on, sampled from all of it.")] = 20_000_000,
+    model_type: Annotated[ModelType, typer.Option(help="unigram like T5's, or bpe like LLaMA's.")] = ModelType.unigram,
+    sample_bytes: Annotated[int, typer.Option(min=1, help="Bytes of text to sample and train on.")] = 20_000_000,
     character_coverage: Annotated[
         float, typer.Option(min=0.9, max=1, help="Share of the text's characters that get pieces of their own.")
     ] = 0.9995,
@@ -39,17 +39,17 @@ def train_tokenizer(
     max_document_bytes: MaxDocumentBytesOption = MAX_DOCUMENT_BYTES,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
 ) -> None:
-    """Trains a lossless SentencePiece model (byte fallback, no normalisation) and reports how it does.
+    """Trains a lossless SentencePiece model (byte fallback, no normalisation) and reports its compression.
 
     Ids are padding 0, end of sequence 1, unknown 2; there is no beginning of sequence. The report is measured on
-    documents that were held out.
+    held-out documents.
     """
     from sltrain_dist.data import tokenizer
     from sltrain_dist.data.prepare import inputs as files
 
     if not inputs:
         raise ConfigError("give --input: files or globs of text or JSON lines to train on")
-    # A document is only the unit of sampling here, and whole text files would be a coarse one.
+    # A document is only the unit of sampling here, for which whole text files are too coarse.
     options = files.InputOptions("paragraph", text_field, encoding, max_document_bytes)
     with status_line() as report:
         shards = files.find_inputs(inputs, report)
@@ -69,7 +69,7 @@ def train_tokenizer(
         {
             "vocabulary": f"{result.vocab_size:,} pieces",
             "trained on": f"{result.sampled_documents:,} documents, {result.sampled_bytes / 1e6:,.2f} MB",
-            "measured on": f"{result.held_out_bytes / 1e6:,.3f} MB that were held out",
+            "measured on": f"{result.held_out_bytes / 1e6:,.3f} MB of held-out text",
             "bytes per token": f"{result.bytes_per_token:.3f}",
             "unknown tokens": f"{result.unknown_rate:.3%}",
             "byte tokens": f"{result.byte_fallback_rate:.3%}",

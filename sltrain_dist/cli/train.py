@@ -1,4 +1,4 @@
-"""`sltrain train`."""
+"""The `sltrain train` command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def train(
         Path, typer.Option(parser=path_option("--config"), metavar="FILE", help="YAML file: what to train, and how.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that win over the file's.")
+        list[str] | None, typer.Argument(metavar="section.key=value", help="Values that override the file's.")
     ] = None,
     print_run_dir: Annotated[bool, typer.Option("--print-run-dir", help="Only print where exit.json will be.")] = False,
 ) -> None:
@@ -25,7 +25,7 @@ def train(
     and likewise deepspeed --module sltrain_dist, or srun python -m sltrain_dist.
 
     Exit codes: 0 done, 1 a crash or another process lost, 2 configuration, 3 data, 4 diverged, 5 checkpoint, 6 storage,
-    75 stopped early with everything saved. Launchers lose them; exit.json in the run directory does not.
+    75 stopped early with everything saved. Launchers lose them, so exit.json in the run directory has them too.
     """
     from sltrain_dist.train import run
 

@@ -1,4 +1,4 @@
-"""`sltrain verify`."""
+"""The `sltrain verify` command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def verify(
         ),
     ],
 ) -> None:
-    """Compares files with the sizes and SHA-256 in their manifests.
+    """Compares files with the sizes and SHA-256 hashes in their manifests.
 
     The exit code is 5 if a checkpoint is damaged, and 3 if token shards are.
     """
@@ -33,9 +33,9 @@ def verify(
         return
     found = [kept for _, kept in list_directories(path / "checkpoints")] or [path]
     damaged = []
-    for checkpoint in found:  # whole lines, however narrow the terminal: a path that is cut cannot be copied
+    for checkpoint in found:  # not in a table, which would truncate paths on a narrow terminal
         problem = damage(checkpoint)
-        typer.echo(f"{checkpoint.name}: {problem or 'whole'}")
+        typer.echo(f"{checkpoint.name}: {problem or 'intact'}")
         if problem is not None:
             damaged.append(checkpoint.name)
     if damaged:
@@ -52,5 +52,7 @@ def _verify_tokens(path: Path) -> None:
             problems += filter(None, [damage(path, shard)])
             report(number, shard.name)
     if problems:
-        raise DataError(f"damaged: {'; '.join(problems)}. The `sltrain prepare-tokens` that made them makes them anew")
-    typer.echo(f"{path}: whole")
+        raise DataError(
+            f"damaged: {'; '.join(problems)}; to make them again, repeat their `sltrain prepare-tokens` command"
+        )
+    typer.echo(f"{path}: intact")

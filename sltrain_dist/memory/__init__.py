@@ -1,1 +1,1 @@
-"""What an update takes: recorded from the training code, and played again for any number of layers and ranks."""
+"""The memory of an update, recorded from the training code and played for any number of layers and ranks."""

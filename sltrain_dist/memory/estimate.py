@@ -1,7 +1,7 @@
-"""What a run takes: bytes by component at moments of an update, on the rank that needs most.
+"""The estimate of a run's memory: bytes by component at moments of an update, on the rank that needs the most.
 
-Recordings of the training code are played as the engine runs it, with the optimizer's states there and, where an update
-has several micro-batches, the last of them. Torch is imported only where a recording is missing. docs/planner.md.
+Recordings of the training code are played on the engine's schedule, with the optimizer states allocated. With gradient
+accumulation, the last micro-batch is played. Torch is imported only if a recording is missing. See docs/planner.md.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.parallel.communication import update_traffic
 
 _RELATIVE_ERROR = {"ddp": 0.05, "fsdp": 0.05, "zero": 0.1}
-"""Largest error to be expected: against replays, and with zero, which cannot be replayed, against live bytes."""
+"""Largest expected error of the peak against replays, or, for zero, which cannot be replayed, against live bytes."""
 
 
 def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> Estimate:
-    """Estimates a run.
+    """Estimates the memory of a run.
 
     Args:
         config: The run.
         ranks: World size.
-        device: Whose operators it runs on.
+        device: Device whose operators the run uses.
 
     Raises:
-        ConfigError: The configuration cannot be run, or not on so many ranks.
+        ConfigError: The configuration cannot be trained, or not on this number of ranks.
     """
     check_trainable(config)
     passes = micro_batches_per_update(config, ranks)
@@ -40,7 +40,7 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
     schedule = {"ddp": Timeline, "fsdp": FsdpTimeline, "zero": ZeroTimeline}[config.parallel.engine]
     points = schedule(config, model, ranks, passes, device).points()
     peak = max(point.total for point in points)
-    tensors = 3 * len(model.layer_parameters) * len(model.order)  # with gradient, or states, and activations
+    tensors = 3 * len(model.layer_parameters) * len(model.order)  # a parameter, its gradient or states, activations
     flops = model.flops * (2 if config.optim.passes_twice else 1)
     return Estimate(
         timeline=tuple(points),
@@ -53,6 +53,6 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
 
 
 def recordings_of(config: Config, device: DeviceType = "cuda") -> list[Request]:
-    """The recordings that take longest of those that an estimate of a run needs."""
-    wanted = [*layer_requests(config, device)[0], ends_request(config, device), evaluation_request(config, device)]
-    return [request for request in wanted if request is not None]
+    """Returns requests for the slowest recordings that the estimate of a run needs."""
+    requests = [*layer_requests(config, device)[0], ends_request(config, device), evaluation_request(config, device)]
+    return [request for request in requests if request is not None]

@@ -1,4 +1,4 @@
-"""The events of a run on fake tensors: which storages are allocated and freed, by which module, and the FLOPs."""
+"""A log of the storages that a run allocates and frees, with the module responsible for each, and of its FLOPs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ KINDS = {
     "norm": "norms",
     "lm_head": "loss",
 }
-"""What the activations of a module are called, by the module's name."""
+"""Kind of a module's activations, by the last part of the module's name."""
 
 Begins = Callable[[Literal["forward", "recomputation", "backward"], str], None]
-"""Takes what a module begins with, and the module's name."""
+"""A function that is called with a pass and a module's name when that pass of the module begins."""
 
 aten = torch.ops.aten
 
 
 class _Call:
-    """A call of a module's forward pass; `end` is the number of the event after its last."""
+    """A call of a module's forward pass; `end` is the index of the first event after it."""
 
     __slots__ = ("end", "kind", "name")
 
@@ -45,10 +45,10 @@ class _Call:
 
 
 class _Event(NamedTuple):
-    """Something that happened.
+    """An entry of the log.
 
-    what: new, free or passing (bytes of a storage); arrives (the gradient of a parameter, in a storage);
-        begins (a part of the run, or the work of a module).
+    what: new, free (a storage); passing (memory that is allocated and freed at once); arrives (the gradient of a
+        parameter is complete); begins (a part of the run, or a pass of a module).
     """
 
     what: Literal["new", "free", "passing", "arrives", "begins"]
@@ -62,11 +62,11 @@ class _Event(NamedTuple):
 
 @dataclass
 class Moment:
-    """The largest moment of a part of a run.
+    """The moment of a part of a run at which most bytes are live.
 
     Attributes:
-        name: As it was given to :meth:`EventLog.begin`.
-        components: Bytes by component that were live then.
+        name: Name of the part, as passed to :meth:`EventLog.begin`.
+        components: Live bytes by component.
     """
 
     name: Any
@@ -74,16 +74,16 @@ class Moment:
 
 
 class EventLog(StorageWatch):
-    """Writes down which storages are allocated and freed, and puts each to a component when all is over.
+    """Logs the storages that are allocated and freed, and finds the component of each at the end.
 
-    A storage belongs to what :meth:`assign` or :meth:`within` says. Any other one that outlives the call of the
-    module's forward pass that allocated it is an activation of that module; what is left is a temporary.
+    A storage belongs to the component that :meth:`assign` or :meth:`within` names. Otherwise it is an activation of the
+    module whose forward pass allocated it if it outlives that forward pass, and a temporary if not.
 
     Args:
-        device: Whose operators the tensors stand for; the scratch memory of a GPU's operators is counted.
+        device: Device whose operators the tensors stand for; for "cuda" their scratch memory is counted.
 
     Attributes:
-        flops: Floating-point operations of matrix products, sparse products and attention since the start.
+        flops: Floating-point operations of matrix products, sparse products and attention so far.
     """
 
     def __init__(self, device: DeviceType) -> None:
@@ -94,33 +94,33 @@ class EventLog(StorageWatch):
         self._events: list[_Event] = []
         self._calls: list[_Call] = []
         self._backward_kind = "loss"
-        self._number_of: dict[int, int] = {}
+        self._number_by_key: dict[int, int] = {}
         self._assigned: dict[int, str] = {}
         self._ignored_new: set[int] = set()
         self._ignored_free: set[int] = set()
         self._shared: set[int] = set()
-        self._numbers = 0
+        self._next_number = 0
         self._sizes: dict[int, int] = {}
 
-    # What the dispatcher shows
+    # Events from the dispatcher
 
     def allocated(self, key: int, num_bytes: int) -> None:
         """See :class:`StorageWatch`."""
-        self._number_of[key] = self._numbers
-        self._new(self._numbers, num_bytes)
-        self._numbers += 1
+        self._number_by_key[key] = self._next_number
+        self._new(self._next_number, num_bytes)
+        self._next_number += 1
 
     def freed(self, key: int, num_bytes: int) -> None:
         """See :class:`StorageWatch`."""
-        self._events.append(_Event("free", self._number_of.pop(key), num_bytes))
+        self._events.append(_Event("free", self._number_by_key.pop(key), num_bytes))
 
     def resized(self, key: int, before: int, after: int) -> None:
-        """A storage of another size is another storage."""
-        number = self._number_of[key]
+        """Logs a resized storage as one that is freed and another that is allocated, of the same component."""
+        number = self._number_by_key[key]
         self._events.append(_Event("free", number, before))
         self.allocated(key, after)
         if number in self._assigned:
-            self._assigned[self._number_of[key]] = self._assigned[number]
+            self._assigned[self._number_by_key[key]] = self._assigned[number]
 
     def passing(self, num_bytes: int) -> None:
         """See :class:`StorageWatch`."""
@@ -138,7 +138,7 @@ class EventLog(StorageWatch):
             self._assigned[number] = self._scopes[-1]
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operator. A number that is read from a fake tensor is 1."""
+        """Runs an operator and counts its FLOPs. Reading a number from a fake tensor returns 1."""
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **kwargs)
@@ -146,25 +146,25 @@ class EventLog(StorageWatch):
         if flops is not None:
             self.flops += flops(*args, **kwargs, out_val=out)
         if func is aten._embedding_bag_forward_only.default and isinstance(out[0], FakeTensor):
-            # CUDA returns the bag of every index, the CPU's kernel none; for fake tensors it depends on their type.
+            # CUDA returns the bag of every index, the CPU's kernel an empty tensor; fake tensors may do either.
             return (out[0], out[1].new_empty(0 if self._device == "cpu" else len(args[1])), *out[2:])
         return out
 
-    # What is said about storages
+    # Components of storages
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage."""
-        return self._number_of[self._see(tensor)]
+        """Returns the log's number of a tensor's storage."""
+        return self._number_by_key[self._see(tensor)]
 
     def assign(self, tensors: Iterable[Tensor], component: str) -> None:
-        """Puts storages to a component."""
+        """Assigns the storages of tensors to a component."""
         for tensor in tensors:
             if tensor.device.type != "meta":
                 self._assigned[self.number(tensor)] = component
 
     @contextmanager
     def within(self, component: str) -> Iterator[None]:
-        """What is allocated in the block belongs to a component."""
+        """Assigns all storages that are allocated within the block to a component."""
         self.enter(component)
         try:
             yield
@@ -172,95 +172,96 @@ class EventLog(StorageWatch):
             self.leave()
 
     def enter(self, component: str) -> None:
-        """What is allocated until :meth:`leave` belongs to a component."""
+        """Assigns all storages that are allocated until :meth:`leave` to a component."""
         self._scopes.append(component)
 
     def leave(self) -> None:
-        """Ends what :meth:`enter` began."""
+        """Ends the scope that :meth:`enter` began."""
         self._scopes.pop()
 
     def take_over(self, tensor: Tensor, component: str) -> Tensor:
-        """Leaves out that a storage was allocated: another recording has it. It is counted when it is freed."""
+        """Ignores the allocation of a storage, which belongs to another recording; counts only that it is freed."""
         self.assign([tensor], component)
         self._ignored_new.add(self.number(tensor))
         return tensor
 
     def hand_over(self, tensor: Tensor, component: str) -> None:
-        """Leaves out that a storage is freed: another recording has it."""
+        """Ignores that a storage is freed, which belongs to another recording; counts only its allocation."""
         self.assign([tensor], component)
         self._ignored_free.add(self.number(tensor))
 
     def share(self, tensor: Tensor, component: str) -> None:
-        """Takes over a storage that all layers use: it is freed with the last of them, and is a step of its own."""
+        """Takes over a storage that all layers share. The last layer to use it frees it, in a step of its own."""
         self._shared.add(self.number(self.take_over(tensor, component)))
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Leaves out storages that exist already and are accounted for elsewhere."""
+        """Ignores storages that exist already and are counted elsewhere."""
         for tensor in tensors:
             self._ignored_new.add(self.number(tensor))
             self._ignored_free.add(self.number(tensor))
 
     def arrives(self, index: int, gradient: Tensor) -> None:
-        """Notes that the gradient of a parameter is complete."""
+        """Logs that the gradient of a parameter is complete."""
         number = self.number(gradient)
         self._assigned[number] = "gradients"
         self._events.append(_Event("arrives", number, parameter=index))
 
-    # Where the run is
+    # Parts of the run
 
     def begin(self, name: Any) -> None:
         """Begins a part of the run."""
         self._events.append(_Event("begins", name=name))
 
     def begin_part(self, part: str) -> None:
-        """Begins a part of the run whose :class:`Pass` is wanted."""
+        """Begins a part of the run, which :meth:`passes` returns as a :class:`Pass`."""
         self._part = part
         self.moment("")
 
     def moment(self, where: str) -> None:
-        """Names what comes now within a part."""
+        """Names the following events within the part."""
         self.begin((self._part, where))
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]], begins: Begins) -> None:
-        """Notes the calls of modules, and when their part of the backward pass begins.
+        """Logs the forward passes of modules, and reports the beginning of each of their passes.
 
         Args:
-            modules: By name; those that :data:`KINDS` does not have are left out. What a module with an attribute
-                `component` allocates in its forward pass belongs to that.
-            begins: Called with "forward", "recomputation" or "backward", and the module's name.
+            modules: Modules by name; those without a kind in :data:`KINDS` are skipped. What a module with an attribute
+                `component` allocates in its forward pass belongs to that component.
+            begins: Called when a forward pass, recomputation or backward pass of a module begins.
         """
         for name, module in modules:
             parts = name.split(".")
             kind = KINDS.get(parts[-2] if parts[-1].isdigit() else parts[-1])
             if kind is not None:
-                module.register_forward_pre_hook(functools.partial(self._enters, name, kind, begins))
-                module.register_forward_hook(functools.partial(self._leaves, name, kind, begins), always_call=True)
+                module.register_forward_pre_hook(functools.partial(self._forward_begins, name, kind, begins))
+                ends = functools.partial(self._forward_ends, name, kind, begins)
+                module.register_forward_hook(ends, always_call=True)
             component = getattr(module, "component", None)
             if isinstance(component, str):
                 module.register_forward_pre_hook(lambda *_, to=component: self.enter(to))
                 module.register_forward_hook(lambda *_: self.leave())
 
-    def _enters(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any) -> None:
-        again = torch._C._current_graph_task_id() != -1
+    def _forward_begins(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any) -> None:
+        recomputing = torch._C._current_graph_task_id() != -1
         self._calls.append(_Call(kind, name))
-        begins("recomputation" if again else "forward", name)
+        begins("recomputation" if recomputing else "forward", name)
 
-    def _leaves(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _forward_ends(self, name: str, kind: str, begins: Begins, module: nn.Module, inputs: Any, output: Any) -> None:
         self._calls.pop().end = len(self._events)
         if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(lambda _: self._goes_back(name, kind, begins))
+            output.register_hook(lambda _: self._backward_begins(name, kind, begins))
         if self._calls:
-            again = torch._C._current_graph_task_id() != -1
-            begins("recomputation" if again else "forward", self._calls[-1].name)
+            recomputing = torch._C._current_graph_task_id() != -1
+            begins("recomputation" if recomputing else "forward", self._calls[-1].name)
 
-    def _goes_back(self, name: str, kind: str, begins: Begins) -> None:
+    def _backward_begins(self, name: str, kind: str, begins: Begins) -> None:
         self._backward_kind = kind
         begins("backward", name)
 
-    # What it all was
+    # Results
 
     def moments(self) -> list[Moment]:
-        """The largest moment of every part."""
+        """Returns the largest moment of every part that :meth:`begin` began, in order."""
         components = self._components()
         live: dict[str, int] = {}
         total = most = 0
@@ -284,13 +285,13 @@ class EventLog(StorageWatch):
         return found
 
     def passes(self) -> dict[str, Pass]:
-        """What was allocated and freed in every part that :meth:`begin_part` has begun, by its name."""
+        """Returns what every part that :meth:`begin_part` began allocated and freed, by the part's name."""
         components = self._components()
         steps: dict[str, list[Step]] = {}
         gradients: dict[int, int] = {}
         part, writer = "", _StepWriter()
         for event in self._events:
-            arrived = event.storage in gradients
+            is_gradient = event.storage in gradients
             if event.what == "begins":
                 name, where = event.name
                 if name != part:
@@ -303,7 +304,7 @@ class EventLog(StorageWatch):
                 if event.what == "passing":
                     writer.add(component, -event.size)
             elif event.what == "free" and event.storage not in self._ignored_free:
-                if arrived:
+                if is_gradient:
                     writer.cut(released=gradients[event.storage])
                 elif event.storage in self._shared:
                     writer.cut()
@@ -321,7 +322,7 @@ class EventLog(StorageWatch):
         }
 
     def _components(self) -> dict[int, str]:
-        """The component of every storage."""
+        """Returns the component of every storage by its number."""
         ends = {event.storage: index for index, event in enumerate(self._events) if event.what == "free"}
         found = {}
         for event in self._events:
@@ -338,7 +339,7 @@ class EventLog(StorageWatch):
 
 
 class _StepWriter:
-    """Sums events up to steps."""
+    """Sums up consecutive events to steps."""
 
     def __init__(self) -> None:
         self.where = ""
@@ -352,7 +353,7 @@ class _StepWriter:
         self._peak_where = ""
 
     def add(self, component: str, size: int) -> None:
-        """Counts bytes that are allocated, or, negative, freed."""
+        """Counts allocated bytes, or freed bytes if negative."""
         self._live[component] = self._live.get(component, 0) + size
         self._total += size
         if self._total > self._most:
@@ -360,13 +361,13 @@ class _StepWriter:
             self._peak = {key: value for key, value in self._live.items() if value}
 
     def cut(self, arrives: tuple[int, int] | None = None, released: int | None = None, *, shared: bool = False) -> None:
-        """Ends a step."""
+        """Ends the current step; the arguments are those of :class:`Step`."""
         end = {key: value for key, value in self._live.items() if value}
         self._steps.append(Step(self._peak_where or self.where, self._peak, end, arrives, released, shared))
         self._clear()
 
     def finish(self) -> Sequence[Step]:
-        """All steps; the last one is left out if nothing happened in it."""
+        """Returns all steps; the last one is left out if it is empty."""
         if self._live:
             self.cut()
         return self._steps

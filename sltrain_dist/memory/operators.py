@@ -1,4 +1,4 @@
-"""What is known of single operators: the scratch memory that they take on a GPU, their FLOPs, and a GPU's choices."""
+"""Properties of single operators: their scratch memory on a GPU, their FLOPs, and which of them a GPU would use."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ import sltrain_dist.sparse_lowrank.kernels.torch_kernels  # noqa: F401  register
 from sltrain_dist.config.schema import Config
 from sltrain_dist.numerics.device import DeviceType, emulate
 
-aten, ours = torch.ops.aten, torch.ops.sltrain
+aten, sltrain_ops = torch.ops.aten, torch.ops.sltrain
 
 
 @contextmanager
 def operators_of(device: DeviceType, config: Config) -> Iterator[None]:
-    """Makes the code in the block choose operators as on a device.
+    """Makes the code in the block choose operators as it would on a device.
 
     Args:
-        device: Whose operators; "cpu": those of the machine.
+        device: The device; "cpu" changes nothing.
         config: The run.
     """
     if device == "cpu":
         yield
         return
-    heads, masked = config.model, config.data.reset_attention
-    # Flash attention takes no float32, and the memory-efficient kernel no grouped heads (torch's sdp_utils.cpp).
-    unfused = config.train.dtype == "fp32" and heads.kv_heads != heads.num_heads and not masked
+    model, masked = config.model, config.data.reset_attention
+    # Flash attention does not support float32, nor the memory-efficient kernel grouped heads (torch's sdp_utils.cpp).
+    unfused = config.train.dtype == "fp32" and model.kv_heads != model.num_heads and not masked
     with emulate("cuda"), sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext():
         yield
 
 
 def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> int:
-    """The gradients of queries and one sum a row are in float32 while they are added up; with grouped heads keys and
-    values have gradients for every query head first (flash_attn's mha_bwd)."""
+    """Returns scratch bytes: the queries' gradients and a sum per row are accumulated in float32; with grouped heads,
+    keys and values first get a gradient for every query head (flash_attn's mha_bwd)."""
     batch, heads, length, width = query.shape
     if query.dtype == torch.float32 or kwargs.get("attn_mask") is not None:
-        # The memory-efficient kernel, which adds up in the gradients themselves. Flash attention takes no mask.
+        # The memory-efficient kernel accumulates in the gradients. Flash attention does not support masks.
         return 4 * batch * heads * length
     expanded = 2 * batch * heads * length * width * query.element_size() if key.shape[1] != heads else 0
     length, width = -(-length // 128) * 128, -(-width // 32) * 32
@@ -49,7 +49,7 @@ def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **kwar
 
 
 def _svd(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
-    """A column-major copy, because cuSOLVER overwrites its input (torch's BatchLinearAlgebraLib.cpp)."""
+    """Returns the bytes of a column-major copy: cuSOLVER overwrites its input (torch's BatchLinearAlgebraLib.cpp)."""
     return matrix.nbytes
 
 
@@ -57,18 +57,18 @@ SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
     aten._linalg_svd.default: _svd,
 }
-"""Bytes that operators take on CUDA while they run, beside what they return. Not counted: partial sums of
+"""Bytes that operators allocate on CUDA while they run, beyond their results. Not counted: partial sums of
 `kernels.blocks_values`, at most 512 tiles of 64×64 in float32 (8.4 MB), and workspaces of the matrix libraries."""
 
 
 def _attention(query: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Two products over half of all pairs of tokens: causal attention leaves out the other half."""
+    """Returns FLOPs: two products over half of all pairs of tokens, because attention is causal."""
     batch, heads, length, width = query.shape
     return 2 * batch * heads * length * length * width
 
 
 def _attention_backward(grad: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Five products for two (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+    """Returns FLOPs: five products instead of two (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
     return _attention(query) * 5 // 2
 
 
@@ -94,11 +94,11 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten.baddbmm_: baddbmm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    ours.blocks_outputs: _blocks,
-    ours.blocks_inputs: _blocks,
-    ours.blocks_values: _blocks_values,
+    sltrain_ops.blocks_outputs: _blocks,
+    sltrain_ops.blocks_inputs: _blocks,
+    sltrain_ops.blocks_values: _blocks_values,
     aten._embedding_bag_forward_only: _weighted_sums,
     aten._embedding_bag_per_sample_weights_backward: _dot_products,
 }
-"""Floating-point operations by operator, two for a multiply-add: torch's formulas, and those it does not have.
-Elementwise work is left out. Called with the operator's arguments and its result as `out_val`."""
+"""Formulas for the FLOPs of operators, two for a multiply-add: torch's, and those that torch lacks. Elementwise
+operators have none. They are called with the operator's arguments and with its result as `out_val`."""

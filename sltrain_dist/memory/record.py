@@ -1,7 +1,7 @@
 """Recordings of the training code: its modules and optimizers run on fake tensors, which have shapes and no memory.
 
-A decoder layer is recorded by itself, between a given input and a given gradient of its output, and what is before and
-after the layers around a gap. So a recording of each distinct layer serves models of any depth.
+A decoder layer is recorded alone, with a given input and a given gradient of its output. The embedding, the last norm,
+the head and the loss are recorded with a stand-in for the layers. The recordings serve models of any depth.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
-"""Components of what goes from one layer to the next, and of its gradient."""
+"""Components of the residual stream between layers, and of its gradient."""
 SHARED = ("activations.rotary", "activations.rotary", "activations.mask")
-"""Components of what all layers are given: cosines, sines and the mask."""
+"""Components of the inputs that all layers share: cosines, sines and the mask."""
 _ATTENTION_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 Build = Callable[[Config], Any]
-"""Makes a model of fake tensors whose modules are named and called as those of `LlamaForCausalLM`."""
+"""A function that builds a model of fake tensors whose modules have the names and calls of `LlamaForCausalLM`."""
 
 
 def fake_model(config: Config) -> LlamaForCausalLM:
-    """The model with fake parameters and buffers, under FakeTensorMode."""
+    """Builds the model with fake parameters and buffers; needs FakeTensorMode."""
     model = build_meta_model(config)
-    for module in model.modules():  # not to_empty, which cannot swap fake parameters
+    for module in model.modules():  # to_empty cannot swap fake parameters
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         for name, buffer in module.named_buffers(recurse=False):
@@ -53,7 +53,7 @@ def fake_model(config: Config) -> LlamaForCausalLM:
 
 
 def _prepared_model(config: Config) -> LlamaForCausalLM:
-    """The same, with activations checkpointed as the configuration says."""
+    """Builds the same model, with activation checkpointing as configured."""
     model = fake_model(config)
     prepare_layers(model, config.train)
     return model
@@ -65,10 +65,10 @@ def record_layer(
     """Records a decoder layer.
 
     Args:
-        config: A run of one layer, whose activations are checkpointed as the configuration says of it.
+        config: Configuration of a model with one layer, and with activation checkpointing of this layer.
         gathered: Which parameters are gathered in the type of matrix products.
-        device: Whose operators.
-        build: Makes the model.
+        device: Device whose operators are recorded.
+        build: Builds the model.
     """
     with _recording(config, device, build) as (model, log):
         layer = model.model.layers[0]
@@ -76,46 +76,46 @@ def record_layer(
         parameters = list(layer.named_parameters())
         like = {"size": (*_batch(config)[0].shape, config.model.hidden_size), "dtype": model.model.norm.weight.dtype}
 
-        def starts(_: nn.Module, given: tuple[Tensor | None, ...]) -> None:
-            for tensor, component in zip(given[1:], SHARED, strict=True):
+        def forward_begins(_: nn.Module, inputs: tuple[Tensor | None, ...]) -> None:
+            for tensor, component in zip(inputs[1:], SHARED, strict=True):
                 if tensor is not None:
                     log.share(tensor, component)
             log.begin_part("forward")
 
-        layer.register_forward_pre_hook(starts)
+        layer.register_forward_pre_hook(forward_begins)
         _watch(log, [("layers.0", layer), *list(layer.named_modules())[1:]], parameters)
 
-        def ends(y: Tensor) -> Tensor:
+        def forward_ends(y: Tensor) -> Tensor:
             log.hand_over(y, RESIDUAL)
             log.begin_part("")
-            stands_for_loss = y.new_empty(())
+            loss = y.new_empty(())  # a stand-in
             log.begin_part("leave autocast")
-            return stands_for_loss
+            return loss
 
-        def goes_back(_: Tensor) -> Tensor:
+        def backward_begins(_: Tensor) -> Tensor:
             gradient = log.take_over(torch.empty(**like), RESIDUAL_GRADIENT)
             log.begin_part("backward")
             return gradient
 
-        def is_back(gradient: Tensor) -> None:
+        def backward_ends(gradient: Tensor) -> None:
             log.hand_over(gradient, RESIDUAL_GRADIENT)
             log.begin_part("")
 
-        model.model.embed_tokens = _StandIn(lambda _: log.take_over(torch.empty(**like), RESIDUAL), is_back)
-        model.model.norm = _StandIn(ends, goes_back)
+        model.model.embed_tokens = _StandIn(lambda _: log.take_over(torch.empty(**like), RESIDUAL), backward_ends)
+        model.model.norm = _StandIn(forward_ends, backward_begins)
         input_ids, _, *positions = _batch(config)
         _leave_out(log, model, [input_ids, *positions])
         with log:
             with torch.autocast("cpu", model.autocast, enabled=model.autocast is not None):
-                end = model.model(input_ids, *positions)
+                loss = model.model(input_ids, *positions)
             log.begin_part("")
-            end.backward()
+            loss.backward()
     indices = sum(buffer.nbytes for name, buffer in layer.named_buffers() if ".support." in name)
     return Recording(log.passes(), _parameters(parameters, "model.layers.0."), log.flops, {"buffers": indices})
 
 
 def record_ends(config: Config, device: DeviceType, build: Build = fake_model) -> Recording:
-    """Records embedding, last norm, head and loss. Arguments as of :func:`record_layer`."""
+    """Records embedding, last norm, head and loss. Takes the arguments of :func:`record_layer`."""
     with _recording(config, device, build) as (model, log):
         model.model.layers[0] = _stand_in_for_layers(log)
         parameters = [(name, parameter) for name, parameter in model.named_parameters() if ".layers." not in name]
@@ -133,7 +133,7 @@ def record_ends(config: Config, device: DeviceType, build: Build = fake_model) -
 
 
 def record_evaluation(config: Config, gathered: Shard | None, device: DeviceType) -> Recording:
-    """Records a forward pass without gradients. Arguments as of :func:`record_layer`."""
+    """Records a forward pass of an evaluation. Takes the arguments of :func:`record_layer`."""
     with _recording(config, device, fake_model) as (model, log):
         layer = model.model.layers[0]
         _gather(layer, gathered)
@@ -150,15 +150,15 @@ def record_evaluation(config: Config, gathered: Shard | None, device: DeviceType
 
 
 def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bool, device: DeviceType) -> Recording:
-    """Records an optimizer's step of one part of a parameter.
+    """Records the optimizer step of one part of a parameter.
 
     Args:
-        config: Has the optimizer's settings.
-        dtype: Type of the parameter, as torch calls it.
-        part: What is stepped of it.
-        int8: Whether it is an int8 weight.
-        low_bit: Whether int8 weights are stepped by the same optimizer, which then is another one.
-        device: Whose operators.
+        config: Configuration with the optimizer's settings.
+        dtype: Type of the parameter, by its name in torch.
+        part: Part of the parameter that is stepped.
+        int8: Whether the parameter is an int8 weight.
+        low_bit: Whether the same optimizer also steps int8 weights, which makes it a LowBitAdam.
+        device: Device whose operators are recorded.
     """
     with by_itself(), FakeTensorMode(), emulate(device):
         shape = (part.count // part.row, *part.shape[1:]) if part.is_matrix else (part.count,)
@@ -180,16 +180,16 @@ def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bo
 
 
 def transient_bytes(log: EventLog, part: str) -> int:
-    """Most bytes at a time in a part of what a log has seen, beside those at its start."""
+    """Returns the largest number of bytes in a part of a log, beyond those live at the part's start."""
     passes = log.passes()
     return max((sum(step.peak.values()) for step in passes[part].steps), default=0) if part in passes else 0
 
 
 @contextmanager
 def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tuple[Any, EventLog]]:
-    """A model of fake tensors, and a log for it."""
+    """Yields a model of fake tensors and a log, under FakeTensorMode and with a device's operators."""
     enabled = gc.isenabled()
-    gc.disable()  # cycles of other code must not be freed among the events
+    gc.disable()  # so that garbage of other code is not freed during the recording
     try:
         with by_itself(), FakeTensorMode(), operators_of(device, config):
             yield build(config), EventLog(device)
@@ -200,9 +200,9 @@ def _recording(config: Config, device: DeviceType, build: Build) -> Iterator[tup
 
 @contextmanager
 def by_itself() -> Iterator[None]:
-    """Makes what is recorded in the block independent of the state of torch around it."""
+    """Isolates a recording from torch's global state: autocast, gradient mode and attention kernels."""
     enabled = torch.is_autocast_enabled("cpu")
-    # Not autocast(enabled=False): within any other autocast, its cache is not cleared where training clears it.
+    # autocast(enabled=False) would not do: inside it, autocast's cache is not cleared where training clears it.
     depth = torch.autocast_increment_nesting() - 1
     for _ in range(depth + 1):
         torch.autocast_decrement_nesting()
@@ -216,7 +216,7 @@ def by_itself() -> Iterator[None]:
             torch.autocast_increment_nesting()
 
 
-_WHERE = {
+_MOMENT_NAMES = {
     "embed_tokens": "embedding",
     "input_layernorm": "norm before attention",
     "self_attn": "attention",
@@ -228,9 +228,13 @@ _WHERE = {
 
 
 def _watch(log: EventLog, modules: Iterable[tuple[str, nn.Module]], parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Names moments by the modules at work, and takes every gradient as it arrives."""
-    ends = {"forward": "", "recomputation": ", computed again", "backward": ", backward"}
-    log.watch(modules, lambda what, name: log.moment(_WHERE.get(name.rpartition(".")[2], "residual sum") + ends[what]))
+    """Names moments by the running module, and logs and removes every gradient as it arrives."""
+    suffixes = {"forward": "", "recomputation": ", recomputed", "backward": ", backward"}
+
+    def begins(what: Literal["forward", "recomputation", "backward"], name: str) -> None:
+        log.moment(_MOMENT_NAMES.get(name.rpartition(".")[2], "residual sum") + suffixes[what])
+
+    log.watch(modules, begins)
 
     def arrives(index: int, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -242,7 +246,7 @@ def _watch(log: EventLog, modules: Iterable[tuple[str, nn.Module]], parameters: 
 
 
 def _leave_out(log: EventLog, model: nn.Module, tensors: Iterable[Tensor | None]) -> None:
-    """Leaves parameters, buffers and other tensors that exist already out of the events."""
+    """Leaves parameters, buffers and other existing tensors out of the log."""
     for parameter in model.parameters():
         log.leave_out(parts_of(parameter).values())
     log.leave_out(model.buffers())
@@ -250,7 +254,7 @@ def _leave_out(log: EventLog, model: nn.Module, tensors: Iterable[Tensor | None]
 
 
 def _gather(layer: nn.Module, gathered: Shard | None) -> None:
-    """Under mixed precision FSDP2 gathers what it shards in the type of matrix products."""
+    """Casts the sharded parameters to bf16, in which FSDP2 gathers them under mixed precision."""
     for name, parameter in layer.named_parameters():
         if gathered is not None and is_sharded(f"model.layers.0.{name}", gathered):
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -266,7 +270,7 @@ def _parameters(named: list[tuple[str, nn.Parameter]], prefix: str = "") -> tupl
 
 
 def component_of(name: str) -> Literal["factors", "sparse_values", "dense"]:
-    """The component of a named parameter of the model."""
+    """Returns the component of a parameter of the model by its name."""
     last = name.rpartition(".")[2]
     if not is_factor(name) or last not in ("B", "A", "V"):
         return "dense"
@@ -274,45 +278,45 @@ def component_of(name: str) -> Literal["factors", "sparse_values", "dense"]:
 
 
 def _batch(config: Config) -> list[Tensor]:
-    """Token ids and labels of a micro-batch, and positions where documents are told apart."""
+    """Returns token ids and labels of a micro-batch, and positions if attention is reset between documents."""
     shape = (config.train.micro_batch, config.data.seq_len)
     return [torch.empty(shape, dtype=torch.int64) for _ in range(3 if config.data.reset_attention else 2)]
 
 
 class _StandIn(nn.Module):
-    """Stands for modules that are not recorded.
+    """A stand-in for modules that are not recorded.
 
     Args:
-        there: Gives the output for what the module is called with.
-        back: Gives the gradient of the input for that of the output.
+        forward: Returns the output for the module's inputs.
+        backward: Returns the gradient of the first input for the gradient of the output.
     """
 
-    def __init__(self, there: Callable[..., Tensor], back: Callable[[Tensor], Tensor | None]) -> None:
+    def __init__(self, forward: Callable[..., Tensor], backward: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
-        self._there, self._back = there, back
-        self._seed = nn.Parameter(torch.empty(()))  # so that the output has a gradient, whatever the input is
+        self._run_forward, self._run_backward = forward, backward
+        self._seed = nn.Parameter(torch.empty(()))  # so that the output requires a gradient, whatever the input is
 
-    def forward(self, *given: Tensor | None) -> Tensor:
-        out: Tensor = _ThereAndBack.apply(self._there, self._back, self._seed, *given)
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        out: Tensor = _StandInFunction.apply(self._run_forward, self._run_backward, self._seed, *inputs)
         return out
 
 
-class _ThereAndBack(torch.autograd.Function):
+class _StandInFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, there: Any, back: Any, seed: Tensor, *given: Tensor | None) -> Tensor:
-        ctx.back, ctx.others = back, (None,) * (len(given) - 1)
-        out: Tensor = there(*given)
+    def forward(ctx: Any, run_forward: Any, run_backward: Any, seed: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.run_backward, ctx.others = run_backward, (None,) * (len(inputs) - 1)
+        out: Tensor = run_forward(*inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, ctx.back(grads[0]), *ctx.others
+        return None, None, None, ctx.run_backward(grads[0]), *ctx.others
 
 
 def _stand_in_for_layers(log: EventLog) -> _StandIn:
-    """What it is given belongs to the decoder layers, and what it gives comes from them."""
+    """Returns a stand-in for the decoder layers, which hands its inputs over to them and takes over their outputs."""
 
-    def there(x: Tensor, *shared: Tensor | None) -> Tensor:
+    def forward(x: Tensor, *shared: Tensor | None) -> Tensor:
         for tensor, component in zip((x, *shared), (RESIDUAL, *SHARED), strict=True):
             if tensor is not None:
                 log.hand_over(tensor, component)
@@ -320,10 +324,10 @@ def _stand_in_for_layers(log: EventLog) -> _StandIn:
         log.begin_part("loss")
         return y
 
-    def back(gradient: Tensor) -> Tensor:
+    def backward(gradient: Tensor) -> Tensor:
         log.hand_over(gradient, RESIDUAL_GRADIENT)
-        before = log.take_over(torch.empty_like(gradient), RESIDUAL_GRADIENT)
+        input_gradient = log.take_over(torch.empty_like(gradient), RESIDUAL_GRADIENT)
         log.begin_part("embedding backward")
-        return before
+        return input_gradient
 
-    return _StandIn(there, back)
+    return _StandIn(forward, backward)

@@ -1,4 +1,4 @@
-"""The recordings that a model of some depth is put together from (no torch unless one is missing)."""
+"""A model composed of the recordings of its parts (no torch unless a recording is missing)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sltrain_dist.memory.recording_store import Request, ends_request, layer_req
 from sltrain_dist.numerics.device import DeviceType
 
 
-@dataclass(frozen=True, eq=False)  # looked up by identity, as recordings are
+@dataclass(frozen=True, eq=False)  # hashed by identity, as recordings are
 class RecordedModel:
-    """A model and a micro-batch.
+    """The recordings of a model's forward and backward pass of one micro-batch.
 
     Attributes:
-        layers: The distinct decoder layers: one, or two where some are computed again.
-        order: Which of them each layer is, the first layer first.
-        ends: What is before and after.
+        layers: Recordings of the distinct decoder layers: two if only some layers are recomputed, else one.
+        order: For each layer of the model, the index of its recording in `layers`.
+        ends: Recording of the parts before and after the layers.
     """
 
     layers: tuple[Recording, ...]
@@ -32,7 +32,7 @@ class RecordedModel:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the indices of all supports."""
+        """Bytes of all support indices in the model."""
         return len(self.order) * self.layers[0].sizes["buffers"]
 
     @property
@@ -42,12 +42,12 @@ class RecordedModel:
 
 
 def recorded_model(config: Config, device: DeviceType) -> RecordedModel:
-    """The recordings of a run, made where they are missing."""
+    """Returns the recorded model of a run, and makes the recordings that are missing."""
     layers, order = layer_requests(config, device)
     return model_of(tuple(layers), order, ends_request(config, device))
 
 
 @lru_cache(4096)
 def model_of(layers: tuple[Request, ...], order: tuple[int, ...], ends: Request) -> RecordedModel:
-    """The same, from what is asked for."""
+    """Returns the recorded model of some requests."""
     return RecordedModel(tuple(layer.get() for layer in layers), order, ends.get())

@@ -1,14 +1,14 @@
-"""Recordings of what modules allocate and free, in a form without torch that is kept on disk.
+"""Recordings of what modules allocate and free (no torch), and their format on disk.
 
-Passes by name, in the order in which they begin:
+A recording consists of these passes, in order:
 
-- A decoder layer: "forward" begins with the layer's input live and ends with its output as well. "leave autocast" frees
-  cast weights at the end of the model's forward pass. "backward" begins with the gradient of the output live and ends
-  with that of the input.
-- What is before and after the layers: "embedding" ends with the first layer's input and what all layers share, "loss"
-  begins with the last layer's output, "loss backward" ends with its gradient, and "embedding backward" begins with the
-  gradient of the first layer's input.
-- An evaluation: "embedding", "layer", which ends with its output in its input's place, and "loss".
+- A decoder layer: "forward" begins with the layer's input live and ends with its output live too. "leave autocast"
+  frees cast weights at the end of the model's forward pass. "backward" begins with the gradient of the output live and
+  ends with that of the input.
+- The parts before and after the layers: "embedding" ends with the first layer's input and the tensors that all layers
+  share, "loss" begins with the last layer's output, "loss backward" ends with its gradient, and "embedding backward"
+  begins with the gradient of the first layer's input.
+- An evaluation: "embedding", "layer", whose output replaces its input, and "loss".
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Bytes = dict[str, int]
 
 @dataclass(frozen=True)
 class Step:
-    """Part of a pass in which no parameter's gradient arrives or is released.
+    """Part of a pass up to the arrival or the release of a parameter's gradient.
 
     Attributes:
         where: Name of the moment at which most bytes are live, such as "mlp".
-        peak: Bytes then, relative to the step's start; empty where no moment takes more than the start.
-        end: Bytes at its end, relative to its start; those of a gradient that is released then are not in it.
-        arrives: (index of the parameter, storage) whose gradient is complete at the end; storages are numbered.
-            Several gradients may share one.
-        released: The storage of gradients that autograd lets go of at the end. It is freed there unless somebody
-            else keeps it.
-        shared: Whether it only frees what all layers share, which happens in the last of them to use it.
+        peak: Bytes at that moment, relative to the step's start; empty if no moment takes more than the start.
+        end: Bytes at the end, relative to the start, without those of a gradient that is released at the end.
+        arrives: (parameter's index, number of the storage) of the gradient that is complete at the end. Several
+            gradients may share a storage.
+        released: Number of the storage of gradients that autograd releases at the end, which frees it unless
+            something else refers to it.
+        shared: Whether the step only frees a storage that all layers share, which happens in the last of them.
     """
 
     where: str
@@ -50,10 +50,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward or backward pass allocates and frees, in its order.
+    """Everything that a forward or backward pass allocates and frees, in order.
 
     Attributes:
-        steps: The parts.
+        steps: The pass in steps.
         gradient_bytes: Bytes of each storage of gradients, by its number.
     """
 
@@ -63,11 +63,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of what was recorded.
+    """A parameter of the recorded modules.
 
     Attributes:
         name: Its name in the module, such as "mlp.up_proj.B".
-        component: What its bytes are called.
+        component: Memory component of its bytes.
         shape: Its shape.
         replaced: Whether it belongs to a linear layer that SLTrain replaces, whatever the method.
         int8: Whether it is an int8 weight.
@@ -85,20 +85,20 @@ class Parameter:
         return prod(self.shape)
 
     def stored_bytes(self, width: int) -> int:
-        """Bytes of the parameter, where others than int8 weights take `width` a value."""
+        """Returns the bytes of the parameter, at `width` bytes a value unless it is an int8 weight."""
         return int8_bytes(self.shape) if self.int8 else width * self.values
 
 
-@dataclass(frozen=True, eq=False)  # looked up by identity, which is fast: recording_store.py makes equal ones once
+@dataclass(frozen=True, eq=False)  # hashed by identity, which is fast: recording_store.py never makes two equal ones
 class Recording:
-    """What was recorded of one thing.
+    """A recording of a decoder layer, of the parts before and after the layers, an evaluation or an optimizer step.
 
     Attributes:
-        passes: By name.
-        parameters: In the order of `named_parameters()`; those whose gradients arrive in the passes.
+        passes: Passes by name.
+        parameters: Parameters whose gradients arrive in the passes, in the order of `named_parameters()`.
         flops: Floating-point operations of all passes.
-        sizes: Other bytes: "buffers" (supports' indices of a layer, or the rotary table), "step" (most at a time that
-            an optimizer's step takes beside parameter, gradient and states), and states by component.
+        sizes: Other bytes: "buffers" (support indices of a layer, or the rotary table), "step" (transient bytes of an
+            optimizer step, beyond parameter, gradient and states), and states by component.
     """
 
     passes: dict[str, Pass] = field(default_factory=dict)
@@ -108,12 +108,12 @@ class Recording:
 
 
 def dumps(recording: Recording) -> bytes:
-    """A recording as JSON."""
+    """Returns a recording as JSON."""
     return json.dumps(asdict(recording)).encode()
 
 
 def loads(text: bytes) -> Recording:
-    """A recording from what :func:`dumps` wrote."""
+    """Returns the recording that :func:`dumps` wrote."""
     values = json.loads(text)
     return Recording(
         {name: _pass(**value) for name, value in values["passes"].items()},

@@ -1,8 +1,8 @@
-"""Finds recordings (no torch unless one is missing): in this process, on disk, or by making them.
+"""A cache of recordings in memory and on disk, which makes missing ones (no torch unless one is missing).
 
-A recording is kept on disk under the hash of the sources that were recorded, torch's version, and what it depends on.
-A file that is damaged, or cannot be read, is recorded anew; where nothing can be written, recordings live in this
-process alone, and :data:`problems` says why.
+A file is found by a hash of the recorded sources, torch's version, and the settings that the recording depends on.
+A recording whose file is damaged or unreadable is made again. If files cannot be written, recordings are cached in this
+process only, and :data:`problems` says why.
 """
 
 from __future__ import annotations
@@ -45,25 +45,26 @@ _SOURCES = (
     "memory",
     "plan/paper",
 )
-"""What a recording may depend on. More than what it does: recording anew takes little, a stale recording is wrong."""
-_WORTH_PROCESSES = 8
-"""Missing recordings from which on processes are started, which takes seconds."""
-_KEPT_S = 30 * 24 * 3600
-"""Seconds for which another version's recordings are kept after the last of them was made."""
+"""Sources that a recording may depend on: rather too many, because a new recording is cheap and a stale one wrong."""
+_MIN_FOR_PROCESSES = 8
+"""Smallest number of missing recordings for which processes are started, which takes seconds."""
+_MAX_AGE_S = 30 * 24 * 3600
+"""Seconds for which recordings of another version are kept after the last one was made."""
 
 problems: list[str] = []
-"""Why recordings cannot be kept on disk; empty where they can."""
+"""Reasons why recordings cannot be written to disk; empty if they can."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A recording that is wanted.
+    """A request for a recording.
 
     Attributes:
-        make: Module and function of this package that makes it, such as "memory.record:record_layer".
-        key: All that it depends on, as JSON.
-        device: Whose operators. Those of this machine's CPU depend on its number of threads, and are not kept on disk.
-        arguments: For the function: a run in which only what it depends on is set, and more.
+        make: Module and function of this package that makes the recording, such as "memory.record:record_layer".
+        key: Everything that the recording depends on, as JSON.
+        device: Device whose operators are recorded. Recordings of the CPU's operators depend on the machine's number of
+            threads, and are not written to disk.
+        arguments: Arguments of the function: a configuration in which only the relevant fields are set, and more.
     """
 
     make: str
@@ -72,41 +73,41 @@ class Request:
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
 
     def get(self) -> Recording:
-        """The recording."""
+        """Returns the recording, and makes it if it is missing."""
         if not self.is_known():
-            with _recording:
+            with _recording_lock:
                 _found[self] = resolve_name(f"sltrain_dist.{self.make}")(*self.arguments)  # imports torch
             _write(self, _found[self])
         return _found[self]
 
     def is_known(self) -> bool:
-        """Whether it need not be recorded."""
+        """Returns whether the recording is in memory or on disk."""
         if self not in _found and (read := _read(self)) is not None:
             _found[self] = read
         return self in _found
 
 
 _found: dict[Request, Recording] = {}
-_recording = threading.Lock()
-"""One thread records at a time: a GPU is emulated in the whole process."""
+_recording_lock = threading.Lock()
+"""Lock that lets one thread record at a time, because a GPU is emulated in the whole process."""
 
 
-def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[int, int], None]) -> None:
-    """Makes recordings that are missing, in several processes where there are many.
+def record_missing(requests: Iterable[Request], workers: int, report: Callable[[int, int], None]) -> None:
+    """Makes the missing ones of several recordings in parallel processes, if there are enough of them.
 
     Args:
-        wanted: Recordings that will be asked for.
-        workers: Processes.
-        report: Called now and then with (recordings made, recordings to make).
+        requests: The recordings that will be needed.
+        workers: Number of processes.
+        report: Called about ten times with (recordings made, recordings to make).
     """
-    missing = [request for request in dict.fromkeys(wanted) if not request.is_known()]
-    if workers == 1 or len(missing) < _WORTH_PROCESSES:
-        return  # each is made when it is asked for
+    missing = [request for request in dict.fromkeys(requests) if not request.is_known()]
+    if workers == 1 or len(missing) < _MIN_FOR_PROCESSES:
+        return  # Request.get makes each of them
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     report(0, len(missing))
-    # Not forked: the caller may have threads.
+    # A fork would be unsafe, because the caller may have threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for done, (request, recording) in enumerate(zip(missing, pool.map(Request.get, missing), strict=True), start=1):
             _found[request] = recording
@@ -118,48 +119,49 @@ def record_missing(wanted: Iterable[Request], workers: int, report: Callable[[in
 
 
 def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:
-    """Asks for the distinct decoder layers of a run; and which of them each layer is, the first layer first."""
+    """Returns requests for the distinct decoder layers of a run, and the index of its request for each layer."""
     micro_batch, gathered = config.train.micro_batch, _gathered(config)
     recomputed = [config.train.is_recomputed(index) for index in range(config.model.num_layers)]
     distinct = list(dict.fromkeys(recomputed))
-    settings = (_of_layer(config, micro_batch, again=again) for again in distinct)
+    settings = (_layer_sections(config, micro_batch, recompute=recompute) for recompute in distinct)
     requests = [request("memory.record:record_layer", device, gathered, **sections) for sections in settings]
     return requests, tuple(map(distinct.index, recomputed))
 
 
 def ends_request(config: Config, device: DeviceType) -> Request:
-    """Asks for what is before and after the layers."""
+    """Returns the request for the parts of the model before and after the layers."""
     return request(
         "memory.record:record_ends",
         device,
         model=only_memory(config.model, num_layers=1, intermediate_size=1),
         reparam=ReparamConfig(method="full", weight_bits=config.reparam.weight_bits),
-        data=_of_data(config),
-        train=_of_loss(config, config.train.micro_batch),
+        data=_data_section(config),
+        train=_loss_section(config, config.train.micro_batch),
     )
 
 
 def evaluation_request(config: Config, device: DeviceType) -> Request | None:
-    """Asks for a forward pass of an evaluation; None where a run has none."""
+    """Returns the request for a forward pass of an evaluation; None if the run has no evaluation."""
     if config.eval.source is None:
         return None
-    sections = _of_layer(config, config.eval_micro_batch, again=False)
-    sections |= {"model": only_memory(config.model, num_layers=1), "train": _of_loss(config, config.eval_micro_batch)}
+    sections = _layer_sections(config, config.eval_micro_batch, recompute=False)
+    sections["model"] = only_memory(config.model, num_layers=1)
+    sections["train"] = _loss_section(config, config.eval_micro_batch)
     return request("memory.record:record_evaluation", device, _gathered(config), **sections)
 
 
 def step_request(
     optim: OptimConfig, dtype: str, part: Place, device: DeviceType, *, int8: bool, low_bit: bool
 ) -> Request:
-    """Asks for the optimizer's step of a part of a parameter.
+    """Returns the request for the optimizer step of a part of a parameter.
 
     Args:
         optim: Optimizer settings.
-        dtype: Type of the parameter, as torch calls it.
-        part: What is stepped. Of its name matters whether weight decay applies.
-        device: Whose operators.
-        int8: Whether it is an int8 weight.
-        low_bit: Whether int8 weights are stepped by the same optimizer.
+        dtype: Type of the parameter, by its name in torch.
+        part: The part. Its name only determines whether weight decay applies.
+        device: Device whose operators are recorded.
+        int8: Whether the parameter is an int8 weight.
+        low_bit: Whether the same optimizer also steps int8 weights.
     """
     part = Place("weight" if decays(part.name, optim) else "norm", part.shape, part.start, part.count, part.borders)
     return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=only_memory(optim))
@@ -167,52 +169,52 @@ def step_request(
 
 @lru_cache(1 << 14)
 def request(make: str, device: DeviceType, *more: Any, **sections: Section) -> Request:
-    """Asks for any recording.
+    """Returns the request for a recording.
 
     Args:
-        make: Module and function that makes it, from a configuration, `more` and the device.
-        device: Whose operators.
-        more: What else it depends on; dataclasses, and what JSON has.
-        sections: Sections of the configuration. What is not set in them, it does not depend on.
+        make: Module and function that makes it from a configuration, `more` and the device.
+        device: Device whose operators are recorded.
+        more: Other values that it depends on: dataclasses and types of JSON.
+        sections: Sections of the configuration in which only the fields are set that it depends on.
     """
     settings = {name: section.model_dump(exclude_unset=True) for name, section in sections.items()}
     key = json.dumps([settings, *more], sort_keys=True, default=asdict)
     return Request(make, key, device, (Config.model_validate(sections), *more, device))
 
 
-def _of_layer(config: Config, micro_batch: int, *, again: bool) -> dict[str, Section]:
-    """Settings that a decoder layer depends on; `again`: its activations are computed again."""
+def _layer_sections(config: Config, micro_batch: int, *, recompute: bool) -> dict[str, Section]:
+    """Returns the settings that a decoder layer depends on; `recompute`: its activations are recomputed."""
     train, checkpointing = config.train, {}
-    if again and (train.activation_checkpointing == "full" or train.checkpoint_policy == "blocks"):
+    if recompute and (train.activation_checkpointing == "full" or train.checkpoint_policy == "blocks"):
         checkpointing = {"activation_checkpointing": "full"}
-    elif again:
+    elif recompute:
         checkpointing = {"activation_checkpointing": "selective", "checkpoint_policy": train.checkpoint_policy}
     return {
         "model": only_memory(config.model, num_layers=1, vocab_size=1, tie_head=False),
         "reparam": only_memory(config.reparam),
-        "data": _of_data(config),
+        "data": _data_section(config),
         "train": TrainConfig.model_validate({"dtype": train.dtype, "micro_batch": micro_batch, **checkpointing}),
     }
 
 
 def _gathered(config: Config) -> Shard | None:
-    """What mixed precision under FSDP2 gathers in the type of matrix products."""
+    """Returns which parameters FSDP2 gathers in the type of matrix products; None without mixed precision."""
     gathers = config.parallel.engine == "fsdp" and config.train.precision.is_mixed
     return config.parallel.shard if gathers else None
 
 
-def _of_data(config: Config) -> DataConfig:
+def _data_section(config: Config) -> DataConfig:
     return DataConfig(seq_len=config.data.seq_len, reset_attention=config.data.reset_attention)
 
 
-def _of_loss(config: Config, micro_batch: int) -> TrainConfig:
+def _loss_section(config: Config, micro_batch: int) -> TrainConfig:
     chunk = config.train.chunk_tokens(config.model.vocab_size)
     return TrainConfig(dtype=config.train.dtype, micro_batch=micro_batch, loss_chunk_tokens=chunk)
 
 
 @lru_cache(4096)
 def only_memory(section: S, **changed: Any) -> S:
-    """A section in which only those fields are set that memory depends on, some of them to other values."""
+    """Returns a section with only those fields set that memory depends on, some of them `changed`."""
     fields = type(section).model_fields
     kept = {name: getattr(section, name) for name in fields if MEMORY in fields[name].metadata}
     return type(section)(**{**kept, **changed})
@@ -223,21 +225,21 @@ def only_memory(section: S, **changed: Any) -> S:
 
 @cache
 def directory() -> Path:
-    """Where recordings of this version are kept."""
+    """Returns the directory of this version's recordings."""
     return default_cache_dir() / "recordings" / _version()
 
 
 def _version() -> str:
-    """Changes whenever a recording may."""
+    """Returns a hash of the recorded sources and torch's version, which changes whenever a recording may change."""
     root = Path(sltrain_dist.__file__).parent
     digest = hashlib.sha256(importlib.metadata.version("torch").encode())
-    for path in sorted(_files(root)):
+    for path in sorted(_source_files(root)):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _source_files(root: Path) -> Iterator[Path]:
     for source in _SOURCES:
         path = root / source
         yield from path.rglob("*.py") if path.is_dir() else (path,)
@@ -248,7 +250,7 @@ def _path(request: Request) -> Path:
 
 
 def _read(request: Request) -> Recording | None:
-    """A recording from disk; None where there is no whole one."""
+    """Returns a recording from disk; None if its file is missing or damaged."""
     if request.device == "cpu":
         return None
     try:
@@ -277,9 +279,9 @@ def _digest(key: bytes, text: bytes) -> str:
 
 
 def _make_directory() -> None:
-    """Makes the directory, and removes those of other versions that are old."""
+    """Creates the directory, and removes old directories of other versions."""
     directory().mkdir(parents=True, exist_ok=True)
     for other in directory().parent.iterdir():
         with suppress(OSError):
-            if other != directory() and time.time() - other.stat().st_mtime > _KEPT_S:
+            if other != directory() and time.time() - other.stat().st_mtime > _MAX_AGE_S:
                 shutil.rmtree(other)

@@ -1,4 +1,4 @@
-"""What the planner says of a run (no torch): bytes by component at points of a training step, per rank."""
+"""The result of an estimate: bytes by component at points of a training step, on one rank (no torch)."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from functools import cached_property
 from typing import Literal, get_args
 
 Phase = Literal["init", "forward", "backward", "update", "save"]
-"""Stretches of a run, in their order."""
+"""Phases of a run, in order."""
 
 Group = Literal[
     "factors",  # B and A
     "sparse_values",  # V
-    "index",  # of the supports: positions, or permutations
-    "dense",  # embedding, head, norms; all weights with method full
+    "index",  # positions or permutations of the supports
+    "dense",  # embedding, head and norms; all weights with method full
     "gradients",
-    "states",  # of the optimizer
+    "states",  # optimizer states
     "master_weights",
     "activations",  # kept for the backward pass
-    "temporaries",  # that live inside one operator, layer or step of the optimizer
-    "buffers",  # of the engine: gathered blocks, buckets, messages
+    "temporaries",  # live only during one operator, layer or optimizer step
+    "buffers",  # of the engine: gathered layers, buckets, messages
     "batch",  # token ids and labels
 ]
-"""Kinds of bytes. A component is one of them, or one with a detail after a dot: "activations.attention"."""
+"""Groups of memory components. A component is a group, or a group and a detail: "activations.attention"."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The bytes that live at one moment.
+    """The live bytes at one moment of a run.
 
     Attributes:
-        phase: Part of the run.
-        where: The moment in words, such as "block 3, mlp.down_proj".
-        components: Bytes by component; the group of each is what stands before its first dot.
+        phase: Phase of the run.
+        where: Description of the moment, such as "layer 3, mlp, backward".
+        components: Bytes by component; the part of its name before the first dot is the group.
     """
 
     phase: Phase
@@ -46,7 +46,7 @@ class Point:
         return sum(self.components.values())
 
     def groups(self) -> dict[str, int]:
-        """Bytes by group, those of none left out, in the order of :data:`Group`."""
+        """Returns bytes by group in the order of :data:`Group`, without empty groups."""
         sums = dict.fromkeys(get_args(Group), 0)
         for component, size in self.components.items():
             sums[component.partition(".")[0]] += size
@@ -55,17 +55,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes on the rank that needs most.
+    """The estimated memory, computation and communication of a run, on the rank that needs the most memory.
 
     Attributes:
-        timeline: Moments of a run in their order, any of which may be the peak.
-        reserved_bytes: What the device takes beside allocated tensors: context, workspaces, allocator slack.
-        parameters: Of the whole model.
-        flops_per_token: Floating-point operations that are really done, forward and backward, recomputation included.
-        comm_bytes_per_update: Sent by each rank.
-        relative_error: Largest error of `peak_bytes` that is to be expected, as a share of it.
-        method: How it was found: "recording" (of the training code, played), "replay" (of a whole update on fake
-            tensors), or "reference emulation" (of other code).
+        timeline: Moments of the run in order, any of which may be the peak.
+        reserved_bytes: Device memory beyond allocated tensors: context, workspaces, allocator slack.
+        parameters: Number of parameters of the whole model.
+        flops_per_token: Floating-point operations actually executed, forward and backward, including recomputation.
+        comm_bytes_per_update: Bytes that each rank sends in an update.
+        relative_error: Largest expected error of `peak_bytes`, as a share of it.
+        method: Method of the estimate: "recording" (recordings of the training code are played), "replay" (a whole
+            update is run on fake tensors), or "reference emulation" (of the published code).
     """
 
     timeline: tuple[Point, ...]
@@ -78,7 +78,7 @@ class Estimate:
 
     @cached_property
     def peak(self) -> Point:
-        """The moment that binds; the first of several."""
+        """The moment at which most bytes are allocated; the first of several."""
         return max(self.timeline, key=lambda point: point.total)
 
     @property
@@ -88,11 +88,11 @@ class Estimate:
 
     @property
     def device_bytes(self) -> int:
-        """What a device must have."""
+        """Memory that the device must have, in bytes."""
         return self.peak_bytes + self.reserved_bytes
 
     def phases(self) -> dict[Phase, Point]:
-        """The largest moment of each phase."""
+        """Returns the largest moment of each phase."""
         largest: dict[Phase, Point] = {}
         for point in self.timeline:
             if point.phase not in largest or point.total > largest[point.phase].total:
@@ -100,5 +100,5 @@ class Estimate:
         return largest
 
     def peak_of(self, phase: Phase) -> Point:
-        """The largest moment of a phase."""
+        """Returns the largest moment of a phase."""
         return self.phases()[phase]

@@ -28,8 +28,8 @@ GROUPS: Mapping[Group, GroupStyle] = {
     "buffers": GroupStyle("engine buffers", "#2aa19b"),
     "batch": GroupStyle("batch", "#8a9199"),
 }
-"""The groups in the order in which reports stack them: long-lived ones first. The colours can be told from black and
-from white."""
+"""Styles of the groups in the order in which reports stack them, long-lived ones first. All colours differ from black
+and from white."""
 
 PHASES: Mapping[Phase, str] = {
     "init": "start",
@@ -42,7 +42,7 @@ PHASES: Mapping[Phase, str] = {
 
 
 def largest_group(estimate: Estimate) -> tuple[Group, int]:
-    """Returns the group that takes most bytes at the peak, and these bytes."""
+    """Returns the group that takes the most bytes at the peak, and its bytes."""
     sums = estimate.peak.groups()
     group = max(GROUPS, key=lambda group: sums.get(group, 0))
     return group, sums[group]

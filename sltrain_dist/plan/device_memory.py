@@ -26,7 +26,7 @@ _MIN_BARE_BYTES = 10**8
 """Smallest number without a unit that is taken as bytes: in a larger unit, no device has so much memory."""
 
 _MAX_BYTES = 2**48
-"""Sizes from here on are refused: 256 TiB is more than any device has, and less than "4060 Ti" read as a size."""
+"""Smallest size that is refused: 256 TiB is more than any device has, and less than "4060 Ti" read as a size."""
 
 _ROUNDING = 0.05
 """Relative difference up to which a size after a GPU's name ("RTX 3090 24GB") agrees with the GPU's memory."""
@@ -55,7 +55,7 @@ def parse_device_memory(text: str) -> int:
     number, letter, binary, byte = match.groups()
     if not (letter or byte) and 0 < float(number) < _MIN_BARE_BYTES:
         meant = _did_you_mean(text).removesuffix(".")
-        raise ConfigError(f"--device-memory {text}: of which unit? Write {number}GiB, {number}GB or so{meant}")
+        raise ConfigError(f"--device-memory {text} has no unit; write {number}GiB or {number}GB{meant}")
     power = " kmgt".index(letter.lower()) if letter else 0
     size = float(number) * (1024 if binary else 1000) ** power
     if not 1 <= size < _MAX_BYTES:

@@ -1,7 +1,7 @@
-"""Follows the bytes of live tensors through real training: the model, its engine, optimizer and step as they are.
+"""The live bytes of a short training run with the real model, engine, optimizer and training step.
 
-This works on real tensors and on fake ones alike; :class:`sltrain_dist.memory.events.EventLog` says which component
-each byte belongs to. Private parts of torch that allocate memory are patched, because they have no hooks.
+This works on real and on fake tensors; :class:`sltrain_dist.memory.events.EventLog` finds the component of each byte.
+Private parts of torch that allocate memory are patched, because they have no hooks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _register_hook = Tensor.register_post_accumulate_grad_hook
 
 
 def follow(config: Config, env: Environment) -> tuple[Point, ...]:
-    """Trains for two updates on real tensors; returns this rank's timeline, see :meth:`Follower.run`."""
+    """Trains for two updates on real tensors and returns this rank's timeline, see :meth:`Follower.run`."""
     if config.parallel.engine == "ddp":
         return Follower(config, env, "cpu").run(build_model(config, env.device))
     model = build_meta_model(config)
@@ -48,28 +48,28 @@ def follow(config: Config, env: Environment) -> tuple[Point, ...]:
 
 
 class Follower:
-    """A run whose memory is followed.
+    """A short training run whose memory is followed.
 
     Args:
         config: Configuration of the run.
-        env: This process among all.
-        device: Device whose operators the tensors stand for. On a GPU, the rows of this update and the next are on the
-            device before an update begins.
+        env: Rank and device of this process.
+        device: Device whose operators the tensors stand for. A GPU has the rows of this update and of the next in
+            memory before an update begins.
     """
 
     def __init__(self, config: Config, env: Environment, device: DeviceType) -> None:
         self.config, self.env, self.device, self.log = config, env, device, EventLog(device)
-        self._passes, self._pass = 1, 0  # forward passes of the last update, and of this one so far
+        self._passes, self._pass = 1, 0  # number of forward passes in the last update, and in this one so far
 
     def run(self, model: LlamaForCausalLM, initial: ReadChunk | None = None) -> tuple[Point, ...]:
-        """Trains for two updates and saves.
+        """Trains for two updates and makes the tensors of a checkpoint.
 
         Args:
-            model: The model; if it is on the meta device, its engine gives it memory.
-            initial: Reads the initial values; None to leave the model as it is.
+            model: The model; if it is on the meta device, its engine allocates it.
+            initial: Reads the initial values; None to keep the values of the model.
 
         Returns:
-            The largest moments of building, of the second update, and of saving.
+            The largest moments of building the engine, of the second update, and of saving.
         """
         with self._patches():
             self._build(model, initial)
@@ -94,28 +94,29 @@ class Follower:
             self.engine = build_engine(model, self.config, self.env)
             if initial is not None:
                 self.engine.load(initial, 0)
-            log.assign(self.engine.tensors()["parameters"], "factors")  # those that ZeRO keeps in flat tensors
+            log.assign(self.engine.tensors()["parameters"], "factors")  # the flat tensors of ZeRO
             for name, parameter in model.named_parameters():
                 log.assign(parts_of(_local(parameter)).values(), component_of(name))
             for name, buffer in model.named_buffers():
                 log.assign([buffer], "index" if ".support." in name else "dense.rotary")
         log.begin(None)  # nothing is reported until the second update
         with log, log.within("temporaries.levels"):
-            for signed in (True, False) if bits in GROUP_SIZES else ():  # made once in a process, and kept
+            for signed in (True, False) if bits in GROUP_SIZES else ():  # allocated once in a process, and kept
                 tables = quantizer(bits, GROUP_SIZES[bits], self.env.device, signed=signed)
                 log.add([tables.levels, tables.borders, tables.table])
 
     def _update(self) -> None:
-        """Makes an update of the first micro-batch, which finds no gradients, and the last, which finds all of them."""
+        """Runs an update of one or two micro-batches: the first finds no accumulated gradients, the last finds all."""
         engine, log, optim, train = self.engine, self.log, self.config.optim, self.config.train
         passes = min(2, micro_batches_per_update(self.config, self.env.world_size))
         rows = made_up_rows(self.config, self.env.rank, passes * train.micro_batch)
-        gc.collect()  # frees what is in cycles since the last update
+        gc.collect()  # frees cyclic garbage of the last update
         self._passes, self._pass = self._pass, 0
         log.begin(_UPDATE_BEGINS)
         with log:
             with log.within("batch"):
-                sent = [torch.empty(rows.shape, dtype=torch.int32) for _ in range(2)] if self.device == "cuda" else []
+                on_gpu = self.device == "cuda"
+                device_rows = [torch.empty(rows.shape, dtype=torch.int32) for _ in range(2)] if on_gpu else []
             engine.begin_update(optim.lr, 1.0 + optim.clip)
             forward_backward(
                 engine,
@@ -123,7 +124,7 @@ class Follower:
                 train.micro_batch,
                 self.env,
                 reset_attention=self.config.data.reset_attention,
-                sent=sent[0] if sent else None,
+                sent=device_rows[0] if device_rows else None,
             )
             self._assign_gradients()
             log.begin(("update", "clipping"))
@@ -132,7 +133,7 @@ class Follower:
             engine.update()
 
     def _save(self) -> None:
-        """Goes over all chunks of a checkpoint, each of which is freed before the next one is made."""
+        """Makes all chunks of a checkpoint; each is freed before the next one is made."""
         self.log.begin(("save", "checkpoint"))
         with self.log, torch.no_grad(), self.log.within("temporaries.codes"):
             for _ in self.engine.chunks():
@@ -147,7 +148,7 @@ class Follower:
 
     def _module_begins(self, what: Literal["forward", "recomputation", "backward"], name: str) -> None:
         where = name.removeprefix("model.").replace("layers.", "layer ").replace(".", ", ")
-        where += ", computed again" if what == "recomputation" else ""
+        where += ", recomputed" if what == "recomputation" else ""
         where = where if self._passes == 1 else f"pass {self._pass}, {where}"
         self.log.begin(("forward" if what == "forward" else "backward", where))
 
@@ -162,7 +163,7 @@ class Follower:
 
     @contextmanager
     def _patches(self) -> Iterator[None]:
-        """Assigns components to what torch and the engines allocate outside of modules."""
+        """Assigns components to the memory that torch and the engines allocate outside of modules."""
         log = self.log
 
         def register_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
@@ -172,7 +173,7 @@ class Follower:
 
             return _register_hook(parameter, after_assigning)
 
-        def stepped(optimizer: torch.optim.Optimizer, *unused: Any) -> None:
+        def after_step(optimizer: torch.optim.Optimizer, *unused: Any) -> None:
             log.leave()
             for state in optimizer.state.values():
                 for key, value in state.items():
@@ -187,27 +188,27 @@ class Follower:
                 if parameter.unsharded_accumulated_grad is not None:
                     log.assign([parameter.unsharded_accumulated_grad], "gradients")
 
-        def before_sending(replicas: Replicated) -> None:
+        def before_all_reduce(replicas: Replicated) -> None:
             log.begin(("backward", "all-reduce"))
 
         with ExitStack() as stack:
             stack.enter_context(replaced(Tensor, "register_post_accumulate_grad_hook", register_hook))
             for hook in (
                 register_optimizer_step_pre_hook(lambda *_: log.enter("temporaries.update")),
-                register_optimizer_step_post_hook(stepped),
+                register_optimizer_step_post_hook(after_step),
             ):
                 stack.callback(hook.remove)
             for owner, name, component, before in (
                 (FSDPParamGroup, "unshard", "buffers.gathered", None),
                 (FSDPParamGroup, "wait_for_unshard", "buffers.gathered", None),
                 (FSDPParamGroup, "post_backward", "buffers.reduced", before_reduction),
-                (Replicated, "all_reduce", "buffers.messages", before_sending),
+                (Replicated, "all_reduce", "buffers.messages", before_all_reduce),
             ):
                 stack.enter_context(self._within(owner, name, component, before))
             yield
 
     def _within(self, owner: type, name: str, component: str, before: Callable[[Any], None] | None) -> Any:
-        """Assigns a component to what a method allocates; `before` is called with the method's object."""
+        """Patches a method so that its allocations belong to a component; `before` is called with its object first."""
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -222,7 +223,7 @@ class Follower:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replaces an attribute within the block."""
+    """Replaces an attribute of an object within the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -71,7 +71,7 @@ class PlannedRun:
 def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay: bool = False) -> PlannedRun:
     """Estimates a run of this code and, if it does not fit, looks for single changes that make it fit.
 
-    With `by_replay`, the peak is measured by a replay on tensors without data.
+    With `by_replay`, the peak is measured by a replay on fake tensors.
 
     Raises:
         ConfigError: This code cannot train with the configuration, or a replay is not possible.
@@ -83,7 +83,7 @@ def plan_run(config: Config, ranks: int, device_memory: int | None, *, by_replay
     if by_replay:
         from sltrain_dist.plan.replay import replay  # not at the top: torch takes seconds to import
 
-        # A replay has neither a CUDA context nor an allocator, so what these take is as estimated.
+        # A replay has neither a CUDA context nor an allocator, so the estimate of their memory is used.
         result = replace(replay(config, ranks=ranks), reserved_bytes=result.reserved_bytes)
     changes = None
     if device_memory is not None and result.device_bytes > device_memory:
@@ -139,7 +139,7 @@ def add_search(
 
 
 def _record(configs: Iterable[Config]) -> None:
-    """Makes the recordings that estimates of configurations need, several at a time."""
+    """Makes the recordings that estimates of configurations need, several in parallel."""
     from sltrain_dist.memory.estimate import recordings_of
     from sltrain_dist.memory.recording_store import record_missing
     from sltrain_dist.tracking.progress import status_line
@@ -148,15 +148,15 @@ def _record(configs: Iterable[Config]) -> None:
         record_missing(
             (request for config in configs for request in recordings_of(config)),
             _WORKERS,
-            lambda done, total: say(f"recording what is new of the model: {done} of {total}"),
+            lambda done, total: say(f"recording new parts of the model: {done} of {total}"),
         )
 
 
 def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]:
     """Writes the configuration of each row, ready to be trained, as `plan-01.yaml` and so on.
 
-    Each gets a run directory of its own, beside that of the configuration that the search began with. The files'
-    directory is made if it does not exist. Returns their paths.
+    Each configuration gets its own run directory, next to that of the configuration from which the search began. The
+    files' directory is created if it does not exist. Returns the paths of the files.
 
     Raises:
         ConfigError: The directory cannot be written, or holds one of the files.
@@ -179,7 +179,7 @@ def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise ConfigError(f"--save: {path} is there already; take another directory, or remove it") from None
+            raise ConfigError(f"--save: {path} already exists; choose another directory, or remove the file") from None
         except OSError as error:
             delete_file(path)
             raise write_error(f"--save: cannot write {path}", error, ConfigError) from None

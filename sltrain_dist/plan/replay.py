@@ -1,8 +1,8 @@
-"""A training step on fake tensors: what a run takes on one rank of any number, without allocating it.
+"""Replays of a training step on fake tensors, which find the memory of any rank of a run without allocating it.
 
-The model, engine, optimizer and step are those that train. Fake tensors have shapes and types and no memory
-(torch's FakeTensorMode); a fake process group stands for the other ranks, and its collectives do nothing. Two
-updates are made, and the second is reported, beside whose forward and backward pass the optimizer's states are there.
+The model, engine, optimizer and training step are the real ones. Fake tensors have shapes and types but no memory
+(torch's FakeTensorMode). A fake process group stands for the other ranks, and its collectives do nothing. The second of
+two updates is reported, because the optimizer states are allocated from the first one on.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from sltrain_dist.runtime.environment import Environment
 
 
 def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType = "cuda") -> Estimate:
-    """What a run takes, by replaying it on fake tensors.
+    """Measures the memory of a run by replaying it on fake tensors.
 
-    Compiled runs are replayed as eager ones, which may take more or less.
-    Everything but the timeline is as :func:`estimate` says.
+    A compiled run is replayed as an eager one, which may take more or less memory. All values except the timeline are
+    those of :func:`estimate`.
 
     Args:
-        config: The run; not with `parallel.engine: zero`, whose code reads what tensors hold.
+        config: The run; `parallel.engine: zero` is not supported, because DeepSpeed reads the values of tensors.
         ranks: World size.
-        rank: Whose memory; 0 holds the most.
-        device: Whose operators. cuda: a GPU's, with or without one here.
+        rank: Rank whose memory is measured; rank 0 stores the most.
+        device: Device whose operators the run uses; "cuda" needs no GPU.
 
     Raises:
-        ConfigError: The run cannot be replayed, or not be made on so many ranks.
-        RuntimeError: This process has a process group; replay in a process of its own.
+        ConfigError: The run cannot be replayed, or not be trained on this number of ranks.
+        RuntimeError: This process already has a process group.
     """
     if config.parallel.engine == "zero":
         raise ConfigError(
@@ -57,12 +57,12 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType 
         )
     if config.parallel.cpu_offload:
         raise ConfigError(
-            "parallel.cpu_offload=true cannot be replayed: fake tensors here have one device; leave --replay out"
+            "parallel.cpu_offload=true cannot be replayed: all fake tensors are on one device; leave out --replay"
         )
     if not 0 <= rank < ranks:
         raise ConfigError(f"rank = {rank} is outside 0 … ranks − 1 = {ranks - 1}")
     if dist.is_initialized():
-        raise RuntimeError("a replay makes a process group of its own, and there is one in this process")
+        raise RuntimeError("a replay creates a process group, but this process already has one; use a new process")
     micro_batches_per_update(config, ranks)
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     model = build_meta_model(eager)
@@ -73,20 +73,20 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType 
 
 @contextmanager
 def fake_rank(config: Config, rank: int, ranks: int, device: DeviceType) -> Iterator[Environment]:
-    """One of several ranks, on fake tensors. Arguments as of :func:`replay`."""
+    """Makes this process one of several ranks, on fake tensors. Takes the arguments of :func:`replay`."""
     with ExitStack() as stack:
         if ranks > 1 or config.parallel.engine != "ddp":
             stack.enter_context(_fake_group(rank, ranks))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # the meta tensors of the model
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # for the meta tensors of the model
         stack.enter_context(replaced(fsdp, "_mesh", _mesh))
         stack.enter_context(replaced(FSDPParam, "reset_sharded_param", _reset_once))
-        stack.enter_context(replaced(ddp, "DistributedDataParallel", _StillDDP))
+        stack.enter_context(replaced(ddp, "DistributedDataParallel", _DDPWithoutReduction))
         stack.enter_context(operators_of(device, config))
-        yield _Alone(rank, ranks, rank, torch.device("cpu"))
+        yield _FakeEnvironment(rank, ranks, rank, torch.device("cpu"))
 
 
-class _Alone(Environment):
-    """A rank whose peers say what it says."""
+class _FakeEnvironment(Environment):
+    """A rank of a fake process group; reductions assume that all ranks have its values."""
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         if self.world_size > 1:
@@ -107,7 +107,7 @@ _make_mesh = fsdp._mesh
 
 
 def _mesh(*args: Any) -> Any:
-    """Makes a mesh of ranks on real tensors, because it is looked into; it is a few numbers on the host."""
+    """Makes a mesh of ranks on real tensors, because its values are read; it takes a few bytes on the host."""
     with _disable_current_modes():
         return _make_mesh(*args)
 
@@ -116,21 +116,21 @@ _reset_sharded_param = FSDPParam.reset_sharded_param
 
 
 def _reset_once(parameter: FSDPParam) -> None:
-    """Leaves out FSDP2's check, by address, that nobody has replaced the shards. Fake tensors have no addresses."""
+    """Skips FSDP2's check, by address, that the shards have not been replaced: fake tensors have no addresses."""
     if parameter._sharded_param_data.is_meta:
         _reset_sharded_param(parameter)
 
 
-class _StillDDP(DistributedDataParallel):
-    """DDP whose buckets stay as they are: sending and rearranging them takes values, and no other amount of memory."""
+class _DDPWithoutReduction(DistributedDataParallel):
+    """DDP that neither sends nor rearranges its buckets: both need values, and leave the memory unchanged."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
-        self.reducer = _StillReducer(self.reducer)  # type: ignore[assignment]
+        self.register_comm_hook(None, lambda _, bucket: _completed(bucket.buffer()))
+        self.reducer = _ReducerWithoutRebuild(self.reducer)  # type: ignore[assignment]
 
 
-class _StillReducer:
+class _ReducerWithoutRebuild:
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
 
@@ -141,7 +141,7 @@ class _StillReducer:
         return False
 
 
-def _done(result: Tensor) -> torch.futures.Future[Tensor]:
+def _completed(result: Tensor) -> torch.futures.Future[Tensor]:
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(result)
     return future

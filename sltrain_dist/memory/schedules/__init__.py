@@ -1,1 +1,1 @@
-"""Which engine holds, gathers and sends what, and when."""
+"""Timelines of an update: what each engine stores, gathers and sends, and when."""

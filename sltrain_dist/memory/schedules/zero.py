@@ -1,8 +1,10 @@
-"""An update under DeepSpeed ZeRO (no torch), as deepspeed 0.19's stage_1_and_2.py, stage3.py and
-partition_parameters.py make it. Fake tensors cannot follow it: it is compared with live bytes of real runs.
+"""The memory of an update under DeepSpeed ZeRO (no torch), after stage_1_and_2.py, stage3.py and
+partition_parameters.py of deepspeed 0.19. It cannot be replayed on fake tensors, so it is compared with live bytes of
+real runs.
 
-Gradients go into a bucket, and a full bucket is copied once more to be sent. In stages 1 and 2 the bucket lives from
-the first gradient of a backward pass to its end (in stage 1: of an update's); in stage 3 always.
+Gradients are copied into a bucket, and a full bucket is copied again to be sent. In stage 3 the bucket is always
+allocated; in stage 2, from the first gradient to the end of a backward pass; in stage 1, to the end of the last one of
+the update.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from math import prod
 
-from sltrain_dist.memory.holdings import Holdings, holdings
+from sltrain_dist.memory.holdings import Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, play
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.optim.state_layout import STATE_NAMES
@@ -19,11 +21,11 @@ from sltrain_dist.parallel.placement import ZERO_BUCKET, Named, dealt, optimizer
 
 FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
 _SUB_GROUP = 1_000_000_000
-"""Values that stage 3 updates at a time (its default)."""
+"""Number of values that stage 3 updates at a time (DeepSpeed's default)."""
 
 
 class ZeroTimeline(Timeline):
-    """Goes through an update of the engine `zero`, on the rank that keeps most gradients."""
+    """The live bytes over one update of the engine `zero`, on the rank that keeps the most gradients."""
 
     @property
     def stage(self) -> int:
@@ -32,38 +34,38 @@ class ZeroTimeline(Timeline):
 
     @property
     def offload(self) -> bool:
-        """Whether the optimizer is in the host's memory."""
+        """Whether optimizer states and the optimizer step are offloaded to the host."""
         return self.config.parallel.cpu_offload
 
     @cached_property
-    def held(self) -> Holdings:
-        return holdings(self.model, self.config.parallel.shard, 1)
+    def holdings(self) -> Holdings:
+        return holdings_of(self.model, self.config.parallel.shard, 1)
 
     @cached_property
     def sharded(self) -> Named:
-        """(name, shape) of what DeepSpeed is given."""
+        """Names and shapes of the parameters that DeepSpeed shards."""
         return dealt(self.config)[0]
 
     @property
     def sharded_values(self) -> int:
-        """Values in these."""
-        return self.held.dealt_values
+        """Number of values in the parameters that DeepSpeed shards."""
+        return self.holdings.sharded_values
 
     @cached_property
     def groups(self) -> list[tuple[tuple[int, ...], ...]]:
-        """Shapes by the optimizer's group."""
+        """Shapes of the sharded parameters in each parameter group of the optimizer."""
         return optimizer_groups(self.sharded, self.config.optim)
 
     @cached_property
     def part(self) -> int:
-        """Values in a rank's partition, of all groups."""
+        """Number of values in a rank's partitions of all groups."""
         if self.stage == 3:
             return zero3_values(self.sharded, self.ranks, offload=False)[2]
         return sum(zero12_partition(group, self.ranks)[1] for group in self.groups)
 
     @cached_property
     def kept_gradients(self) -> int:
-        """Values of the gradients that a rank keeps when they have been reduced."""
+        """Number of values of reduced gradients that a rank keeps."""
         if self.stage == 3 or self.offload:
             return self.part
         by_rank = [_kept_values(group, self.ranks) for group in self.groups]
@@ -71,23 +73,23 @@ class ZeroTimeline(Timeline):
 
     @property
     def bucket(self) -> int:
-        """Values in the bucket."""
+        """Number of values in the bucket."""
         settings = self.config.parallel.deepspeed.get("zero_optimization", {})
         return int(settings.get("reduce_bucket_size", min(ZERO_BUCKET, self.sharded_values)))
 
     @property
     def message(self) -> int:
-        """Bytes of the copy in which a full bucket is sent; a larger gradient goes by itself. Gloo makes another."""
-        largest = self.held.largest_dealt
+        """Bytes of the copy of a full bucket, or of a larger gradient, that is sent; twice with Gloo in stage 3."""
+        largest = self.holdings.largest_sharded
         copies = 2 if self.stage == 3 and self.device == "cpu" else 1
         return copies * self.width * max(min(self.bucket, self.sharded_values), largest if largest > self.bucket else 0)
 
-    # What lives all the time
+    # Memory between updates
 
-    def hold_parameters(self) -> None:
-        super().hold_parameters()
+    def allocate_parameters(self) -> None:
+        super().allocate_parameters()
         if self.stage == 3:
-            for item in self.held.dealt:
+            for item in self.holdings.sharded:
                 part = -(-item.parameter.values // self.ranks)
                 self.add(item.parameter.component, item.count * (part - item.parameter.values) * self.width)
         else:
@@ -95,48 +97,48 @@ class ZeroTimeline(Timeline):
             self.add(FLAT, padding * self.width)
 
     def init(self) -> None:
-        """DeepSpeed's engine is made, and tries its buffers; no value is set before all of them are there.
+        """Plays the construction of DeepSpeed's engine with all its buffers; initial values are set afterwards.
 
-        In stages 1 and 2 the parameters lie in the flat buffer from the beginning.
+        In stages 1 and 2 the parameters are in the flat buffer from the beginning.
         """
         part = self.part * self.width
         if self.stage < 3:
-            largest = self.held.largest_dealt * self.width
+            largest = self.holdings.largest_sharded * self.width
             copies = {FLAT: max(part, largest)} if self.offload else {FLAT: part, "gradients": part}
             self.point("init", "flat weights, and a rank's partition of them", copies)
             return
-        whole = (self.block_values - self.block_values // self.ranks) * self.width
-        self.point("init", "the last block, whole before it is partitioned", {GATHERED: whole})
-        tables = sum(item.count * item.parameter.values for item in self.held.dealt if not item.in_layer)
+        whole = (self.layer_values - self.layer_values // self.ranks) * self.width
+        self.point("init", "the last layer, before it is partitioned", {GATHERED: whole})
+        tables = sum(item.count * item.parameter.values for item in self.holdings.sharded if not item.in_layer)
         self.point("init", "embedding and head, before they are partitioned", {GATHERED: tables * self.width})
         copies = {BUCKET: self.bucket * self.width}
         self.point("init", "partitions", copies if self.offload else {**copies, FLAT: part, "gradients": part})
 
-    def hold_more(self) -> None:
+    def allocate_states_and_gradients(self) -> None:
         optim, width = self.config.optim, self.width
-        self.add("states", self.held.states(optim, width, with_dealt=False)[0])
+        self.add("states", self.holdings.states(optim, width, with_sharded=False)[0])
         if self.passes > 1:
-            self.add("gradients", self.held.whole_values * width)
+            self.add("gradients", self.holdings.whole_values * width)
         if self.offload:
-            self.add(FLAT, self.held.largest_dealt * width if self.stage < 3 else 0)
+            self.add(FLAT, self.holdings.largest_sharded * width if self.stage < 3 else 0)
         else:
-            self.add(FLAT, self.part * width)  # what the optimizer steps
+            self.add(FLAT, self.part * width)  # the flat copy that the optimizer steps
             self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
         if self.stage == 1 and self.passes > 1:
-            self.add(BUCKET, self.bucket * width)  # until the update's last micro-batch is through
+            self.add(BUCKET, self.bucket * width)  # until the end of the update's last micro-batch
         if self.stage == 3:
             self.add(BUCKET, self.bucket * width)
             self.add("gradients", 0 if self.offload else self.part * width)
         elif self.passes > 1:
-            waits = self.sharded_values if self.stage == 1 else 0 if self.offload else self.kept_gradients
-            self.add("gradients", waits * width)
+            accumulated = self.sharded_values if self.stage == 1 else 0 if self.offload else self.kept_gradients
+            self.add("gradients", accumulated * width)
 
     # An update
 
     @property
-    def block_values(self) -> int:
-        """Values that are gathered for a block in stage 3, with padding."""
-        items = (item.parameter.values for item in self.held.dealt if item.in_layer)
+    def layer_values(self) -> int:
+        """Number of values that stage 3 gathers for a decoder layer, with padding."""
+        items = (item.parameter.values for item in self.holdings.sharded if item.in_layer)
         return self.ranks * sum(-(-values // self.ranks) for values in items)
 
     def forward(self) -> None:
@@ -144,78 +146,77 @@ class ZeroTimeline(Timeline):
             super().forward()
             return
         ahead, layers = self.config.parallel.prefetch_blocks, len(self.model.order)
-        block = self.block_values * self.width
+        layer_bytes = self.layer_values * self.width
         table = self._table()
-        self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is fetched early
+        self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is prefetched
         self.apply("forward", "", play(self.model.ends, "embedding"))
         for layer, kind in enumerate(self.model.order):
-            coming = block * min(ahead, layers - 1 - layer)
-            self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
-            self.add(GATHERED, block + coming)
+            prefetched = layer_bytes * min(ahead, layers - 1 - layer)
+            self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes + prefetched})
+            self.add(GATHERED, layer_bytes + prefetched)
             self.apply("forward", f"layer {layer}", play(self.model.layers[kind], "forward"))
-            self.add(GATHERED, -block - coming)
-        # The last block is used again at once, and the one before it is gathered meanwhile.
-        self.add(GATHERED, block + block * min(ahead, layers - 1) - table)
+            self.add(GATHERED, -layer_bytes - prefetched)
+        # The last layer stays gathered for its backward pass, and the layer before it is gathered meanwhile.
+        self.add(GATHERED, layer_bytes + layer_bytes * min(ahead, layers - 1) - table)
         self.apply("forward", "", play(self.model.ends, "loss"))
         self.leave_autocast()
 
     @property
     def gathered_in_evaluation(self) -> int:
-        """In stage 3 a layer, those that are prefetched, and the embedding's or the head's weight."""
+        """In stage 3, bytes of a layer, the prefetched layers, and the embedding's or the head's weight; else 0."""
         ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
-        return (self.block_values * self.width * (1 + ahead) + self._table()) if self.stage == 3 else 0
+        return (self.layer_values * self.width * (1 + ahead) + self._table()) if self.stage == 3 else 0
 
     def _table(self) -> int:
-        """Bytes of the embedding's, or the head's, weight where it is gathered."""
+        """Returns the bytes of the embedding's or the head's weight if it is gathered, else 0."""
         return self.model.ends.parameters[0].values * self.width if self.config.parallel.shard == "all" else 0
 
     def backward(self) -> None:
-        ends, model = self.gradients_of_ends(), self.model
-        self.apply("backward", "", play(model.ends, "loss backward", ends))
+        end_gradients, model = self.gradients_of_ends(), self.model
+        self.apply("backward", "", play(model.ends, "loss backward", end_gradients))
         if self.stage < 3:
             self.clear(BUCKET)
             self.add(BUCKET, self.bucket * self.width)
         ahead, layers = self.config.parallel.prefetch_blocks, len(model.order)
-        block = self.block_values * self.width if self.stage == 3 else 0
+        layer_bytes = self.layer_values * self.width if self.stage == 3 else 0
         self.clear(GATHERED)
         full = self.sharded_values > self.bucket
-        of_remainder = None if self.config.parallel.shard == "all" else ends
+        layer_gradients = self.gradients_of_layer(full=full)
+        remainder_gradients = None if self.config.parallel.shard == "all" else end_gradients
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
         for layer, kind in reversed(list(enumerate(model.order))):
-            coming = block * min(ahead, layer)
-            if layer < layers - 1 and block:
-                self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * block + coming})
-            self.add(GATHERED, block + coming)
-            played = play(
-                model.layers[kind], "backward", self.gradients_of_layer(full=full), (), of_remainder, last=layer == 0
-            )
+            prefetched = layer_bytes * min(ahead, layer)
+            if layer < layers - 1 and layer_bytes:
+                self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes + prefetched})
+            self.add(GATHERED, layer_bytes + prefetched)
+            played = play(model.layers[kind], "backward", layer_gradients, (), remainder_gradients, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
             if self.stage == 3:
                 if full:
                     self.point("backward", f"layer {layer}, gradients sent", {MESSAGES: self.message})
-                self.add("gradients", -self.width * self.held.dealt_in(layer=True))
-            self.add(GATHERED, -block - coming)
-        of_table = Gradients("keep", self.width) if self.stage == 3 and self._table() else ends
-        self.apply("backward", "", play(model.ends, "embedding backward", of_table))
+                self.add("gradients", -self.width * self.holdings.sharded_in(layer=True))
+            self.add(GATHERED, -layer_bytes - prefetched)
+        table_gradients = Gradients("keep", self.width) if self.stage == 3 and self._table() else end_gradients
+        self.apply("backward", "", play(model.ends, "embedding backward", table_gradients))
         self._reduce(full=full)
-        message = self.width * self.held.whole_values
+        message = self.width * self.holdings.whole_values
         if message and self.ranks > 1:
             self.point("backward", "all-reduce of the dense remainder", {MESSAGES: message})
 
     def gradients_of_ends(self) -> Gradients:
-        """What becomes of gradients of embedding, last norm and head."""
+        """Returns how gradients of embedding, last norm and head are handled."""
         if self.config.parallel.shard == "all":
             copied = self.stage > 1 or self.passes > 1
             return Gradients("add" if copied else "keep", self.width)
         return Gradients("add" if self.passes > 1 else "keep", self.width)
 
     def gradients_of_layer(self, *, full: bool) -> Gradients:
-        """What becomes of a block's gradients: kept whole (stage 1), copied into the bucket as they come (2), or when
-        the block is through (3).
+        """Returns how a layer's gradients are handled: kept unsharded (stage 1), copied into the bucket as they arrive
+        (stage 2), or after the layer's backward pass (stage 3).
 
         Args:
-            full: Whether the bucket fills up before the end.
+            full: Whether the bucket fills up before the end of the backward pass.
         """
         if self.stage == 1:
             return Gradients("add" if self.passes > 1 else "keep", self.width)
@@ -224,22 +225,22 @@ class ZeroTimeline(Timeline):
         return Gradients("keep", self.width)
 
     def _reduce(self, *, full: bool) -> None:
-        """The end of a backward pass: what is still in the bucket is sent, and this rank's part kept."""
+        """Plays the end of a backward pass: the rest of the bucket is sent, and the rank keeps its part."""
         kept = self.kept_gradients * self.width
         if self.stage == 1:
-            # Gradients move into the bucket one by one; when it is sent, those in it are freed.
+            # Gradients are copied into the bucket one by one, and freed when the bucket is sent.
             self.add("gradients", -self.width * min(self.sharded_values, self.bucket))
         self.point("backward", "gradients sent", {MESSAGES: self.message})
         if not self.offload and (self.stage == 1 or (self.stage == 2 and not full)):
             self.add("gradients", kept)
         if self.stage == 3:
-            self.add("gradients", -self._table())  # the embedding's waits for the end
+            self.add("gradients", -self._table())  # the embedding's gradient is freed last
         if self.stage == 1 and self.sharded_values > self.bucket:
             self.add("gradients", -self.width * (self.sharded_values - self.bucket))
         if self.stage < 3:
             self.clear(BUCKET)
             if self.passes > 1 and self.stage == 2 and not self.offload:
-                self.add("gradients", -kept)  # added to those of earlier micro-batches
+                self.add("gradients", -kept)  # they were added to those of earlier micro-batches
 
     def update(self) -> None:
         self.add("batch", -self.batch_bytes(self.tokens))
@@ -259,8 +260,8 @@ class ZeroTimeline(Timeline):
 
 @lru_cache(maxsize=256)
 def _kept_values(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
-    """Values of the gradients that each rank keeps in stages 1 and 2: whole ones, also of parameters that it shares;
-    as parallel/placement.py: rank_bytes."""
+    """Returns the number of gradient values that each rank keeps in stages 1 and 2: all values of every parameter that
+    overlaps its partition, as rank_bytes in parallel/placement.py."""
     total, part = zero12_partition(shapes, ranks)
     kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
     start = 0

@@ -1,1 +1,1 @@
-"""The paper: its accounting, and its published code."""
+"""The paper's accounting of memory, and an emulation of its published code."""

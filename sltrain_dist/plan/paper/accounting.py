@@ -57,7 +57,7 @@ def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | No
     The support is assumed to be random, as it is in the paper.
     """
     method = method or reparam.method
-    # Two counts give all five methods: base, low-rank and sparse parameters of SLTrain, and those of full rank.
+    # All five methods follow from two counts: SLTrain's base, low-rank and sparse parameters, and full-rank parameters.
     parts = count_parameters(model, reparam.model_copy(update={"method": "sltrain", "support": "random"}))
     full = count_parameters(model, reparam.model_copy(update={"method": "full"})).total
     base, low_rank, sparse = parts.remainder, parts.factors, parts.sparse

@@ -1,7 +1,7 @@
-"""The algorithm of the published code, in the modules of models/llama.py, to be recorded.
+"""The algorithm of the published code in the modules of models/llama.py, so that it can be recorded.
 
-Written from what arXiv 2406.02214 and 2403.03507 (GaLore, on whose training script it builds) describe, with Hugging
-Face's LLaMA and torch's unfused attention as they were then. The layers of full and galore are dense.
+It follows arXiv 2406.02214 and 2403.03507 (GaLore, whose training script the published code builds on), with the LLaMA
+of Hugging Face and the unfused attention of torch at that time. The layers of full and galore are dense.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def record_layer(config: Config, device: DeviceType) -> Recording:
 
 
 def record_ends(config: Config, device: DeviceType) -> Recording:
-    """Records what is before and after the layers."""
+    """Records the parts before and after the decoder layers."""
     return record.record_ends(config, device, published_model)
 
 
 def published_model(config: Config) -> LlamaForCausalLM:
-    """The published model with fake parameters, under FakeTensorMode."""
+    """Builds the published model with fake parameters; needs FakeTensorMode."""
     method = "sltrain" if config.reparam.method == "sltrain" else "full"
     reparam = config.reparam.model_copy(update={"method": method})
     return as_published(record.fake_model(config.model_copy(update={"reparam": reparam})), config)
@@ -47,7 +47,7 @@ def as_published(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
     With labels (batch, length), which are the token ids themselves, the model returns the mean loss.
     """
     for name, table in list(model.model.rotary_emb.named_buffers()):
-        # In the published code every layer has a copy, of a megabyte at 7B.
+        # In the published code every layer has a copy of these tables, a megabyte for 7B.
         model.model.rotary_emb.register_buffer(name, table.to(model.lm_head.weight.dtype))
     for module in model.modules():
         if type(module) in _FORWARD:
@@ -57,29 +57,29 @@ def as_published(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
         layer.support.register_buffer("positions", torch.empty(layer.V.shape, dtype=torch.int64))  # as torch.randperm's
         layer.scaled = _Scaled(layer.scale)
     if config.train.activation_checkpointing == "full":
-        for block in model.model.layers:
-            # Reentrant, as in Hugging Face's gradient_checkpointing then. Nothing in a layer is random.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=True, preserve_rng_state=False)
+        for decoder in model.model.layers:
+            # Reentrant, as Hugging Face's gradient_checkpointing was. Nothing in a layer is random.
+            decoder.forward = partial(checkpoint, decoder.forward, use_reentrant=True, preserve_rng_state=False)
     return model
 
 
 def _decoder(self: LlamaModel, input_ids: Tensor, positions: None = None) -> Tensor:
     batch, length = input_ids.shape
     x = self.embed_tokens(input_ids)
-    mask = x.new_zeros(batch, 1, length, length)  # causal and padding; given to all layers, and not used
+    mask = x.new_zeros(batch, 1, length, length)  # causal and padding mask; passed to all layers, which do not use it
     for layer in self.layers:
         x = layer(x, *self.rotary_emb(length, x.dtype), mask)
     return self.norm(x)
 
 
 def _norm(self: RMSNorm, x: Tensor) -> Tensor:
-    """LlamaRMSNorm: the square in float32, and the bf16 input times a float32 root."""
+    """Computes LlamaRMSNorm: mean square in float32, then the bf16 input times the float32 inverse root."""
     mean_square = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
     return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(self.weight.dtype)
 
 
 def _attention(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention without a fused kernel: torch's scaled_dot_product_attention with the math backend alone."""
+    """Computes causal attention unfused, as torch's scaled_dot_product_attention does with the math backend."""
     batch, length, width = x.shape
     q, k, v = (
         project(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -106,14 +106,14 @@ def _mlp(self: MLP, x: Tensor) -> Tensor:
 
 
 def _head(self: Head, x: Tensor, labels: Tensor) -> Tensor:
-    """All logits at once, and the loss of a shifted copy of them."""
+    """Computes all logits at once, and the loss from a shifted copy of them."""
     logits = F.linear(x, self.weight)
     shifted = logits[..., :-1, :].contiguous()
     return F.cross_entropy(shifted.view(-1, self.out_features), labels[..., 1:].contiguous().view(-1))
 
 
 def _sparse_low_rank(self: SLLinear, x: Tensor) -> Tensor:
-    """W = BA·alpha/r + S. A is scaled before the autograd function, which therefore keeps the scaled copy."""
+    """Applies W = BA·alpha/r + S. A is scaled before the autograd function, which therefore saves the scaled copy."""
     scaled: _Scaled = self.scaled  # type: ignore[assignment]
     return _BuildWhole.apply(x, self.B, scaled(self.A), self.V, self.support.positions)
 
@@ -126,7 +126,7 @@ _FORWARD: dict[type[nn.Module], Callable[..., Tensor]] = {
     Head: _head,
     SLLinear: _sparse_low_rank,
 }
-"""Forward passes of the published code, by the module whose own they replace."""
+"""Forward passes of the published code, by the class of the module whose forward pass they replace."""
 
 
 class _Scaled(nn.Module):
@@ -141,7 +141,7 @@ class _Scaled(nn.Module):
 
 
 class _BuildWhole(torch.autograd.Function):
-    """Builds W whole in both passes; the backward pass takes dB, dA and dV from a dense gradient."""
+    """A linear layer that builds W in both passes; dB, dA and dV are computed from a dense gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, B: Tensor, A: Tensor, V: Tensor, positions: Tensor) -> Tensor:

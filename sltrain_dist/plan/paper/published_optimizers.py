@@ -15,7 +15,7 @@ from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import QUANTIZED_FROM
 
 ADAM8BIT_BLOCK = 2048
-"""Values that share a float32 scale in bitsandbytes' block-wise optimizers before its version 0.45 (of 2024)."""
+"""Number of values that share a float32 scale in the block-wise optimizers of bitsandbytes before 0.45 (2024)."""
 
 
 def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device: DeviceType) -> Recording:
@@ -25,7 +25,7 @@ def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device
         config: The run.
         shape: Shape of the parameter.
         replaced: Whether it belongs to a linear layer of attention or MLP, whose gradients GaLore projects.
-        device: Whose operators.
+        device: Device whose operators are recorded.
     """
     with by_itself(), FakeTensorMode():
         parameter = nn.Parameter(torch.empty(shape, dtype=torch.bfloat16))
@@ -37,7 +37,7 @@ def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device
             flops = log.flops
             log.begin_part("step")
             if config.optim.update == "whole":
-                gradient.clone()  # on its way to the CPU, where the script takes the gradient's norm
+                gradient.clone()  # copied to the CPU, where the script computes the gradient's norm
             optimizer.step()
         states = {key: value.nbytes for state in optimizer.state.values() for key, value in state.items()}
     projector = states.pop("projector", 0)
@@ -47,22 +47,22 @@ def record_update(config: Config, shape: tuple[int, ...], replaced: bool, device
 
 
 def make_optimizer(parameters: list[nn.Parameter], replaced: bool, config: Config) -> Optimizer:
-    """Makes the optimizer of some parameters; GaLore projects the gradient of one, of a `replaced` linear layer."""
+    """Makes the optimizer of some parameters, or GaLore's for a single parameter of a `replaced` linear layer."""
     if config.reparam.method == "galore" and replaced:
         return GaLore(parameters[0], config.reparam.rank, config.optim.state_bits)
     return Adam8bit(parameters) if config.optim.state_bits == 8 else Adam(parameters, foreach=True)
 
 
 class Adam8bit(Optimizer):
-    """bitsandbytes' block-wise Adam. Its kernel updates states and parameter in place, and allocates nothing."""
+    """The block-wise 8-bit Adam of bitsandbytes. Its kernel works in place and allocates nothing."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__(parameters, {})
 
     def step(self) -> None:  # type: ignore[override]
-        """Makes the states; what the kernel does needs no memory."""
+        """Allocates the states in the first step. The update itself allocates nothing and is left out."""
         for parameter in self.param_groups[0]["params"]:
-            small = parameter.numel() < QUANTIZED_FROM  # its states stay float32, a rule that we took over
+            small = parameter.numel() < QUANTIZED_FROM  # then its states stay float32, as in our optimizers
             for moment in () if self.state[parameter] else ("exp_avg", "exp_avg_sq"):
                 dtype = torch.float32 if small else torch.uint8
                 self.state[parameter][moment] = torch.zeros_like(parameter, dtype=dtype)
@@ -72,22 +72,22 @@ class Adam8bit(Optimizer):
 
 
 class GaLore(Optimizer):
-    """Adam of a gradient that is projected to a low rank, in a step that renews the projector.
+    """GaLore: Adam on a gradient that is projected to a low rank. Every step computes the projector anew.
 
     Args:
-        parameter: (m, n).
-        rank: Rank of the projected gradient, (m, rank) or (rank, n): the longer side stays.
-        bits: Of Adam's states.
+        parameter: The parameter (m, n).
+        rank: Rank of the projected gradient (m, rank) or (rank, n), which keeps the longer side.
+        bits: Bits of Adam's states.
     """
 
     def __init__(self, parameter: nn.Parameter, rank: int, bits: int) -> None:
         super().__init__([parameter], {})
         self._parameter, self._rank = parameter, rank
-        self._low = nn.Parameter(torch.empty(0, dtype=torch.bfloat16))  # in the parameter's place while Adam steps
+        self._low = nn.Parameter(torch.empty(0, dtype=torch.bfloat16))  # stands for the parameter in Adam's step
         self._adam = Adam8bit([self._low]) if bits == 8 else Adam([self._low], foreach=False)
 
     def step(self) -> None:  # type: ignore[override]
-        """Projects, steps and projects back."""
+        """Projects the gradient, makes Adam's step, and projects the update back."""
         gradient = self._parameter.grad
         assert gradient is not None
         m, n = gradient.shape

@@ -1,9 +1,9 @@
-"""How the published code uses memory, to predict the paper's *measured* Figure 3 (no torch unless it is recorded anew).
+"""The memory of the published code, which predicts the paper's *measured* Figure 3 (no torch if all is recorded).
 
-The algorithm of the code that the authors published with arXiv 2406.02214, and of GaLore's (arXiv 2403.03507), on which
-it builds, is in plan/paper/published.py; it is recorded and played as our own is, on one GPU in bf16. What cannot run
-on tensors without data is stated: the 8-bit Adam of bitsandbytes allocates nothing in a step, and cuSOLVER's workspace
-is not documented and left out.
+The code that the authors published with arXiv 2406.02214 builds on that of GaLore (arXiv 2403.03507). Its algorithm is
+in plan/paper/published.py; it is recorded and played like our own, on one GPU in bf16. Two things cannot be recorded
+and are assumed: the 8-bit Adam of bitsandbytes allocates nothing in a step, and cuSOLVER's undocumented workspace is
+left out.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.memory.schedules.ddp import Timeline
 
 RELATIVE_ERROR = 0.1
-"""Of the emulation; the four 7B bars of Figure 3 are within it (docs/planner_search.md)."""
+"""Expected relative error; the four 7B bars of Figure 3 are within it (docs/planner_search.md)."""
 
 
 def reference_estimate(config: Config) -> Estimate:
-    """What the published code takes for a configuration, on one GPU.
+    """Estimates the memory of the published code for a configuration, on one GPU.
 
-    Methods: full and galore (with or without 8-bit states, per layer or not) and sltrain. `train.micro_batch`,
-    `data.seq_len` and full activation checkpointing count; accumulation holds gradients only with whole updates,
-    because its per-layer updates step at every micro-batch. Engine and paths are settings of this code, and do not.
+    Supported methods: full and galore (with or without 8-bit states, per layer or not) and sltrain.
+    `train.micro_batch`, `data.seq_len` and full activation checkpointing have an effect; engine and paths, which are
+    settings of this code only, do not. Gradients are accumulated only with whole updates, because per-layer updates of
+    the published code step at every micro-batch.
 
     Raises:
         ConfigError: The published code has no such setting.
@@ -36,7 +37,7 @@ def reference_estimate(config: Config) -> Estimate:
     return Estimate(
         timeline=tuple(update.points()),
         reserved_bytes=0,  # the paper's figures are of allocated tensors
-        parameters=update.held.total_values,
+        parameters=update.holdings.total_values,
         flops_per_token=update.flops_per_token,
         comm_bytes_per_update=0,
         relative_error=RELATIVE_ERROR,
@@ -69,21 +70,21 @@ class _Update(Timeline):
     """One update of the published code."""
 
     def __init__(self, config: Config) -> None:
-        train, again = config.train, config.train.activation_checkpointing
+        train, recompute = config.train, config.train.activation_checkpointing
         sections = {
             "model": only_memory(config.model, num_layers=1),
             "reparam": only_memory(config.reparam),
             "data": DataConfig(seq_len=config.data.seq_len),
-            "train": TrainConfig(micro_batch=train.micro_batch, activation_checkpointing=again),
+            "train": TrainConfig(micro_batch=train.micro_batch, activation_checkpointing=recompute),
         }
         layer, ends = (request(f"plan.paper.published:record_{of}", "cuda", **sections) for of in ("layer", "ends"))
         passes = 1 if config.optim.update == "per_layer" else train.global_batch // train.micro_batch
         super().__init__(config, model_of((layer,), (0,) * config.model.num_layers, ends), 1, passes, "cuda")
 
     def points(self) -> list[Point]:
-        """See :class:`Timeline`; the published code's step, and nothing of a save or an evaluation."""
-        self.hold_parameters()
-        self.hold_more()
+        """Plays an update and returns its moments in order; there is no checkpoint and no evaluation."""
+        self.allocate_parameters()
+        self.allocate_states_and_gradients()
         self.init()
         self.add("batch", self.batch_bytes(self.tokens))
         self.forward()
@@ -93,37 +94,37 @@ class _Update(Timeline):
 
     @property
     def flops_per_token(self) -> int:
-        """Floating-point operations, without those of GaLore's SVD."""
-        update = sum(item.count * self._update_of(item).flops for item in self.held.items)
+        """Floating-point operations per token, without those of GaLore's SVD."""
+        update = sum(item.count * self._recorded_step(item).flops for item in self.holdings.items)
         return (self.passes * self.model.flops + update) // (self.passes * self.tokens)
 
-    def hold_more(self) -> None:
-        """States, and gradients that wait for the last micro-batch."""
-        for item in self.held.items:
+    def allocate_states_and_gradients(self) -> None:
+        """Counts optimizer states, and the gradients accumulated before the last micro-batch."""
+        for item in self.holdings.items:
             for component in ("states", "states.projectors"):
-                self.add(component, item.count * self._update_of(item).sizes[component])
+                self.add(component, item.count * self._recorded_step(item).sizes[component])
         if self.passes > 1:
-            self.add("gradients", self.held.total_values * self.width)
+            self.add("gradients", self.holdings.total_values * self.width)
 
     def batch_bytes(self, tokens: int) -> int:
-        """Bytes of token ids, labels and padding mask, in int64."""
+        """Returns the bytes of token ids, labels and padding mask, in int64."""
         return 24 * tokens
 
     def step_bytes(self, item: Holding) -> int:
-        """Transient bytes of the optimizer's step."""
-        return self._update_of(item).sizes["step"]
+        """Returns the transient bytes of the optimizer step of a parameter."""
+        return self._recorded_step(item).sizes["step"]
 
     def update(self) -> None:
-        """The step of whole updates."""
+        """Plays the optimizer step of a whole update."""
         if self.config.optim.update == "per_layer":
             return
         if self.config.optim.state_bits == 16 and self.config.reparam.method != "galore":  # torch's multi-tensor step
-            taken = sum(item.count * self.step_bytes(item) for item in self.held.items)
+            transient = sum(item.count * self.step_bytes(item) for item in self.holdings.items)
         else:
-            taken = max(map(self.step_bytes, self.held.items))
-        self.point("update", "step of the optimizer", {"temporaries.update": taken})
+            transient = max(map(self.step_bytes, self.holdings.items))
+        self.point("update", "optimizer step", {"temporaries.update": transient})
 
-    def _update_of(self, item: Holding) -> Recording:
+    def _recorded_step(self, item: Holding) -> Recording:
         sections = {"reparam": only_memory(self.config.reparam), "optim": only_memory(self.config.optim)}
         make, parameter = "plan.paper.published_optimizers:record_update", item.parameter
         return request(make, "cuda", parameter.shape, parameter.replaced, **sections).get()

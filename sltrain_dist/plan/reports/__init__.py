@@ -1,1 +1,1 @@
-"""Reports of what the planner found: text, JSON, an HTML page and a plot."""
+"""Reports of the planner's results: text, JSON, an HTML page and a plot."""

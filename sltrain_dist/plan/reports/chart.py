@@ -50,7 +50,7 @@ def stacked_chart(estimate: Estimate) -> StackedChart:
 
 
 def tensor_limit_bytes(planned: PlannedRun) -> int | None:
-    """Returns how many bytes the device has for allocated tensors, for a line in the chart.
+    """Returns the bytes that the device has for allocated tensors, to draw as a line in the chart.
 
     None if no device is named, if nothing is left for tensors, or if the line would lie far above the chart.
     """

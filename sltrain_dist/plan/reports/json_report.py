@@ -1,4 +1,4 @@
-"""What the planner found under the stable keys of `sltrain plan --json` (no torch). Sizes are in bytes."""
+"""The planner's results under the stable keys of `sltrain plan --json` (no torch). Sizes are in bytes."""
 
 from __future__ import annotations
 

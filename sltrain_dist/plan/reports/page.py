@@ -1,4 +1,4 @@
-"""The planner's HTML page, by the template page.html.j2 (no torch)."""
+"""The planner's HTML page, rendered from the template page.html.j2 (no torch)."""
 
 from __future__ import annotations
 

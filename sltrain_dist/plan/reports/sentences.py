@@ -1,4 +1,4 @@
-"""What the planner found as sentences and as a table, for the terminal, the HTML page and the plot (no torch)."""
+"""The planner's results as sentences and as a table, for the terminal, the HTML page and the plot (no torch)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def format_size(num_bytes: float) -> str:
 
 
 def describe_run(planned: PlannedRun) -> str:
-    """Returns one line on the planned run: model, method, optimizer, batch, recomputation and ranks."""
+    """Returns one line that describes the planned run: model, method, optimizer, batch, recomputation and ranks."""
     config, ranks = planned.config, planned.ranks
     model, reparam, optim, parallel, train = config.model, config.reparam, config.optim, config.parallel, config.train
-    name = f"{model.num_layers} blocks of width {model.hidden_size}"
+    name = f"{model.num_layers} layers of width {model.hidden_size}"
     if config.preset and all(getattr(model, key) == value for key, value in PRESETS[config.preset]["model"].items()):
         name = config.preset
     method: str = reparam.method
@@ -70,7 +70,7 @@ def fact_sentences(planned: PlannedRun) -> Iterator[str]:
 
 
 def verdict(planned: PlannedRun) -> tuple[Literal["good", "warn", "bad"], str]:
-    """Returns whether the run fits on the device: a level, and a sentence, which is empty if no device is named.
+    """Returns whether the run fits on the device as a level and a sentence, which is empty if no device is named.
 
     The level is "warn" if the run fits by less than the estimate's error.
     """
@@ -130,7 +130,7 @@ def search_sentences(planned: PlannedRun) -> Iterator[str]:
             f"{GROUPS[smallest.binding].name}, in the {PHASES[smallest.peak.phase]} phase ({smallest.peak.where})."
         )
         if smallest.is_within_error(planned.device_memory):
-            yield "It lacks less than the estimate's error: train.dry_run=true on the device shows whether it fits."
+            yield "It misses by less than the estimate's error: train.dry_run=true on the device shows whether it fits."
 
 
 def search_columns(planned: PlannedRun) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What the planner found, printed as tables and sentences to the terminal (no torch)."""
+"""The planner's results, printed to the terminal as tables and sentences (no torch)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def print_plan(planned: PlannedRun) -> None:
-    """Prints the components by phase, the sentences on them, and the rows of a search if there was one."""
+    """Prints the components by phase, sentences about them, and the rows of a search if there was one."""
     console = _console()
     console.print(sentences.describe_run(planned), style="bold")
     _show(console, _components(planned.estimate))
@@ -46,7 +46,7 @@ def print_accounting(accounting: Mapping[str, Any]) -> None:
         cells = [f"{memory[key]:.2f}" for key in ("parameter_gb", "optimizer_gb", "total_gb")]
         table.add_row(method + mark, *cells, style=style)
     _show(console, table)
-    console.print("As the paper's Table 2 counts: no gradients, no activations; parts are rounded, then added.")
+    console.print("Counted as in the paper's Table 2: no gradients, no activations; parts are rounded, then added.")
 
 
 def _console() -> Console:
@@ -68,7 +68,7 @@ def _show(console: Console, table: Table) -> None:
         console.print(table)
         return
     titles = [str(column.header) for column in table.columns]
-    # What is too long for a line is broken by the console.
+    # The console itself breaks words that are longer than a line.
     wrapper = textwrap.TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
     wrapper.initial_indent = wrapper.subsequent_indent = "  "
     for head, *cells in zip(*(column.cells for column in table.columns), strict=True):

@@ -32,7 +32,7 @@ _MIN_DIFFERENCE = 0.01
 """Rows whose memory or time differ by less than this share count as equal."""
 
 _MIN_CANDIDATES_FOR_PROCESSES = 1000
-"""Number of candidates from which on a search starts processes, which take half a second to start."""
+"""Smallest number of candidates for which a search starts processes, which take half a second to start."""
 
 _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
 """Settings outside the section `model` that change the model's size. Only rows of the same model are compared."""
@@ -42,14 +42,14 @@ _SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
 class Row(Estimate):
     """The estimate of one configuration, and its predicted time.
 
-    Of the timeline only the peak is kept, because thousands of timelines would take too much memory.
+    The timeline contains only the peak, because thousands of timelines would take too much memory.
 
     Attributes:
         config: The configuration.
         settings: Label of the chosen setting by the lever's name.
         seconds: Predicted time of an update, see :mod:`sltrain_dist.plan.search.speed`.
         relative_speed: Predicted time of the configuration that the search began with, divided by `seconds`.
-        replayed_bytes: The peak by replay, if there was one.
+        replayed_bytes: Peak of a replay; None if the configuration was not replayed.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class Row(Estimate):
 
     @property
     def binding(self) -> Group:
-        """The group of components that takes most at the peak."""
+        """The group of components that takes the most bytes at the peak."""
         return largest_group(self)[0]
 
     def fits(self, device_memory: int | None) -> bool:
@@ -82,11 +82,11 @@ class SingleChange:
 
 @dataclass
 class SearchResult:
-    """The rows of a search, and the counts of the combinations that have none.
+    """The rows of a search, and the counts of the combinations without a row.
 
     Attributes:
         rows: Rows of the distinct configurations that can be run, in no particular order.
-        refused: Number of combinations that cannot be run, by the key that was refused.
+        refused: Number of combinations that cannot be run, by the key that makes them invalid.
         equal: Number of combinations that differ from another one only in settings without effect.
     """
 
@@ -145,9 +145,9 @@ def search(
 ) -> SearchResult:
     """Estimates every combination of the levers' settings, at the same global batch.
 
-    Combinations that the configuration's own rules refuse are counted, not estimated. `estimate` is called once for
-    each distinct configuration, and `prepare` with all of them before. A large search runs in so many `workers`, which
-    are processes; `estimate` must then be picklable.
+    Combinations that are invalid configurations are counted but not estimated. `prepare` is called with all distinct
+    configurations, then `estimate` once for each. A large search runs in `workers` processes, for which `estimate` must
+    be picklable.
     """
     found = SearchResult()
     candidates = _candidates(config, ranks, levers, found)
@@ -189,7 +189,7 @@ def _candidates(config: Config, ranks: int, levers: Sequence[Lever], found: Sear
 def _evaluate_all(candidates: Sequence[_Candidate], work: Callable[..., Row], workers: int) -> Iterator[list[Row]]:
     """Yields the candidates' rows in order, a chunk at a time.
 
-    A chunk goes to one process. Its candidates are neighbours, so that the estimator's caches are of use.
+    A chunk is evaluated in one process. Its candidates are neighbours, so that the estimator's caches help.
     """
     size = max(1, -(-len(candidates) // (4 * workers)))
     with ExitStack() as stack:
@@ -230,7 +230,7 @@ def single_changes(
 def evaluate(
     config: Config, settings: Mapping[str, str], ranks: int, estimate: Estimator, start: Row | None = None
 ) -> Row:
-    """Estimates memory and time of one configuration. `start` is what the search began with, None if it is this."""
+    """Estimates memory and time of one configuration. `start` is the row that the search began with, if any."""
     found = estimate(config, ranks=ranks)
     seconds = update_time(config, ranks, found.comm_bytes_per_update).total
     return Row(
@@ -243,7 +243,7 @@ def evaluate(
 
 
 def apply_settings(config: Config, settings: Iterable[Setting]) -> Config:
-    """Returns the configuration with some settings, whose combination is not checked."""
+    """Returns the configuration with some settings changed. It is not checked."""
     changed: dict[str, dict[str, Any]] = {}
     for setting in settings:
         for key, value in setting.values.items():

@@ -21,7 +21,7 @@ _SELECTIVE = {"train.activation_checkpointing": "selective"}
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {"train.activation_checkpointing": "none"},
-    "every 2nd block": {**_SELECTIVE, "train.checkpoint_policy": "blocks", "train.checkpoint_every": 2},
+    "every 2nd layer": {**_SELECTIVE, "train.checkpoint_policy": "blocks", "train.checkpoint_every": 2},
     "all but products": {**_SELECTIVE, "train.checkpoint_policy": "ops"},
     "all but attention": {**_SELECTIVE, "train.checkpoint_policy": "attention"},
     "full": {"train.activation_checkpointing": "full"},
@@ -77,18 +77,18 @@ def default_levers(config: Config, ranks: int, fixed: Collection[str] = ()) -> l
 def for_one_device(config: Config) -> Config:
     """Returns the configuration with the engine to use on a single device.
 
-    That is ddp, which adds nothing to the model and its optimizer there, while the other engines keep buffers for other
-    ranks. A configuration that cannot be run with ddp, such as one with parallel.cpu_offload, keeps its engine.
+    That is ddp, which adds no memory on one device, while the other engines allocate buffers for communication. A
+    configuration that cannot be run with ddp, such as one with parallel.cpu_offload, keeps its engine.
     """
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"engine": "ddp"})})
     return config if any(check_fields(alone)) else alone
 
 
 def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Lever]:
-    """Returns the levers that the values of `--vary` name: `section.key=value,value,…`, or a default lever's name.
+    """Returns the levers given by the values of `--vary`: `section.key=value,value,…`, or a default lever's name.
 
     Raises:
-        ConfigError: There is no such key or lever, a value is wrong, or the key is never varied.
+        ConfigError: A key or lever does not exist, a value is invalid, or a key must not be varied.
     """
     defaults = {lever.name: lever for lever in default_levers(config, ranks)}
     levers = []
@@ -101,7 +101,7 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
             names = ", ".join(f"{name!r}" for name in defaults)
             raise ConfigError(f"--vary {spec!r} is neither section.key=value,value,… nor one of {names}")
         if key in _FIXED or "." not in key:
-            raise ConfigError(f"--vary {key}: a search leaves {key} as it is; take another key")
+            raise ConfigError(f"--vary {key}: a search never varies {key}; choose another key")
         _, parsed = parse_override(f"{key}=[{values}]")
         if not parsed:
             raise ConfigError(f"--vary {key}= has no values; write {key}=value,value,…")
@@ -111,12 +111,12 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
     keys = Counter(key for lever in levers for key in sorted(lever.keys))
     twice = next((key for key, count in keys.items() if count > 1), None)
     if twice is not None:
-        raise ConfigError(f"--vary: {twice} is varied twice; put its values into one --vary")
+        raise ConfigError(f"--vary: {twice} is varied twice; list all its values in one --vary")
     return levers
 
 
 def _check_value(config: Config, key: str, value: Any) -> None:
-    """Raises ConfigError for a value that the key cannot have, whatever the other settings are."""
+    """Raises ConfigError for a value that is invalid for its key, regardless of the other settings."""
     section, _, name = key.partition(".")
     values = config.model_dump()
     try:
@@ -132,7 +132,7 @@ def _lever(name: str, key: str, values: Sequence[Any]) -> Lever:
 
 
 def _micro_batches(config: Config, ranks: int) -> list[int]:
-    """Returns powers of two and the configured size, as far as they divide a rank's share of the global batch."""
+    """Returns the powers of two and the configured size that divide a rank's share of the global batch."""
     each = config.train.global_batch // ranks
     sizes = {*_MICRO_BATCHES, field_value(config, "train.micro_batch")}
     return sorted(size for size in sizes if each % size == 0 and size <= each)

@@ -1,8 +1,8 @@
 """Predicted time of an update, for ranking configurations (no torch).
 
-It is based on the cost model that chooses layers' paths (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large matrix
-products run at one rate, and everything else at the memory's bandwidth. The constants are those of one GPU, an H200.
-Ratios between configurations are therefore meaningful, and seconds are not.
+It is based on the cost model that chooses the routes of layers (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large
+matrix products run at one rate, and everything else at the memory's bandwidth. The constants are those of one GPU, an
+H200. Ratios between configurations are therefore meaningful, seconds are not.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ HOST_BANDWIDTH = 20e9
 """Bytes per second between device and host (PCIe 4.0 ×16: 32e9 on paper)."""
 
 LAUNCH_S = 5e-6
-"""Seconds to launch a kernel. A block takes at least as long as the launches of its kernels."""
+"""Seconds to launch a kernel. A decoder layer takes at least as long as the launches of its kernels."""
 
-KERNELS_PER_BLOCK = 150
-"""Number of kernels that a block's forward and backward pass launch."""
+KERNELS_PER_LAYER = 150
+"""Number of kernels that a decoder layer's forward and backward pass launch."""
 
-BLOCK_COPIES = (10, 4)
-"""Elements per token that a block's norms, rotation, activation and sums read and write in the forward pass, in
-multiples of the hidden and of the intermediate size. In the backward pass they are twice as many."""
+LAYER_COPIES = (10, 4)
+"""Elements per token that a decoder layer's norms, rotation, activation and sums read and write in the forward pass, in
+multiples of the hidden and of the intermediate size. The backward pass reads and writes twice as many."""
 
 LOW_BIT_VALUE_BYTES = 3000
-"""Memory traffic, in bytes per value, that takes as long as an optimizer step whose states are quantized or of another
-type than the parameters: 0.72 ns per value of a 7B model on an H200 (docs/reports/2026-11-27-h200.md). Such a step is
-dozens of small operators (optim/low_bit.py). Any other step reads and writes each tensor once."""
+"""Cost of an optimizer step whose states are quantized or of another type than the parameters, as equivalent memory
+traffic in bytes per value: 0.72 ns per value of a 7B model on an H200 (docs/reports/2026-11-27-h200.md). Such a step
+consists of dozens of small operators (optim/low_bit.py). Any other step reads and writes each tensor once."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
     if config.optim.passes_twice:
         compute *= 2
     sent = comm_bytes / LINK_BANDWIDTH
-    # Whole gradients go out during the last micro-batch's backward pass, sharded ones during every pass.
+    # Unsharded gradients are sent in the last micro-batch's backward pass, sharded ones in every pass.
     overlap = compute / passes * 2 / 3 if config.parallel.accumulates_locally else compute
     return UpdateTime(compute, _step_seconds(config, ranks), max(0.0, sent - overlap))
 
@@ -80,24 +80,24 @@ def _pass_seconds(config: Config) -> float:
     unit = 2 * bits / 8 / rates.copy / MEMORY_BANDWIDTH  # seconds of a multiply-add, of which a copy takes `copy`
     linears = sum(cost for _, cost in _linear_costs(model, config.reparam, tokens, bits))
     # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
-    # takes 2.5 times as many in the backward pass: it computes scores again (FlashAttention-2, arXiv 2307.08691).
+    # takes 2.5 times as many in the backward pass: it recomputes the scores (FlashAttention-2, arXiv 2307.08691).
     attention = tokens * config.data.seq_len * model.hidden_size
-    per_hidden, per_intermediate = BLOCK_COPIES
+    per_hidden, per_intermediate = LAYER_COPIES
     copies = rates.copy * tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
-        block, launches = linears + 3.5 * attention + 3 * copies, 1.0
+        cost, launches = linears + 3.5 * attention + 3 * copies, 1.0
         if train.is_recomputed(index):  # another forward pass, a third of both passes
-            block += copies
-            block += 0 if train.keeps_products else linears / 3
-            block += 0 if train.keeps_attention else attention
+            cost += copies
+            cost += 0 if train.keeps_products else linears / 3
+            cost += 0 if train.keeps_attention else attention
             launches += 1 / 3
-        total += max(block * unit, launches * KERNELS_PER_BLOCK * LAUNCH_S)
+        total += max(cost * unit, launches * KERNELS_PER_LAYER * LAUNCH_S)
     return total
 
 
 def layer_routes(config: Config) -> tuple[Route | None, ...]:
-    """Returns how each linear layer of a block is applied on a GPU; None where the method has no choice."""
+    """Returns the route of each linear layer of a decoder layer on a GPU; None if the method has no routes."""
     tokens = config.train.micro_batch * config.data.seq_len
     return tuple(route for route, _ in _linear_costs(config.model, config.reparam, tokens, _bits(config)))
 
@@ -110,7 +110,7 @@ def _bits(config: Config) -> int:
 def _linear_costs(
     model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int
 ) -> tuple[tuple[Route | None, float], ...]:
-    """Returns route and cost of a block's linear layers, forward and backward, in multiply-adds of a large product."""
+    """Returns route and cost of a decoder layer's linear layers: multiply-adds of a large product, for both passes."""
     costs: list[tuple[Route | None, float]] = []
     for linear in block_linears(model):
         m, n, r = linear.m, linear.n, reparam.rank
@@ -137,6 +137,6 @@ def _step_seconds(config: Config, ranks: int) -> float:
     else:
         per_value = 7 * width  # the gradient read, the parameter and two states read and written
     seconds = values * per_value / MEMORY_BANDWIDTH
-    if parallel.cpu_offload:  # gradients to the host, parameters back; the host steps at its memory's pace
+    if parallel.cpu_offload:  # copies gradients to the host and parameters back; the host's memory limits the step
         seconds += values * 2 * width / HOST_BANDWIDTH + values * per_value / HOST_BANDWIDTH
     return seconds

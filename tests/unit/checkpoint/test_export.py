@@ -137,7 +137,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert (tmp_path / "hf" / "model.safetensors").is_file()
     capsys.readouterr()
     assert run("verify", str(tmp_path / "run")) == 0
-    assert capsys.readouterr().out == "step_00000003: whole\n"
+    assert capsys.readouterr().out == "step_00000003: intact\n"
     tensors = next(checkpoint.glob("tensors-*"))
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1

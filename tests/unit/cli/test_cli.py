@@ -233,7 +233,7 @@ def test_prepare_tokens(
         (["prepare-tokens", "-o", "out", "-i", "none/*.jsonl", "--tokenizer", "t.model"], 3, "check --input"),
         (["prepare-text", "-o", "out"], 2, "either --input"),
         (["prepare-text", "-o", "out", "-i", "{texts}", "--embedded"], 2, "not both"),
-        (["prepare-text", "-o", "out", "--embedded", "--no-clean"], 2, "rules of its own"),
+        (["prepare-text", "-o", "out", "--embedded", "--no-clean"], 2, "its own rules"),
         (["prepare-text", "-o", "out", "-i", "none/*.txt"], 3, "no file matches"),
         (["prepare-text", "-o", "out", "-i", "{broken}"], 3, "line 1: not JSON"),
         (["prepare-text", "-o", "out", "-i", "{texts}", "--min-sentences", "9"], 3, "too few sentences: 20"),
@@ -289,7 +289,9 @@ def test_the_former_name_of_two_commands(
 ) -> None:
     assert _run(monkeypatch, "prepare-data", *option, "-o", "out") == 2
     first, error = capsys.readouterr().err.splitlines()
-    assert first == f"note: `sltrain prepare-data` is now `sltrain {command}`" and error.startswith("error: give ")
+    assert first == f"note: `sltrain prepare-data` is deprecated; use `sltrain {command}`" and error.startswith(
+        "error: give "
+    )
     assert _run(monkeypatch, "prepare-data", *option, "--no-such-option") == 2
     assert "No such option: --no-such-option" in capsys.readouterr().err
 

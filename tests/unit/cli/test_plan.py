@@ -176,7 +176,7 @@ def test_rows_within_the_error_of_the_limit_are_marked(
     assert re.search(r"~[\d.]+ [kMG]?B", out) and "~ marks rows" in (tmp_path / "x.html").read_text()
     smaller = ["--device-memory", f"{min(row['device_bytes'] for row in rows) - 1}B"]
     assert plan(monkeypatch, *search, *smaller) == 0
-    assert "It lacks less than the estimate's error" in capsys.readouterr().out
+    assert "It misses by less than the estimate's error" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         (["parallel.engine=zero", "optim.update=per_layer"], "set parallel.engine=fsdp or ddp"),
         (["parallel.engine=zero", "--replay"], "zero"),
         (["reparam.method=galore"], "set reparam.method=sltrain, lowrank or full"),
-        (["--save", "rows"], "--save goes with --search"),
-        (["--vary", "engine"], "--vary goes with --search"),
+        (["--save", "rows"], "--save needs --search"),
+        (["--vary", "engine"], "--vary needs --search"),
         (["--search", "--vary", "engines"], "--vary 'engines' is neither"),
         (["--search", "--vary", "train.micro_batch=7,9"], "none of 2 combinations can be run"),
         (["--accounting", "paper", "--search", "--ranks", "2"], "leave out --search, --ranks"),

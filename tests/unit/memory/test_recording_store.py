@@ -233,7 +233,7 @@ def test_several_processes_may_record_the_same_at_once(directory: Path) -> None:
 
 
 def test_missing_recordings_are_made_by_several_processes(made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording_store, "_WORTH_PROCESSES", 2)
+    monkeypatch.setattr(recording_store, "_MIN_FOR_PROCESSES", 2)
     reports: list[tuple[int, int]] = []
     recording_store.record_missing(recordings_of(CONFIG), 2, lambda done, total: reports.append((done, total)))
     assert reports[0] == (0, 3) and reports[-1] == (3, 3)

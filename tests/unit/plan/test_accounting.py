@@ -95,7 +95,7 @@ def test_emulated_components() -> None:
         reference_estimate(seven_b(*BARS[bar][0])) for bar in ("Adam, full rank", "8-bit SLTrain, per layer")
     )
     parameters = 6_738_415_616
-    assert full.parameters == parameters and full.peak.where == "step of the optimizer"
+    assert full.parameters == parameters and full.peak.where == "optimizer step"
     assert full.peak.components["states"] == 4 * parameters
     assert full.peak.components["temporaries.update"] == full.peak.components["gradients"] == 2 * parameters
     nonzeros = 32 * (4 * int(0.05 * 4096 * 4096) + 3 * int(0.05 * 4096 * 11_008))

@@ -102,7 +102,7 @@ def test_wrong_device_memory(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["24", "80", "24564", "0.5", "99999999"])
 def test_a_number_without_a_unit(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"--device-memory {text}: of which unit. Write {text}GiB, {text}GB or so"):
+    with pytest.raises(ConfigError, match=f"--device-memory {text} has no unit; write {text}GiB or {text}GB"):
         parse_device_memory(text)
 
 
@@ -111,5 +111,5 @@ def test_gpus_that_were_perhaps_meant() -> None:
         parse_device_memory("nvidia a100")
     with pytest.raises(ConfigError, match=r"'abacus' is neither a size nor a known GPU\. Sizes are"):
         parse_device_memory("abacus")
-    with pytest.raises(ConfigError, match=r"of which unit\? .*; did you mean 'RTX 4090' or 'RTX 4090 Laptop'\?"):
+    with pytest.raises(ConfigError, match=r"has no unit; .*; did you mean 'RTX 4090' or 'RTX 4090 Laptop'\?"):
         parse_device_memory("4090")

@@ -45,8 +45,8 @@ def test_dense_may_be_named_and_is_there_anyway(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "densee"], "no such: 'densee'; there are: dense, published, random materialize"),
-        (["--shapes", "2b"], "no such: '2b'; there are: 60m, 130m, 350m, 1b, 7b"),
+        (["--methods", "densee"], "unknown 'densee'; choose from dense, published, random materialize"),
+        (["--shapes", "2b"], "unknown '2b'; choose from 60m, 130m, 350m, 1b, 7b"),
         (["--tokens", "0"], "'0' should be a whole number above 0"),
         (["--repeats", "x"], "'x' should be a whole number above 0"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),

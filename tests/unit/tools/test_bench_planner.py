@@ -144,7 +144,7 @@ def test_two_measurements_of_one_id_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "measurements.csv"
     header, row, *_ = public_measurements.MEASUREMENTS.read_text().splitlines(keepends=True)
     path.write_text(header + row + row)
-    with pytest.raises(ConfigError, match="two rows of this id"):
+    with pytest.raises(ConfigError, match="another row has the same id"):
         public_measurements.read_measurements(path)
 
 
