@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -93,11 +94,16 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> str | None:
 
 def write_failed_start(run_dir: Path, outcome: Outcome) -> None:
     """Records that a run could not start, unless another one is in progress in the directory."""
-    if run_dir.is_dir() and _lock(run_dir):
-        try:
-            _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
-        finally:
-            release(run_dir)
+    # A rank that cannot lock the directory ends without a word, and torchrun then ends the rank that writes.
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        if run_dir.is_dir() and _lock(run_dir):
+            try:
+                _write(run_dir, {"code": int(outcome.code), "reason": outcome.reason, "step": outcome.step})
+            finally:
+                release(run_dir)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
 
 
 def release(run_dir: Path) -> None:

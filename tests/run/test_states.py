@@ -85,7 +85,7 @@ def test_learns_as_with_32_bits(
         shutil.copytree(reference, out / reference.name)  # it is not made again
         with monkeypatch.context() as patch:
             patch.setattr(blockwise, name, lambda bits, levels=levels: levels)
-            patch.setattr(blockwise, "_made", {})
+            patch.setattr(blockwise, "_cache", {})
             broken = compare(tool, capsys, config, "--bits", "4", "--controls", "--out", out)
         assert broken["runs"][0] == runs["32"]
         assert len(list(out.iterdir())) == 2

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,3 +96,22 @@ def test_of_several_ranks_one_says_why(run_dir: Path) -> None:
         others = list(pool.map(lambda outcome: write_outcome(run_dir, outcome), outcomes))
     assert others.count(None) == 1
     assert {other for other in others if other is not None} == {said(run_dir)["reason"]}
+
+
+def test_a_failed_start_is_recorded_before_a_signal_ends_the_process(tmp_path: Path) -> None:
+    """As torchrun ends a rank when the other one has failed."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from sltrain_dist.errors import ExitCode\n"
+        "from sltrain_dist.train import exit\n"
+        "write = exit.write_whole\n"
+        "def interrupted(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    write(*arguments)\n"
+        "exit.write_whole = interrupted\n"
+        "exit.write_failed_start(Path(sys.argv[1]), exit.Outcome(ExitCode.CONFIG, 'typing error', 0))\n"
+        "print('still running')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGTERM and result.stdout == ""
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == ExitCode.CONFIG
