@@ -285,7 +285,7 @@ def test_damage_is_named_and_repaired(text, prepared, tmp_path, capsys, monkeypa
     assert verify(monkeypatch, output) == 3 and name in capsys.readouterr().err
     prepare(text, output)
     assert (output / name).read_bytes() == before
-    assert verify(monkeypatch, output) == 0 and "whole" in capsys.readouterr().out
+    assert verify(monkeypatch, output) == 0 and "intact" in capsys.readouterr().out
 
 
 def verify(monkeypatch, directory):
