@@ -160,17 +160,25 @@ def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...
 
 
 def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, offload: bool) -> tuple[int, ...]:
+    _, part = zero12_partition(shapes, ranks)
+    return ranks * part + part, part if offload else zero12_gradients(shapes, ranks)[rank], part
+
+
+@lru_cache(maxsize=_CACHE_SIZE)
+def zero12_gradients(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
+    """Returns the number of gradient values of a group that each rank keeps under ZeRO 1 and 2, without offload.
+
+    A gradient that spans several partitions is kept whole by each of their ranks, and padding is kept as zeros.
+    """
     total, part = zero12_partition(shapes, ranks)
-    first, last = rank * part, (rank + 1) * part
-    if offload:
-        return ranks * part + part, part, part
-    gradients, start = max(0, last - max(first, total)), 0  # padding is kept as zeros
+    kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
+    start = 0
     for shape in shapes:
         size = math.prod(shape)
-        # A gradient that spans several partitions is kept whole by each of their ranks.
-        gradients += size if start < last and start + size > first else 0
+        for rank in range(start // part, -(-(start + size) // part)):
+            kept[rank] += size
         start += size
-    return ranks * part + part, gradients, part
+    return tuple(kept)
 
 
 def zero12_partition(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, int]:

@@ -9,15 +9,21 @@ the update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from math import prod
+from functools import cached_property
 
 from sltrain_dist.memory.holdings import Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, play
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.optim.state_layout import STATE_NAMES
-from sltrain_dist.parallel.placement import ZERO_BUCKET, Named, dealt, optimizer_groups, zero3_values, zero12_partition
+from sltrain_dist.parallel.placement import (
+    ZERO_BUCKET,
+    Named,
+    dealt,
+    optimizer_groups,
+    zero3_values,
+    zero12_gradients,
+    zero12_partition,
+)
 
 FLAT, BUCKET, GATHERED, MESSAGES = "buffers.partition", "buffers.bucket", "buffers.gathered", "buffers.messages"
 _SUB_GROUP = 1_000_000_000
@@ -68,7 +74,7 @@ class ZeroTimeline(Timeline):
         """Number of values of reduced gradients that a rank keeps."""
         if self.stage == 3 or self.offload:
             return self.part
-        by_rank = [_kept_values(group, self.ranks) for group in self.groups]
+        by_rank = [zero12_gradients(group, self.ranks) for group in self.groups]
         return max(map(sum, zip(*by_rank, strict=True)))
 
     @property
@@ -256,18 +262,3 @@ class ZeroTimeline(Timeline):
 
     def save(self) -> None:
         self.point("save", "checkpoint")
-
-
-@lru_cache(maxsize=256)
-def _kept_values(shapes: Sequence[tuple[int, ...]], ranks: int) -> tuple[int, ...]:
-    """Returns the number of gradient values that each rank keeps in stages 1 and 2: all values of every parameter that
-    overlaps its partition, as rank_bytes in parallel/placement.py."""
-    total, part = zero12_partition(shapes, ranks)
-    kept = [max(0, (rank + 1) * part - max(rank * part, total)) for rank in range(ranks)]
-    start = 0
-    for shape in shapes:
-        size = prod(shape)
-        for rank in range(start // part, -(-(start + size) // part)):
-            kept[rank] += size
-        start += size
-    return tuple(kept)
