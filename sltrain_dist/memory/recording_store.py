@@ -76,8 +76,9 @@ class Request:
         """Returns the recording, and makes it if it is missing."""
         if not self.is_known():
             with _recording_lock:
-                _found[self] = resolve_name(f"sltrain_dist.{self.make}")(*self.arguments)  # imports torch
-            _write(self, _found[self])
+                if self not in _found:  # another thread may have made it in the meantime
+                    _found[self] = resolve_name(f"sltrain_dist.{self.make}")(*self.arguments)  # imports torch
+                    _write(self, _found[self])
         return _found[self]
 
     def is_known(self) -> bool:

@@ -194,6 +194,13 @@ def test_threads_may_record_at_once() -> None:
     assert found == [estimate(config) for config in others]
 
 
+def test_threads_that_want_the_same_make_it_once(made: list[str]) -> None:
+    request = recordings_of(CONFIG)[0]
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(lambda _: request.get(), range(4))
+    assert all(other is first for other in others) and made == ["layer"]
+
+
 @pytest.mark.parametrize("problem", ["a file", "full", "read-only"])
 def test_where_nothing_can_be_written_plans_are_right(
     tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch, made: list[str]
