@@ -17,7 +17,8 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import first_problem, open_regular, parse_model, read_model
 from sltrain_dist.models.count import is_int8, parameter_shapes
-from sltrain_dist.optim.state_layout import stored_states, whole
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.state_layout import stored_states
 
 _Shapes = RootModel[dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]]]]
 _Object = RootModel[dict[str, Any]]
@@ -34,7 +35,7 @@ class _RunState(BaseModel):
     supports: str
 
 
-class Range(NamedTuple):
+class RangeInFile(NamedTuple):
     """A saved range of a flattened tensor."""
 
     start: int
@@ -52,7 +53,7 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: str
     """Data type by safetensors' name."""
-    ranges: list[Range] = field(default_factory=list)
+    ranges: list[RangeInFile] = field(default_factory=list)
     """Sorted ranges that cover every element exactly once."""
 
 
@@ -104,7 +105,7 @@ class TensorFiles:
             tensor.dtype = tensor.dtype or dtype
             if tensor.dtype != dtype:
                 raise ValueError(f"{name} has the type {dtype} here and {tensor.dtype} elsewhere")
-            tensor.ranges.append(Range(int(start), int(start) + shape[0], len(self.files), key))
+            tensor.ranges.append(RangeInFile(int(start), int(start) + shape[0], len(self.files), key))
         self.files.append(file)
 
 
@@ -179,5 +180,6 @@ def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...] | None, fro
             yield f"model.{parameter}.scales", None, _FLOATS
         else:
             yield f"model.{parameter}", shape, _FLOATS
-        for state in stored_states(whole(parameter, shape), config.optim, value_bytes):
-            yield f"optim.{parameter}.{state.key}", state.shape, _CODES if state.key.endswith("codes") else _FLOATS
+        for stored in stored_states(TensorRange.whole(parameter, shape), config.optim, value_bytes):
+            name, kinds = stored.range.name, _CODES if stored.range.name.endswith("codes") else _FLOATS
+            yield f"optim.{parameter}.{name}", stored.range.shape, kinds

@@ -44,7 +44,7 @@ from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError, DivergedError, StorageError
 from sltrain_dist.files import make_directory, storage_message, sync_path, write_synced
-from sltrain_dist.parallel.pieces import Chunk
+from sltrain_dist.parallel.pieces import SavedRange
 from sltrain_dist.runtime.environment import Environment
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        chunks: Iterable[Chunk],
+        ranges: Iterable[SavedRange],
         state: Mapping[str, Any],
         config_yaml: str,
         tokenizer: Path | None = None,
@@ -83,7 +83,7 @@ class CheckpointStore:
 
         Args:
             step: Number of updates made.
-            chunks: Ranges of tensors that this rank saves.
+            ranges: Ranges of tensors that this rank saves.
             state: State of the run, which JSON can represent; the main rank's is written.
             config_yaml: The resolved configuration.
             tokenizer: The SentencePiece model, which is copied into the checkpoint.
@@ -98,7 +98,7 @@ class CheckpointStore:
         try:
             temporary = Path(self._together(lambda: self._prepare(final, token))[0])
             self._together(lambda: self._write_rest(temporary, state, config_yaml, tokenizer))
-            entries = self._together(lambda: self._write_tensors(temporary, chunks))
+            entries = self._together(lambda: self._write_tensors(temporary, ranges))
             files = {name: entry for part in entries for name, entry in part.items()}
             self._together(lambda: self._finish(temporary, final, step, files))
         except Exception:
@@ -186,13 +186,13 @@ class CheckpointStore:
             temporary.mkdir()
         return temporary
 
-    def _write_tensors(self, temporary: Path, chunks: Iterable[Chunk]) -> dict[str, FileEntry]:
+    def _write_tensors(self, temporary: Path, ranges: Iterable[SavedRange]) -> dict[str, FileEntry]:
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for chunk in chunks:
-            _check_finite(chunk)
-            tensors[f"{chunk.name}@{chunk.start}"] = chunk.data.cpu().contiguous()
-            shapes[chunk.name] = chunk.shape
+        for part, values in ranges:
+            _check_finite(part.name, values)
+            tensors[f"{part.name}@{part.start}"] = values.cpu().contiguous()
+            shapes[part.name] = part.shape
         path = temporary / tensor_file(self._env.rank, self._env.world_size)
         # Slices of one flat partition share storage, which safetensors refuses.
         unshared = {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
@@ -277,18 +277,18 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     sync_path(path)
 
 
-def _check_finite(chunk: Chunk) -> None:
+def _check_finite(name: str, values: Tensor) -> None:
     """Refuses values that no run could resume from. Unlike isfinite(), takes no additional memory."""
-    if not chunk.data.numel() or not chunk.data.is_floating_point():
+    if not values.numel() or not values.is_floating_point():
         return
-    if chunk.name.startswith("model."):
+    if name.startswith("model."):
         # If the sum of squares overflows float32, so do products in the forward or backward pass.
-        bounds = [torch.linalg.vector_norm(chunk.data, dtype=torch.float32)]
+        bounds = [torch.linalg.vector_norm(values, dtype=torch.float32)]
     else:
-        bounds = list(torch.aminmax(chunk.data))
+        bounds = list(torch.aminmax(values))
     if not all(math.isfinite(float(bound)) for bound in bounds):
         raise DivergedError(
-            f"{chunk.name} is not finite or close to overflow, and no checkpoint of it was saved; lower optim.lr, "
+            f"{name} is not finite or close to overflow, and no checkpoint of it was saved; lower optim.lr, "
             "lengthen optim.warmup_steps, or set optim.clip"
         )
 

@@ -11,8 +11,9 @@ from typing import Literal
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.recording import Parameter
-from sltrain_dist.optim.state_layout import MASTER, Place, stored_states, whole
-from sltrain_dist.parallel.placement import fsdp_place
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.state_layout import MASTER, stored_states
+from sltrain_dist.parallel.placement import fsdp_range
 
 Sharding = Literal["nothing", "factors", "all"]
 """Which parameters are sharded over the ranks."""
@@ -27,7 +28,7 @@ class Holding:
         count: Number of equal parameters in the model.
         in_layer: Whether they are in decoder layers.
         sharded: Whether they are sharded.
-        place: Rows of each parameter that the rank stores; all rows if it is not sharded.
+        range: Rows of each parameter that the rank stores; all rows if it is not sharded.
         values: Number of these values, with the padding of rows.
     """
 
@@ -35,7 +36,7 @@ class Holding:
     count: int
     in_layer: bool
     sharded: bool
-    place: Place
+    range: TensorRange
     values: int
 
 
@@ -127,8 +128,8 @@ class Holdings:
         if key not in self._states:
             states = masters = 0
             for item in self.on_device(with_sharded=with_sharded):
-                for stored in stored_states(item.place, optim, width):
-                    if stored.key == MASTER:
+                for stored in stored_states(item.range, optim, width):
+                    if stored.range.name == MASTER:
                         masters += item.count * stored.nbytes
                     else:
                         states += item.count * stored.nbytes
@@ -144,6 +145,7 @@ def holdings_of(model: RecordedModel, sharding: Sharding, ranks: int) -> Holding
 
 def _holding(parameter: Parameter, count: int, in_layer: bool, sharding: Sharding, ranks: int) -> Holding:
     if sharding == "nothing" or (sharding == "factors" and not parameter.replaced):
-        return Holding(parameter, count, in_layer, False, whole(parameter.name, parameter.shape), parameter.values)
+        part = TensorRange.whole(parameter.name, parameter.shape)
+        return Holding(parameter, count, in_layer, False, part, parameter.values)
     padded = -(-parameter.shape[0] // ranks) * prod(parameter.shape[1:])
-    return Holding(parameter, count, in_layer, True, fsdp_place(parameter.name, parameter.shape, 0, ranks), padded)
+    return Holding(parameter, count, in_layer, True, fsdp_range(parameter.name, parameter.shape, 0, ranks), padded)

@@ -25,8 +25,8 @@ from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.device import DeviceType, emulate
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
+from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import make_optimizer
-from sltrain_dist.optim.state_layout import Place
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
 
@@ -149,7 +149,9 @@ def record_evaluation(config: Config, gathered: Shard | None, device: DeviceType
     return Recording(log.passes())
 
 
-def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bool, device: DeviceType) -> Recording:
+def record_step(
+    config: Config, dtype: str, part: TensorRange, int8: bool, low_bit: bool, device: DeviceType
+) -> Recording:
     """Records the optimizer step of one part of a parameter.
 
     Args:
@@ -168,7 +170,7 @@ def record_step(config: Config, dtype: str, part: Place, int8: bool, low_bit: bo
         named = [(part.name, parameter)]
         if low_bit:
             named.append(("without gradient", nn.Parameter(Int8Weight.empty((1, 1), kind, "cpu"))))
-        optimizer = make_optimizer(named, config.optim, places={part.name: part}, all_reduce_max=lambda _: None)
+        optimizer = make_optimizer(named, config.optim, ranges={part.name: part}, all_reduce_max=lambda _: None)
         parameter.grad = torch.empty(shape, dtype=kind)
         log = EventLog(device)
         log.leave_out([*parts_of(parameter).values(), parameter.grad])

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -27,7 +27,8 @@ from sltrain_dist.config.schema import MEMORY, Config, DataConfig, OptimConfig, 
 from sltrain_dist.files import write_whole
 from sltrain_dist.memory.recording import Recording, dumps, loads
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.optim.state_layout import Place, decays
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.state_layout import decays
 from sltrain_dist.parallel.placement import Shard
 
 S = TypeVar("S", bound=Section)
@@ -152,7 +153,7 @@ def evaluation_request(config: Config, device: DeviceType) -> Request | None:
 
 
 def step_request(
-    optim: OptimConfig, dtype: str, part: Place, device: DeviceType, *, int8: bool, low_bit: bool
+    optim: OptimConfig, dtype: str, part: TensorRange, device: DeviceType, *, int8: bool, low_bit: bool
 ) -> Request:
     """Returns the request for the optimizer step of a part of a parameter.
 
@@ -164,7 +165,7 @@ def step_request(
         int8: Whether the parameter is an int8 weight.
         low_bit: Whether the same optimizer also steps int8 weights.
     """
-    part = Place("weight" if decays(part.name, optim) else "norm", part.shape, part.start, part.count, part.borders)
+    part = replace(part, name="weight" if decays(part.name, optim) else "norm")
     return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=only_memory(optim))
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
+from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.low_bit import AllReduceMax, LowBitAdam
-from sltrain_dist.optim.state_layout import Place, Stored, adafactor_states, decays, needs_low_bit, stored_states, whole
+from sltrain_dist.optim.state_layout import StoredState, adafactor_states, decays, needs_low_bit, stored_states
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def make_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     optim: OptimConfig,
     *,
-    places: Mapping[str, Place] | None = None,
+    ranges: Mapping[str, TensorRange] | None = None,
     all_reduce_max: AllReduceMax | None = None,
 ) -> torch.optim.Optimizer:
     """Creates the optimizer of named parameters: torch's own, wherever it keeps the states in the configured form.
@@ -37,7 +38,7 @@ def make_optimizer(
     Args:
         parameters: The parameters to update, all of one type.
         optim: Optimizer settings.
-        places: The part of which parameter each tensor is, by name. Those not in it are whole parameters.
+        ranges: Which range of which parameter each tensor is, by name. Those not in it are whole parameters.
         all_reduce_max: See :class:`LowBitAdam`.
     """
     named = list(parameters)
@@ -48,8 +49,8 @@ def make_optimizer(
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
-        known = places or {}
-        by_parameter = {p: known.get(name) or whole(name, tuple(p.shape)) for name, p in named}
+        known = ranges or {}
+        by_parameter = {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
         return LowBitAdam(groups, optim, by_parameter, all_reduce_max)
     make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.
@@ -73,16 +74,16 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> 
 
 
 def saved_states(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, place: Place, optim: OptimConfig
-) -> Iterator[tuple[Stored, torch.Tensor]]:
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, part: TensorRange, optim: OptimConfig
+) -> Iterator[tuple[StoredState, torch.Tensor]]:
     """Yields the flat state tensors that a checkpoint saves for a parameter; none before the first update."""
     states = state_tensors(optimizer, parameter)
-    for stored in stored_states(place, optim, parameter.element_size()) if states else ():
-        name, _, form = stored.key.partition(".")
+    for stored in stored_states(part, optim, parameter.element_size()) if states else ():
+        name, _, form = stored.range.name.partition(".")
         if form == "codes" and isinstance(optimizer, LowBitAdam):
             yield stored, optimizer.codes(parameter, name)
         else:
-            yield stored, states[stored.key].detach().reshape(-1)[stored.skip :]
+            yield stored, states[stored.range.name].detach().reshape(-1)[stored.skip :]
 
 
 def adopt_state(
@@ -93,7 +94,8 @@ def adopt_state(
     Args:
         optimizer: The optimizer of the parameter.
         parameter: The parameter that the states belong to.
-        states: Flat tensors of any floating type, by the keys of :func:`stored_states`; empty if no update was made.
+        states: Flat tensors of any floating type, by the names that :func:`stored_states` gives them; empty if no
+            update was made.
         step: Number of updates made.
     """
     if not states:
@@ -118,4 +120,7 @@ def adopt_state(
 
 
 def _adafactor_shapes(parameter: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    return {stored.key: stored.shape for stored in adafactor_states(whole("", tuple(parameter.shape)), 0)}
+    return {
+        stored.range.name: stored.range.shape
+        for stored in adafactor_states(TensorRange.whole("", tuple(parameter.shape)), 0)
+    }

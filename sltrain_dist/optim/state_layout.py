@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.numerics.tensor_range import TensorRange
 
 STATE_NAMES: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -36,67 +37,28 @@ def decays(name: str, optim: OptimConfig) -> bool:
     return optim.weight_decay > 0 and "norm" not in name and "embed_tokens" not in name
 
 
-@dataclass(frozen=True)
-class Place:
-    """A contiguous range of a named, flattened parameter: the part that one rank holds.
-
-    Attributes:
-        name: Name of the parameter.
-        shape: Shape of the whole parameter.
-        start: Position of the first value.
-        count: Number of values. Parts of matrices are whole rows.
-        borders: Positions where the other ranks' parts begin. Only for vectors: the groups of matrices lie within rows.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    count: int
-    borders: tuple[int, ...] = ()
-
-    @property
-    def row(self) -> int:
-        """Number of values in a row; a vector is one row."""
-        return self.shape[-1]
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the parameter has two or more dimensions."""
-        return len(self.shape) > 1
-
-    @property
-    def stop(self) -> int:
-        """Position after the last value."""
-        return self.start + self.count
-
-
-def whole(name: str, shape: tuple[int, ...]) -> Place:
-    """Returns the place of a whole parameter."""
-    return Place(name, shape, 0, math.prod(shape))
-
-
 def is_quantized(shape: tuple[int, ...], state_bits: int) -> bool:
     """Returns whether the states of a parameter of this shape are quantized."""
     return state_bits in GROUP_SIZES and math.prod(shape) >= QUANTIZED_FROM
 
 
-def shared_groups(place: Place, state_bits: int) -> list[int]:
+def shared_groups(part: TensorRange, state_bits: int) -> list[int]:
     """Returns the numbers of the quantized groups that lie on both sides of a border between ranks."""
-    if not is_quantized(place.shape, state_bits):
+    if not is_quantized(part.shape, state_bits):
         return []
     size = GROUP_SIZES[state_bits]
-    return sorted({border // size for border in place.borders if border % size and border < math.prod(place.shape)})
+    return sorted({border // size for border in part.borders if border % size and border < math.prod(part.shape)})
 
 
 @dataclass(frozen=True)
-class Span:
-    """A range of a place's values that is updated at a time.
+class UpdateChunk:
+    """Consecutive values of a range of a parameter that are updated at a time.
 
     Attributes:
-        start, stop: The range, counted from the place's first value.
-        rows: Number of rows in it, all of the same width.
-        left: Number of values of its first group that lie before the place.
-        first_group, last_group: Its groups (the last one exclusive), counted from the place's first group.
+        start, stop: Their positions, counted from the first value of the parameter's range.
+        rows: Number of rows, all of the same width.
+        left: Number of values of the first group that lie before the parameter's range.
+        first_group, last_group: Quantization groups (the last one exclusive), counted from the range's first group.
     """
 
     start: int
@@ -107,62 +69,58 @@ class Span:
     last_group: int
 
 
-def spans(place: Place, group_size: int, most: int) -> Iterator[Span]:
-    """Yields spans that cover a place and end between groups, of at most `most` values but at least a row or group."""
-    if place.is_matrix:
-        row, rows = place.row, place.count // place.row
-        per_span, groups = max(1, most // row), -(-row // group_size)
-        for first in range(0, rows, per_span):
-            last = min(rows, first + per_span)
-            yield Span(first * row, last * row, last - first, 0, first * groups, last * groups)
+def update_chunks(part: TensorRange, group_size: int, most: int) -> Iterator[UpdateChunk]:
+    """Yields chunks that cover a range and end between groups, of at most `most` values but at least a row or group."""
+    if part.is_matrix:
+        row, rows = part.row, part.count // part.row
+        per_chunk, groups = max(1, most // row), -(-row // group_size)
+        for first in range(0, rows, per_chunk):
+            last = min(rows, first + per_chunk)
+            yield UpdateChunk(first * row, last * row, last - first, 0, first * groups, last * groups)
         return
-    size, offset = max(1, most // group_size) * group_size, place.start % group_size
-    for first in range(0, offset + place.count, size):
-        last = min(offset + place.count, first + size)
+    size, offset = max(1, most // group_size) * group_size, part.start % group_size
+    for first in range(0, offset + part.count, size):
+        last = min(offset + part.count, first + size)
         left = offset if first == 0 else 0
-        yield Span(max(0, first - offset), last - offset, 1, left, first // group_size, -(-last // group_size))
+        yield UpdateChunk(max(0, first - offset), last - offset, 1, left, first // group_size, -(-last // group_size))
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A flattened tensor of optimizer state, as checkpoints store it.
+class StoredState:
+    """A tensor of optimizer state, as checkpoints store it.
 
     Attributes:
-        key: Name of the state: "exp_avg", or "exp_avg.codes" (one code per byte) and "exp_avg.scales" if quantized.
-        shape: Shape of the whole tensor, on all ranks together.
-        start: Position in the whole tensor where this place's values begin.
-        count: Number of its values that this place needs.
-        skip: How many of them, from the first on, another rank saves: a scale is saved with its group's first value.
-        nbytes: Bytes in memory.
+        range: The part of it that belongs to a range of the parameter. Its name is that of the state: "exp_avg", or
+            "exp_avg.codes" (one code per byte) and "exp_avg.scales" if quantized.
+        nbytes: Bytes of this part in memory.
+        skip: How many of its values, from the first on, another rank saves: a scale is saved with its group's first
+            value.
     """
 
-    key: str
-    shape: tuple[int, ...]
-    start: int
-    count: int
-    skip: int
+    range: TensorRange
     nbytes: int
+    skip: int = 0
 
 
-def stored_states(place: Place, optim: OptimConfig, value_bytes: int) -> list[Stored]:
-    """Returns every tensor that an optimizer keeps for a place after its first update.
+def stored_states(part: TensorRange, optim: OptimConfig, value_bytes: int) -> list[StoredState]:
+    """Returns every tensor that an optimizer keeps for a range of a parameter after its first update.
 
     Args:
-        place: The part of the parameter that this rank holds.
+        part: The range that this rank holds.
         optim: Optimizer settings.
         value_bytes: Bytes of one value of the parameter.
     """
     if optim.name == "adafactor":
-        return adafactor_states(place, value_bytes)
+        return adafactor_states(part, value_bytes)
     states = []
     for key in STATE_NAMES[optim.name]:
-        if is_quantized(place.shape, optim.state_bits):
-            states += _quantized_states(key, place, optim.state_bits)
+        if is_quantized(part.shape, optim.state_bits):
+            states += _quantized_states(key, part, optim.state_bits)
         else:
             width = value_bytes if optim.state_bits == 16 else 4
-            states.append(Stored(key, place.shape, place.start, place.count, 0, width * place.count))
+            states.append(StoredState(replace(part, name=key), width * part.count))
     if has_masters(optim, value_bytes):
-        states.append(Stored(MASTER, place.shape, place.start, place.count, 0, 4 * place.count))
+        states.append(StoredState(replace(part, name=MASTER), 4 * part.count))
     return states
 
 
@@ -180,40 +138,40 @@ def needs_low_bit(optim: OptimConfig, value_bytes: int) -> bool:
     return optim.state_bits in GROUP_SIZES or wider or rounds or has_masters(optim, value_bytes)
 
 
-def state_bytes(place: Place, optim: OptimConfig, value_bytes: int) -> int:
-    """Returns the bytes of a place's optimizer state, without the update counter."""
-    return sum(state.nbytes for state in stored_states(place, optim, value_bytes))
+def state_bytes(part: TensorRange, optim: OptimConfig, value_bytes: int) -> int:
+    """Returns the bytes of a range's optimizer state, without the update counter."""
+    return sum(state.nbytes for state in stored_states(part, optim, value_bytes))
 
 
-def code_bytes(place: Place, state_bits: int) -> int:
-    """Returns the bytes of a place's codes. Rows of a matrix begin with a new byte; ranks may share one of a vector."""
+def code_bytes(part: TensorRange, state_bits: int) -> int:
+    """Returns the bytes of a range's codes. Rows of a matrix begin with a new byte; ranks may share one of a vector."""
     if state_bits == 8:
-        return place.count
-    if place.is_matrix:
-        return place.count // place.row * -(-place.row // 2)
-    return -(-place.stop // 2) - place.start // 2
+        return part.count
+    if part.is_matrix:
+        return part.count // part.row * -(-part.row // 2)
+    return -(-part.stop // 2) - part.start // 2
 
 
-def _quantized_states(key: str, place: Place, state_bits: int) -> list[Stored]:
+def _quantized_states(key: str, part: TensorRange, state_bits: int) -> list[StoredState]:
     size = GROUP_SIZES[state_bits]
-    if place.is_matrix:
-        groups = -(-place.row // size)
-        shape, first = (*place.shape[:-1], groups), place.start // place.row * groups
-        count, skip = place.count // place.row * groups, 0
+    if part.is_matrix:
+        groups = -(-part.row // size)
+        shape, first = (*part.shape[:-1], groups), part.start // part.row * groups
+        count, skip = part.count // part.row * groups, 0
     else:
-        shape, first = (-(-place.shape[0] // size),), place.start // size
-        count = -(-place.stop // size) - first if place.count else 0
-        skip = min(count, int(place.start % size > 0))
+        shape, first = (-(-part.shape[0] // size),), part.start // size
+        count = -(-part.stop // size) - first if part.count else 0
+        skip = min(count, int(part.start % size > 0))
     return [
-        Stored(f"{key}.codes", place.shape, place.start, place.count, 0, code_bytes(place, state_bits)),
-        Stored(f"{key}.scales", shape, first, count, skip, 4 * count),
+        StoredState(replace(part, name=f"{key}.codes"), code_bytes(part, state_bits)),
+        StoredState(TensorRange(f"{key}.scales", shape, first, count), 4 * count, skip),
     ]
 
 
-def adafactor_states(place: Place, value_bytes: int) -> list[Stored]:
+def adafactor_states(part: TensorRange, value_bytes: int) -> list[StoredState]:
     """Returns the states of torch's Adafactor, which supports whole parameters only."""
-    shapes = {"variance": place.shape}
-    if place.is_matrix:
-        shapes = {"row_var": (*place.shape[:-1], 1), "col_var": (*place.shape[:-2], 1, place.row)}
-    sizes = {key: math.prod(shape) for key, shape in shapes.items()}
-    return [Stored(key, shapes[key], 0, size, 0, value_bytes * size) for key, size in sizes.items()]
+    shapes = {"variance": part.shape}
+    if part.is_matrix:
+        shapes = {"row_var": (*part.shape[:-1], 1), "col_var": (*part.shape[:-2], 1, part.row)}
+    states = [TensorRange.whole(key, shape) for key, shape in shapes.items()]
+    return [StoredState(state, value_bytes * state.count) for state in states]

@@ -17,7 +17,7 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.per_layer import InBackward
-from sltrain_dist.parallel.pieces import Chunk, ReadChunk, Replicated
+from sltrain_dist.parallel.pieces import ReadRange, Replicated, SavedRange
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -96,11 +96,11 @@ class DDPEngine:
         """Returns the summed loss of a batch."""
         return self._module(input_ids, labels, positions)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the parameters that this rank saves, with their optimizer states."""
-        return self._replicas.chunks()
+        return self._replicas.saved_ranges()
 
-    def load(self, read: ReadChunk, step: int) -> None:
+    def load(self, read: ReadRange, step: int) -> None:
         """Loads all parameters and optimizer states on every rank."""
         self._replicas.load(read, step)
 

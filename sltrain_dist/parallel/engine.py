@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.optim.clipping import coefficient
-from sltrain_dist.parallel.pieces import Chunk, ReadChunk
+from sltrain_dist.parallel.pieces import ReadRange, SavedRange
 from sltrain_dist.runtime.environment import Environment
 
 Kind = Literal["parameters", "gradients", "states"]
@@ -68,11 +68,11 @@ class Engine(Protocol):
         """Returns the summed loss of a batch, without gradients. All ranks must call it equally often."""
         ...
 
-    def chunks(self) -> Iterator[Chunk]:
+    def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the parts of parameters and optimizer states that this rank saves; all ranks together save all."""
         ...
 
-    def load(self, read: ReadChunk, step: int) -> None:
+    def load(self, read: ReadRange, step: int) -> None:
         """Loads parameters and optimizer states from a checkpoint made after `step` updates."""
         ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -20,8 +19,8 @@ from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.per_layer import InBackward
-from sltrain_dist.parallel.pieces import Chunk, LocalPieces, Piece, ReadChunk, Replicated
-from sltrain_dist.parallel.placement import fsdp_rows, is_sharded, vector_borders
+from sltrain_dist.parallel.pieces import LocalPieces, Piece, ReadRange, Replicated, SavedRange
+from sltrain_dist.parallel.placement import fsdp_range, is_sharded
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -63,13 +62,10 @@ class FSDPEngine:
         ]
         pieces = []
         for name, parameter in self._dtensors:
-            local = parameter.to_local()
-            first, last = fsdp_rows(shapes[name][0], rank, ranks)
-            width = math.prod(shapes[name][1:])
-            if len(local) != last - first:
-                raise AssertionError(f"{name}: FSDP2 has {len(local)} rows here, but fsdp_rows() says {last - first}")
-            borders = vector_borders(shapes[name], ranks)
-            pieces.append(Piece(name, shapes[name], first * width, _leaf(local), env.rank < ranks, borders))
+            local, part = parameter.to_local(), fsdp_range(name, shapes[name], rank, ranks)
+            if local.numel() != part.count:
+                raise AssertionError(f"{name}: FSDP2 has {local.numel()} values here, fsdp_range() says {part.count}")
+            pieces.append(Piece(part, _leaf(local), env.rank < ranks))
         self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
@@ -137,12 +133,12 @@ class FSDPEngine:
         self._root.reshard()  # otherwise only a backward pass frees the root's own parameters
         return loss
 
-    def chunks(self) -> Iterator[Chunk]:
+    def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields this rank's shards, unless another rank saves the same ones, and its share of the remainder."""
-        yield from self._shards.chunks()
-        yield from self._remainder.chunks()
+        yield from self._shards.saved_ranges()
+        yield from self._remainder.saved_ranges()
 
-    def load(self, read: ReadChunk, step: int) -> None:
+    def load(self, read: ReadRange, step: int) -> None:
         """Loads this rank's shards and the remainder from a checkpoint."""
         self._shards.load(read, step)
         self._remainder.load(read, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.numerics.keyed import chunks
+from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import (
     adopt_state,
     learning_rates,
@@ -21,55 +22,35 @@ from sltrain_dist.optim.factory import (
     state_tensors,
 )
 from sltrain_dist.optim.low_bit import AllReduceMax
-from sltrain_dist.optim.state_layout import Place, shared_groups, stored_states
+from sltrain_dist.optim.state_layout import shared_groups, stored_states
 
+SavedRange = tuple[TensorRange, Tensor]
+"""A range of a tensor under its engine-neutral name, "model.<parameter>" or "optim.<parameter>.<state>", and its
+values (count,): the unit that checkpoints store."""
 
-@dataclass(frozen=True)
-class Chunk:
-    """A contiguous range of a flattened named tensor: the unit that checkpoints store.
-
-    Attributes:
-        name: Engine-neutral name: "model.<parameter>" or "optim.<parameter>.<state>".
-        shape: Shape of the whole tensor.
-        start: Offset of the range in the flattened tensor.
-        data: Values of the range, one-dimensional.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    data: Tensor
-
-
-ReadChunk = Callable[[str, int, int], Tensor]
-"""Reads the range (name, start, length) of a flattened named tensor from a checkpoint to the CPU. Initial values are
+ReadRange = Callable[[str, int, int], Tensor]
+"""Reads the range (name, start, count) of a flattened named tensor from a checkpoint to the CPU. Initial values are
 read by the same interface."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The contiguous part of a flattened parameter that is on this rank.
+    """The range of a parameter that is on this rank.
 
     Attributes:
-        name: Engine-neutral name of the parameter.
-        shape: Shape of the whole parameter.
-        start: Offset of the piece in the flattened parameter.
-        parameter: The values of the piece, as a leaf that the optimizer updates; of any shape.
+        range: The range, under the parameter's engine-neutral name.
+        parameter: Its values, as a leaf that the optimizer updates; of any shape.
         saved: Whether this rank saves the piece; exactly one of the ranks that have it does.
-        borders: Offsets of the other ranks' pieces in the flattened parameter; needed for vectors only.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    start: int
+    range: TensorRange
     parameter: nn.Parameter
     saved: bool
-    borders: tuple[int, ...] = ()
 
     @property
-    def place(self) -> Place:
-        """The position of the piece in the whole parameter."""
-        return Place(self.name, self.shape, self.start, self.parameter.numel(), self.borders)
+    def name(self) -> str:
+        """Engine-neutral name of the parameter."""
+        return self.range.name
 
 
 class LocalPieces:
@@ -85,13 +66,13 @@ class LocalPieces:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
         # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
-        optimized = [p for p in pieces if p.parameter.numel() or shared_groups(p.place, optim.state_bits)]
+        optimized = [p for p in pieces if p.parameter.numel() or shared_groups(p.range, optim.state_bits)]
         named = [(piece.name, piece.parameter) for piece in optimized]
-        places = {piece.name: piece.place for piece in optimized}
+        ranges = {piece.name: piece.range for piece in optimized}
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
         groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
         self._optimizers = [
-            make_optimizer(group, optim, places=places, all_reduce_max=all_reduce_max) for group in groups
+            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max) for group in groups
         ]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
@@ -120,27 +101,28 @@ class LocalPieces:
         if piece.name in self._optimizer_of:
             _step(self._optimizer_of[piece.name], lr)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the pieces that this rank saves, with their optimizer states."""
         for piece in self.pieces:
             if not piece.saved:
                 continue
             for ending, part in parts_of(piece.parameter).items():
-                shape = tuple(part.shape) if ending else piece.shape  # int8 weights are not sharded
-                yield Chunk(f"model.{piece.name}{ending}", shape, piece.start, part.reshape(-1))
+                saved = TensorRange.whole("", tuple(part.shape)) if ending else piece.range  # int8 is never sharded
+                yield replace(saved, name=f"model.{piece.name}{ending}"), part.reshape(-1)
             optimizer = self._optimizer_of[piece.name]
-            for stored, state in saved_states(optimizer, piece.parameter, piece.place, self._optim):
+            for stored, state in saved_states(optimizer, piece.parameter, piece.range, self._optim):
                 if state.numel():
-                    name = f"optim.{piece.name}.{stored.key}"
-                    yield Chunk(name, stored.shape, stored.start + stored.skip, state)
+                    first, name = stored.range.start + stored.skip, f"optim.{piece.name}.{stored.range.name}"
+                    yield TensorRange(name, stored.range.shape, first, state.numel()), state
 
-    def load(self, read: ReadChunk, step: int) -> None:
+    def load(self, read: ReadRange, step: int) -> None:
         """Loads all pieces and their optimizer states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
             parameter = piece.parameter
-            load_values(read, piece.name, parameter, piece.start)
-            kept = stored_states(piece.place, self._optim, parameter.element_size()) if step else []
-            states = {s.key: read(f"optim.{piece.name}.{s.key}", s.start, s.count) for s in kept}
+            load_values(read, piece.name, parameter, piece.range.start)
+            kept = stored_states(piece.range, self._optim, parameter.element_size()) if step else []
+            ranges = (stored.range for stored in kept)
+            states = {part.name: read(f"optim.{piece.name}.{part.name}", part.start, part.count) for part in ranges}
             adopt_state(self._optimizer_of[piece.name], parameter, states, step)
 
 
@@ -160,7 +142,7 @@ class Replicated(LocalPieces):
     ) -> None:
         self.world_size = world_size
         pieces = (
-            Piece(name, tuple(parameter.shape), 0, parameter, index % world_size == rank)
+            Piece(TensorRange.whole(name, tuple(parameter.shape)), parameter, index % world_size == rank)
             for index, (name, parameter) in enumerate(parameters)
         )
         super().__init__(list(pieces), optim)
@@ -188,13 +170,13 @@ def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def load_values(read: ReadChunk, name: str, parameter: Tensor, start: int = 0) -> None:
+def load_values(read: ReadRange, name: str, parameter: Tensor, start: int = 0) -> None:
     """Loads a piece of a named parameter, which begins at `start` in the flattened parameter, from a checkpoint."""
     for ending, part in parts_of(parameter).items():
         read_into(part, read, f"model.{name}{ending}", start)
 
 
-def read_into(tensor: Tensor, read: ReadChunk, name: str, start: int) -> None:
+def read_into(tensor: Tensor, read: ReadRange, name: str, start: int) -> None:
     """Fills a detached, contiguous tensor with the values of a named tensor from `start` on, chunk by chunk."""
     flat = tensor.view(-1)
     for first, stop in chunks(flat.numel()):

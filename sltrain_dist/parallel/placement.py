@@ -12,7 +12,8 @@ from typing import Literal
 
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import parameter_bytes, parameter_shapes
-from sltrain_dist.optim.state_layout import STATE_NAMES, Place, decays, shared_groups, state_bytes, whole
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.state_layout import STATE_NAMES, decays, shared_groups, state_bytes
 
 Shard = Literal["factors", "all"]
 """Which parameters an engine shards; see `parallel.shard`."""
@@ -77,11 +78,11 @@ def vector_borders(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     )
 
 
-def fsdp_place(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> Place:
-    """Returns the position of a rank's shard of a parameter under FSDP2."""
+def fsdp_range(name: str, shape: tuple[int, ...], rank: int, ranks: int) -> TensorRange:
+    """Returns the range that is a rank's shard of a parameter under FSDP2."""
     row = math.prod(shape[1:])
     first, last = fsdp_rows(shape[0], rank, ranks)
-    return Place(name, shape, first * row, (last - first) * row, vector_borders(shape, ranks))
+    return TensorRange(name, shape, first * row, (last - first) * row, vector_borders(shape, ranks))
 
 
 def scale_sync_bytes(config: Config, world_size: int) -> int:
@@ -90,7 +91,7 @@ def scale_sync_bytes(config: Config, world_size: int) -> int:
         return 0
     ranks = world_size // config.parallel.replicas
     vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices have no shared groups
-    shared = {shape: shared_groups(fsdp_place("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
+    shared = {shape: shared_groups(fsdp_range("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
     return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 
@@ -119,14 +120,14 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     parallel, optim = config.parallel, config.optim
     sharded, remainder = dealt(config)
     width = config.train.precision.parameter_bytes
-    states = sum(state_bytes(whole(name, shape), optim, width) for name, shape in remainder)
+    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in remainder)
     parts: tuple[int, ...] = (0, 0, 0)
     if parallel.engine == "fsdp":
         ranks = world_size // parallel.replicas
-        places = [fsdp_place(name, shape, rank % ranks, ranks) for name, shape in sharded]
+        ranges = [fsdp_range(name, shape, rank % ranks, ranks) for name, shape in sharded]
         padded = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
         parts = (padded, padded, 0)
-        states += sum(state_bytes(place, optim, width) for place in places)
+        states += sum(state_bytes(part, optim, width) for part in ranges)
     elif parallel.engine == "zero":
         if parallel.zero_stage == 3:
             parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
-from sltrain_dist.parallel.pieces import Chunk, ReadChunk, Replicated, load_values, read_into
+from sltrain_dist.parallel.pieces import ReadRange, Replicated, SavedRange, load_values, read_into
 from sltrain_dist.parallel.placement import ZERO_BUCKET, is_sharded
 from sltrain_dist.parallel.zero_start import FlatGroup, give_flat_memory, partition_by_layer, use_flat_memory
 from sltrain_dist.runtime.environment import Environment
@@ -82,19 +83,16 @@ def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dic
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A range of a flattened parameter, and its position in one of DeepSpeed's flat partitions on this rank."""
+class _Fragment:
+    """A range of a parameter, and where it begins in one of DeepSpeed's flat partitions on this rank."""
 
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
+    range: TensorRange
     flat: Tensor
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
         """Returns this range of a tensor that has the layout of `flat`."""
-        return flat.detach()[self.offset : self.offset + self.numel]
+        return flat.detach()[self.offset : self.offset + self.range.count]
 
 
 class ZeroEngine:
@@ -187,17 +185,17 @@ class ZeroEngine:
         """Returns the summed loss of a batch."""
         return self._engine.module(input_ids, labels, positions)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the partitions of this rank with their optimizer states, and its share of the remainder."""
-        for part in self._parts():
-            yield Chunk(f"model.{part.name}", part.shape, part.start, part.of(part.flat))
-            states = self._optimizer.state.get(part.flat, {})
+        for fragment in self._fragments():
+            part, states = fragment.range, self._optimizer.state.get(fragment.flat, {})
+            yield replace(part, name=f"model.{part.name}"), fragment.of(fragment.flat)
             for key in self._state_names:
                 if key in states:
-                    yield Chunk(f"optim.{part.name}.{key}", part.shape, part.start, part.of(states[key]))
-        yield from self._remainder.chunks()
+                    yield replace(part, name=f"optim.{part.name}.{key}"), fragment.of(states[key])
+        yield from self._remainder.saved_ranges()
 
-    def load(self, read: ReadChunk, step: int) -> None:
+    def load(self, read: ReadRange, step: int) -> None:
         """Loads weights, and this rank's partitions of master weights and states; also used for initial values."""
         if self._stage < 3:  # every rank has all weights, also those that others update
             for name, parameter in self._sharded:
@@ -206,10 +204,11 @@ class ZeroEngine:
         kept = self._state_names if step else ()
         states = [{key: torch.zeros_like(flat.detach()) for key in kept} for flat in flats]
         by_flat = {id(flat): state for flat, state in zip(flats, states, strict=True)}
-        for part in self._parts():
-            read_into(part.of(part.flat), read, f"model.{part.name}", part.start)
+        for fragment in self._fragments():
+            part, state = fragment.range, by_flat[id(fragment.flat)]
+            read_into(fragment.of(fragment.flat), read, f"model.{part.name}", part.start)
             for key in kept:
-                read_into(part.of(by_flat[id(part.flat)][key]), read, f"optim.{part.name}.{key}", part.start)
+                read_into(fragment.of(state[key]), read, f"optim.{part.name}.{key}", part.start)
         if self._stage == 3:
             for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, flats, strict=True):
                 shards.data.copy_(flat.data)
@@ -254,7 +253,7 @@ class ZeroEngine:
             return [flat.grad for flat in self._flats() if flat.grad is not None]
         return [g for group in self._zero.averaged_gradients.values() if group is not None for g in group]
 
-    def _parts(self) -> Iterator[_Part]:
+    def _fragments(self) -> Iterator[_Fragment]:
         """Yields the range of every sharded parameter that is in this rank's partitions."""
         if self._stage < 3:
             for name, parameter in self._sharded:
@@ -262,8 +261,8 @@ class ZeroEngine:
                 if mapping is not None:
                     flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
                     in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    start, numel = in_parameter.start, in_parameter.numel
-                    yield _Part(name, self._shapes[name], start, numel, flat, in_flat.start)
+                    part = TensorRange(name, self._shapes[name], in_parameter.start, in_parameter.numel)
+                    yield _Fragment(part, flat, in_flat.start)
             return
         names = {id(parameter): name for name, parameter in self._sharded}
         for group, flat in zip(self._zero.fp16_groups, self._flats(), strict=True):
@@ -271,10 +270,10 @@ class ZeroEngine:
             for parameter in group:
                 each = parameter.partition_numel()
                 start = self._env.rank * each
-                numel = min(each, parameter.ds_numel - start)  # partitions of the last ranks end in padding
+                count = min(each, parameter.ds_numel - start)  # partitions of the last ranks end in padding
                 name = names[id(parameter)]
-                if numel > 0:
-                    yield _Part(name, self._shapes[name], start, numel, flat, offset)
+                if count > 0:
+                    yield _Fragment(TensorRange(name, self._shapes[name], start, count), flat, offset)
                 offset += each
 
 

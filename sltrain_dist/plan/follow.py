@@ -29,7 +29,7 @@ from sltrain_dist.numerics.blockwise import quantizer
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.optim.state_layout import GROUP_SIZES, MASTER
-from sltrain_dist.parallel.pieces import ReadChunk, Replicated
+from sltrain_dist.parallel.pieces import ReadRange, Replicated
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -61,7 +61,7 @@ class Follower:
         self.config, self.env, self.device, self.log = config, env, device, EventLog(device)
         self._passes, self._pass = 1, 0  # number of forward passes in the last update, and in this one so far
 
-    def run(self, model: LlamaForCausalLM, initial: ReadChunk | None = None) -> tuple[Point, ...]:
+    def run(self, model: LlamaForCausalLM, initial: ReadRange | None = None) -> tuple[Point, ...]:
         """Trains for two updates and makes the tensors of a checkpoint.
 
         Args:
@@ -85,7 +85,7 @@ class Follower:
             for moment in (moments[1], *moments[second:])
         )
 
-    def _build(self, model: LlamaForCausalLM, initial: ReadChunk | None) -> None:
+    def _build(self, model: LlamaForCausalLM, initial: ReadRange | None) -> None:
         log, bits = self.log, self.config.optim.state_bits
         log.begin(("init", "engine"))
         log.watch(model.named_modules(), self._module_begins)
@@ -108,15 +108,16 @@ class Follower:
     def _update(self) -> None:
         """Runs an update of one or two micro-batches: the first finds no accumulated gradients, the last finds all."""
         engine, log, optim, train = self.engine, self.log, self.config.optim, self.config.train
-        passes = min(2, micro_batches_per_update(self.config, self.env.world_size))
-        rows = made_up_rows(self.config, self.env.rank, passes * train.micro_batch)
+        passes = micro_batches_per_update(self.config, self.env.world_size)
+        rows = made_up_rows(self.config, self.env.rank, min(2, passes) * train.micro_batch)
         gc.collect()  # frees cyclic garbage of the last update
         self._passes, self._pass = self._pass, 0
         log.begin(_UPDATE_BEGINS)
         with log:
             with log.within("batch"):
                 on_gpu = self.device == "cuda"
-                device_rows = [torch.empty(rows.shape, dtype=torch.int32) for _ in range(2)] if on_gpu else []
+                shape = (passes * train.micro_batch, rows.shape[1])
+                device_rows = [torch.empty(shape, dtype=torch.int32) for _ in range(2)] if on_gpu else []
             engine.begin_update(optim.lr, 1.0 + optim.clip)
             forward_backward(
                 engine,
@@ -133,10 +134,10 @@ class Follower:
             engine.update()
 
     def _save(self) -> None:
-        """Makes all chunks of a checkpoint; each is freed before the next one is made."""
+        """Makes the tensors of a checkpoint; each is freed before the next one is made."""
         self.log.begin(("save", "checkpoint"))
         with self.log, torch.no_grad(), self.log.within("temporaries.codes"):
-            for _ in self.engine.chunks():
+            for _ in self.engine.saved_ranges():
                 pass
 
     # Names of moments

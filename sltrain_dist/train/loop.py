@@ -222,7 +222,7 @@ def _save(run: Run, clock: Clock) -> None:
         state.elapsed_s = clock.elapsed_s
         path = run.store.save(
             state.step,
-            run.engine.chunks(),
+            run.engine.saved_ranges(),
             {
                 "counters": state.to_dict(),
                 "data": merge_states(env.gather(run.row_prefetcher.state_dict())),

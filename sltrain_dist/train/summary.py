@@ -12,7 +12,8 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
-from sltrain_dist.optim.state_layout import state_bytes, whole
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import waiting_bytes
 from sltrain_dist.runtime.environment import Environment
@@ -42,7 +43,7 @@ def _model(config: Config) -> list[tuple[str, str]]:
     full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
     width = config.train.precision.parameter_bytes
     shapes = parameter_shapes(config.model, config.reparam)
-    states = sum(state_bytes(whole(name, shape), config.optim, width) for name, shape in shapes)
+    states = sum(state_bytes(TensorRange.whole(name, shape), config.optim, width) for name, shape in shapes)
     kinds = [
         ("embedding, head, norms", counted.remainder),
         ("low-rank factors", counted.factors),

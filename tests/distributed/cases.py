@@ -280,7 +280,7 @@ def held_bytes(engine: Engine) -> dict[str, int]:
 
 def whole_tensors(engine: Engine, env: Environment) -> dict[str, torch.Tensor]:
     """All parameters and optimizer states, put together from the pieces that the ranks would save."""
-    mine = [(chunk.name, chunk.shape, chunk.start, chunk.data.clone()) for chunk in engine.chunks()]
+    mine = [(part.name, part.shape, part.start, values.clone()) for part, values in engine.saved_ranges()]
     tensors: dict[str, torch.Tensor] = {}
     covered: dict[str, int] = {}
     for name, shape, start, data in itertools.chain.from_iterable(env.gather(mine)):

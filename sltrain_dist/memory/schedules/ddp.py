@@ -132,12 +132,12 @@ class Timeline:
 
     def step_bytes(self, item: Holding) -> int:
         """Returns the transient bytes of the optimizer step of the rank's part of a parameter."""
-        if not item.place.count:
+        if not item.range.count:
             return 0
         dtype, int8 = self.config.train.precision.parameter, item.parameter.int8
         # With any int8 weight, LowBitAdam steps all parameters (optim/factory.py).
         low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
-        request = step_request(self.config.optim, dtype, item.place, self.device, int8=int8, low_bit=low_bit)
+        request = step_request(self.config.optim, dtype, item.range, self.device, int8=int8, low_bit=low_bit)
         return request.get().sizes["step"]
 
     # An update
@@ -188,8 +188,8 @@ class Timeline:
         if not self.buckets:
             self.clear("gradients")
         bits = self.config.optim.state_bits
-        places = (item.place for item in self.holdings.on_device(with_sharded=self.shards_on_device))
-        codes = (place.count for place in places if is_quantized(place.shape, bits))
+        ranges = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
+        codes = (part.count for part in ranges if is_quantized(part.shape, bits))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
     @property

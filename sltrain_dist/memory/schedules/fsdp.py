@@ -59,6 +59,7 @@ class FsdpTimeline(Timeline):
         layers, ahead = len(model.order), parallel.prefetch_blocks
         layer_bytes = self.holdings.gathered_in(layer=True) * self.gathered_width
         buffer_bytes = layer_bytes if self.shards > 1 else 0
+        copy_bytes = self.copy_bytes
         root = self.holdings.gathered_in(layer=False) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
         self.apply("forward", "", play(model.ends, "embedding"))
@@ -72,6 +73,8 @@ class FsdpTimeline(Timeline):
             if layer == 0 and self.shards > 1:
                 self.add(GATHERED, -root)
             during = buffer_bytes * (1 + min(ahead, layers - 1 - layer))
+            if layer == 0 or layer + ahead < layers:
+                self.point("forward", f"layer {layer}, prefetch", {GATHERED: during + layer_bytes + copy_bytes})
             self.add(GATHERED, during + layer_bytes)
             self.apply("forward", f"layer {layer}", play(model.layers[kind], "forward"))
             self.add(GATHERED, -during - (layer_bytes if parallel.reshard_after_forward else 0))
@@ -79,6 +82,12 @@ class FsdpTimeline(Timeline):
         self.apply("forward", "", play(model.ends, "loss"))
         self.leave_autocast()
         self.add(GATHERED, -buffer_bytes)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of a copy of a layer's shards before their gather: cast by mixed precision, or moved to the device."""
+        copies = self.shards > 1 and (self.gathered_width != self.width or not self.shards_on_device)
+        return self.holdings.gathered_in(layer=True) // self.shards * self.gathered_width if copies else 0
 
     @property
     def gathered_in_evaluation(self) -> int:
@@ -94,6 +103,7 @@ class FsdpTimeline(Timeline):
         layers, ahead = len(model.order), parallel.prefetch_blocks
         layer_bytes = self.holdings.gathered_in(layer=True) * self.gathered_width
         buffer_bytes = layer_bytes if self.shards > 1 else 0
+        copy_bytes = self.copy_bytes
         end_gradients, layer_gradients = self.gradients_of_ends(), self.unsharded(self.gathered_width)
         remainder_gradients = end_gradients if self.remainder_is_whole else None
         # The root prefetches the last layer if it has sharded parameters.
@@ -109,6 +119,8 @@ class FsdpTimeline(Timeline):
                 self.point("backward", f"layer {layer}, gathered", {GATHERED: previous + layer_bytes})
                 self.add(GATHERED, layer_bytes)
                 prefetched = buffer_bytes * min(ahead, layer)
+                if layer == layers - 1 or layer >= ahead:
+                    self.point("backward", f"layer {layer}, prefetch", {GATHERED: prefetched + copy_bytes})
             self.add(GATHERED, prefetched)
             recording, in_flight = model.layers[kind], played.in_flight
             played = play(recording, "backward", layer_gradients, in_flight, remainder_gradients, last=layer == 0)
@@ -153,22 +165,26 @@ class FsdpTimeline(Timeline):
         whole_values = self.holdings.sharded_in(layer=in_layer)
         local = self.passes > 1 and self.accumulates_whole
         self.clear(REDUCED)  # the previous layer's
+        kept = whole_values * gradient_width if self.unsharded(gradient_width).use == "keep" else 0
+        if local:  # they are added to the accumulated ones, which are of another type
+            self.add("gradients", -kept)
+            kept = whole_values * self.width
         self.point("backward", f"{where}, gradients copied for their reduce-scatter", {REDUCED: values * self.width})
-        if self.unsharded(gradient_width).use == "keep":
-            self.add("gradients", -whole_values * gradient_width)
-        if local:
-            self.add("gradients", -whole_values * self.width)
+        self.add("gradients", -kept)
         self.add(REDUCED, values * self.width)
         part = values * self.width // self.shards
+        # A loop variable of torch's foreach_reduce keeps the last gradient until the end.
+        last = self.last_sharded(layer=in_layer) * (self.width if local else gradient_width) if self.shards > 1 else 0
         if self.shards == 1:
             self.point("backward", f"{where}, gradients copied", {REDUCED: part, "gradients": part})
-        accumulates_sharded = self.passes > 1 and not local
-        if self.config.optim.update == "per_layer":
-            step = self.shard_steps[in_layer]
-            self.point("backward", f"{where}, update of its shards", {"gradients": part, "temporaries.update": step})
-            if accumulates_sharded:
-                self.add("gradients", -part)
-        elif accumulates_sharded or self.config.parallel.cpu_offload:
-            self.point("backward", f"{where}, gradients added", {"gradients": part})
-        else:
+        per_layer, accumulates_sharded = self.config.optim.update == "per_layer", self.passes > 1 and not local
+        more = {"gradients": part + last, "temporaries.update": self.shard_steps[in_layer] if per_layer else 0}
+        self.point("backward", f"{where}, {'update of its shards' if per_layer else 'gradients reduced'}", more)
+        if per_layer:
+            self.add("gradients", -part if accumulates_sharded else 0)
+        elif not accumulates_sharded and self.shards_on_device:
             self.add("gradients", part)
+
+    def last_sharded(self, *, layer: bool) -> int:
+        """Returns the number of values of the last sharded parameter of a layer, or outside all layers."""
+        return next((i.parameter.values for i in reversed(self.holdings.sharded) if i.in_layer is layer), 0)

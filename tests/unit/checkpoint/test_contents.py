@@ -19,7 +19,7 @@ from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
 from sltrain_dist.config.load import load_config
 from sltrain_dist.errors import CheckpointError
 from sltrain_dist.models.count import parameter_shapes
-from sltrain_dist.parallel.pieces import Chunk
+from sltrain_dist.numerics.tensor_range import TensorRange
 from tests.support.ranks import SINGLE
 
 TENSORS = "tensors-00000-of-00001.safetensors"
@@ -28,8 +28,11 @@ Edit = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    chunks = [Chunk("model.w", (2, 3), 0, torch.arange(6.0)), Chunk("model.b", (2,), 0, torch.ones(2))]
-    return CheckpointStore(tmp_path / "checkpoints", SINGLE, 9).save(3, chunks, {"counters": {}}, "seed: 1\n")
+    ranges = [
+        (TensorRange.whole("model.w", (2, 3)), torch.arange(6.0)),
+        (TensorRange.whole("model.b", (2,)), torch.ones(2)),
+    ]
+    return CheckpointStore(tmp_path / "checkpoints", SINGLE, 9).save(3, ranges, {"counters": {}}, "seed: 1\n")
 
 
 def edited(path: Path, edit: Edit) -> None:

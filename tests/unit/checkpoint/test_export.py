@@ -35,7 +35,7 @@ def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Modul
     checkpoints = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
     tokenizer = tmp_path / "tokenizer.model"
     train_tokenizer((f"word {i} is here" for i in range(200)), tokenizer, vocab_size=280, model_type="bpe")
-    return model, checkpoints.save(3, engine.chunks(), state, to_yaml(config), tokenizer)
+    return model, checkpoints.save(3, engine.saved_ranges(), state, to_yaml(config), tokenizer)
 
 
 @pytest.mark.parametrize("method", ["sltrain", "lowrank", "full"])

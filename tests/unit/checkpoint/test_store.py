@@ -19,7 +19,8 @@ from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
 from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
-from sltrain_dist.parallel.pieces import Chunk
+from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.parallel.pieces import SavedRange
 from sltrain_dist.runtime.environment import Environment
 from tests.support.ranks import SINGLE, on_ranks
 
@@ -31,7 +32,7 @@ TENSORS: dict[str, Tensor] = {
 }
 
 
-def pieces(tensors: dict[str, Tensor], rank: int, ranks: int) -> Iterator[Chunk]:
+def pieces(tensors: dict[str, Tensor], rank: int, ranks: int) -> Iterator[SavedRange]:
     """Rank's pieces, cut as ZeRO cuts them: at equal distances in all tensors one after another."""
     total = sum(tensor.numel() for tensor in tensors.values())
     share = -(-total // ranks)
@@ -40,7 +41,7 @@ def pieces(tensors: dict[str, Tensor], rank: int, ranks: int) -> Iterator[Chunk]
     for name, tensor in tensors.items():
         low, high = max(first - passed, 0), min(last - passed, tensor.numel())
         if low < high:
-            yield Chunk(name, tuple(tensor.shape), low, tensor.reshape(-1)[low:high])
+            yield TensorRange(name, tuple(tensor.shape), low, high - low), tensor.reshape(-1)[low:high]
         passed += tensor.numel()
 
 
@@ -97,7 +98,7 @@ class TestRanges:
             reader.read(name, start, length)
 
     def test_a_gap_between_pieces(self, tmp_path: Path) -> None:
-        gap = [Chunk("w", (6,), 0, torch.ones(2)), Chunk("w", (6,), 4, torch.ones(2))]
+        gap = [(TensorRange("w", (6,), start, 2), torch.ones(2)) for start in (0, 4)]
         path = CheckpointStore(tmp_path, SINGLE, 1).save(1, gap, {}, "")
         assert damage(path) == f"{path} is damaged: no range covers elements 2 to 3 of w"
         with pytest.raises(CheckpointError, match="no range covers elements 2 to 3 of w"):

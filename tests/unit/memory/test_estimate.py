@@ -88,6 +88,11 @@ class TestExact:
         assert found.comm_bytes_per_update == round(update_traffic(config, 4).total) > 0
 
 
+_LARGE_LAYERS: Values = {
+    "reparam": {"method": "full"},
+    "data": {"seq_len": 4},
+    "train": {"dtype": "mixed", "global_batch": 16},
+}
 COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulation": (1, {"reparam": {"path": "materialize"}, "train": {"global_batch": 4}}),
     "ddp, per layer": (
@@ -105,6 +110,13 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
             "train": {"dtype": "mixed", "global_batch": 16},
         },
     ),
+    # Layers that are large beside their tokens: the peaks are at their gathers and reductions.
+    "fsdp of casts": (2, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp", "prefetch_blocks": 2}}),
+    "fsdp, accumulated whole": (
+        2,
+        {**_LARGE_LAYERS, "parallel": {"engine": "fsdp", "accumulate": "local", "reshard_after_forward": False}},
+    ),
+    "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
 """(ranks, values): engines' schedules. What is recorded is compared by tests/unit/memory/test_record.py."""
 
@@ -121,8 +133,8 @@ def test_it_is_what_a_replay_takes(case: str) -> None:
     assert list(found) == list(expected)
     rotary = 8 * config.data.seq_len * config.model.head_dim  # whose table a GPU's host computes
     for phase, point in expected.items():
-        off = _SCALARS + (rotary if phase == "init" else 0)
-        assert abs(found[phase].total - point.total) < 0.01 * point.total + off, phase
+        off = 64 if phase in ("forward", "backward") else _SCALARS + (rotary if phase == "init" else 0)
+        assert abs(found[phase].total - point.total) <= off, phase
     for group in ("gradients", "states", "master_weights", "index"):
         assert found["update"].groups().get(group) == expected["update"].groups().get(group)
 

@@ -19,21 +19,20 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model
+from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim import low_bit
 from sltrain_dist.optim.factory import make_optimizer, parameter_groups
 from sltrain_dist.optim.low_bit import LowBitAdam
 from sltrain_dist.optim.state_layout import (
-    Place,
     code_bytes,
     is_quantized,
     shared_groups,
-    spans,
     state_bytes,
     stored_states,
-    whole,
+    update_chunks,
 )
 from sltrain_dist.parallel.pieces import LocalPieces, Piece
-from sltrain_dist.parallel.placement import fsdp_place, fsdp_rows, rank_bytes, vector_borders
+from sltrain_dist.parallel.placement import fsdp_range, rank_bytes
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.state import check_resumable
@@ -75,11 +74,9 @@ def held_by(env: Environment, optim: OptimConfig, dtype: torch.dtype, agrees: Ag
     """What a rank holds of all parameters under the rule of FSDP2."""
     pieces = []
     for name, value in first_values(dtype).items():
-        first, last = fsdp_rows(value.shape[0], env.rank, env.world_size)
-        width = math.prod(value.shape[1:])
-        borders = vector_borders(tuple(value.shape), env.world_size)
-        part = nn.Parameter(value[first:last].clone())
-        pieces.append(Piece(name, tuple(value.shape), first * width, part, True, borders))
+        part = fsdp_range(name, tuple(value.shape), env.rank, env.world_size)
+        rows = value.flatten()[part.start : part.stop].view(-1, *value.shape[1:])
+        pieces.append(Piece(part, nn.Parameter(rows.clone()), True))
     return LocalPieces(pieces, optim, agrees(env))
 
 
@@ -87,16 +84,16 @@ def make_updates(held: LocalPieces, steps: range, dtype: torch.dtype) -> None:
     for step in steps:
         wanted = gradients(step, dtype)
         for piece in held.pieces:
-            flat = wanted[piece.name].reshape(-1)[piece.start : piece.place.stop]
+            flat = wanted[piece.name].reshape(-1)[piece.range.start : piece.range.stop]
             piece.parameter.grad = flat.view_as(piece.parameter).clone()
         held.update(0.01)
 
 
-def put_together(chunks: list[list[tuple[str, tuple[int, ...], int, Tensor]]]) -> dict[str, Tensor]:
-    """Whole tensors of all ranks' chunks; every value is there once."""
+def put_together(saved: list[list[tuple[str, tuple[int, ...], int, Tensor]]]) -> dict[str, Tensor]:
+    """Whole tensors of all ranks; every value is there once."""
     whole_tensors: dict[str, Tensor] = {}
     covered: dict[str, Tensor] = {}
-    for name, shape, start, data in itertools.chain.from_iterable(chunks):
+    for name, shape, start, data in itertools.chain.from_iterable(saved):
         flat = whole_tensors.setdefault(name, torch.zeros(math.prod(shape), dtype=data.dtype))
         counts = covered.setdefault(name, torch.zeros(math.prod(shape), dtype=torch.int64))
         flat[start : start + len(data)] = data
@@ -114,7 +111,7 @@ def trained(
     def on_rank(env: Environment) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
         held = held_by(env, optim, dtype, agrees)
         make_updates(held, range(4), dtype)
-        return [(c.name, c.shape, c.start, c.data.clone()) for c in held.chunks()]
+        return [(part.name, part.shape, part.start, values.clone()) for part, values in held.saved_ranges()]
 
     return put_together(on_ranks(ranks, on_rank))
 
@@ -135,8 +132,8 @@ class TestStep:
         ours = {n: nn.Parameter(v.clone()) for n, v in theirs.items()}
         reference = make_optimizer(theirs.items(), optim)
         assert isinstance(reference, torch.optim.AdamW if name == "adamw" else torch.optim.Adam)
-        places = {p: whole(n, SHAPES[n]) for n, p in ours.items()}
-        optimizer = LowBitAdam(parameter_groups(ours.items(), optim), optim, places)
+        ranges = {p: TensorRange.whole(n, SHAPES[n]) for n, p in ours.items()}
+        optimizer = LowBitAdam(parameter_groups(ours.items(), optim), optim, ranges)
         for step in range(10):
             for n, gradient in gradients(step).items():
                 theirs[n].grad, ours[n].grad = gradient, gradient.clone()
@@ -159,10 +156,10 @@ class TestStep:
             assert off > 1e-4 or not is_quantized(SHAPES[name], bits)
 
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_spans_do_not_matter(self, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_chunks_do_not_matter(self, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
         optim = OptimConfig(state_bits=bits, weight_decay=0.1)  # type: ignore[arg-type]
         want = trained(1, optim)
-        monkeypatch.setattr(low_bit, "_SPAN_CPU", 700)
+        monkeypatch.setattr(low_bit, "_CHUNK_CPU", 700)
         assert_same(trained(1, optim), want)
 
     def test_masters_follow_the_float32_run(self) -> None:
@@ -218,25 +215,24 @@ class TestRanks:
         assert_same({"B": got["optim.B.exp_avg.codes"]}, {"B": want["optim.B.exp_avg.codes"]})
 
     def test_cut_blocks_need_agreement(self) -> None:
-        place = Place("V", (10_007,), 0, 5004, (5004,))
+        part = TensorRange("V", (10_007,), 0, 5004, (5004,))
         parameter = nn.Parameter(torch.zeros(5004))
         with pytest.raises(ValueError, match="pass all_reduce_max"):
-            make_optimizer([("V", parameter)], OptimConfig(state_bits=8), places={"V": place})
+            make_optimizer([("V", parameter)], OptimConfig(state_bits=8), ranges={"V": part})
 
     def test_a_rank_without_a_part_takes_part(self) -> None:
         """4097 values on 83 ranks are 50 each, so that the last one has none."""
         shape, ranks = (4097,), 83
-        assert fsdp_place("V", shape, 82, ranks).count == 0
+        assert fsdp_range("V", shape, 82, ranks).count == 0
 
         def on_rank(env: Environment) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
-            place = fsdp_place("V", shape, env.rank, ranks)
-            part = nn.Parameter(torch.ones(place.count))
-            piece = Piece("V", shape, place.start, part, True, place.borders)
-            held = LocalPieces([piece], OptimConfig(state_bits=4), agreement(env))
-            if place.count:
-                part.grad = torch.arange(place.start, place.stop).float()
+            part = fsdp_range("V", shape, env.rank, ranks)
+            parameter = nn.Parameter(torch.ones(part.count))
+            held = LocalPieces([Piece(part, parameter, True)], OptimConfig(state_bits=4), agreement(env))
+            if part.count:
+                parameter.grad = torch.arange(part.start, part.stop).float()
             held.update(0.1)
-            return [(c.name, c.shape, c.start, c.data.clone()) for c in held.chunks()]
+            return [(part.name, part.shape, part.start, values.clone()) for part, values in held.saved_ranges()]
 
         states = put_together(on_ranks(ranks, on_rank))
         assert states["optim.V.exp_avg.scales"].tolist() == pytest.approx(
@@ -264,7 +260,7 @@ class TestCheckpoint:
         def save(env: Environment) -> Path:
             held = held_by(env, settings, dtype)
             make_updates(held, range(2), dtype)
-            return CheckpointStore(tmp_path, env, 1).save(2, held.chunks(), {}, "")
+            return CheckpointStore(tmp_path, env, 1).save(2, held.saved_ranges(), {}, "")
 
         path = on_ranks(before, save)[0]
 
@@ -272,7 +268,7 @@ class TestCheckpoint:
             held = held_by(env, settings, dtype)
             held.load(CheckpointReader(path).read, 2)
             make_updates(held, range(2, 4), dtype)
-            return [(c.name, c.shape, c.start, c.data.clone()) for c in held.chunks()]
+            return [(part.name, part.shape, part.start, values.clone()) for part, values in held.saved_ranges()]
 
         assert_same(put_together(on_ranks(after, go_on)), trained(1, settings, dtype))
 
@@ -281,12 +277,15 @@ class TestCheckpoint:
         settings = OptimConfig(name=name)  # type: ignore[arg-type]
         held = held_by(SINGLE, settings, torch.float32)
         make_updates(held, range(2), torch.float32)
-        path = CheckpointStore(tmp_path, SINGLE, 1).save(2, held.chunks(), {}, "")
+        path = CheckpointStore(tmp_path, SINGLE, 1).save(2, held.saved_ranges(), {}, "")
         again = held_by(SINGLE, settings, torch.float32)
         again.load(CheckpointReader(path).read, 2)
         for each in (held, again):
             make_updates(each, range(2, 4), torch.float32)
-        got, want = ([(c.name, c.shape, c.start, c.data) for c in each.chunks()] for each in (again, held))
+        got, want = (
+            [(part.name, part.shape, part.start, values) for part, values in each.saved_ranges()]
+            for each in (again, held)
+        )
         assert_same(put_together([got]), put_together([want]))
         assert any("row_var" in name for name, *_ in got) is (name == "adafactor")
 
@@ -306,20 +305,20 @@ class TestCheckpoint:
         settings = OptimConfig(state_bits=16)
         held = held_by(SINGLE, settings, torch.bfloat16)
         make_updates(held, range(2), torch.bfloat16)
-        saved = {c.name: c.data.clone() for c in held.chunks()}
+        saved = {part.name: values.clone() for part, values in held.saved_ranges()}
         wider = held_by(SINGLE, OptimConfig(state_bits=32), torch.bfloat16)
         wider.load(lambda name, start, length: saved[name][start : start + length], 2)
-        for chunk in wider.chunks():
-            assert chunk.data.dtype == (torch.float32 if chunk.name.startswith("optim.") else torch.bfloat16)
-            assert torch.equal(chunk.data.float(), saved[chunk.name].float())
+        for part, values in wider.saved_ranges():
+            assert values.dtype == (torch.float32 if part.name.startswith("optim.") else torch.bfloat16)
+            assert torch.equal(values.float(), saved[part.name].float())
 
 
 class TestLayout:
     @given(st.integers(1, 30_000), st.integers(1, 9), st.sampled_from((128, 256)), st.integers(1, 5000))
-    def test_spans_cover_a_vector_once(self, size: int, ranks: int, block: int, most: int) -> None:
+    def test_chunks_cover_a_vector_once(self, size: int, ranks: int, block: int, most: int) -> None:
         for rank in range(ranks):
-            place = fsdp_place("v", (size,), rank, ranks)
-            cut = list(spans(place, block, most))
+            place = fsdp_range("v", (size,), rank, ranks)
+            cut = list(update_chunks(place, block, most))
             assert [i for s in cut for i in (s.start, s.stop)][1:-1] == [s.start for s in cut[1:] for _ in (0, 1)]
             assert sum(s.stop - s.start for s in cut) == place.count
             assert all((place.start + s.start - s.left) % block == 0 for s in cut)
@@ -334,14 +333,14 @@ class TestLayout:
         def on_rank(env: Environment) -> tuple[int, int]:
             held = held_by(env, optim, torch.bfloat16)
             make_updates(held, range(1), torch.bfloat16)
-            expected = sum(state_bytes(fsdp_place(n, s, env.rank, ranks), optim, 2) for n, s in SHAPES.items())
+            expected = sum(state_bytes(fsdp_range(n, s, env.rank, ranks), optim, 2) for n, s in SHAPES.items())
             return sum(state.nbytes for state in held.states()), expected
 
         for real, expected in on_ranks(ranks, on_rank):
             assert real == expected
 
     def test_by_hand(self) -> None:
-        place = whole("w", (64, 300))
+        place = TensorRange.whole("w", (64, 300))
         values, blocks = 64 * 300, {8: 64 * 2, 4: 64 * 3}
         assert state_bytes(place, OptimConfig(state_bits=8), 2) == 2 * (values + 4 * blocks[8])
         assert state_bytes(place, OptimConfig(state_bits=4), 2) == 2 * (values // 2 + 4 * blocks[4])
@@ -349,22 +348,22 @@ class TestLayout:
         assert state_bytes(place, OptimConfig(state_bits=32, master_weights=True), 2) == 12 * values
         assert state_bytes(place, OptimConfig(state_bits=32, master_weights=True), 4) == 8 * values
         assert state_bytes(place, OptimConfig(name="adafactor"), 2) == 2 * (64 + 300)
-        assert state_bytes(whole("n", (4095,)), OptimConfig(state_bits=4), 2) == 8 * 4095
-        assert state_bytes(whole("n", (4097,)), OptimConfig(state_bits=4), 2) == 2 * (2049 + 4 * 33)
-        assert code_bytes(Place("v", (10_001,), 3, 4), 4) == 3  # half of the first, the second, the third
-        assert code_bytes(whole("w", (3, 5)), 4) == 9
+        assert state_bytes(TensorRange.whole("n", (4095,)), OptimConfig(state_bits=4), 2) == 8 * 4095
+        assert state_bytes(TensorRange.whole("n", (4097,)), OptimConfig(state_bits=4), 2) == 2 * (2049 + 4 * 33)
+        assert code_bytes(TensorRange("v", (10_001,), 3, 4), 4) == 3  # half of the first, the second, the third
+        assert code_bytes(TensorRange.whole("w", (3, 5)), 4) == 9
 
     def test_shared_groups(self) -> None:
-        assert shared_groups(fsdp_place("v", (10_007,), 1, 3), 8) == [3336 // 256, 6672 // 256]
-        assert shared_groups(fsdp_place("v", (10_240,), 1, 5), 8) == []  # 2048 each
-        assert shared_groups(fsdp_place("v", (4095,), 1, 2), 8) == []
-        assert shared_groups(fsdp_place("w", (101, 101), 1, 2), 8) == []
+        assert shared_groups(fsdp_range("v", (10_007,), 1, 3), 8) == [3336 // 256, 6672 // 256]
+        assert shared_groups(fsdp_range("v", (10_240,), 1, 5), 8) == []  # 2048 each
+        assert shared_groups(fsdp_range("v", (4095,), 1, 2), 8) == []
+        assert shared_groups(fsdp_range("w", (101, 101), 1, 2), 8) == []
 
     def test_a_scale_is_saved_once_and_read_where_it_is_needed(self) -> None:
         optim = OptimConfig(state_bits=8)
-        scales = [stored_states(fsdp_place("v", (10_007,), r, 3), optim, 4)[1] for r in range(3)]
-        assert [(s.start, s.count, s.skip) for s in scales] == [(0, 14, 0), (13, 14, 1), (26, 14, 1)]
-        assert all(s.shape == (40,) for s in scales)
+        scales = [stored_states(fsdp_range("v", (10_007,), r, 3), optim, 4)[1] for r in range(3)]
+        assert [(s.range.start, s.range.count, s.skip) for s in scales] == [(0, 14, 0), (13, 14, 1), (26, 14, 1)]
+        assert all(s.range.shape == (40,) for s in scales)
 
 
 TINY = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4}

@@ -69,7 +69,7 @@ class Training:
         return {name: p.detach().clone() for name, p in self.engine.module.named_parameters()}
 
     def saved(self) -> dict[str, torch.Tensor]:
-        return {chunk.name: chunk.data.clone() for chunk in self.engine.chunks()}
+        return {part.name: values.clone() for part, values in self.engine.saved_ranges()}
 
 
 def change(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, float]:
