@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sltrain_dist.memory.operators import FLOPS, SCRATCH_BYTES
 from sltrain_dist.memory.recording import Bytes, Pass, Step
-from sltrain_dist.numerics.device import DeviceType
+from sltrain_dist.numerics.device import DeviceType, repetitions
 from sltrain_dist.tracking.live_bytes import StorageWatch
 
 KINDS = {
@@ -144,7 +144,7 @@ class EventLog(StorageWatch):
         out = func(*args, **kwargs)
         flops = FLOPS.get(func._overloadpacket)
         if flops is not None:
-            self.flops += flops(*args, **kwargs, out_val=out)
+            self.flops += repetitions() * flops(*args, **kwargs, out_val=out)
         if func is aten._embedding_bag_forward_only.default and isinstance(out[0], FakeTensor):
             # CUDA returns the bag of every index, the CPU's kernel an empty tensor; fake tensors may do either.
             return (out[0], out[1].new_empty(0 if self._device == "cpu" else len(args[1])), *out[2:])

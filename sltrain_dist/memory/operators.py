@@ -23,16 +23,13 @@ def operators_of(device: DeviceType, config: Config) -> Iterator[None]:
     """Makes the code in the block choose operators as it would on a device.
 
     Args:
-        device: The device; "cpu" changes nothing.
+        device: The device.
         config: The run.
     """
-    if device == "cpu":
-        yield
-        return
     model, masked = config.model, config.data.reset_attention
     # Flash attention does not support float32, nor the memory-efficient kernel grouped heads (torch's sdp_utils.cpp).
-    unfused = config.train.dtype == "fp32" and model.kv_heads != model.num_heads and not masked
-    with emulate("cuda"), sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext():
+    unfused = device == "cuda" and config.train.dtype == "fp32" and model.kv_heads != model.num_heads and not masked
+    with emulate(device), sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext():
         yield
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from sltrain_dist.config.schema import ModelConfig
 from sltrain_dist.models.elementwise import rms_norm, rotate
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
-from sltrain_dist.numerics.int8_weight import Int8Weight
+from sltrain_dist.numerics.int8_weight import dequantized
 from sltrain_dist.numerics.keyed import Initial
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 
@@ -91,8 +91,7 @@ class Head(DenseLinear):
         """Returns logits (..., vocabulary) of hidden states (..., hidden); with labels (...), the summed loss."""
         if labels is not None and self.chunk_tokens:
             return chunked_cross_entropy_sum(x, self.weight, labels, self.chunk_tokens)
-        weight = self.weight.dequantize() if isinstance(self.weight, Int8Weight) else self.weight
-        logits = F.linear(x, weight)
+        logits = F.linear(x, dequantized(self.weight))
         return logits if labels is None else cross_entropy_sum(logits, labels)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sltrain_dist.numerics.int8_weight import Int8Weight
+from sltrain_dist.numerics.device import in_turn
+from sltrain_dist.numerics.int8_weight import cast_weight, times, times_transposed
 
 IGNORE = -100
 """Label of positions that do not count (padding)."""
@@ -67,9 +67,9 @@ def chunked_cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, ch
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _ChunkedCrossEntropy.apply(x, weight, y, chunk_tokens, dtype)
         total = x.new_zeros((), dtype=_loss_dtype(dtype))
-        cast = _cast(weight, dtype)
-        for rows in _chunks(len(x), chunk_tokens):
-            total += cross_entropy_sum(_logits(x[rows].to(dtype), cast), y[rows])
+        cast = cast_weight(weight, dtype)
+        for rows in in_turn(_chunks(len(x), chunk_tokens)):
+            total += cross_entropy_sum(times_transposed(x[rows].to(dtype), cast), y[rows])
         return total
 
 
@@ -77,19 +77,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, dtype: torch.dtype) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        cast = _cast(weight, dtype)
+        cast = cast_weight(weight, dtype)
         total = x.new_zeros((), dtype=_loss_dtype(dtype))
         grad_x = torch.empty_like(x) if wants_x else None
         grad_weight = None
         several = len(x) > chunk_tokens
         if wants_weight and (several or not len(x)):
             grad_weight = torch.zeros(weight.shape, dtype=_loss_dtype(dtype), device=x.device)
-        for rows in _chunks(len(x), chunk_tokens):
+        for rows in in_turn(_chunks(len(x), chunk_tokens)):
             part = x[rows].to(dtype)
-            loss, grad_logits, counts = _loss_and_gradient(_logits(part, cast), labels[rows])
+            loss, grad_logits, counts = _loss_and_gradient(times_transposed(part, cast), labels[rows])
             total += loss
             if grad_x is not None:
-                grad_x[rows] = _hidden_gradient(grad_logits, cast).mul_(counts)
+                grad_x[rows] = times(grad_logits, cast).mul_(counts)
             if not wants_weight:
                 continue
             part = part * counts  # cheaper than masking grad_logits: n values per token, not one per word
@@ -115,30 +115,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if isinstance(weight, Int8Weight) else weight.to(dtype)
-
-
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x Wᵀ, (tokens, vocabulary)."""
-    if not isinstance(weight, Int8Weight):
-        return x @ weight.T
-    logits = x.new_empty(len(x), weight.shape[0])
-    for words, rows in weight.row_chunks(x.dtype):
-        logits[:, words] = x @ rows.T
-    return logits
-
-
-def _hidden_gradient(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of the hidden states, (tokens, n); over chunks of words summed in float32."""
-    if not isinstance(weight, Int8Weight):
-        return grad_logits @ weight
-    total = grad_logits.new_zeros(len(grad_logits), weight.shape[1], dtype=_loss_dtype(grad_logits.dtype))
-    for words, rows in weight.row_chunks(grad_logits.dtype):
-        total += grad_logits[:, words] @ rows
-    return total.to(grad_logits.dtype)
-
-
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the loss and gradient of one chunk, whose logits (tokens, vocabulary) may be overwritten.
 
@@ -155,8 +131,8 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
     return loss, gradient.to(logits.dtype), counts.to(logits.dtype)
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    return (slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens))
+def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
+    return [slice(start, start + chunk_tokens) for start in range(0, tokens, chunk_tokens)]
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:

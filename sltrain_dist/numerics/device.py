@@ -6,9 +6,9 @@ fake CPU tensors, while all code that depends on the device calls :func:`device_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:  # planner modules without torch import DeviceType
     from torch import Tensor
@@ -16,7 +16,10 @@ if TYPE_CHECKING:  # planner modules without torch import DeviceType
 DeviceType = Literal["cuda", "cpu"]
 """A kind of device, as in `torch.device.type`."""
 
+T = TypeVar("T")
+
 _emulated: DeviceType | None = None
+_repetitions = 1
 
 
 @contextmanager
@@ -42,3 +45,29 @@ def device_type(tensor: Tensor) -> str:
 def is_emulated(device: DeviceType) -> bool:
     """Returns whether fake tensors currently stand for tensors of `device`."""
     return _emulated == device
+
+
+def in_turn(chunks: Sequence[T]) -> Iterable[T]:
+    """Returns chunks of work that are done one after another: all of them, or three under :func:`emulate`.
+
+    These are the first, the second and the last. Fake tensors have no values, all chunks in between allocate the same
+    bytes as the second, and :func:`repetitions` counts their operations.
+    """
+    return chunks if _emulated is None or len(chunks) <= 3 else _first_second_last(chunks)
+
+
+def _first_second_last(chunks: Sequence[T]) -> Iterator[T]:
+    global _repetitions
+    yield chunks[0]
+    before = _repetitions
+    _repetitions *= len(chunks) - 2
+    try:
+        yield chunks[1]
+    finally:
+        _repetitions = before
+    yield chunks[-1]
+
+
+def repetitions() -> int:
+    """Returns how many times an operator that is called now would run; see :func:`in_turn`."""
+    return _repetitions

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.numerics.device import in_turn
 from sltrain_dist.numerics.int8_layout import INT8_GROUP, scale_count
 from sltrain_dist.numerics.rounding import stochastic_integers
 
@@ -25,7 +26,7 @@ _RESCALE_BELOW = 64
 """A row gets a new scale if its largest code would be smaller than this, because half of the codes would be unused."""
 _NEW_LARGEST = 112
 """The largest code of a row under a new scale. An eighth is left for growth, so that scales seldom change."""
-_SPAN = 1 << 21
+_CHUNK = 1 << 21
 """Number of values that are quantized, or dequantized by rows, at a time."""
 
 aten = torch.ops.aten
@@ -93,14 +94,10 @@ class Int8Weight(Tensor):
     def row_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yields a matrix some rows at a time: (the rows' slice, their values)."""
         rows, width = self.shape
-        per_chunk = max(1, _SPAN // width)
-        for first in range(0, rows, per_chunk):
+        per_chunk = max(1, _CHUNK // width)
+        for first in in_turn(range(0, rows, per_chunk)):
             last = min(rows, first + per_chunk)
             yield slice(first, last), self.read(first * width, last * width, dtype).view(-1, width)
-
-    def dequantize(self) -> Tensor:
-        """Returns the values in the type that the weight reports; their gradient becomes the weight's."""
-        return _Dequantize.apply(self)
 
     def _by_scale(self, values: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields views of flat values as (rows, width) with the rows' scales; a vector's last group may be shorter."""
@@ -151,6 +148,36 @@ class Int8Weight(Tensor):
         return f"Int8Weight({tuple(self.shape)}, dtype={self.dtype}, {self.device})"
 
 
+def dequantized(weight: Tensor) -> Tensor:
+    """Returns an int8 weight's values, whose gradient becomes the weight's; any other tensor as it is."""
+    return _Dequantize.apply(weight) if isinstance(weight, Int8Weight) else weight
+
+
+def cast_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight in the type of products. An int8 weight stays as it is: the products below read it by rows."""
+    return weight if isinstance(weight, Int8Weight) else weight.to(dtype)
+
+
+def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x Wᵀ for x (T, n) and a weight (m, n) from :func:`cast_weight`; an int8 weight some rows at a time."""
+    if not isinstance(weight, Int8Weight):
+        return x @ weight.T
+    y = x.new_empty(len(x), weight.shape[0])
+    for rows, values in weight.row_chunks(x.dtype):
+        y[:, rows] = x @ values.T
+    return y
+
+
+def times(g: Tensor, weight: Tensor) -> Tensor:
+    """Returns g W for g (T, m) and a weight as above; sums over an int8 weight's rows at least in float32."""
+    if not isinstance(weight, Int8Weight):
+        return g @ weight
+    total = g.new_zeros(len(g), weight.shape[1], dtype=torch.promote_types(g.dtype, torch.float32))
+    for rows, values in weight.row_chunks(g.dtype):
+        total += g[:, rows] @ values
+    return total.to(g.dtype)
+
+
 def plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the values of an int8 weight, a new tensor of type `dtype` without a graph; any other tensor as it is."""
     if not isinstance(tensor, Int8Weight):
@@ -176,7 +203,7 @@ def _assign(weight: Int8Weight, source: Tensor) -> Int8Weight:
         raise ValueError(f"cannot copy values of shape {tuple(source.shape)} to a weight of {tuple(weight.shape)}")
     weight.scales.zero_()  # every row gets a new scale, whatever the old one was
     width = weight.shape[-1] if weight.dim() > 1 else INT8_GROUP
-    step = max(1, _SPAN // width) * width
+    step = max(1, _CHUNK // width) * width
     for start in range(0, weight.numel(), step):
         values = source.detach().reshape(-1)[start : start + step]
         weight.write(start, values.to(weight.device, torch.float32, copy=True))

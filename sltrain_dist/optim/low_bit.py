@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.blockwise import Quantizer, pack, quantizer, unpack
-from sltrain_dist.numerics.device import device_type
+from sltrain_dist.numerics.device import device_type, in_turn
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.rounding import rounding_key, stochastic_round
 from sltrain_dist.numerics.tensor_range import TensorRange
@@ -128,12 +127,7 @@ class LowBitAdam(torch.optim.Optimizer):
     def _chunks(self, parameter: Tensor) -> Iterable[UpdateChunk]:
         group_size = GROUP_SIZES.get(self._optim.state_bits, 1)
         size = _CHUNK_CPU if device_type(parameter) == "cpu" else _CHUNK
-        every = update_chunks(self._ranges[parameter], group_size, size)
-        if not is_fake(parameter):
-            return every
-        # Fake tensors have no values, and all chunks between the first and the last one allocate the same bytes.
-        first, *others = every
-        return [first, *others[:1], *others[1:][-1:]]
+        return in_turn(list(update_chunks(self._ranges[parameter], group_size, size)))
 
     def _shared_maxima(self) -> dict[Tensor, dict[int, Tensor]]:
         """Returns the largest magnitudes of both new moments, (2,), of the shared groups by number; one all-reduce."""

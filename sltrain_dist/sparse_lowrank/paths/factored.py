@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sltrain_dist.numerics.device import in_turn
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.kept import keep
 from sltrain_dist.sparse_lowrank.supports.support import Support
@@ -141,7 +142,7 @@ def _sparse_forward(
             outputs += [p.multiply(w, inputs) for p, w in zip(products, weights, strict=True)]
             continue
         ys = [x.new_empty(x.shape[0], supports[i].m) for i in indices]
-        for part in slices:
+        for part in in_turn(slices):
             inputs = products[0].arrange_inputs(x[part])
             for product, w, y in zip(products, weights, ys, strict=True):
                 product.multiply(w, inputs, y[part])
@@ -171,7 +172,7 @@ def _sparse_backward(
         places = [p.places() if need_V else () for p in products]
         sums: list[Tensor | None] = [None] * len(indices)
         slices = [slice(None)] if arranged else _slices(x, lead.step(x))
-        for part in slices:
+        for part in in_turn(slices):
             inputs: Tensor | None = None
             if need_V:
                 inputs = x if arranged else lead.arrange_inputs(x[part])

@@ -226,7 +226,7 @@ class TestHead:
     def test_equals_the_one_on_dequantized_weights(
         self, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sltrain_dist.numerics.int8_weight._SPAN", 24 * 10)  # ten words at a time, and three
+        monkeypatch.setattr("sltrain_dist.numerics.int8_weight._CHUNK", 24 * 10)  # ten words at a time, and three
         head = Head(24, 53, name="lm_head", seed=0, std=0.3, chunk_tokens=chunk).to(dtype)
         weight = int8(head.weight, dtype)
         head.weight = nn.Parameter(weight)
