@@ -12,7 +12,7 @@ from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
 from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.sources.token_shards import manifest_for
 from sltrain_dist.data.stream.corpus import open_corpus
-from sltrain_dist.data.stream.rows import count_tokens, make_rows
+from sltrain_dist.data.stream.rows import RowMaker, Segment, count_tokens
 from sltrain_dist.errors import DataError
 
 _BLOCK_DOCUMENTS = 64
@@ -32,7 +32,7 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
         tokenizer: The tokenizer.
 
     Returns:
-        int32 array of shape (rows, seq_len + 1); −1 is padding; for marked first tokens see `rows.BEGIN`.
+        int32 array of shape (rows, seq_len + 1); −1 is padding; for marked first tokens see `rows.split_marks`.
 
     Raises:
         ConfigError: Token shards were prepared with another tokenizer, text field or document limit.
@@ -41,25 +41,17 @@ def evaluation_rows(eval_config: EvalConfig, data: DataConfig, shards: Sequence[
     rows: list[TokenIds] = []
     tokens = 0
     documents = _usable_documents(data, shards, tokenizer)
-    for row in make_rows(
-        documents,
-        data.batching,
-        seq_len=data.seq_len,
-        eos_id=tokenizer.eos_id,
-        truncate=data.truncate,
-        rest=True,
-        mark=data.reset_attention,
-    ):
-        rows.append(row.tokens)
-        tokens += count_tokens(row.tokens)
-        if tokens >= eval_config.tokens:
-            break
+    maker = RowMaker(documents, data.batching, seq_len=data.seq_len, truncate=data.truncate, mark=data.reset_attention)
+    while tokens < eval_config.tokens and len(row := maker.take(1)):
+        rows.append(row)
+        tokens += count_tokens(row)
     if not rows:
         raise DataError(f"no usable document for evaluation in {', '.join(shards[:3])}; check eval.source")
-    return np.stack(rows)
+    return np.concatenate(rows)
 
 
-def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[TokenIds]:
+def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encoder) -> Iterator[Segment]:
+    """Yields the usable documents one by one, so that a document counts only if a row needs it."""
     tally = Tally()
     max_tokens = data.seq_len if data.batching == "pad" else None
     prepared = manifest_for(shards, tokenizer, data.text_field, data.max_document_bytes)
@@ -69,11 +61,12 @@ def _usable_documents(data: DataConfig, shards: Sequence[str], tokenizer: Encode
     corpus = open_corpus(shards, prepared, tokenizer, data.text_field, max_tokens, fetcher, data.max_document_bytes)
     for number, shard in enumerate(shards):
         blocks = corpus.blocks(number, 0, 1, _BLOCK_DOCUMENTS)
-        for line, result in chain.from_iterable(block.documents(np.arange(len(block))) for block in blocks):
-            tally.add(shard, line, result)
-            if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):
-                raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)
-            if not isinstance(result, Fault):
-                yield result
+        for line, segment in chain.from_iterable(block.segments(np.arange(len(block))) for block in blocks):
+            for result in (segment,) if isinstance(segment, Fault) else segment.documents():
+                tally.add(shard, line, result)
+                if tally.documents >= SAMPLE and tally.exceeds(data.max_bad_fraction):
+                    raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)
+                if isinstance(result, Segment):
+                    yield result
     if tally.exceeds(data.max_bad_fraction):
         raise tally.error("the evaluation data", data.max_bad_fraction, data.text_field)

@@ -149,8 +149,8 @@ class TrainLoader:
     def __next__(self) -> TokenIds:
         """Returns this rank's rows of the next update, shape (global_batch / world_size, seq_len + 1), int32.
 
-        −1 is padding. With `data.reset_attention`, documents' first tokens carry the bit `rows.BEGIN`. After an error,
-        every later call raises it again.
+        −1 is padding. With `data.reset_attention`, documents' first tokens are marked, see `rows.split_marks`. After an
+        error, every later call raises it again.
 
         Raises:
             DataError: A shard cannot be read, too many documents are unusable, or a worker died or is stuck.

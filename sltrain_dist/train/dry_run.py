@@ -6,7 +6,7 @@ import numpy as np
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.stream.rows import BEGIN
+from sltrain_dist.data.stream.rows import mark_first_tokens
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.runtime.environment import Environment
@@ -56,5 +56,5 @@ def made_up_rows(config: Config, rank: int, rows: int) -> Rows:
     ids = integers(key64(config.seed, f"dry-run-rank-{rank}"), 0, count, config.model.vocab_size)
     made = ids.astype(np.int32).reshape(rows, -1)
     if config.data.reset_attention:
-        made[:, [0, made.shape[1] // 2]] |= BEGIN
+        mark_first_tokens(made, np.s_[:, [0, made.shape[1] // 2]])
     return made

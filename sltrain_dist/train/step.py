@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sltrain_dist.data.stream.rows import BEGIN, count_labels, count_tokens
+from sltrain_dist.data.stream.rows import count_labels, count_tokens, split_marks
 from sltrain_dist.errors import DataError
 from sltrain_dist.models.loss import IGNORE
 from sltrain_dist.parallel.engine import Engine
@@ -18,7 +18,7 @@ from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.environment import Environment
 
 Rows = npt.NDArray[np.int32]
-"""(rows, seq_len + 1) token ids, −1 for padding. A document's first token may be marked by adding `rows.BEGIN`."""
+"""(rows, seq_len + 1) token ids, −1 for padding. Documents' first tokens may be marked, see `rows.split_marks`."""
 
 
 class Batch(NamedTuple):
@@ -34,9 +34,7 @@ class Batch(NamedTuple):
 
 def to_batch(rows: Tensor, *, reset_attention: bool = False) -> Batch:
     """Converts :data:`Rows`, as an int32 tensor on the model's device, to the inputs of the model."""
-    ids = rows.to(torch.int64)
-    begins = ids >= BEGIN
-    ids = torch.where(begins, ids - BEGIN, ids)
+    ids, begins = split_marks(rows)
     # Padding needs a valid id. It follows the document, so that causal attention hides it.
     inputs = ids[:, :-1].clamp(min=0)
     # A document's first token is not predicted either, because no token of the document precedes it.

@@ -22,7 +22,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.stream.rows import BEGIN
+from sltrain_dist.data.stream.rows import mark_first_tokens
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import parts_of
@@ -265,7 +265,7 @@ def global_rows(update: int, packed: bool = False, batch: int = GLOBAL_BATCH) ->
         length = 2 + row * 14 // (batch - 1)
         ids[row, length:] = -1
         if packed:
-            ids[row, 3 : length : 2 + row % 5] |= BEGIN
+            mark_first_tokens(ids, np.s_[row, 3 : length : 2 + row % 5])
     return ids
 
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from sltrain_dist.config.schema import DataConfig
 from sltrain_dist.data.loader import TrainLoader, merge_states
-from sltrain_dist.data.stream.virtual_stream import StreamSettings
+from sltrain_dist.data.sources.retry import Fetcher
+from sltrain_dist.data.stream.corpus import open_corpus
+from sltrain_dist.data.stream.virtual_stream import Stream, StreamSettings, StreamState
 
 BATCHINGS = {
     "pad": {"batching": "pad"},
@@ -17,6 +19,7 @@ BATCHINGS = {
     "marked": {"batching": "pack", "reset_attention": True},
 }
 """Settings of all forms that rows have."""
+_START = StreamState()
 
 
 class NumberTokenizer:
@@ -68,6 +71,15 @@ def settings(shards, **changes) -> StreamSettings:
         "max_bad_fraction": 0.01,
     }
     return StreamSettings(**{**values, **changes})
+
+
+def text_stream(config, tokenizer, number=0, state=_START) -> Stream:
+    """One virtual stream of text."""
+    max_tokens = config.seq_len if config.batching == "pad" else None
+    corpus = open_corpus(
+        config.shards, None, tokenizer, config.text_field, max_tokens, Fetcher(), config.max_document_bytes
+    )
+    return Stream(config, corpus, number, state)
 
 
 def data_config(**changes) -> DataConfig:

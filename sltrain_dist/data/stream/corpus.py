@@ -10,11 +10,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sltrain_dist.data.documents import Encoder, Fault, Record, TokenIds, encode_documents, parse
+from sltrain_dist.data.documents import Encoder, Fault, Record, encode_documents, parse
 from sltrain_dist.data.sources.identity import FileIdentity, check_unchanged
 from sltrain_dist.data.sources.resolve import read_documents
 from sltrain_dist.data.sources.retry import Fetcher
 from sltrain_dist.data.sources.token_shards import ShardReader, TokenManifest
+from sltrain_dist.data.stream.rows import Segment
 
 Order = npt.NDArray[np.int64]
 
@@ -31,8 +32,9 @@ class Block(Protocol):
         """Returns the number of documents, unusable ones included."""
         ...
 
-    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
-        """Yields line index and token ids, or fault, of the documents with the given indices in the block."""
+    def segments(self, order: Order) -> Iterator[tuple[int, Segment | Fault]]:
+        """Yields the documents with the given indices in the block: segments of usable ones, and the fault of each
+        unusable one, with the line index of the (first) document."""
         ...
 
 
@@ -56,6 +58,7 @@ def open_corpus(
     max_tokens: int | None,
     fetcher: Fetcher,
     max_document_bytes: int,
+    files: Mapping[str, FileIdentity] = NO_FILES,
 ) -> Corpus:
     """Opens token shards, or text files.
 
@@ -67,14 +70,15 @@ def open_corpus(
         max_tokens: Number of leading tokens that are needed of a document; None: all. The arrays may be longer.
         fetcher: Retries failed reads of remote text.
         max_document_bytes: Longer documents are unusable. For token shards, their preparation applied the limit.
+        files: Expected identities of the files that are read, by path.
     """
     if prepared is not None:
-        return TokenCorpus(prepared)
-    return TextCorpus(shards, tokenizer, text_field, max_tokens, fetcher, max_document_bytes)
+        return _TokenCorpus(prepared, files)
+    return _TextCorpus(shards, tokenizer, text_field, max_tokens, fetcher, max_document_bytes, files)
 
 
-class TextCorpus:
-    """Corpus of JSON-lines files or tables. See :func:`open_corpus`; `files` holds expected identities by path."""
+class _TextCorpus:
+    """Corpus of JSON-lines files or tables. See :func:`open_corpus`."""
 
     def __init__(
         self,
@@ -84,10 +88,11 @@ class TextCorpus:
         max_tokens: int | None,
         fetcher: Fetcher,
         max_document_bytes: int,
-        files: Mapping[str, FileIdentity] = NO_FILES,
+        files: Mapping[str, FileIdentity],
     ) -> None:
         self._shards = shards
         self._tokenizer = tokenizer
+        self._eos = np.array([tokenizer.eos_id], dtype=np.int32)
         self._text_field = text_field
         self._max_tokens = max_tokens
         self._fetcher = fetcher
@@ -116,37 +121,36 @@ class TextCorpus:
             expected=self._files.get(name),
         )
 
-    def encode(self, lines: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, TokenIds | Fault]]:
+    def encode(self, lines: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Segment | Fault]]:
         """Yields line index and token ids, or fault, of unparsed documents."""
-        return encode_documents(lines, self._tokenizer, self._text_field, self._max_tokens)
+        for line, result in encode_documents(lines, self._tokenizer, self._text_field, self._max_tokens):
+            if isinstance(result, Fault):
+                yield line, result
+            else:
+                yield line, Segment(np.concatenate((result, self._eos)), [0], [len(result) + 1])
 
 
 class _TextBlock:
-    def __init__(self, corpus: TextCorpus, lines: list[tuple[int, Record]]) -> None:
+    def __init__(self, corpus: _TextCorpus, lines: list[tuple[int, Record]]) -> None:
         self._corpus = corpus
         self._lines = lines
 
     def __len__(self) -> int:
         return len(self._lines)
 
-    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
+    def segments(self, order: Order) -> Iterator[tuple[int, Segment | Fault]]:
         return self._corpus.encode(self._lines[index] for index in order)
 
 
-class TokenCorpus:
-    """Corpus of token shards.
+class _TokenCorpus:
+    """Corpus of token shards. See :func:`open_corpus`."""
 
-    Args:
-        manifest: The manifest of their directory.
-        files: Expected identities of its files, by path.
-    """
-
-    def __init__(self, manifest: TokenManifest, files: Mapping[str, FileIdentity] = NO_FILES) -> None:
+    def __init__(self, manifest: TokenManifest, files: Mapping[str, FileIdentity]) -> None:
         self._manifest = manifest
         self._files = files
         self._readers: dict[int, ShardReader] = {}
 
-    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[TokenBlock]:
+    def blocks(self, shard: int, first: int, step: int, size: int) -> Iterator[_TokenBlock]:
         """See :class:`Corpus`."""
         reader = self._reader(shard)
         documents = np.arange(first, reader.documents, step)
@@ -154,7 +158,7 @@ class TokenCorpus:
             # Checked per block, because reading a mapped file that was truncated kills the process.
             for path in self._manifest.files(shard):
                 check_unchanged(path, self._files.get(path))
-            yield TokenBlock(reader, documents[start : start + size])
+            yield _TokenBlock(reader, documents[start : start + size])
 
     def outcomes(self, shard: int) -> Iterator[tuple[int, object]]:
         """See :class:`Corpus`. Faults that only tokenizing finds are included: they are stored in the shards."""
@@ -170,40 +174,27 @@ class TokenCorpus:
         return self._readers[shard]
 
 
-class TokenBlock:
-    """A block of documents of a token shard.
-
-    Args:
-        reader: The shard.
-        documents: Indices of the block's documents in the shard.
-    """
+class _TokenBlock:
+    """A block of documents of a token shard, given by their indices in the shard."""
 
     def __init__(self, reader: ShardReader, documents: Order) -> None:
         self._reader = reader
         self._documents = documents
-        self.tokens = reader.tokens
-        """Token ids of the whole shard."""
 
     def __len__(self) -> int:
-        """Returns the number of documents, unusable ones included."""
         return len(self._documents)
 
-    def documents(self, order: Order) -> Iterator[tuple[int, TokenIds | Fault]]:
-        """See :class:`Block`."""
-        for index, start, end in zip(order, *self.spans(order), strict=True):
-            if start == end:
-                yield self.unusable(index)
-            else:
-                yield int(self._documents[index]), self.tokens[start : end - 1].astype(np.int32)
-
-    def spans(self, order: Order) -> tuple[Order, Order]:
-        """Returns begin and end of the documents in the tokens, eos included; equal for unusable documents."""
-        documents = self._documents[order]
-        return self._reader.starts[documents], self._reader.starts[documents + 1]
-
-    def unusable(self, index: int) -> tuple[int, Fault]:
-        """Returns line index and fault of an unusable document."""
-        document = int(self._documents[index])
-        fault = self._reader.fault(document)
-        assert fault is not None
-        return document, fault
+    def segments(self, order: Order) -> Iterator[tuple[int, Segment | Fault]]:
+        reader, documents = self._reader, self._documents[order]
+        starts, ends = reader.starts[documents], reader.starts[documents + 1]
+        first = 0
+        for unusable in [*np.flatnonzero(starts == ends).tolist(), len(documents)]:
+            if first < unusable:
+                span = slice(first, unusable)
+                yield int(documents[first]), Segment(reader.tokens, starts[span].tolist(), ends[span].tolist())
+            if unusable < len(documents):
+                line = int(documents[unusable])
+                fault = reader.fault(line)
+                assert fault is not None
+                yield line, fault
+            first = unusable + 1

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sltrain_dist.data import order
 from sltrain_dist.data.documents import Encoder, Fault, TokenIds
-from sltrain_dist.data.sources.retry import Cause
-from sltrain_dist.data.stream.corpus import TokenCorpus
-from sltrain_dist.data.stream.token_stream import TokenStream
-from sltrain_dist.data.stream.virtual_stream import Stream, StreamBase, StreamSettings, StreamState
+from sltrain_dist.data.sources.retry import Cause, Fetcher
+from sltrain_dist.data.stream.corpus import open_corpus
+from sltrain_dist.data.stream.virtual_stream import Stream, StreamSettings, StreamState
 
 
 class UpdateRows(NamedTuple):
@@ -49,12 +48,18 @@ class StreamGroup:
         states: Mapping[int, StreamState],
     ) -> None:
         self._shares = shares
-        self._streams: list[StreamBase[Any]]
-        if settings.prepared is None:
-            self._streams = [Stream(settings, tokenizer, share.stream, states[share.stream]) for share in shares]
-        else:
-            corpus = TokenCorpus(settings.prepared, settings.files)
-            self._streams = [TokenStream(settings, corpus, share.stream, states[share.stream]) for share in shares]
+        self._fetcher = Fetcher(settings.retry)
+        corpus = open_corpus(
+            settings.shards,
+            settings.prepared,
+            tokenizer,
+            settings.text_field,
+            settings.seq_len if settings.batching == "pad" else None,
+            self._fetcher,
+            settings.max_document_bytes,
+            settings.files,
+        )
+        self._streams = [Stream(settings, corpus, share.stream, states[share.stream]) for share in shares]
 
     def next_update(self) -> UpdateRows:
         """Returns the rows of the next update. Raises DataError as :meth:`Stream.take` does."""
@@ -67,5 +72,5 @@ class StreamGroup:
             {share.stream: stream.state for share, stream in zip(self._shares, self._streams, strict=True)},
             sum(stream.documents_read for stream in self._streams),
             sum((stream.faults_found for stream in self._streams), Counter()),
-            sum((stream.retries for stream in self._streams), Counter()),
+            self._fetcher.retries.copy(),
         )

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from sltrain_dist.data import order
-from sltrain_dist.data.documents import SAMPLE, Encoder, Fault, Tally, TokenIds
+from sltrain_dist.data.documents import SAMPLE, Fault, Tally, TokenIds
 from sltrain_dist.data.sources.identity import FileIdentity
 from sltrain_dist.data.sources.kinds import MAX_DOCUMENT_BYTES
-from sltrain_dist.data.sources.retry import Cause, Fetcher, RetryPolicy
+from sltrain_dist.data.sources.retry import RetryPolicy
 from sltrain_dist.data.sources.token_shards import TokenManifest
-from sltrain_dist.data.stream.corpus import Block, Corpus, TextCorpus
-from sltrain_dist.data.stream.rows import Batching, Truncate, make_rows
+from sltrain_dist.data.stream.corpus import Block, Corpus
+from sltrain_dist.data.stream.rows import Batching, RowMaker, Segment, Truncate
 from sltrain_dist.errors import CheckpointError, DataError
 
 
@@ -52,7 +49,7 @@ class StreamSettings:
     mixture: tuple[WeightedSource, ...] = ()
     """The sources of the shards, in order, if rows are mixed by weight. Empty: one source."""
     mark: bool = False
-    """Whether documents' first tokens carry `rows.BEGIN`."""
+    """Whether documents' first tokens are marked, see `rows.split_marks`."""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     """Longer documents are unusable."""
     files: Mapping[str, FileIdentity] = field(default_factory=dict)
@@ -87,10 +84,10 @@ class StreamState(NamedTuple):
         """Returns the counts of this epoch."""
         return Tally(self.documents, Counter({fault: getattr(self, fault.value) for fault in Fault}), example)
 
-    def after(self, fault: Fault | None) -> StreamState:
-        """Returns the position after one more document, usable or with a fault."""
-        counts = {fault.value: getattr(self, fault.value) + 1} if fault else {}
-        return self._replace(document=self.document + 1, token=0, documents=self.documents + 1, **counts)
+    def after(self, fault: Fault) -> StreamState:
+        """Returns the position after an unusable document."""
+        found = {fault.value: getattr(self, fault.value) + 1}
+        return self._replace(document=self.document + 1, documents=self.documents + 1, **found)
 
     def to_dict(self) -> dict[str, int]:
         """Returns the values for JSON."""
@@ -104,10 +101,6 @@ class StreamState(NamedTuple):
         if set(values) != expected or not all(type(value) is int and value >= 0 for value in values.values()):
             raise CheckpointError(f"the checkpoint's data cursor is damaged: {dict(values)} is not a stream position")
         return cls(**values)
-
-
-Piece = TypeVar("Piece")
-"""Unit in which a kind of stream reads documents."""
 
 
 class _Share(NamedTuple):
@@ -133,14 +126,8 @@ class _Share(NamedTuple):
         return [unit._replace(shard=unit.shard + self.first_shard) for unit in units]
 
 
-class _Document(NamedTuple):
-    ids: TokenIds
-    start: StreamState
-    end: StreamState
-
-
-class StreamBase(ABC, Generic[Piece]):
-    """One virtual stream: the order of its documents and the limit on unusable ones. Subclasses make the rows.
+class Stream:
+    """One virtual stream: its documents in order, made into rows, and the limit on unusable ones.
 
     Args:
         settings: Settings of all streams.
@@ -152,31 +139,46 @@ class StreamBase(ABC, Generic[Piece]):
     def __init__(self, settings: StreamSettings, corpus: Corpus, number: int, state: StreamState) -> None:
         self.state = state
         """Position after the last row taken."""
-        self.documents_read = 0
-        """Number of documents read by this object, unusable ones included."""
         self.faults_found: Counter[Fault] = Counter()
-        """Number of unusable ones among these, by cause."""
+        """Number of unusable documents read by this object, by cause."""
         self._settings = settings
         self._corpus = corpus
-        self.retries: Counter[Cause] = Counter()
-        """Number of retries of remote reads, by cause."""
         self._number = number
         self._share = _Share.of(settings, number)
         self._accepted_shards: set[int] = set()
+        self._segment_start = state
+        """Position of the first document of the segment that rows are being made of."""
+        self._rows = RowMaker(
+            self._segments(state._replace(token=0)),
+            settings.batching,
+            seq_len=settings.seq_len,
+            truncate=settings.truncate,
+            offset=state.token,
+            mark=settings.mark,
+        )
 
-    @abstractmethod
+    @property
+    def documents_read(self) -> int:
+        """Number of documents read by this object, unusable ones included."""
+        return self._rows.documents_begun + self.faults_found.total()
+
     def take(self, count: int) -> TokenIds:
-        """Returns the next rows, shape (count, seq_len + 1).
+        """Returns the next rows, shape (count, seq_len + 1). After an error, the stream cannot be read any further.
 
         Raises:
             DataError: A shard cannot be read, has too many unusable documents, or an epoch has no usable one.
         """
+        rows = self._rows.take(count)
+        start = self._segment_start
+        self.state = start._replace(
+            rows=self.state.rows + count,
+            document=start.document + self._rows.index,
+            documents=start.documents + self._rows.index,
+            token=self._rows.offset,
+        )
+        return rows
 
-    @abstractmethod
-    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[Piece, None, StreamState]:
-        """Yields the usable documents of a block, from a position in it onwards; returns the position after it."""
-
-    def _pieces(self, state: StreamState) -> Iterator[Piece]:
+    def _segments(self, state: StreamState) -> Iterator[Segment]:
         """Yields usable documents endlessly, from a position onwards."""
         settings = self._settings
         while True:
@@ -204,7 +206,7 @@ class StreamBase(ABC, Generic[Piece]):
             f"data.text_field={self._settings.text_field!r}, or lower data.streams so that each has more documents"
         )
 
-    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Piece, None, StreamState]:
+    def _unit(self, unit: order.Unit, state: StreamState) -> Generator[Segment, None, StreamState]:
         """Yields the documents of one unit, from a position in it onwards; returns the position after it."""
         size = self._settings.shuffle_block
         first = unit.part + state.block * size * unit.parts
@@ -214,9 +216,21 @@ class StreamBase(ABC, Generic[Piece]):
         self._check_unit(unit, state)
         return state._replace(unit=state.unit + 1, block=0, document=0)
 
+    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[Segment, None, StreamState]:
+        """Yields the documents of a block, from a position in it onwards; returns the position after it."""
+        permuted = order.block_permutation(self._settings.seed, state.epoch, unit, state.block, len(block))
+        for line, segment in block.segments(permuted[state.document :]):
+            if isinstance(segment, Fault):
+                state = self._pass_unusable(unit, state, line, segment)
+            else:
+                self._segment_start = state
+                yield segment
+                count = len(segment.starts)
+                state = state._replace(document=state.document + count, documents=state.documents + count)
+        return state
+
     def _pass_unusable(self, unit: order.Unit, state: StreamState, line: int, fault: Fault) -> StreamState:
         """Counts an unusable document; returns the position after it."""
-        self.documents_read += 1
         self.faults_found[fault] += 1
         state = state.after(fault)
         if state.documents >= SAMPLE:
@@ -250,79 +264,3 @@ class StreamBase(ABC, Generic[Piece]):
         if tally.exceeds(limit):
             where = f"training data, at {self._settings.shards[unit.shard]} (stream {self._number})"
             raise tally.error(where, limit, self._settings.text_field)
-
-
-class Stream(StreamBase[_Document]):
-    """One virtual stream of text, read document by document.
-
-    Args:
-        settings: Settings of all streams.
-        tokenizer: The tokenizer.
-        number: Number of this stream.
-        state: Start position.
-    """
-
-    def __init__(self, settings: StreamSettings, tokenizer: Encoder, number: int, state: StreamState) -> None:
-        max_tokens = settings.seq_len if settings.batching == "pad" else None
-        fetcher = Fetcher(settings.retry)
-        corpus = TextCorpus(
-            settings.shards,
-            tokenizer,
-            settings.text_field,
-            max_tokens,
-            fetcher,
-            settings.max_document_bytes,
-            settings.files,
-        )
-        super().__init__(settings, corpus, number, state)
-        self.retries = fetcher.retries
-        self._eos_id = tokenizer.eos_id
-        self._rows = self._make_rows(state)
-
-    def take(self, count: int) -> TokenIds:
-        """Returns the next rows, see :class:`StreamBase`."""
-        rows = np.empty((count, self._settings.seq_len + 1), dtype=np.int32)
-        for index, (row, state) in enumerate(islice(self._rows, count)):
-            rows[index] = row
-            self.state = state
-        return rows
-
-    def _make_rows(self, state: StreamState) -> Iterator[tuple[TokenIds, StreamState]]:
-        """Yields rows endlessly, each with the position after it."""
-        settings = self._settings
-        pending: list[_Document] = []  # read, and not finished before the last row
-        num_dropped = 0  # finished documents that were dropped from `pending`
-
-        def ids_of(documents: Iterable[_Document]) -> Iterator[TokenIds]:
-            for document in documents:
-                pending.append(document)
-                yield document.ids
-
-        rows = make_rows(
-            ids_of(self._pieces(state._replace(token=0))),
-            settings.batching,
-            seq_len=settings.seq_len,
-            eos_id=self._eos_id,
-            truncate=settings.truncate,
-            offset=state.token,
-            mark=settings.mark,
-        )
-        for number, row in enumerate(rows, start=state.rows + 1):
-            done = row.finished - num_dropped
-            position = pending[done].start if done < len(pending) else pending[done - 1].end
-            del pending[:done]
-            num_dropped = row.finished
-            yield row.tokens, position._replace(rows=number, token=row.offset)
-
-    def _block(self, unit: order.Unit, state: StreamState, block: Block) -> Generator[_Document, None, StreamState]:
-        settings = self._settings
-        permuted = order.block_permutation(settings.seed, state.epoch, unit, state.block, len(block))
-        for line, result in block.documents(permuted[state.document :]):
-            if isinstance(result, Fault):
-                state = self._pass_unusable(unit, state, line, result)
-            else:
-                self.documents_read += 1
-                end = state.after(None)
-                yield _Document(result, state, end)
-                state = end
-        return state

@@ -12,7 +12,7 @@ import pytest
 from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.documents import Fault, Text, encode_documents, parse
 from sltrain_dist.data.sources.resolve import read_documents, resolve_source
-from sltrain_dist.data.stream.virtual_stream import Stream, StreamState
+from sltrain_dist.data.stream.virtual_stream import StreamState
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import DataError
 from tests.support.data import (
@@ -21,6 +21,7 @@ from tests.support.data import (
     global_batches,
     make_loaders,
     settings,
+    text_stream,
     write_shard,
 )
 
@@ -62,12 +63,12 @@ def test_dirty_documents_on_the_real_tokenizer(tmp_path, t5):
 def test_a_megabyte_document_resumes_exactly(tmp_path, t5, batching):
     shard = write_shard(tmp_path / "x.json.gz", ["lorem ipsum dolor " * 60_000, "short", *["some words"] * 8])
     config = settings([shard], streams=1, batching=batching, seq_len=64)
-    whole = Stream(config, t5, 0, StreamState())
+    whole = text_stream(config, t5)
     rows = whole.take(40)
-    stream = Stream(config, t5, 0, StreamState())
+    stream = text_stream(config, t5)
     for start in range(0, 40, 8):
         assert np.array_equal(stream.take(8), rows[start : start + 8])
-        stream = Stream(config, t5, 0, StreamState.from_dict(json.loads(json.dumps(stream.state.to_dict()))))
+        stream = text_stream(config, t5, 0, StreamState.from_dict(json.loads(json.dumps(stream.state.to_dict()))))
 
 
 def test_real_c4(shared_data, t5):

@@ -14,7 +14,7 @@ from sltrain_dist.data import loader as loader_module
 from sltrain_dist.data.loader import merge_states
 from sltrain_dist.data.stream.rows import PADDING
 from sltrain_dist.data.stream.stream_group import StreamGroup
-from sltrain_dist.data.stream.virtual_stream import Stream, StreamState
+from sltrain_dist.data.stream.virtual_stream import StreamState
 from sltrain_dist.errors import CheckpointError, DataError
 from tests.support.data import (
     BATCHINGS,
@@ -24,6 +24,7 @@ from tests.support.data import (
     make_loaders,
     saved,
     settings,
+    text_stream,
     write_numbered,
     write_shard,
 )
@@ -58,7 +59,7 @@ def test_every_document_once_an_epoch(tmp_path, num_shards, streams, extra, bloc
     seen = defaultdict(Counter)
     orders = defaultdict(list)
     for number in range(streams):
-        stream = Stream(config, NumberTokenizer(), number, StreamState())
+        stream = text_stream(config, NumberTokenizer(), number)
         while stream.state.epoch < 2:
             (row,) = stream.take(1)
             seen[stream.state.epoch][int(row[0])] += 1
@@ -377,11 +378,11 @@ def test_packed_streams_lose_nothing(tmp_path):
     """The tokens of one epoch of one stream are the documents, whole and in the order of pad."""
     shards = write_numbered(tmp_path, [30, 30], lambda number: number % 13 + 1)
     order = []
-    stream = Stream(settings(shards, streams=1), NumberTokenizer(), 0, StreamState())
+    stream = text_stream(settings(shards, streams=1), NumberTokenizer())
     while (row := stream.take(1)[0]) is not None and stream.state.epoch == 0:
         order.append(int(row[0]))
     text = [token for number in order for token in [number] * (number % 13 + 1) + [0]]
-    stream = Stream(settings(shards, streams=1, batching="pack"), NumberTokenizer(), 0, StreamState())
+    stream = text_stream(settings(shards, streams=1, batching="pack"), NumberTokenizer())
     rows = stream.take(len(text) // 8)
     assert PADDING not in rows
     assert [*rows[0, :1], *rows[:, 1:].ravel()] == text[: rows.shape[0] * 8 + 1]

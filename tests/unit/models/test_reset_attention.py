@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.stream.rows import pack_rows
+from sltrain_dist.data.stream.rows import RowMaker, Segment
 from sltrain_dist.models.build import initialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.checkpointing import _ATTENTION, prepare_layers
@@ -38,7 +38,8 @@ def documents() -> list[np.ndarray]:
 
 
 def packed(mark: bool = True) -> Rows:
-    return np.stack([row.tokens for row in pack_rows(documents(), seq_len=SEQ_LEN, eos_id=EOS, rest=True, mark=mark)])
+    segments = (Segment(np.append(ids, EOS), [0], [len(ids) + 1]) for ids in documents())
+    return RowMaker(segments, "pack", seq_len=SEQ_LEN, mark=mark).take(100)
 
 
 def pieces() -> list[list[np.ndarray]]:

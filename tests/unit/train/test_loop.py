@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, OptimConfig, TrainConfig
-from sltrain_dist.data.stream.rows import BEGIN, count_labels
+from sltrain_dist.data.stream.rows import count_labels, mark_first_tokens
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitCode
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters
@@ -161,7 +161,8 @@ class TestForwardBackward:
         assert positions is None
 
     def test_batch_of_marked_rows(self) -> None:
-        rows = torch.tensor([[3, 4, BEGIN | 5, 6, BEGIN | 7], [BEGIN | 8, 9, 9, BEGIN | 0, -1]], dtype=torch.int32)
+        rows = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 9, 0, -1]], dtype=torch.int32)
+        mark_first_tokens(rows, ([0, 0, 1, 1], [2, 4, 0, 3]))
         inputs, labels, positions = to_batch(rows, reset_attention=True)
         assert inputs.tolist() == [[3, 4, 5, 6], [8, 9, 9, 0]]
         assert labels.tolist() == [[4, IGNORE, 6, IGNORE], [9, 9, IGNORE, IGNORE]]
