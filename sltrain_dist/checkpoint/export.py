@@ -14,6 +14,7 @@ from torch import Tensor
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
 from sltrain_dist.checkpoint.store import CheckpointReader, save_tensors
+from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
@@ -33,7 +34,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: The run directory cannot be read.
     """
-    kept = list_checkpoints(path / "checkpoints")
+    kept = list_checkpoints(path / CHECKPOINTS)
     return kept[-1][1] if kept else path
 
 

@@ -16,7 +16,7 @@ import yaml
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.train import build, dry_run, loop
-from sltrain_dist.train.exit import claim, release
+from sltrain_dist.train.run_directory import RunDirectory
 from tests.support.runs import final_tensors, last_step, metrics, outcome, saved_steps, train_here, trajectory
 
 Output = pytest.CaptureFixture[str]
@@ -180,14 +180,15 @@ def test_a_run_that_begins_from_anothers_checkpoint(finished: Path, tiny: Path, 
 
 def test_a_run_directory_serves_one_run_at_a_time(tiny: Path, tmp_path: Path, capsys: Output) -> None:
     run_dir = tmp_path / "run"
-    claim(run_dir)
+    other = RunDirectory(run_dir)
+    other.claim()
     try:
         assert train_here(tiny, run_dir) == 2
         assert "is in use by another run" in capsys.readouterr().err
         assert train_here(tiny, run_dir, "optim.lrr=1") == 2
         assert outcome(run_dir)["code"] is None, "the run that goes on has not ended"
     finally:
-        release(run_dir)
+        other.release()
     assert train_here(tiny, run_dir, "optim.lrr=1") == 2
     assert outcome(run_dir)["code"] == 2
     assert train_here(tiny, run_dir, "train.steps=2") == 0

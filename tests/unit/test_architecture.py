@@ -39,6 +39,7 @@ TORCH_FREE = {
     "streams",
     "files",
     "config.paths",
+    "config.run_files",
     "config.strict_yaml",
     "config.schema",
     "config.presets",
@@ -63,6 +64,7 @@ TORCH_FREE = {
     "checkpoint.contents",
     "data.order",
     "train.run",
+    "train.run_directory",
     "cli",
     "__main__",
 }
