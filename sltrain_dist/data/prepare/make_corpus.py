@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +22,8 @@ from sltrain_dist.data.prepare.shards import (
     CorpusManifest,
     Split,
     is_complete,
-    new_directory,
-    temporary_prefix,
     write_corpus,
+    writing_corpus,
 )
 from sltrain_dist.data.sources.kinds import base_name, printable
 from sltrain_dist.data.sources.opening import num_bytes
@@ -37,7 +36,6 @@ EMBEDDED = "embedded"
 _EMBEDDED_SHARDS = 4
 _EMBEDDED_RULES = Rules(min_sentences=2, curly="line")
 """Docstrings are short, and remnants of code should not drop the prose around them."""
-_LEFTOVER_AGE_S = 24 * 3600
 _REPORT_EVERY_S = 10.0
 _VALIDATION_SHARE = (0.05, 0.08)
 """Target and largest share of the embedded corpus's text that is held out for validation."""
@@ -99,7 +97,7 @@ def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Re
     if not (is_complete(directory) and (tokenizer is None or tokenizer.is_file())):
         with _lock(cache, directory.name, report):
             if not is_complete(directory):
-                _remove_leftovers(directory)
+                shutil.rmtree(directory, ignore_errors=True)
                 build_corpus_of_packages(installation, directory, report=report)
             if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
                 report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; up to a few minutes")
@@ -142,7 +140,7 @@ def build_corpus_of_packages(
     # In package order, adjacent documents would be alike.
     documents.sort(key=lambda d: (_key(d.url), d.text))
     validation = _validation_packages(documents)
-    with new_directory(directory, yields_to_other=True) as temporary:
+    with writing_corpus(directory, shared=True) as temporary:
         return write_corpus(
             temporary,
             ((("validation" if d.source in validation else "train"), d) for d in documents),
@@ -180,14 +178,13 @@ def prepare_files(
     report = report or (lambda line: None)
     shards = find_inputs(patterns, report)
     dropped: Counter[str] = Counter()
-    with new_directory(output) as temporary:
+    inputs = [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
+    with writing_corpus(output) as temporary:
         documents = _prepared(_read_all(shards, options, report), options, dropped)
         manifest = write_corpus(
             temporary,
             _split(documents, options.validation_fraction),
-            CorpusManifest(
-                name, [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
-            ),
+            CorpusManifest(name, inputs),
             num_shards=options.num_shards,
             dropped=dropped,
         )
@@ -276,15 +273,6 @@ def _texts(directory: Path) -> Iterator[str]:
     for path in sorted(directory.glob(f"{EMBEDDED}-train.*.json.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as file:
             yield from (json.loads(line)["text"] for line in file)
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Removes an incomplete corpus, and old temporary directories of killed builds (recent ones may be in use)."""
-    shutil.rmtree(directory, ignore_errors=True)
-    for path in directory.parent.glob(f"{temporary_prefix(directory)}*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
