@@ -63,16 +63,19 @@ def storage_message(what: str, error: OSError) -> str:
     )
 
 
-def write_error(message: str, error: OSError, otherwise: type[SltrainError]) -> SltrainError:
-    """Returns the error to raise for a failed write: StorageError if the disk or quota is full, else `otherwise`.
+@contextmanager
+def failing_as(message: str, otherwise: type[SltrainError]) -> Iterator[None]:
+    """Turns any OSError raised within the block into a StorageError if the disk or quota is full, else `otherwise`.
 
     Args:
         message: What cannot be written; the reason is appended.
-        error: The failed write.
         otherwise: The error type for every other cause, such as a path that is not writable.
     """
-    kind = StorageError if error.errno in NO_SPACE else otherwise
-    return kind(f"{message}: {error.strerror or error}")
+    try:
+        yield
+    except OSError as error:
+        kind = StorageError if error.errno in NO_SPACE else otherwise
+        raise kind(f"{message}: {error.strerror or error}") from None
 
 
 def delete_file(path: Path) -> None:

@@ -1,22 +1,12 @@
 """Names of the files and directories in a run directory."""
 
-CHECKPOINTS = "checkpoints"
-"""Directory of the checkpoints; `checkpoint/manifest.py` describes them."""
-CONFIG = "config.yaml"
-"""The resolved configuration."""
-DRY_RUN = "dry_run"
-"""Directory of dry runs, which write nothing else into the run directory."""
-EXIT = "exit.json"
-"""How the run ended."""
-LOG = "log.txt"
-"""The lines of the console."""
-METRICS = "metrics.jsonl"
-"""Training and evaluation lines."""
-MLFLOW_ARTIFACTS = "mlartifacts"
-"""Directory of MLflow's artifacts, if there is no tracking server."""
-MLFLOW_DATABASE = "mlflow.db"
-"""SQLite file of MLflow, if there is no tracking server."""
-MLFLOW_RUN_ID = "mlflow_run_id"
-"""Id of the MLflow run, for resuming."""
-STOP = "STOP"
-"""File that users make to stop the run."""
+CHECKPOINTS = "checkpoints"  # see checkpoint/manifest.py
+CONFIG = "config.yaml"  # the resolved configuration
+DRY_RUN = "dry_run"  # all that dry runs write
+EXIT = "exit.json"  # how the run ended
+LOG = "log.txt"  # the lines of the console
+METRICS = "metrics.jsonl"  # training and evaluation lines
+MLFLOW_ARTIFACTS = "mlartifacts"  # without a tracking server
+MLFLOW_DATABASE = "mlflow.db"  # without a tracking server
+MLFLOW_RUN_ID = "mlflow_run_id"  # for resuming
+STOP = "STOP"  # made by users, to stop the run

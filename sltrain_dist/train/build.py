@@ -107,7 +107,7 @@ def build_run(
     store = CheckpointStore(run_dir.checkpoints, env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
-    notes = [] if reader is None else _changed_settings(reader, config)
+    notes = [] if reader is None else check_resumable(reader.config(), config, str(reader.path))
 
     say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
     engine = start_engine(config, env, reader)
@@ -302,10 +302,6 @@ def _named_checkpoint(
     if problem is not None:
         raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
     return path
-
-
-def _changed_settings(reader: CheckpointReader, config: Config) -> list[str]:
-    return check_resumable(reader.config(), config, str(reader.path))
 
 
 def _restore(reader: CheckpointReader, env: Environment, supports: str) -> TrainState:

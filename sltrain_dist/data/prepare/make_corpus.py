@@ -23,12 +23,11 @@ from sltrain_dist.data.prepare.shards import (
     Split,
     is_complete,
     write_corpus,
-    writing_corpus,
 )
 from sltrain_dist.data.sources.kinds import base_name, printable
 from sltrain_dist.data.sources.opening import num_bytes
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import lock, write_error
+from sltrain_dist.files import failing_as, lock, writing_directory
 
 Report = Callable[[str], None]
 
@@ -140,7 +139,8 @@ def build_corpus_of_packages(
     # In package order, adjacent documents would be alike.
     documents.sort(key=lambda d: (_key(d.url), d.text))
     validation = _validation_packages(documents)
-    with writing_corpus(directory, shared=True) as temporary:
+    making = failing_as(f"cannot make {directory}", DataError)
+    with making, writing_directory(directory, shared=True) as temporary:
         return write_corpus(
             temporary,
             ((("validation" if d.source in validation else "train"), d) for d in documents),
@@ -179,7 +179,7 @@ def prepare_files(
     shards = find_inputs(patterns, report)
     dropped: Counter[str] = Counter()
     inputs = [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
-    with writing_corpus(output) as temporary:
+    with failing_as(f"cannot make {output}", DataError), writing_directory(output) as temporary:
         documents = _prepared(_read_all(shards, options, report), options, dropped)
         manifest = write_corpus(
             temporary,
@@ -278,11 +278,9 @@ def _texts(directory: Path) -> Iterator[str]:
 @contextmanager
 def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
     """Waits until no other process builds `name`, so that only one does the work."""
-    try:
+    with failing_as(f"data.cache_dir = {cache} is not writable; set another", DataError):
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f".{name}.lock").open("w")
-    except OSError as error:
-        raise write_error(f"data.cache_dir = {cache} is not writable; set another", error, DataError) from None
     with file:
         if not lock(file):
             report(f"waiting for another process that builds the embedded corpus in {cache}; up to a few minutes")

@@ -6,8 +6,8 @@ import gzip
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -16,7 +16,7 @@ from sltrain_dist import __version__
 from sltrain_dist.data.prepare.inputs import Document
 from sltrain_dist.data.sources.kinds import MANIFEST
 from sltrain_dist.errors import DataError
-from sltrain_dist.files import write_error, writing_directory
+from sltrain_dist.files import failing_as
 
 Split = Literal["train", "validation"]
 
@@ -72,7 +72,7 @@ def write_corpus(
     Validation is one shard. The same documents give the same bytes (with the same version of zlib).
 
     Args:
-        directory: Directory to write to; see :func:`writing_corpus`.
+        directory: Directory to write to; see :func:`sltrain_dist.files.writing_directory`.
         documents: Documents with their splits, in order.
         manifest: Manifest with name and inputs; the other fields are filled in.
         num_shards: Number of shards of the training split.
@@ -85,26 +85,25 @@ def write_corpus(
         split: _SplitWriter(directory / f"{manifest.name}-{split}", num_shards if split == "train" else 1)
         for split in ("train", "validation")
     }
-    try:
-        for split, document in documents:
-            writers[split].write(document)
-            counts = manifest.sources.setdefault(document.source, {})
-            counts[split] = counts.get(split, 0) + 1
-        digest = hashlib.sha256()
-        for split, writer in writers.items():
-            if writer.counts.documents:
-                manifest.splits[split] = writer.counts
-                manifest.files.update(writer.finish(digest))
-        manifest.fingerprint = digest.hexdigest()[:16]
-        manifest.sources = dict(sorted(manifest.sources.items()))
-        manifest.dropped = dict(sorted(dropped.items()))
-        (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise write_error(f"cannot write to {directory.parent}", error, DataError) from None
-    finally:
-        for writer in writers.values():
-            with suppress(OSError):  # reported above
-                writer.close()
+    with failing_as(f"cannot write to {directory.parent}", DataError):
+        try:
+            for split, document in documents:
+                writers[split].write(document)
+                counts = manifest.sources.setdefault(document.source, {})
+                counts[split] = counts.get(split, 0) + 1
+            digest = hashlib.sha256()
+            for split, writer in writers.items():
+                if writer.counts.documents:
+                    manifest.splits[split] = writer.counts
+                    manifest.files.update(writer.finish(digest))
+            manifest.fingerprint = digest.hexdigest()[:16]
+            manifest.sources = dict(sorted(manifest.sources.items()))
+            manifest.dropped = dict(sorted(dropped.items()))
+            (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        finally:
+            for writer in writers.values():
+                with suppress(OSError):  # reported above
+                    writer.close()
     return manifest
 
 
@@ -117,16 +116,6 @@ def is_complete(directory: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-
-
-@contextmanager
-def writing_corpus(directory: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a directory to fill, see :func:`sltrain_dist.files.writing_directory`; DataError if it cannot be made."""
-    try:
-        with writing_directory(directory, shared=shared) as temporary:
-            yield temporary
-    except OSError as error:
-        raise write_error(f"cannot make {directory}", error, DataError) from None
 
 
 class _SplitWriter:
