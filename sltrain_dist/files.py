@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +35,10 @@ TEMPORARY = ".tmp"
 """Suffix of temporary files, which are renamed once they are complete."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """`errno` values for a full disk or an exhausted quota."""
+_INCOMPLETE = ".incomplete"
+"""Suffix of temporary directories, which are renamed once they are complete."""
+_LEFTOVER_AGE_S = 24 * 3600
+"""Age of a temporary directory from which its process is taken to be gone."""
 _MAX_MANIFEST_BYTES = 1 << 28
 
 
@@ -56,16 +63,19 @@ def storage_message(what: str, error: OSError) -> str:
     )
 
 
-def write_error(message: str, error: OSError, otherwise: type[SltrainError]) -> SltrainError:
-    """Returns the error to raise for a failed write: StorageError if the disk or quota is full, else `otherwise`.
+@contextmanager
+def failing_as(message: str, otherwise: type[SltrainError]) -> Iterator[None]:
+    """Turns any OSError raised within the block into a StorageError if the disk or quota is full, else `otherwise`.
 
     Args:
         message: What cannot be written; the reason is appended.
-        error: The failed write.
         otherwise: The error type for every other cause, such as a path that is not writable.
     """
-    kind = StorageError if error.errno in NO_SPACE else otherwise
-    return kind(f"{message}: {error.strerror or error}")
+    try:
+        yield
+    except OSError as error:
+        kind = StorageError if error.errno in NO_SPACE else otherwise
+        raise kind(f"{message}: {error.strerror or error}") from None
 
 
 def delete_file(path: Path) -> None:
@@ -107,11 +117,52 @@ def writing_whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
-        temporary.replace(path)
+        rename_synced(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_path(path.parent)
+
+
+@contextmanager
+def writing_directory(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a directory to fill, which becomes `path` atomically when the block ends; safe against power cuts.
+
+    The files go to a temporary directory beside `path`, which is deleted if the block raises. That of a process that
+    was killed is deleted by the next call for the same path.
+
+    Args:
+        path: The directory to make. It must not exist, or be empty. Missing parents are made.
+        shared: Whether other processes may be making the same directory. Then the first to finish wins, without an
+            error for the others, and only temporary directories older than a day count as those of killed processes.
+
+    Raises:
+        OSError: The directory cannot be written, or `path` has other content; nothing is left behind.
+    """
+    make_directory(path.parent)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}{_INCOMPLETE}"):
+        with suppress(OSError):
+            if not shared or time.time() - leftover.stat().st_mtime > _LEFTOVER_AGE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{_INCOMPLETE}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for each in (*temporary.rglob("*"), temporary):
+            sync_path(each)
+        try:
+            rename_synced(temporary, path)
+        except OSError as error:
+            if not (shared and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_synced(old: Path, new: Path) -> Path:
+    """Renames a file or directory within its directory, waits until the new name is on disk, and returns it."""
+    old.rename(new)
+    sync_path(new.parent)
+    return new
 
 
 def lock(file: IO[Any] | int, *, wait: bool = False) -> bool:

@@ -41,6 +41,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, SupportKind
 from sltrain_dist.errors import ConfigError, DataError, DivergedError, SltrainError
+from sltrain_dist.files import write_whole
 from sltrain_dist.models.build import build_model, sparse_layers
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.splitmix import key64, permutation
@@ -217,8 +218,7 @@ def run(study: Study, threads: int, out: Path, case: Case) -> dict[str, Any]:
     path = out / f"{case.support.replace(':', '_')}-{case.density:g}-{case.lr:g}-{case.seed}-{digest}.json"
     if not path.exists():
         record = {"result": train(study, threads, case), "study": settings}
-        path.with_suffix(".partial").write_text(json.dumps(record, indent=1))
-        path.with_suffix(".partial").replace(path)  # so that an interrupted run leaves no partial result
+        write_whole(path, json.dumps(record, indent=1))
     return dict(json.loads(path.read_text())["result"])
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
 from sltrain_dist.checkpoint.store import CheckpointReader, save_tensors
+from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
-from sltrain_dist.files import make_directory, sync_path, write_synced, writing
+from sltrain_dist.files import writing, writing_directory
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.pieces import load_values
@@ -33,7 +34,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: The run directory cannot be read.
     """
-    kept = list_checkpoints(path / "checkpoints")
+    kept = list_checkpoints(path / CHECKPOINTS)
     return kept[-1][1] if kept else path
 
 
@@ -64,20 +65,11 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
         raise CheckpointError(problem)
     reader = CheckpointReader(checkpoint)
     config = reader.config()
-    temporary = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with writing(f"the model {output}"):
-            make_directory(temporary)
-            special_ids = _write_tokenizer(checkpoint, temporary, config)
-            parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)
-            hugging_face = _hugging_face_config(config, dtype) | special_ids
-            write_synced(temporary / "config.json", json.dumps(hugging_face, indent=2) + "\n")
-            sync_path(temporary)
-            temporary.rename(output)
-            sync_path(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(f"the model {output}"), writing_directory(output) as temporary:
+        special_ids = _write_tokenizer(checkpoint, temporary, config)
+        parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)
+        hugging_face = _hugging_face_config(config, dtype) | special_ids
+        (temporary / "config.json").write_text(json.dumps(hugging_face, indent=2) + "\n")
     return parameters
 
 
@@ -108,7 +100,7 @@ def _write_tensors(
             (directory / f"part-{index}").rename(directory / file_name)
             weight_map.update(dict.fromkeys(names, file_name))
         index_json = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        write_synced(directory / "model.safetensors.index.json", json.dumps(index_json, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2) + "\n")
     return sum(sizes) // dtype.itemsize
 
 
@@ -148,12 +140,9 @@ def _write_tokenizer(checkpoint: Path, directory: Path, config: Config) -> dict[
         raise CheckpointError(f"{checkpoint} was saved without its tokenizer")
     shutil.copyfile(model, directory / TOKENIZER)
     try:
-        special_ids = write_tokenizer(model, directory, max_length=config.data.seq_len)
+        return write_tokenizer(model, directory, max_length=config.data.seq_len)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    for path in directory.iterdir():
-        sync_path(path)
-    return special_ids
 
 
 def _hugging_face_config(config: Config, dtype: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from sltrain_dist.checkpoint.manifest import (
 from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError, DivergedError, StorageError
-from sltrain_dist.files import make_directory, storage_message, sync_path, write_synced
+from sltrain_dist.files import make_directory, rename_synced, storage_message, sync_path, write_synced
 from sltrain_dist.parallel.pieces import SavedRange
 from sltrain_dist.runtime.environment import Environment
 
@@ -153,10 +153,7 @@ class CheckpointStore:
         def abandon() -> list[Path]:
             later = [path for other, path in list_directories(self._directory) if other > step]
             stamp = time.strftime("%Y%m%dT%H%M%S")
-            renamed = [path.rename(_unused(path.with_name(f"abandoned-{path.name}-{stamp}"))) for path in later]
-            if renamed:
-                sync_path(self._directory)
-            return renamed
+            return [rename_synced(path, _unused(path.with_name(f"abandoned-{path.name}-{stamp}"))) for path in later]
 
         return self._together(lambda: abandon() if self._env.is_main else [])[0]
 
@@ -217,9 +214,8 @@ class CheckpointStore:
         write_manifest(temporary, step, files)
         sync_path(temporary)
         if final.exists():  # a run that went back to an older checkpoint reaches this step again
-            final.rename(temporary.with_name(temporary.name.replace(".incomplete-", ".replaced-", 1)))
-        temporary.rename(final)
-        sync_path(self._directory)
+            rename_synced(final, temporary.with_name(temporary.name.replace(".incomplete-", ".replaced-", 1)))
+        rename_synced(temporary, final)
 
     def _delete_old(self, newest: Path) -> list[str]:
         """Deletes checkpoints that need not be kept after a newer one; returns what could not be deleted."""
@@ -228,8 +224,7 @@ class CheckpointStore:
             for step, path in old:
                 if not (self._keep_every and step % self._keep_every == 0):
                     # Rename before deleting, so that a kill in between leaves no partial checkpoint.
-                    path.rename(_unused(path.with_name(f".deleted-{path.name}")))
-            sync_path(self._directory)
+                    rename_synced(path, _unused(path.with_name(f".deleted-{path.name}")))
         except OSError as error:
             return [f"an old checkpoint cannot be deleted: {error}"]
         return self._clear()
@@ -247,8 +242,7 @@ class CheckpointStore:
                 final = path.with_name(name)
                 if purpose == "replaced" and not final.exists():
                     new = path.with_name(f".incomplete-{name}{token}")
-                    (new if (new / MANIFEST).is_file() else path).rename(final)
-                    sync_path(self._directory)
+                    rename_synced(new if (new / MANIFEST).is_file() else path, final)
         except OSError as error:
             return [f"the interrupted replacement of a checkpoint cannot be completed: {error}"]
         for path, _ in temporary:

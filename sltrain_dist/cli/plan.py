@@ -17,7 +17,7 @@ import typer
 
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.files import delete_file, write_error
+from sltrain_dist.files import delete_file, failing_as
 
 if TYPE_CHECKING:
     from sltrain_dist.plan.planned_run import PlannedRun
@@ -184,8 +184,9 @@ def _report(planned: PlannedRun, html: Path | None, plot: Path | None, as_json: 
 
 def _write(option: str, path: Path, content: bytes) -> None:
     """Writes a report's file, and removes it if it cannot be written completely."""
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        delete_file(path)
-        raise write_error(f"{option}: cannot write {path}", error, ConfigError) from None
+    with failing_as(f"{option}: cannot write {path}", ConfigError):
+        try:
+            path.write_bytes(content)
+        except OSError:
+            delete_file(path)
+            raise

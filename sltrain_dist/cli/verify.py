@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sltrain_dist.config.paths import path_option
+from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.errors import CheckpointError, DataError
 from sltrain_dist.tracking.progress import progress_bar
 
@@ -31,7 +32,7 @@ def verify(
     if is_prepared(path):
         _verify_tokens(path)
         return
-    found = [kept for _, kept in list_directories(path / "checkpoints")] or [path]
+    found = [kept for _, kept in list_directories(path / CHECKPOINTS)] or [path]
     damaged = []
     for checkpoint in found:  # not in a table, which would truncate paths on a narrow terminal
         problem = damage(checkpoint)

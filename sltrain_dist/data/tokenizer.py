@@ -19,7 +19,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import write_error, write_whole
+from sltrain_dist.files import failing_as, write_whole
 
 _LINE_CHARS = 4000
 """Longer lines are split for training: SentencePiece drops lines beyond its `max_sentence_length`."""
@@ -165,11 +165,9 @@ def train_tokenizer(
         raise DataError(f"a tokenizer needs at least two documents, one of them to measure on; found {len(sample)}")
     held_out, training = _split(sample)
     model = _train(training, vocab_size, model_type, character_coverage)
-    try:
+    with failing_as(f"cannot write the tokenizer {output}", DataError):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, model)
-    except OSError as error:
-        raise write_error(f"cannot write the tokenizer {output}", error, DataError) from None
     return _measure(Tokenizer(output), output, sample, held_out)
 
 

@@ -13,7 +13,7 @@ from sltrain_dist.config.load import to_yaml
 from sltrain_dist.config.rules import check_trainable
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
-from sltrain_dist.files import delete_file, write_error
+from sltrain_dist.files import delete_file, failing_as
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.plan.search.combinations import Progress, Row, SearchResult, SingleChange, search, single_changes
 from sltrain_dist.plan.search.levers import default_levers, named_levers
@@ -162,10 +162,8 @@ def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]
         ConfigError: The directory cannot be written, or holds one of the files.
         StorageError: The disk is full.
     """
-    try:
+    with failing_as(f"--save: cannot write {directory}", ConfigError):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(f"--save: cannot write {directory}", error, ConfigError) from None
     paths = []
     for number, row in enumerate(rows, start=1):
         path = directory / f"plan-{number:02d}.yaml"
@@ -175,14 +173,16 @@ def save_rows(rows: Sequence[Row], directory: Path, ranks: int = 1) -> list[str]
             f"# {settings}\n# predicted: {row.device_bytes:,} bytes of the device\n"
             f"# start: {launch_command(str(path), ranks)}\n{to_yaml(config)}"
         )
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise ConfigError(f"--save: {path} already exists; choose another directory, or remove the file") from None
-        except OSError as error:
-            delete_file(path)
-            raise write_error(f"--save: cannot write {path}", error, ConfigError) from None
+        with failing_as(f"--save: cannot write {path}", ConfigError):
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                advice = "choose another directory, or remove the file"
+                raise ConfigError(f"--save: {path} already exists; {advice}") from None
+            except OSError:
+                delete_file(path)
+                raise
         paths.append(str(path))
     return paths
 

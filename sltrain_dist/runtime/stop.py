@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sltrain_dist.config.run_files import STOP
 from sltrain_dist.runtime.launchers import lost_launcher
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -26,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / "STOP"
+        self._file = run_dir / STOP
         self._signal: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
 

@@ -34,7 +34,7 @@ _BACKSTOP_S = 5.0
 _REPORT_S = 3.0
 """Time limit for writing exit.json, since the file system may be what hangs."""
 
-Report = Callable[[str], None]
+Report = Callable[[str], object]
 
 
 class Watchdog:

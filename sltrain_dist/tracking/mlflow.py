@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
+from sltrain_dist.config.run_files import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, MLFLOW_RUN_ID
 from sltrain_dist.config.schema import TrackingConfig
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-RUN_ID_FILE = "mlflow_run_id"
-"""File in run_dir with the id of the MLflow run, for resuming."""
 
 _ENVIRONMENT = {
     # Retries would make an overloaded server worse.
@@ -70,7 +68,7 @@ class Destination(NamedTuple):
         database = None
         uri = tracking.mlflow_uri or environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            database = run_dir.resolve() / "mlflow.db"
+            database = run_dir.resolve() / MLFLOW_DATABASE
             uri = _sqlite_uri(database)
         name, number = environ.get("MLFLOW_EXPERIMENT_NAME"), environ.get("MLFLOW_EXPERIMENT_ID")
         by_id = not tracking.experiment and not name and bool(number)
@@ -240,7 +238,7 @@ class MlflowTracker:
                 run_name=self._tracking.run_name or self._run_dir.name,
                 tags={"mlflow.source.name": "sltrain_dist", "run_dir": str(self._run_dir)},
             )
-            (self._run_dir / RUN_ID_FILE).write_text(f"{run.info.run_id}\n", encoding="utf-8")
+            (self._run_dir / MLFLOW_RUN_ID).write_text(f"{run.info.run_id}\n", encoding="utf-8")
         run_id: str = run.info.run_id
         known = run.data.params
         new = [Param(key, value) for key, value in self._params.items() if key not in known]
@@ -259,7 +257,7 @@ class MlflowTracker:
         """Returns the run named in run_dir, with its status reset to running; None if the server does not have it."""
         from mlflow.exceptions import MlflowException
 
-        path = self._run_dir / RUN_ID_FILE
+        path = self._run_dir / MLFLOW_RUN_ID
         if not path.exists():
             return None
         run_id = path.read_text(encoding="utf-8").strip()
@@ -292,7 +290,7 @@ class MlflowTracker:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             # A server stores artifacts itself.
-            artifacts = (self._run_dir / "mlartifacts").as_uri() if self._destination.database else None
+            artifacts = (self._run_dir / MLFLOW_ARTIFACTS).as_uri() if self._destination.database else None
             try:
                 return str(client.create_experiment(name, artifact_location=artifacts))
             except MlflowException as error:

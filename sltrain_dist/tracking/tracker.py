@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from sltrain_dist.config.run_files import LOG, METRICS
 from sltrain_dist.config.schema import TrackingConfig
 from sltrain_dist.files import writing
 from sltrain_dist.tracking.console import Console, Screen, Sections, Value
 from sltrain_dist.tracking.jsonl import JsonLines
 from sltrain_dist.tracking.meters import Clock, Eta
 from sltrain_dist.tracking.mlflow import MlflowTracker, Status
-
-LOG = "log.txt"
 
 
 class RunTracker:
@@ -65,7 +64,7 @@ class RunTracker:
                 unit="tokens" if self._by_tokens else "steps",
                 screen=screen,
             )
-            self._jsonl = JsonLines(run_dir / "metrics.jsonl", resumed_step, self.warn)
+            self._jsonl = JsonLines(run_dir / METRICS, resumed_step, self.warn)
         self._mlflow = (
             MlflowTracker(tracking, run_dir, config_flat, resumed_step=resumed_step, warn=self.warn)
             if tracking.mlflow

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
-from sltrain_dist.config.load import to_yaml
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
+from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
@@ -19,7 +19,6 @@ from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.sources.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
-from sltrain_dist.files import write_whole, writing
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
@@ -38,6 +37,7 @@ from sltrain_dist.train.observers.memory_watch import MemoryWatch
 from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
 from sltrain_dist.train.observers.traffic_watch import TrafficWatch
+from sltrain_dist.train.run_directory import RunDirectory
 from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.summary import summarise
@@ -65,7 +65,7 @@ class Run:
 
     config: Config
     env: Environment
-    run_dir: Path
+    run_dir: RunDirectory
     engine: Engine
     state: TrainState
     loader: TrainLoader
@@ -87,13 +87,15 @@ class Run:
         self.row_prefetcher = RowPrefetcher(self.loader, self.env.device)
 
 
-def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest, say: Callable[[str], None]) -> Run:
+def build_run(
+    config: Config, env: Environment, run_dir: RunDirectory, stop: StopRequest, say: Callable[[str], None]
+) -> Run:
     """Builds a run, and resumes it from a checkpoint if the configuration requests it and there is one.
 
     Args:
         config: The configuration.
         env: The distributed environment.
-        run_dir: The run directory, which exists and is writable.
+        run_dir: The run directory, claimed for this run.
         stop: Records requests to stop.
         say: Prints a line of progress on the main rank, before the tracker exists.
 
@@ -102,10 +104,10 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     """
     micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say)
-    store = CheckpointStore(run_dir / "checkpoints", env, config.checkpoint.keep, config.checkpoint.keep_every)
+    store = CheckpointStore(run_dir.checkpoints, env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
-    notes = [] if reader is None else _changed_settings(reader, config)
+    notes = [] if reader is None else check_resumable(reader.config(), config, str(reader.path))
 
     say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
     engine = start_engine(config, env, reader)
@@ -128,16 +130,16 @@ def build_run(config: Config, env: Environment, run_dir: Path, stop: StopRequest
     check_agreement(env, {"supports": supports, **loader.order})
     tracker = RunTracker(
         config.tracking,
-        run_dir,
+        run_dir.path,
         config_flat=flatten(config.model_dump()),
         total_steps=config.train.steps,
         total_tokens=config.train.tokens,
         is_main=env.is_main,
         resumed_step=state.step,
     )
-    env.on_main(lambda: _write_config(run_dir, config))
+    env.on_main(lambda: run_dir.write_config(config))
     memory = MemoryWatch(config, env, predict)
-    tracker.summary({**summarise(config, env, run_dir, corpus.num_shards, state.step), "Memory": memory.summary()})
+    tracker.summary({**summarise(config, env, run_dir.path, corpus.num_shards, state.step), "Memory": memory.summary()})
     for warning in without_effect(config):
         tracker.warn(warning)
     if config.parallel.engine != "ddp" and env.world_size == 1:
@@ -292,18 +294,14 @@ def _named_checkpoint(
         if own is not None:  # the command was restarted, for example after a requeue
             say(f"resuming from the run's own checkpoint {own}, not from {path}")
             return own
-    if (path / "checkpoints").is_dir():
-        newest = CheckpointStore(path / "checkpoints", env, config.checkpoint.keep).newest(say)
+    if (path / CHECKPOINTS).is_dir():
+        newest = CheckpointStore(path / CHECKPOINTS, env, config.checkpoint.keep).newest(say)
         if newest is not None:
             return newest
     problem = store.check(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
     return path
-
-
-def _changed_settings(reader: CheckpointReader, config: Config) -> list[str]:
-    return check_resumable(reader.config(), config, str(reader.path))
 
 
 def _restore(reader: CheckpointReader, env: Environment, supports: str) -> TrainState:
@@ -316,8 +314,3 @@ def _restore(reader: CheckpointReader, env: Environment, supports: str) -> Train
     if len(saved.rng) == env.world_size:
         restore_rng(saved.rng[env.rank], env.device)
     return saved.counters
-
-
-def _write_config(run_dir: Path, config: Config) -> None:
-    with writing(f"run_dir = {run_dir}"):
-        write_whole(run_dir / "config.yaml", to_yaml(config))

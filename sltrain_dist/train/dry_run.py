@@ -13,8 +13,8 @@ from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
 from sltrain_dist.train.build import predict, prepare_corpus, start_engine
-from sltrain_dist.train.exit import Outcome
 from sltrain_dist.train.observers.memory_watch import MemoryWatch
+from sltrain_dist.train.run_directory import Outcome
 from sltrain_dist.train.step import Rows, forward_backward
 
 

@@ -20,8 +20,8 @@ from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memor
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
 from sltrain_dist.train.evaluate import evaluate
-from sltrain_dist.train.exit import Outcome
 from sltrain_dist.train.observers.observer import Update
+from sltrain_dist.train.run_directory import Outcome
 from sltrain_dist.train.state import rng_state
 from sltrain_dist.train.step import forward_backward
 
@@ -114,7 +114,7 @@ def _update(run: Run, clock: Clock) -> None:
         for observer in run.observers:
             observer.backward_done(engine, update)
         update.grad_norm = engine.clip_gradients()
-        check_finite(update.loss, update.grad_norm, state.step, run.run_dir / "checkpoints", config.optim)
+        check_finite(update.loss, update.grad_norm, state.step, run.run_dir.checkpoints, config.optim)
         engine.update()
     watchdog.warmed_up()
     run.rows, run.loss, state.grad_norm = rows, update.loss, update.grad_norm

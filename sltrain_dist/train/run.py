@@ -14,16 +14,16 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from sltrain_dist.checkpoint.manifest import list_checkpoints
 from sltrain_dist.config.load import load_config, run_dir_of
 from sltrain_dist.config.rules import check_ranks, check_trainable
+from sltrain_dist.config.run_files import LOG
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError, ExitCode, SltrainError
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.runtime.rank_variables import rank_variables
 from sltrain_dist.runtime.stop import StopRequest
-from sltrain_dist.train.exit import Outcome, claim, directory, release, write_failed_start, write_outcome
+from sltrain_dist.train.run_directory import Outcome, RunDirectory
 
 if TYPE_CHECKING:
     from sltrain_dist.runtime.environment import Environment
@@ -43,23 +43,25 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
     Returns:
         The exit code. If there are several processes, they exit here with that code; see :func:`_exit_process`.
     """
-    joined: list[Path] = []  # the run directory, after this process has joined the run
+    run_dir: RunDirectory | None = None  # until this process has joined the run
     details = ""
     # exit.json is written before the cleanup, which can take a while.
     with ExitStack() as cleanup:
         try:
-            outcome = _run(config_path, overrides, joined, cleanup)
+            config, env = _start(config_path, overrides)
+            run_dir = _join(config, env, cleanup)
+            outcome = _run(config, env, run_dir, cleanup)
         except SltrainError as error:
-            outcome = _failure(joined, error.exit_code, str(error))
+            outcome = _failure(run_dir, error.exit_code, str(error))
         except KeyboardInterrupt:
-            outcome = _failure(joined, ExitCode.UNEXPECTED, "interrupted; nothing was saved since the last checkpoint")
+            outcome = _failure(run_dir, ExitCode.UNEXPECTED, "interrupted; nothing was saved since the last checkpoint")
         except Exception as error:
             code, reason = _explain(error)
-            outcome = _failure(joined, code, reason)
+            outcome = _failure(run_dir, code, reason)
             details = traceback.format_exc() if code is ExitCode.UNEXPECTED else ""
         if _failed(outcome):
             watchdog.hurry(_CLEANUP_S)
-        _report(joined, config_path, overrides, outcome, details)
+        _report(run_dir, config_path, overrides, outcome, details)
     if _has_peers():
         _exit_process(outcome)
     if "torch" in sys.modules:  # otherwise there is no process group
@@ -72,7 +74,7 @@ def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
 def print_run_dir(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
     """Prints the directory of exit.json, for batch scripts that need it before they start the run."""
     try:
-        print(directory(load_config(config_path, overrides)))
+        print(RunDirectory.of(load_config(config_path, overrides)).path)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -101,7 +103,8 @@ def _exit_process(outcome: Outcome) -> NoReturn:
     os._exit(int(outcome.code))
 
 
-def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup: ExitStack) -> Outcome:
+def _start(config_path: str, overrides: Sequence[str]) -> tuple[Config, Environment]:
+    """Loads the configuration, and meets the other processes of the run, which must have the same one."""
     config = load_config(config_path, overrides)
     check_trainable(config)
     rank, world_size, local_rank = rank_variables()
@@ -117,34 +120,37 @@ def _run(config_path: str, overrides: Sequence[str], joined: list[Path], cleanup
         keep_freed_memory()
     # Before anything that could differ between ranks.
     check_agreement(env, run_identity(config))
-    run_dir = directory(config)
-    env.on_main(lambda: claim(run_dir))
-    joined.append(run_dir)
-    watchdog.report_to(lambda reason: _write_failure(joined, reason))
-    cleanup.callback(release, run_dir)
+    return config, env
+
+
+def _join(config: Config, env: Environment, cleanup: ExitStack) -> RunDirectory:
+    """Returns the run directory, claimed for this run; from now on, exit.json gets the first failure of any rank."""
+    run_dir = RunDirectory.of(config)
+    cleanup.callback(run_dir.release)
+    env.on_main(run_dir.claim)
+    watchdog.report_to(lambda reason: run_dir.write_outcome(_failure(run_dir, ExitCode.UNEXPECTED, reason)))
+    return run_dir
+
+
+def _run(config: Config, env: Environment, run_dir: RunDirectory, cleanup: ExitStack) -> Outcome:
+    # Imported here, so that errors in the configuration are reported before these slow imports.
     if config.train.dry_run:
         from sltrain_dist.train.dry_run import dry_run
 
         return dry_run(config, env)
-    return _train(config, env, run_dir, cleanup)
-
-
-def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) -> Outcome:
-    # Imported here, so that errors in the configuration are reported before these slow imports.
     from sltrain_dist.tracking.console import log_line
-    from sltrain_dist.tracking.tracker import LOG
     from sltrain_dist.train.build import build_run
     from sltrain_dist.train.loop import fit
     from sltrain_dist.train.summary import closing_lines
 
-    stop = StopRequest(run_dir)
+    stop = StopRequest(run_dir.path)
     stop.install()
     cleanup.callback(stop.restore)
 
     def say(line: str) -> None:
         if env.is_main:
             _print(line)
-            log_line(run_dir / LOG, line)
+            log_line(run_dir.path / LOG, line)
 
     run = build_run(config, env, run_dir, stop, say)
     status: Status = "FAILED"
@@ -152,7 +158,7 @@ def _train(config: Config, env: Environment, run_dir: Path, cleanup: ExitStack) 
     cleanup.callback(run.loader.close)
     outcome = fit(run)
     status = "FINISHED" if outcome.code is ExitCode.DONE else "KILLED"
-    for line in closing_lines(config, run_dir, outcome, run.perplexities):
+    for line in closing_lines(config, run_dir.path, outcome, run.perplexities):
         run.tracker.note(line)
     return outcome
 
@@ -163,37 +169,34 @@ def _print(line: str) -> None:
         print(line, flush=True)
 
 
-def _failure(joined: list[Path], code: ExitCode, reason: str) -> Outcome:
-    saved = list_checkpoints(joined[0] / "checkpoints") if joined else []
-    return Outcome(code, reason, saved[-1][0] if saved else 0)
+def _failure(run_dir: RunDirectory | None, code: ExitCode, reason: str) -> Outcome:
+    return Outcome(code, reason, 0 if run_dir is None else run_dir.newest_step())
 
 
 def _failed(outcome: Outcome) -> bool:
     return outcome.code not in (ExitCode.DONE, ExitCode.STOPPED_EARLY)
 
 
-def _report(joined: list[Path], config_path: str, overrides: Sequence[str], outcome: Outcome, details: str) -> None:
+def _report(
+    run_dir: RunDirectory | None, config_path: str, overrides: Sequence[str], outcome: Outcome, details: str
+) -> None:
     """Writes exit.json, and prints an error; if all ranks have the same error, only one of them prints it."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     recorded: str | None = None
     try:
-        if not joined:
-            run_dir = run_dir_of(config_path, overrides)
-            if run_dir is not None and is_main:
-                write_failed_start(Path(run_dir), outcome)
+        if run_dir is None:
+            named = run_dir_of(config_path, overrides)
+            if named is not None and is_main:
+                RunDirectory(Path(named)).write_failed_start(outcome)
             recorded = None if is_main else outcome.reason
         elif _failed(outcome) or is_main:
-            recorded = write_outcome(joined[0], outcome)
+            recorded = run_dir.write_outcome(outcome)
     except OSError as error:
         print(f"error: exit.json could not be written: {error}", file=sys.stderr, flush=True)
     if _failed(outcome) and recorded != outcome.reason:
         if recorded is None:  # otherwise this failure is a consequence of another rank's
             print(details, end="", file=sys.stderr)
         print(f"error: {outcome.reason}", file=sys.stderr, flush=True)
-
-
-def _write_failure(joined: list[Path], reason: str) -> None:
-    write_outcome(joined[0], _failure(joined, ExitCode.UNEXPECTED, reason))
 
 
 def _has_peers() -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.run_files import CHECKPOINTS, METRICS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
@@ -21,7 +22,7 @@ from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
 from sltrain_dist.sparse_lowrank.sizes import effective_density, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.tracking.mlflow import Destination
-from sltrain_dist.train.exit import Outcome
+from sltrain_dist.train.run_directory import Outcome
 
 Sections = dict[str, list[tuple[str, str]]]
 
@@ -156,8 +157,8 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
     every = f"every {config.checkpoint.every} updates and " if config.checkpoint.every else ""
     lines = [
         ("run directory", str(run_dir)),
-        ("checkpoints", f"{run_dir / 'checkpoints'}, {every}at the end"),
-        ("metrics", str(run_dir / "metrics.jsonl")),
+        ("checkpoints", f"{run_dir / CHECKPOINTS}, {every}at the end"),
+        ("metrics", str(run_dir / METRICS)),
     ]
     if config.tracking.mlflow:
         lines.append(("mlflow", str(Destination.of(config.tracking, run_dir))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -15,8 +16,8 @@ import yaml
 
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
-from sltrain_dist.train import build, dry_run, loop
-from sltrain_dist.train.exit import claim, release
+from sltrain_dist.train import build, dry_run, loop, run_directory
+from sltrain_dist.train.run_directory import RunDirectory
 from tests.support.runs import final_tensors, last_step, metrics, outcome, saved_steps, train_here, trajectory
 
 Output = pytest.CaptureFixture[str]
@@ -180,18 +181,31 @@ def test_a_run_that_begins_from_anothers_checkpoint(finished: Path, tiny: Path, 
 
 def test_a_run_directory_serves_one_run_at_a_time(tiny: Path, tmp_path: Path, capsys: Output) -> None:
     run_dir = tmp_path / "run"
-    claim(run_dir)
+    other = RunDirectory(run_dir)
+    other.claim()
     try:
         assert train_here(tiny, run_dir) == 2
         assert "is in use by another run" in capsys.readouterr().err
         assert train_here(tiny, run_dir, "optim.lrr=1") == 2
         assert outcome(run_dir)["code"] is None, "the run that goes on has not ended"
     finally:
-        release(run_dir)
+        other.release()
     assert train_here(tiny, run_dir, "optim.lrr=1") == 2
     assert outcome(run_dir)["code"] == 2
     assert train_here(tiny, run_dir, "train.steps=2") == 0
     assert outcome(run_dir)["code"] == 0
+
+
+def test_a_start_on_a_full_disk_does_not_hold_the_directory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, "write_whole", full)
+    for _ in range(2):
+        assert train_here(tiny, tmp_path / "run") == 6
+        assert "run cannot be written (No space left on device)" in capsys.readouterr().err
 
 
 def test_dry_run_measures_with_the_optimizers_states(

@@ -39,6 +39,7 @@ TORCH_FREE = {
     "streams",
     "files",
     "config.paths",
+    "config.run_files",
     "config.strict_yaml",
     "config.schema",
     "config.presets",
@@ -63,6 +64,7 @@ TORCH_FREE = {
     "checkpoint.contents",
     "data.order",
     "train.run",
+    "train.run_directory",
     "cli",
     "__main__",
 }
@@ -79,6 +81,7 @@ LEAVES = {
 """May be imported by everything above config, each other included."""
 
 ONLY_IN = {
+    "fcntl": {"files"},
     "deepspeed": {"parallel.zero"},
     "mlflow": {"tracking.mlflow"},
     "sentencepiece": {"data.tokenizer"},
@@ -177,6 +180,28 @@ def test_a_library_has_one_home(library: str) -> None:
 def test_no_module_patches_another(name: str) -> None:
     """What must differ on fake tensors has a seam in the code (numerics/device.py)."""
     assert "unittest.mock" not in imports(MODULES[name]) and "unittest" not in imports(MODULES[name])
+
+
+RENAMES_WITHIN_A_TEMPORARY_DIRECTORY = {"checkpoint.export", "data.prepare.shards"}
+"""They name shards whose number is known at the end; the whole directory is put in place by files.py."""
+
+
+def renames(path: Path) -> bool:
+    """Whether a file renames files: `path.rename(new)`, `path.replace(new)`, `os.replace(old, new)` and the like."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, owner = node.func.attr, ast.unparse(node.func.value)
+            of_path = name == "replace" and len(node.args) == 1 and not node.keywords  # of a text: two arguments
+            if name in ("rename", "renames") or of_path or (owner, name) in (("os", "replace"), ("shutil", "move")):
+                return True
+    return False
+
+
+def test_only_files_py_makes_things_durable() -> None:
+    """Nobody else renames, locks (see ONLY_IN) or makes temporary files."""
+    renaming = {name for name, path in MODULES.items() if renames(path)}
+    assert renaming == {"files", *RENAMES_WITHIN_A_TEMPORARY_DIRECTORY}
+    assert [name for name, path in MODULES.items() if {"tempfile", "filelock"} & imports(path)] == []
 
 
 SAME_MEANING = {"ddp", "fsdp", "zero", "build", "export", "tokenizer"}

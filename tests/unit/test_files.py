@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from sltrain_dist.files import (
     read_model,
     write_whole,
     writing,
+    writing_directory,
 )
 
 
@@ -41,7 +47,7 @@ def test_new_files_follow_the_umask_and_old_ones_keep_their_permissions(tmp_path
     assert (tmp_path / "new").read_bytes() == b"other"
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("failing", ["fsync", "rename"])
 def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     write_whole(tmp_path / "file", "old")
 
@@ -57,22 +63,100 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_what_is_written_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The content before the name, and the names of new directories in those that were there."""
-    synced: list[str] = []
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is synced, in order."""
+    names: list[str] = []
     fsync = os.fsync
 
     def noting(descriptor: int) -> None:
-        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        names.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", noting)
+    return names
+
+
+def test_what_is_written_is_on_the_disk(tmp_path: Path, synced: list[str]) -> None:
+    """The content before the name, and the names of new directories in those that were there."""
     write_whole(tmp_path / "file", "x")
     assert synced[0].startswith(str(tmp_path / ".file."))
     assert synced[1:] == [str(tmp_path)]
     synced.clear()
     make_directory(tmp_path / "a" / "b")
     assert sorted(synced) == [str(tmp_path), str(tmp_path / "a")]
+
+
+class TestDirectory:
+    def test_it_has_no_name_before_it_is_on_the_disk(self, tmp_path: Path, synced: list[str]) -> None:
+        with writing_directory(tmp_path / "a" / "b") as temporary:
+            synced.clear()  # the name of a
+            (temporary / "c").mkdir()
+            for file in (temporary / "one", temporary / "c" / "two"):
+                file.write_text("x")
+            assert temporary.parent == tmp_path / "a" and not (tmp_path / "a" / "b").exists()
+        below = {f"{temporary}{name}" for name in ("", "/one", "/c", "/c/two")}
+        assert set(synced[:-1]) == below and synced[-1] == str(tmp_path / "a")
+        assert (tmp_path / "a" / "b" / "c" / "two").read_text() == "x"
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+    def test_it_follows_the_umask(self, tmp_path: Path, umask: int) -> None:
+        with writing_directory(tmp_path / "new"):
+            pass
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
+
+    @pytest.mark.parametrize("failing", ["fsync", "rename"])
+    def test_a_failed_write_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os if failing == "fsync" else Path, failing, full)
+        with pytest.raises(OSError, match="No space left"), writing_directory(tmp_path / "new", shared=True):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_the_content_of_another_stays(self, tmp_path: Path, shared: bool) -> None:
+        refused = nullcontext() if shared else pytest.raises(OSError, match=r"(?i)exists|not empty")
+        with refused, writing_directory(tmp_path / "new", shared=shared) as temporary:
+            (temporary / "ours").touch()
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "theirs").touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["theirs"]
+
+    def test_an_empty_one_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "new").mkdir()
+        with writing_directory(tmp_path / "new") as temporary:
+            (temporary / "ours").touch()
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["ours"]
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_after_a_kill(self, tmp_path: Path, shared: bool) -> None:
+        """What it left goes at the next start; where another process may be at work, not before a day is over."""
+        program = (
+            "import os, signal, sys; from pathlib import Path\n"
+            "from sltrain_dist.files import writing_directory\n"
+            "with writing_directory(Path(sys.argv[1])) as temporary:\n"
+            "    (temporary / 'half').touch()\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        path = tmp_path / "[new]"
+        killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        of_another = tmp_path / f".[new].b{left.name.removeprefix('.[new]')}"
+        of_another.mkdir()
+        with writing_directory(path, shared=shared) as temporary:
+            assert left.exists() == shared and of_another.exists()
+            (temporary / "whole").touch()
+        assert [each.name for each in path.iterdir()] == ["whole"]
+        if shared:
+            os.utime(left, (time.time() - 25 * 3600,) * 2)
+            with writing_directory(path, shared=True) as temporary:
+                (temporary / "later").touch()
+        assert sorted(tmp_path.iterdir()) == sorted([path, of_another])
+        assert [each.name for each in path.iterdir()] == ["whole"]
 
 
 def test_whether_a_file_still_has_its_name(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +22,12 @@ from sltrain_dist.data.prepare.shards import (
     CorpusManifest,
     Split,
     is_complete,
-    new_directory,
-    temporary_prefix,
     write_corpus,
 )
 from sltrain_dist.data.sources.kinds import base_name, printable
 from sltrain_dist.data.sources.opening import num_bytes
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import lock, write_error
+from sltrain_dist.files import failing_as, lock, writing_directory
 
 Report = Callable[[str], None]
 
@@ -37,7 +35,6 @@ EMBEDDED = "embedded"
 _EMBEDDED_SHARDS = 4
 _EMBEDDED_RULES = Rules(min_sentences=2, curly="line")
 """Docstrings are short, and remnants of code should not drop the prose around them."""
-_LEFTOVER_AGE_S = 24 * 3600
 _REPORT_EVERY_S = 10.0
 _VALIDATION_SHARE = (0.05, 0.08)
 """Target and largest share of the embedded corpus's text that is held out for validation."""
@@ -99,7 +96,7 @@ def build_embedded(cache_dir: Path | None, vocab_size: int | None, *, report: Re
     if not (is_complete(directory) and (tokenizer is None or tokenizer.is_file())):
         with _lock(cache, directory.name, report):
             if not is_complete(directory):
-                _remove_leftovers(directory)
+                shutil.rmtree(directory, ignore_errors=True)
                 build_corpus_of_packages(installation, directory, report=report)
             if tokenizer is not None and vocab_size is not None and not tokenizer.is_file():
                 report(f"training a tokenizer of {vocab_size} pieces on the embedded corpus; up to a few minutes")
@@ -142,7 +139,8 @@ def build_corpus_of_packages(
     # In package order, adjacent documents would be alike.
     documents.sort(key=lambda d: (_key(d.url), d.text))
     validation = _validation_packages(documents)
-    with new_directory(directory, yields_to_other=True) as temporary:
+    making = failing_as(f"cannot make {directory}", DataError)
+    with making, writing_directory(directory, shared=True) as temporary:
         return write_corpus(
             temporary,
             ((("validation" if d.source in validation else "train"), d) for d in documents),
@@ -180,14 +178,13 @@ def prepare_files(
     report = report or (lambda line: None)
     shards = find_inputs(patterns, report)
     dropped: Counter[str] = Counter()
-    with new_directory(output) as temporary:
+    inputs = [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
+    with failing_as(f"cannot make {output}", DataError), writing_directory(output) as temporary:
         documents = _prepared(_read_all(shards, options, report), options, dropped)
         manifest = write_corpus(
             temporary,
             _split(documents, options.validation_fraction),
-            CorpusManifest(
-                name, [{"file": printable(base_name(shard)), "bytes": num_bytes(shard)} for shard in shards]
-            ),
+            CorpusManifest(name, inputs),
             num_shards=options.num_shards,
             dropped=dropped,
         )
@@ -278,23 +275,12 @@ def _texts(directory: Path) -> Iterator[str]:
             yield from (json.loads(line)["text"] for line in file)
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """Removes an incomplete corpus, and old temporary directories of killed builds (recent ones may be in use)."""
-    shutil.rmtree(directory, ignore_errors=True)
-    for path in directory.parent.glob(f"{temporary_prefix(directory)}*"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
-                shutil.rmtree(path, ignore_errors=True)
-
-
 @contextmanager
 def _lock(cache: Path, name: str, report: Report) -> Iterator[None]:
     """Waits until no other process builds `name`, so that only one does the work."""
-    try:
+    with failing_as(f"data.cache_dir = {cache} is not writable; set another", DataError):
         cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f".{name}.lock").open("w")
-    except OSError as error:
-        raise write_error(f"data.cache_dir = {cache} is not writable; set another", error, DataError) from None
     with file:
         if not lock(file):
             report(f"waiting for another process that builds the embedded corpus in {cache}; up to a few minutes")

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,7 +16,7 @@ from sltrain_dist import __version__
 from sltrain_dist.data.prepare.inputs import Document
 from sltrain_dist.data.sources.kinds import MANIFEST
 from sltrain_dist.errors import DataError
-from sltrain_dist.files import write_error
+from sltrain_dist.files import failing_as
 
 Split = Literal["train", "validation"]
 
@@ -75,7 +72,7 @@ def write_corpus(
     Validation is one shard. The same documents give the same bytes (with the same version of zlib).
 
     Args:
-        directory: Directory to write to; see :func:`new_directory`.
+        directory: Directory to write to; see :func:`sltrain_dist.files.writing_directory`.
         documents: Documents with their splits, in order.
         manifest: Manifest with name and inputs; the other fields are filled in.
         num_shards: Number of shards of the training split.
@@ -85,28 +82,28 @@ def write_corpus(
         DataError: The disk is full or the directory cannot be written.
     """
     writers: dict[Split, _SplitWriter] = {
-        split: _SplitWriter(directory, num_shards if split == "train" else 1) for split in ("train", "validation")
+        split: _SplitWriter(directory / f"{manifest.name}-{split}", num_shards if split == "train" else 1)
+        for split in ("train", "validation")
     }
-    try:
-        for split, document in documents:
-            writers[split].write(document)
-            counts = manifest.sources.setdefault(document.source, {})
-            counts[split] = counts.get(split, 0) + 1
-        digest = hashlib.sha256()
-        for split, writer in writers.items():
-            if writer.counts.documents:
-                manifest.splits[split] = writer.counts
-                manifest.files.update(writer.finish(f"{manifest.name}-{split}", digest))
-        manifest.fingerprint = digest.hexdigest()[:16]
-        manifest.sources = dict(sorted(manifest.sources.items()))
-        manifest.dropped = dict(sorted(dropped.items()))
-        (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise write_error(f"cannot write to {directory.parent}", error, DataError) from None
-    finally:
-        for writer in writers.values():
-            with suppress(OSError):  # reported above
-                writer.close()
+    with failing_as(f"cannot write to {directory.parent}", DataError):
+        try:
+            for split, document in documents:
+                writers[split].write(document)
+                counts = manifest.sources.setdefault(document.source, {})
+                counts[split] = counts.get(split, 0) + 1
+            digest = hashlib.sha256()
+            for split, writer in writers.items():
+                if writer.counts.documents:
+                    manifest.splits[split] = writer.counts
+                    manifest.files.update(writer.finish(digest))
+            manifest.fingerprint = digest.hexdigest()[:16]
+            manifest.sources = dict(sorted(manifest.sources.items()))
+            manifest.dropped = dict(sorted(dropped.items()))
+            (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        finally:
+            for writer in writers.values():
+                with suppress(OSError):  # reported above
+                    writer.close()
     return manifest
 
 
@@ -121,55 +118,21 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-@contextmanager
-def new_directory(target: Path, *, yields_to_other: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory next to `target`, which is renamed to it unless an exception is raised.
-
-    Args:
-        target: The directory to make. It must not exist, or be empty.
-        yields_to_other: Whether to accept a directory that another process has made there in the meantime.
-
-    Raises:
-        DataError: The directory cannot be made.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
-        temporary.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise write_error(f"cannot make {target}", error, DataError) from None
-    try:
-        yield temporary
-        try:
-            temporary.rename(target)
-        except OSError as error:
-            if not (yields_to_other and target.is_dir()):
-                raise write_error(f"cannot make {target}", error, DataError) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def temporary_prefix(target: Path) -> str:
-    """Returns the prefix of the names of temporary directories for `target`."""
-    return f".{target.name}.tmp-"
-
-
 class _SplitWriter:
     """Writes documents to gzip files in turn. The files are named at the end, when their number is known."""
 
-    def __init__(self, directory: Path, num_shards: int) -> None:
+    def __init__(self, stem: Path, num_shards: int) -> None:
         self.counts = SplitCounts()
-        self._directory = directory
-        self._num_shards = num_shards
+        self._stem, self._num_shards = stem, num_shards
         self._open: list[tuple[Path, IO[bytes], gzip.GzipFile, Any]] = []
 
     def write(self, document: Document) -> None:
         index = self.counts.documents % self._num_shards
         if index == len(self._open):
-            descriptor, name = tempfile.mkstemp(dir=self._directory)
-            raw = os.fdopen(descriptor, "wb")
+            path = Path(f"{self._stem}.{index:05d}")
+            raw = path.open("wb")
             # No name and no time in the header, because they would differ between builds.
-            self._open.append((Path(name), raw, gzip.GzipFile("", "wb", 6, raw, mtime=0), hashlib.sha256()))
+            self._open.append((path, raw, gzip.GzipFile("", "wb", 6, raw, mtime=0), hashlib.sha256()))
         row = {"text": document.text, "timestamp": _TIMESTAMP, "url": document.url}
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         _, _, file, digest = self._open[index]
@@ -178,14 +141,12 @@ class _SplitWriter:
         self.counts.documents += 1
         self.counts.text_bytes += len(document.text.encode())
 
-    def finish(self, stem: str, corpus_digest: Any) -> dict[str, int]:
+    def finish(self, corpus_digest: Any) -> dict[str, int]:
         """Closes and names the shards; returns their sizes."""
         self.close()
         sizes = {}
-        for index, (temporary, _, _, digest) in enumerate(self._open):
-            path = self._directory / f"{stem}.{index:05d}-of-{len(self._open):05d}.json.gz"
-            temporary.chmod(0o666 & ~_umask())
-            temporary.rename(path)
+        for unnamed, _, _, digest in self._open:
+            path = unnamed.rename(f"{unnamed}-of-{len(self._open):05d}.json.gz")
             sizes[path.name] = path.stat().st_size
             corpus_digest.update(digest.digest())
         return sizes
@@ -196,9 +157,3 @@ class _SplitWriter:
                 file.close()
             finally:
                 raw.close()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -36,7 +36,7 @@ from sltrain_dist.data.sources.token_shards import (
 )
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError
-from sltrain_dist.files import TEMPORARY, lock, write_error, write_whole, writing_whole
+from sltrain_dist.files import TEMPORARY, failing_as, lock, write_whole, writing_whole
 
 _CAUSES = tuple(fault.value for fault in Fault)
 _LOCK = ".lock"
@@ -107,25 +107,21 @@ def prepare_tokens(
         tuple(files[shard].content if shard in files else UNKNOWN for shard in shards),
     )
     tasks = [_Task(output, number, tokenizer_path, job, files.get(shard)) for number, shard in enumerate(shards)]
-    try:
-        with _locked_directory(output):
-            finished = _find_finished(output, job)
-            limit = _BadDocumentLimit(job, max_bad_fraction)
-            missing = [task for task in tasks if task.number not in finished]
-            for count, (number, shard) in enumerate(_make(missing, finished, processes), start=1):
-                finished[number] = shard
-                limit.add(shard)
-                if report is not None:
-                    report(count, shard)
-            limit.check(at_end=True)
-            manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
-            write_whole(output / MANIFEST, manifest.to_json())
-            for task in tasks:
-                _record(task).unlink(missing_ok=True)
-            return manifest
-    except OSError as error:
-        message = f"cannot write to {output} (finished shards are kept)"
-        raise write_error(message, error, DataError) from None
+    with failing_as(f"cannot write to {output} (finished shards are kept)", DataError), _locked_directory(output):
+        finished = _find_finished(output, job)
+        limit = _BadDocumentLimit(job, max_bad_fraction)
+        missing = [task for task in tasks if task.number not in finished]
+        for count, (number, shard) in enumerate(_make(missing, finished, processes), start=1):
+            finished[number] = shard
+            limit.add(shard)
+            if report is not None:
+                report(count, shard)
+        limit.check(at_end=True)
+        manifest = TokenManifest(str(output.absolute()), job, _CAUSES, tuple(finished[t.number] for t in tasks))
+        write_whole(output / MANIFEST, manifest.to_json())
+        for task in tasks:
+            _record(task).unlink(missing_ok=True)
+        return manifest
 
 
 def _size(shard: str) -> int:

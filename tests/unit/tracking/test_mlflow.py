@@ -16,8 +16,9 @@ from urllib.parse import unquote
 import pytest
 
 import sltrain_dist.tracking.mlflow as module
+from sltrain_dist.config.run_files import MLFLOW_RUN_ID
 from sltrain_dist.config.schema import TrackingConfig
-from sltrain_dist.tracking.mlflow import RUN_ID_FILE, Destination, MlflowTracker
+from sltrain_dist.tracking.mlflow import Destination, MlflowTracker
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def run_of(run_dir: Path) -> tuple[Any, Any]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(Destination.of(TrackingConfig(), run_dir).uri)
-    return client, client.get_run((run_dir / RUN_ID_FILE).read_text().strip())
+    return client, client.get_run((run_dir / MLFLOW_RUN_ID).read_text().strip())
 
 
 @pytest.mark.slow
@@ -96,14 +97,14 @@ def test_a_run_and_its_resumption(
 
     # A run that starts anew in the same directory is another MLflow run; so is one whose run was deleted.
     for resumed_step in (0, 10):
-        old = (run_dir / RUN_ID_FILE).read_text()
+        old = (run_dir / MLFLOW_RUN_ID).read_text()
         client.delete_run(old.strip())
         third = MlflowTracker(
             TrackingConfig(experiment="other", run_name="named"), run_dir, params, resumed_step=resumed_step, warn=print
         )
         third.close("KILLED")
         _, other = run_of(run_dir)
-        assert (run_dir / RUN_ID_FILE).read_text() != old
+        assert (run_dir / MLFLOW_RUN_ID).read_text() != old
         assert (other.info.run_name, other.info.status) == ("named", "KILLED")
 
     assert warnings == []

@@ -7,9 +7,6 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +20,7 @@ from torch.nn import functional as F
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, OptimConfig, TrainConfig
 from sltrain_dist.data.stream.rows import count_labels, mark_first_tokens
-from sltrain_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, ExitCode
+from sltrain_dist.errors import CheckpointError, DataError, DivergedError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.models.llama import LlamaForCausalLM
@@ -39,7 +36,6 @@ from sltrain_dist.tracking.console import format_count
 from sltrain_dist.train.divergence import check_finite, not_learning
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
-from sltrain_dist.train.exit import Outcome, claim, release, write_failed_start, write_outcome
 from sltrain_dist.train.state import (
     TrainState,
     changed_settings,
@@ -331,85 +327,6 @@ def test_random_states_survive_json() -> None:
     restore_rng(state, torch.device("cpu"))
     assert torch.equal(torch.rand(3), expected[0])
     assert random.random() == expected[1]
-
-
-class TestExit:
-    @pytest.fixture
-    def run_dir(self, tmp_path: Path) -> Iterator[Path]:
-        yield tmp_path / "runs" / "run"
-        release(tmp_path / "runs" / "run")
-
-    def said(self, run_dir: Path) -> tuple[int | None, str, int | None]:
-        values = json.loads((run_dir / "exit.json").read_text())
-        assert time.strptime(values["time"], "%Y-%m-%dT%H:%M:%S%z")
-        return values["code"], values["reason"], values["step"]
-
-    def test_running_then_done(self, run_dir: Path) -> None:
-        claim(run_dir)
-        assert self.said(run_dir) == (None, "running, or killed before it could say why", None)
-        assert write_outcome(run_dir, Outcome(ExitCode.DONE, "done", 7)) is None
-        assert self.said(run_dir) == (0, "done", 7)
-        assert [path.name for path in run_dir.iterdir()] == ["exit.json"]
-
-    def test_the_first_rank_to_say_why_counts(self, run_dir: Path) -> None:
-        claim(run_dir)
-        assert write_outcome(run_dir, Outcome(ExitCode.DATA, "corrupt", 4)) is None
-        assert write_outcome(run_dir, Outcome(ExitCode.UNEXPECTED, "lost peer", 4)) == "corrupt"
-        assert self.said(run_dir) == (3, "corrupt", 4)
-
-    def test_an_earlier_run_does_not(self, run_dir: Path) -> None:
-        claim(run_dir)
-        write_outcome(run_dir, Outcome(ExitCode.DATA, "corrupt", 4))
-        release(run_dir)
-        claim(run_dir)
-        assert write_outcome(run_dir, Outcome(ExitCode.DIVERGED, "NaN", 5)) is None
-        assert self.said(run_dir) == (4, "NaN", 5)
-
-    @pytest.mark.parametrize("content", ["", "{", "null"])
-    def test_a_file_that_says_nothing(self, run_dir: Path, content: str) -> None:
-        claim(run_dir)
-        (run_dir / "exit.json").write_text(content)
-        assert write_outcome(run_dir, Outcome(ExitCode.DONE, "done", 1)) is None
-        assert self.said(run_dir) == (0, "done", 1)
-
-    def test_one_run_at_a_time(self, run_dir: Path) -> None:
-        claim(run_dir)
-        with pytest.raises(ConfigError, match="is in use by another run"):
-            claim(run_dir)
-        release(run_dir)
-        claim(run_dir)
-
-    def test_not_beside_another_process(self, run_dir: Path) -> None:
-        claim(run_dir)
-        release(run_dir)
-        program = f"""
-import sys
-from pathlib import Path
-from sltrain_dist.train.exit import claim
-claim(Path({str(run_dir)!r}))
-print("claimed", flush=True)
-sys.stdin.read()
-"""
-        with subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as other:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "claimed\n"
-            theirs = (run_dir / "exit.json").read_bytes()
-            with pytest.raises(ConfigError, match="is in use by another run"):
-                claim(run_dir)
-            write_failed_start(run_dir, Outcome(ExitCode.CONFIG, "typing error", 0))
-            assert (run_dir / "exit.json").read_bytes() == theirs
-            other.kill()
-        claim(run_dir)  # a killed run does not hold its directory
-
-    def test_failed_start(self, run_dir: Path) -> None:
-        write_failed_start(run_dir, Outcome(ExitCode.CONFIG, "typing error", 0))
-        assert not run_dir.exists()
-        run_dir.mkdir(parents=True)
-        write_failed_start(run_dir, Outcome(ExitCode.CONFIG, "typing error", 0))
-        assert self.said(run_dir) == (2, "typing error", 0)
-        claim(run_dir)
 
 
 class TestGuard:

@@ -30,9 +30,10 @@ from sltrain_dist.data.prepare.make_corpus import (
     build_embedded,
     prepare_files,
 )
-from sltrain_dist.data.prepare.shards import MANIFEST, CorpusManifest, is_complete, new_directory, write_corpus
+from sltrain_dist.data.prepare.shards import MANIFEST, CorpusManifest, is_complete, write_corpus
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import ConfigError, DataError, StorageError
+from sltrain_dist.files import writing_directory
 
 TEXT = "the river of time is a long and quiet one that nobody can see but all of us follow to sea for ever"
 WORDS = TEXT.split()
@@ -290,7 +291,7 @@ def test_processes_that_build_at_once(site: Path, tmp_path: Path) -> None:
     told = sorted(lines for _, lines, _ in found)
     assert told[-1] == 3, "one builds"
     assert told[1] <= 1, "the others wait, and say so if it is not done yet"
-    assert not list((tmp_path / "cache").glob("*.tmp-*"))
+    assert not list((tmp_path / "cache").glob("*.incomplete"))
 
 
 def test_a_long_build_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         yield "train", Document("One.", "u", "s")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out") as temporary:
+    with pytest.raises(KeyboardInterrupt), writing_directory(tmp_path / "out") as temporary:
         write_corpus(temporary, documents(), CorpusManifest("x", []), num_shards=2, dropped=Counter())
     assert list(tmp_path.iterdir()) == []
 
@@ -324,23 +325,25 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards._SplitWriter, "write", full)
     monkeypatch.setattr(shards._SplitWriter, "close", full)
     refused = pytest.raises(StorageError, match=r"cannot write to .*: No space left on device")
-    with refused, new_directory(tmp_path / "out") as temporary:
+    with refused, writing_directory(tmp_path / "out") as temporary:
         write_corpus(temporary, documents, CorpusManifest("x", []), num_shards=2, dropped=Counter())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_appears_meanwhile(tmp_path: Path) -> None:
-    def race(yields: bool) -> None:
-        with new_directory(tmp_path / "out", yields_to_other=yields) as temporary:
-            (temporary / "ours").write_text("")
-            (tmp_path / "out").mkdir(exist_ok=True)
-            (tmp_path / "out" / "theirs").write_text("")
+def test_a_directory_that_appears_meanwhile(site: Path, tmp_path: Path) -> None:
+    """That of another process is as good if both make the embedded corpus, and is left alone if not."""
 
-    race(True)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
-    with pytest.raises(DataError, match="cannot make"):
-        race(False)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    def appear(line: str) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("")
+
+    (tmp_path / "in.txt").write_text(_page("a") + "\n" + _page("b"))
+    options = PrepareOptions(InputOptions(txt_unit="paragraph"))
+    with pytest.raises(DataError, match=r"cannot make .*out: "):
+        prepare_files([str(tmp_path / "in.txt")], tmp_path / "out", options, report=appear)
+    build_corpus_of_packages(find_installation([site]), tmp_path / "out", report=appear)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert list(tmp_path.glob(".*")) == []
 
 
 def _page(seed: str) -> str:

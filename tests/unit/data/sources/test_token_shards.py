@@ -214,7 +214,7 @@ class _Stopped(BaseException):
 def test_an_interrupted_preparation_goes_on(text, tmp_path, monkeypatch, at):
     whole = prepare(text, tmp_path / "whole")
     output = tmp_path / "tokens"
-    replace = Path.replace
+    rename = Path.rename
     started = []
 
     def stop(path, target):
@@ -222,10 +222,10 @@ def test_an_interrupted_preparation_goes_on(text, tmp_path, monkeypatch, at):
             raise _Stopped
         if Path(target).name == MANIFEST:
             started.append(True)
-        return replace(path, target)
+        return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stop)
+        patch.setattr(Path, "rename", stop)
         with pytest.raises(_Stopped):
             prepare(text, output)
     with pytest.raises(DataError, match="not finished"):
