@@ -16,7 +16,7 @@ from sltrain_dist.models.count import block_linears, count_parameters, parameter
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
-from sltrain_dist.parallel.placement import waiting_bytes
+from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
 from sltrain_dist.sparse_lowrank.sizes import effective_density, stored_index_bytes
@@ -131,7 +131,7 @@ def _per_layer(config: Config, world_size: int, passes: int) -> str:
     """Says when per-layer updates free the gradients."""
     if passes == 1:
         return "every gradient is freed during the backward pass"
-    waiting = format_bytes(waiting_bytes(config, world_size))
+    waiting = format_bytes(accumulated_gradient_bytes(config, world_size))
     return f"in the last of {passes} micro-batches; until then gradients take {waiting} on each rank"
 
 

@@ -11,10 +11,10 @@ import pytest
 from sltrain_dist.config.load import build_config
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Point
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.plan.replay import replay
 from tests.distributed import live
 from tests.distributed.launch import torchrun
+from tests.support.held_bytes import rank_bytes
 
 RANKS = 2
 EXACT = {"factors", "sparse_values", "dense", "index", "gradients", "states", "master_weights", "batch"}

@@ -14,7 +14,6 @@ import torch
 
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.communication import update_traffic
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train import step
 from tests.distributed.cases import (
@@ -35,6 +34,7 @@ from tests.distributed.cases import (
     train,
 )
 from tests.distributed.launch import torchrun
+from tests.support.held_bytes import rank_bytes
 
 pytest.importorskip("deepspeed")
 

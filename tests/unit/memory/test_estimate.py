@@ -18,9 +18,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.parallel.communication import update_traffic
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.plan.replay import replay
 from tests.support.configs import PLANNED
+from tests.support.held_bytes import rank_bytes
 
 
 def config_of(values: dict[str, Any], base: dict[str, Any] = PLANNED) -> Config:

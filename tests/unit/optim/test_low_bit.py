@@ -32,10 +32,11 @@ from sltrain_dist.optim.state_layout import (
     update_chunks,
 )
 from sltrain_dist.parallel.pieces import LocalPieces, Piece
-from sltrain_dist.parallel.placement import fsdp_range, rank_bytes
+from sltrain_dist.parallel.placement import fsdp_range
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.state import check_resumable
+from tests.support.held_bytes import rank_bytes
 from tests.support.ranks import SINGLE, on_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {

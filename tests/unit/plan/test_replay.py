@@ -15,7 +15,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.parallel.placement import RankBytes, rank_bytes, waiting_bytes
+from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.plan.follow import follow
 from sltrain_dist.plan.replay import fake_rank, replay
 from sltrain_dist.sparse_lowrank.sizes import stored_index_bytes
@@ -23,6 +23,7 @@ from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
 from tests.support.configs import PLANNED
+from tests.support.held_bytes import RankBytes, rank_bytes
 from tests.support.ranks import SINGLE
 
 pytestmark = pytest.mark.slow
@@ -146,7 +147,7 @@ def test_gradients_wait_for_the_last_micro_batch(case: str) -> None:
     ranks, sections = HELD[case]
     config = config_of(**{**sections, "train": {**sections.get("train", {}), "global_batch": 4 * ranks}})
     points = {(point.phase, point.where): point.groups() for point in replay(config, ranks).timeline}
-    assert points["forward", "pass 2, embed_tokens"]["gradients"] == waiting_bytes(config, ranks)
+    assert points["forward", "pass 2, embed_tokens"]["gradients"] == accumulated_gradient_bytes(config, ranks)
 
 
 def test_gathered_blocks_and_what_is_saved() -> None:

@@ -15,8 +15,8 @@ import pytest
 from sltrain_dist.config.load import build_config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.device_overhead import outside_bytes
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.plan.follow import follow
+from tests.support.held_bytes import rank_bytes
 from tests.support.paths import REPO
 from tests.support.ranks import SINGLE
 from tests.unit.plan.test_replay import config_of
