@@ -1,7 +1,4 @@
-"""Starts every engine on several processes, and looks at what its shards hold and what starting took.
-
-Run under torchrun as a script, this writes what it saw to the file that it is given.
-"""
+"""Starts every engine on several processes, and looks at what its shards hold and what starting took."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sltrain_dist.checkpoint.store import CheckpointReader
-from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.parallel import zero, zero_start
 from sltrain_dist.runtime import environment
 from sltrain_dist.runtime.environment import Environment
@@ -99,7 +95,6 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
         engine = start_engine(config, env, cast(CheckpointReader, saved))
     resumed = differing(whole_tensors(engine, env), saved.tensors)
     update = tracker.intervals[-1].peak
-    timeline = estimate(config, ranks=env.world_size, device="cpu").timeline
     return {
         "initial": initial,
         "resumed": resumed,
@@ -107,11 +102,11 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
         "partition": env.gather(started[0]),
         "resume": env.gather(again.peak),
         "update": env.gather(update),
-        "planned": [point.total for point in timeline if point.phase == "init"],
     }
 
 
 def main(out: str) -> None:
+    """Writes what :func:`start` saw, by the names of the cases, to a file."""
     torch.set_num_threads(1)
     env = environment.start(60, need_group=True)
     results = {case.name: start(case, env) for case in CASES}
@@ -120,7 +115,3 @@ def main(out: str) -> None:
     env.gather(None)  # no rank is gone before all are done
     sys.stderr.flush()
     os._exit(0)  # see cases.py
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

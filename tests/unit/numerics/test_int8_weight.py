@@ -294,6 +294,7 @@ def int8_training(micro_batch: int = 8, **optim: Any) -> Training:
     return Training(config.model_copy(update={"reparam": config.reparam.model_copy(update={"weight_bits": 8})}))
 
 
+@pytest.mark.slow
 class TestTraining:
     @pytest.mark.parametrize("micro_batch", [8, 2])
     def test_per_layer_equals_whole(self, micro_batch: int) -> None:

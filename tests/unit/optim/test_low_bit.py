@@ -221,6 +221,7 @@ class TestRanks:
         with pytest.raises(ValueError, match="pass all_reduce_max"):
             make_optimizer([("V", parameter)], OptimConfig(state_bits=8), ranges={"V": part})
 
+    @pytest.mark.slow
     def test_a_rank_without_a_part_takes_part(self) -> None:
         """4097 values on 83 ranks are 50 each, so that the last one has none."""
         shape, ranks = (4097,), 83

@@ -29,7 +29,7 @@ from bench_memory import Peak, live_peak
 from bench_planner import LEVERS, cases, compare, run, summary
 from public_measurements import Prediction
 
-SAMPLE = [case for case in cases(11, 6, max_layers=2, on_one=False) if case["values"]["preset"] != "llama_1b"][:3]
+SAMPLE = [case for case in cases(11, 6, max_layers=2, on_one=False) if case["values"]["preset"] != "llama_1b"][:2]
 
 
 def test_the_grid_covers_every_setting() -> None:
