@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sltrain_dist.numerics.device import device_type
-from sltrain_dist.sparse_lowrank.cost import LayerShape, Path, Route, choose_route
+from sltrain_dist.numerics.device import device_type, is_emulated
+from sltrain_dist.sparse_lowrank.cost import Path, Route, choose_route
+from sltrain_dist.sparse_lowrank.devices import DEFAULT_GPU, Device, find_cpu, find_gpu
 from sltrain_dist.sparse_lowrank.kept import is_keeping
 from sltrain_dist.sparse_lowrank.paths.factored import Factored
 from sltrain_dist.sparse_lowrank.paths.materialize import Materialize
+from sltrain_dist.sparse_lowrank.route_kernels import LayerShape
 from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
@@ -102,7 +104,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
     for operand in operands:
         _check_shapes(x, operand)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    routes = [_route(flat, operand) for operand in operands]
+    routes = [_route(flat, operand, len(operands)) for operand in operands]
     factored = [i for i, route in enumerate(routes) if route.path == "factored"]
     outputs: list[Tensor | None] = [None] * len(operands)
     if factored:
@@ -130,12 +132,25 @@ def block_rows(operand: Operand, dtype: torch.dtype) -> int:
     return max(1, min(operand.support.m, operand.row_block_bytes // (operand.support.n * dtype.itemsize)))
 
 
-def _route(x: Tensor, operand: Operand) -> Route:
+def this_device(kind: str) -> Device:
+    """Returns what the cost model knows of this process's device: its GPU, or its CPU if `kind` is "cpu".
+
+    It depends on names alone, not on measurements, so that equal machines choose equal routes.
+    """
+    if kind == "cpu":
+        return find_cpu(torch.backends.cpu.get_cpu_capability(), amx=torch.cpu._is_amx_tile_supported())
+    if is_emulated("cuda") or not torch.cuda.is_available():
+        return DEFAULT_GPU
+    return find_gpu(torch.cuda.get_device_name())
+
+
+def _route(x: Tensor, operand: Operand, sharing: int) -> Route:
     support, tokens = operand.support, x.shape[0]
     if tokens == 0:
         return Route("materialize", dense_backward=True)
-    shape = LayerShape(support.m, support.n, operand.A.shape[0], support.nnz, support.kind)
-    return choose_route(shape, tokens, bits=x.dtype.itemsize * 8, device=device_type(x), path=operand.path)
+    shape = LayerShape(support.m, support.n, operand.A.shape[0], support.nnz, support.kind, sharing)
+    device = this_device(device_type(x))
+    return choose_route(shape, tokens, bits=x.dtype.itemsize * 8, device=device, path=operand.path)
 
 
 def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:

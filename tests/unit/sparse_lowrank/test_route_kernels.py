@@ -1,0 +1,136 @@
+"""The lists of kernels of the cost model against traces of the layer itself: products, FLOPs, bytes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sltrain_dist.config.schema import SupportKind
+from sltrain_dist.memory.operators import FLOPS
+from sltrain_dist.numerics.device import emulate
+from sltrain_dist.sparse_lowrank import SLLinear, functional
+from sltrain_dist.sparse_lowrank.cost import ROUTES
+from sltrain_dist.sparse_lowrank.devices import CPUS, GPUS, Device
+from sltrain_dist.sparse_lowrank.layer import apply_shared
+from sltrain_dist.sparse_lowrank.route_kernels import ROUTE_KERNELS, LayerShape, RouteKernels
+
+KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
+BYTES_TOLERANCE = 0.1
+"""The lists leave out passes over single rows and casts of a few numbers."""
+LAUNCHES_TOLERANCE = 0.35
+"""Positions of `stratified` and `blocks` take operators over single rows, which come in no fixed number."""
+
+aten, sltrain_ops = torch.ops.aten, torch.ops.sltrain
+NO_KERNEL = {
+    aten.empty, aten.new_empty, aten.empty_like, aten.detach, aten.alias, aten.view, aten._unsafe_view,
+    aten.t, aten.transpose, aten.slice, aten.select, aten.expand, aten.split, aten.split_with_sizes,
+    aten.unsqueeze, aten.squeeze, aten.permute, aten.as_strided, aten.unflatten, aten.unfold,
+}  # fmt: skip
+"""Operators that allocate or make views."""
+BAGS, DOTS = aten._embedding_bag_forward_only, aten._embedding_bag_per_sample_weights_backward
+COUNTED = {**FLOPS, aten._embedding_bag: FLOPS[BAGS]}
+TRITON = {
+    sltrain_ops.transpose, sltrain_ops.transpose_back, sltrain_ops.blocks_outputs, sltrain_ops.blocks_inputs,
+    sltrain_ops.blocks_values, sltrain_ops.stratified_add_, sltrain_ops.stratified_take,
+}  # fmt: skip
+
+
+class Trace(TorchDispatchMode):
+    """Counts the matrix products, their FLOPs, and the bytes that operators read and write."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+        self.products = self.flops = self.bytes = self.launches = 0
+        self.seen: dict[str, list[float]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in NO_KERNEL or func.is_view or func.namespace == "prim":
+            return out
+        flops = COUNTED.get(packet)
+        if flops is not None:
+            self.products += 1
+            self.flops += flops(*args, **(kwargs or {}), out_val=out)
+        moved = self.moved(packet, args, kwargs or {}, out)
+        self.launches += 5 if packet in TRITON else 1
+        self.bytes += moved
+        entry = self.seen.setdefault(str(packet), [0, 0])
+        entry[0] += 1
+        entry[1] += moved
+        return out
+
+    def moved(self, packet: Any, args: Any, kwargs: dict[str, Any], out: Any) -> float:
+        sector = self.device.sector_bytes
+        inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if packet is aten.index_add_ and args[0].dim() == 1:
+            return args[2].nbytes + args[3].nbytes + 2 * sector * args[2].numel()
+        if packet is aten.index_select and args[0].dim() == 1 and args[0].numel() > args[2].numel():
+            return args[2].nbytes + outputs[0].nbytes + sector * args[2].numel()
+        if packet in (aten.index_select, aten.gather):
+            return 2 * outputs[0].nbytes  # reads in order
+        if packet is sltrain_ops.stratified_add_:
+            return args[1].nbytes + 2 * sector * args[1].numel()
+        if packet is sltrain_ops.stratified_take:
+            return outputs[0].nbytes + sector * outputs[0].numel()
+        if packet is aten.sort:
+            return 24 * args[0].numel() * math.log2(args[0].numel())
+        if packet is aten.searchsorted:
+            return 0
+        if packet in (BAGS, aten._embedding_bag):
+            return args[1].numel() * args[0].shape[1] * args[0].element_size() + outputs[0].nbytes
+        if packet is DOTS:
+            return 2 * args[2].numel() * args[0].shape[1] * args[0].element_size()
+        if kwargs.get("beta", 1) == 0:
+            inputs = inputs[1:]
+        if packet in (aten.new_zeros, aten.zeros_like, aten.bmm, aten.copy_):  # what they write to is not read
+            inputs = [] if "zeros" in str(packet) else inputs[1:] if packet is aten.copy_ else inputs
+        return sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+
+
+def trace(
+    kind: SupportKind, route: int, m: int, n: int, r: int, tokens: int, dtype: torch.dtype, device: Device,
+    monkeypatch: pytest.MonkeyPatch, sharing: int = 1,
+) -> tuple[Trace, LayerShape]:  # fmt: skip
+    monkeypatch.setattr(functional, "choose_route", lambda *args, **kwargs: ROUTES[route])
+    with FakeTensorMode(), nullcontext() if device.is_cpu else emulate("cuda"):
+        layers = [
+            SLLinear(n, m, r, 0.03, 1.5, support=kind, name=f"a.{i}", seed=0, dtype=dtype, device="cpu")
+            for i in range(sharing)
+        ]
+        for layer in layers:
+            if kind == "blocks":
+                layer.support._set_runs(0)  # a shift cuts one run in two
+        x, g = torch.empty(tokens, n, dtype=dtype, requires_grad=True), torch.empty(tokens, m, dtype=dtype)
+        with Trace(device) as traced:
+            torch.autograd.backward(apply_shared(layers, x), sharing * [g])
+    return traced, LayerShape(m, n, r, layers[0].support.nnz, kind, sharing)
+
+
+@pytest.mark.parametrize("device", [next(iter(CPUS.values())), next(iter(GPUS.values()))], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("route", range(3), ids=["dense", "mixed", "factored"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(768, 2048, 256), (5461, 2048, 512)], ids=str)
+def test_lists_are_what_runs(
+    kind: SupportKind, route: int, shape: tuple[int, int, int], dtype: torch.dtype, device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tokens = 2048
+    traced, layer = trace(kind, route, *shape, tokens, dtype, device, monkeypatch)
+    kernels = ROUTE_KERNELS[route](RouteKernels(layer, tokens, 8 * dtype.itemsize, device))
+    products = [kernel for kernel in kernels if kernel.flops]
+    print(sum(k.bytes for k in kernels) / traced.bytes, sum(k.launches for k in kernels), traced.launches)
+    assert sum(kernel.flops for kernel in products) == traced.flops
+    assert sum(8 if kernel.launches == 8 and kernel.unit == "blocks" else 0 for kernel in products) % 8 == 0
+    assert sum(kernel.bytes for kernel in kernels) == pytest.approx(traced.bytes, rel=BYTES_TOLERANCE)
