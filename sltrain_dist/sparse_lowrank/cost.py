@@ -6,7 +6,6 @@ launch. Sources: the kernels are listed in :mod:`.route_kernels`, the rates in :
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +36,6 @@ ROUTES = (Route("materialize", True), Route("materialize", False), Route("factor
 """All routes."""
 
 
-@lru_cache(maxsize=4096)
 def choose_route(shape: LayerShape, tokens: int, *, bits: int, device: Device, path: Path = "auto") -> Route:
     """Returns the fastest route for a layer's forward and backward pass together.
 
@@ -53,11 +51,39 @@ def choose_route(shape: LayerShape, tokens: int, *, bits: int, device: Device, p
     Returns:
         The route; on `path` unless that is auto.
     """
-    best, least = ROUTES[0], math.inf
-    for route, seconds in zip(ROUTES, route_seconds(shape, tokens, bits=bits, device=device), strict=True):
-        if path in ("auto", route.path) and seconds < least:
-            best, least = route, seconds
-    return best
+    return route_at(tokens, route_ranges(shape, bits, device, path))
+
+
+Ranges = tuple[tuple[int, int], ...]
+"""Routes by the number of tokens: (smallest number, index in :data:`ROUTES`), the largest number first."""
+
+
+def route_at(tokens: int, ranges: Ranges) -> Route:
+    """Returns the route for a number of tokens. torch.compile traces it: comparisons alone keep T dynamic."""
+    return ROUTES[next(route for first, route in ranges if tokens >= first)]
+
+
+@lru_cache(maxsize=4096)
+def route_ranges(shape: LayerShape, bits: int, device: Device, path: Path) -> Ranges:
+    """Returns the fastest routes on a path by the number of tokens, with one change at most between powers of two."""
+
+    def fastest(tokens: int) -> int:
+        seconds = route_seconds(shape, tokens, bits=bits, device=device)
+        return min((i for i, route in enumerate(ROUTES) if path in ("auto", route.path)), key=lambda i: seconds[i])
+
+    ranges = [(1, fastest(1))]
+    for low in (1 << power for power in range(_MAX_LOG_TOKENS)):
+        if fastest(2 * low) != ranges[0][1]:
+            last, first = low, 2 * low  # the last number with the old route, the first with the new one
+            while first - last > 1:
+                middle = (last + first) // 2
+                last, first = (middle, first) if fastest(middle) == ranges[0][1] else (last, middle)
+            ranges.insert(0, (first, fastest(2 * low)))
+    return tuple(ranges)
+
+
+_MAX_LOG_TOKENS = 22
+"""Up to 2^22 tokens the route may change with their number."""
 
 
 def route_seconds(shape: LayerShape, tokens: int, *, bits: int, device: Device) -> tuple[float, ...]:

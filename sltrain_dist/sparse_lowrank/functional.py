@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type, is_emulated
-from sltrain_dist.sparse_lowrank.cost import Path, Route, choose_route
+from sltrain_dist.sparse_lowrank.cost import Path, Ranges, Route, route_at, route_ranges
 from sltrain_dist.sparse_lowrank.devices import DEFAULT_GPU, Device, find_cpu, find_gpu
 from sltrain_dist.sparse_lowrank.kept import is_keeping
 from sltrain_dist.sparse_lowrank.paths.factored import Factored
@@ -148,9 +149,14 @@ def _route(x: Tensor, operand: Operand, sharing: int) -> Route:
     support, tokens = operand.support, x.shape[0]
     if tokens == 0:
         return Route("materialize", dense_backward=True)
-    shape = LayerShape(support.m, support.n, operand.A.shape[0], support.nnz, support.kind, sharing)
-    device = this_device(device_type(x))
-    return choose_route(shape, tokens, bits=x.dtype.itemsize * 8, device=device, path=operand.path)
+    shape = (support.m, support.n, operand.A.shape[0], support.nnz, support.kind, sharing)
+    return route_at(tokens, _ranges(shape, x.dtype.itemsize * 8, device_type(x), operand.path))
+
+
+@torch.compiler.assume_constant_result
+def _ranges(shape: tuple[Any, ...], bits: int, kind: str, path: Path) -> Ranges:
+    """Returns :func:`route_ranges` on this process's device; from plain values, because torch.compile runs it."""
+    return route_ranges(LayerShape(*shape), bits, this_device(kind), path)
 
 
 def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:
