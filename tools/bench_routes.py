@@ -3,7 +3,7 @@
 
     python tools/bench_routes.py --shapes 60m,130m,350m,1b --dtype fp32 --threads 1 > rows.jsonl
 
-Prints one JSON object per layer shape: the seconds of `nn.Linear` and of each support's routes, the least of
+Prints one JSON object for each layer shape: the seconds of `nn.Linear` and of each support's routes, the least of
 interleaved repetitions. One thread is timed by processor time, several by wall-clock time.
 """
 
@@ -22,6 +22,8 @@ from torch import nn
 from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.sparse_lowrank import SLLinear, functional
 from sltrain_dist.sparse_lowrank.cost import ROUTES, Route
+from sltrain_dist.sparse_lowrank.devices import CPUS
+from sltrain_dist.sparse_lowrank.functional import this_device
 from sltrain_dist.sparse_lowrank.layer import SUPPORTS
 
 ROUTE_NAMES = dict(zip(("dense", "mixed", "factored"), ROUTES, strict=True))
@@ -57,6 +59,10 @@ def measure(m: int, n: int, rank: int, density: float, args: Any) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = this_device("cpu").name
+    parser.add_argument(
+        "--device", choices=CPUS, default=here, help="what an instruction set limited by hand counts as"
+    )
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--tokens", type=positive, default=2048)
     parser.add_argument("--shapes", type=some_of(sizes()), default="1b", help="presets, by comma: 60m,130m,350m,1b,7b")
@@ -69,8 +75,8 @@ def main() -> None:
         groups, rank, density, _ = groups_of(preset)
         for m, n in dict.fromkeys((group.m, group.n) for group in groups):
             row = {
-                "preset": preset, "m": m, "n": n, "rank": rank, "density": density, "tokens": args.tokens,
-                "dtype": args.dtype, "threads": args.threads, "isa": torch.backends.cpu.get_cpu_capability(),
+                "device": args.device, "preset": preset, "m": m, "n": n, "rank": rank, "density": density,
+                "tokens": args.tokens, "dtype": args.dtype, "threads": args.threads,
                 "seconds": measure(m, n, rank, density, args),
             }  # fmt: skip
             print(json.dumps(row), flush=True)

@@ -2,14 +2,19 @@
 """Predicts the time of the linear layers of a decoder layer by the cost model, as ratios to nn.Linear. Needs no GPU.
 
     python tools/roofline.py --shapes 1b,7b --devices "A100,H100,H200,RTX 4090" --tokens 8192 --json
+    python tools/roofline.py --measured docs/reports/2026-11-27-cost-model/cpu.jsonl
 
-Times are those of the forward and the backward pass together, launches included.
+Times are those of the forward and the backward pass together, launches included. The second form compares predictions
+with what tools/bench_routes.py measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from benchmarking import positive, sizes, some_of, table
@@ -17,12 +22,14 @@ from benchmarking import positive, sizes, some_of, table
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.models.count import block_linears
-from sltrain_dist.sparse_lowrank.cost import choose_route, kernel_seconds, route_seconds
+from sltrain_dist.sparse_lowrank.cost import ROUTES, choose_route, kernel_seconds, route_seconds
 from sltrain_dist.sparse_lowrank.devices import CPUS, GPUS
 from sltrain_dist.sparse_lowrank.route_kernels import LayerShape, dense_kernels
+from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 DEVICES = {**GPUS, **CPUS}
 SUPPORTS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
+ROUTE_NAMES = ("dense", "mixed", "factored")
 DEFAULT = "A100,H100,H200,RTX 4090"
 
 
@@ -52,6 +59,29 @@ def cell(row: dict[str, Any]) -> str:
     return " / ".join(ratios)
 
 
+def compare(path: Path) -> None:
+    """Prints how well predictions agree with measured rows, and what auto loses to the best route."""
+    errors, losses = defaultdict(list), defaultdict(list)
+    for row in map(json.loads, path.read_text().splitlines()):
+        device, bits, tokens = CPUS[row["device"]], 16 if row["dtype"] == "bf16" else 32, row["tokens"]
+        case = (row["device"], row["dtype"], row["threads"])
+        dense = kernel_seconds(dense_kernels(row["m"], row["n"], tokens, bits, device), bits, device)
+        for support in SUPPORTS:
+            nnz = nonzeros(row["m"], row["n"], row["density"], support)
+            shape = LayerShape(row["m"], row["n"], row["rank"], nnz, support)
+            predicted = [seconds / dense for seconds in route_seconds(shape, tokens, bits=bits, device=device)]
+            measured = [row["seconds"][f"{support} {route}"] / row["seconds"]["dense"] for route in ROUTE_NAMES]
+            errors[case] += [max(p / m, m / p) - 1 for p, m in zip(predicted, measured, strict=True)]
+            chosen = ROUTES.index(choose_route(shape, tokens, bits=bits, device=device))
+            losses[case].append(measured[chosen] / min(measured) - 1)
+    body = []
+    for case, found in errors.items():
+        within, lost = statistics.mean(error <= 0.25 for error in found), losses[case]
+        shares = (statistics.median(found), within, statistics.mean(lost), max(lost))
+        body.append([", ".join(map(str, case)), str(len(found)), *(f"{share:.1%}" for share in shares)])
+    print(table(["device, type, threads", "ratios", "median error", "within 25 %", "mean loss", "largest loss"], body))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=some_of(sizes()), default="1b,7b", help="presets, by comma")
@@ -59,8 +89,12 @@ def main() -> None:
     parser.add_argument("--support", choices=SUPPORTS, default="blocks")
     parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--bits", type=int, choices=(16, 32), default=16)
+    parser.add_argument("--measured", type=Path, default=None, help="rows of tools/bench_routes.py to compare with")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each layer")
     args = parser.parse_args()
+    if args.measured is not None:
+        compare(args.measured)
+        return
     rows = {
         (preset, name): predict(preset, name, args.support, args.tokens, args.bits)
         for preset in args.shapes
