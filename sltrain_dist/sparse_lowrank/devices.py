@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 Unit = Literal["matrix", "unaligned", "blocks", "bags", "dots", "copy", "transpose", "pick"]
@@ -123,6 +124,7 @@ DEFAULT_GPU = GPUS["H100"]
 """What the planner plans for, and what a GPU that is not in the table counts as."""
 
 
+@cache
 def find_gpu(name: str) -> Device:
     """Returns a GPU by the name that its driver reports, such as "NVIDIA A100-SXM4-80GB"; the default if unknown."""
     words = set(re.split(r"[^A-Za-z0-9]+", name))

@@ -1,7 +1,7 @@
 """The kernels that each route of a layer runs (no torch): their FLOPs, bytes and launches, for the cost model.
 
 The lists follow paths/ and supports/ operator by operator, as they run without torch.compile; a test compares them with
-a trace. They are those of one layer by itself, without bias, with parameters of the type that is computed in.
+a trace. They are those of layers without bias whose parameters have the type that is computed in.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from sltrain_dist.sparse_lowrank.devices import Device, Unit
 from sltrain_dist.sparse_lowrank.sizes import (
     BLOCK_SLICE,
     SLICE,
+    TOKEN_ALIGNMENT,
     nonzeros,
     num_windows,
     position_bytes,
     window_runs,
 )
-
-PADDED_TOKENS = 16
-"""The Triton kernels pad tokens to a multiple of this, which Triton recognises as aligned."""
 
 TRITON_LAUNCHES = 5
 """Launches that starting a Triton kernel counts as: custom operators and Triton's launcher are Python. Fitted to the
@@ -82,7 +80,7 @@ def _product(name: str, tokens: int, p: int, q: int, bits: int, device: Device, 
 
 
 class RouteKernels:
-    """Lists the kernels of the routes, for all layers that share an input together, as if they were of one shape.
+    """Lists the kernels of the routes, for all layers together that share an input, as if they were of one shape.
 
     Args:
         shape: The layer.
@@ -237,7 +235,7 @@ class RouteKernels:
 
     @property
     def _rows_bytes(self) -> int:
-        """Bytes of a row of tokens for every value."""
+        """Bytes of as many rows of all tokens as there are values."""
         return self.width * self.tokens * self.nnz
 
     def _rows_and_columns(self) -> list[Kernel]:
@@ -270,7 +268,8 @@ class RouteKernels:
         return [self._transpose("xᵀ", self.n), self._pass("rows of xᵀ", 2 * self.tokens * self.places)]
 
     def _restore_inputs(self) -> list[Kernel]:
-        twice = [self._pass("inputs in two windows", 5 * self.tokens * (self.places - self.n), 3)]
+        overlap = self.places - self.n
+        twice = [self._pass("inputs in two windows", 5 * self.tokens * overlap, 3)] if overlap else []
         if self.bits > 16:
             return [self._pass("pick dx", 2 * self.tokens * self.n, unit="pick"), *twice]
         return [self._pass("rows of dxᵀ", 2 * self.tokens * self.n), *twice, self._transpose("dx", self.n)]
@@ -283,7 +282,7 @@ class RouteKernels:
 
     @property
     def _padded(self) -> int:
-        return -(-self.tokens // PADDED_TOKENS) * PADDED_TOKENS
+        return -(-self.tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
     def _triton_transpose(self, name: str, features: int) -> Kernel:
         return Kernel(name, "copy", 0, self.width * features * (self.tokens + self._padded), TRITON_LAUNCHES)
