@@ -225,7 +225,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.rank": ({}, 16),
     "reparam.density": ({}, 0.3),
     "reparam.support": ({}, "blocks"),
-    "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
+    "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "materialize"),
     "reparam.row_block_bytes": (_WIDE, 16384),
     "reparam.weight_bits": ({}, 8),
     "data.seq_len": ({}, 64),
