@@ -11,13 +11,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sltrain_dist.checkpoint.store import CheckpointReader
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.parallel import zero, zero_start
 from sltrain_dist.runtime import environment
@@ -96,7 +95,7 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
     gc.collect()
     again = LiveBytes()
     with again:
-        engine = start_engine(config, env, cast(CheckpointReader, saved))
+        engine = start_engine(config, env, saved.read, saved.step)
     resumed = differing(whole_tensors(engine, env), saved.tensors)
     update = tracker.intervals[-1].peak
     timeline = estimate(config, ranks=env.world_size, device="cpu").timeline

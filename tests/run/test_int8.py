@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sltrain_dist import cli
 from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
-from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.config.load import load_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.runtime.environment import Environment
