@@ -14,8 +14,15 @@ from sltrain_dist.parallel.ddp import DDPEngine
 from tests.support.runs import documents, final_tensors, metrics, outcome, saved_steps, train_here, trajectory
 
 Output = pytest.CaptureFixture[str]
-BRANCH = ("seed=9", "optim.lr=0.005", "optim.warmup_steps=1", "data.shuffle_block=8", "checkpoint.every=3")
-"""Another data order, seed, schedule and learning rate than those of the checkpoint."""
+BRANCH = (
+    "seed=9",
+    "optim.lr=0.005",
+    "optim.warmup_steps=1",
+    "optim.state_bits=8",
+    "data.shuffle_block=8",
+    "checkpoint.every=3",
+)
+"""Another data order, seed, schedule and kind of optimizer states than those of the checkpoint."""
 
 
 @pytest.fixture(scope="module")
