@@ -197,14 +197,14 @@ def predict(config: Config, ranks: int) -> Estimate:
 def start_engine(config: Config, env: Environment, read: ReadRange | None = None, step: int = 0) -> Engine:
     """Builds the model in its engine, without allocating more on a rank than it keeps.
 
-    Values are then set in place, as they are read, or to the initial values, which are bitwise those of
+    Values are then set in place: to what `read` returns, or to the initial values, which are bitwise those of
     :func:`build_model` on any number of ranks.
 
     Args:
         config: The configuration.
         env: The distributed environment.
-        read: Reads parameters, and after updates also optimizer states; None for initial values.
-        step: Number of updates that the values that are read have had in this run.
+        read: Reads parameters, and optimizer states if `step` is not 0; None for initial values.
+        step: Number of updates that the run has made.
     """
     if read is None and config.parallel.engine == "ddp":
         return build_engine(build_model(config, env.device), config, env)
