@@ -168,8 +168,8 @@ def _dense(layer: nn.Module) -> Tensor:
 def _approximate(layer: nn.Module, W: Tensor) -> None:
     """Sets the parameters of a linear layer of any method, so that its weight is close to W, (m, n).
 
-    S takes a single sweep. Further ones, of which each takes as long, lower the error by less than a hundredth of it
-    where singular values decay as in trained weights.
+    S takes a single sweep. A second one takes as long again, and lowered the error by 1 % or less for made-up weights
+    whose singular values decay as a power (by 5 % for random ones, whose error is 85 %).
     """
     if isinstance(layer, SLLinear):
         values = dict(zip("BAV", fit(W, layer.rank, layer.scale, layer.support), strict=True))
