@@ -39,7 +39,7 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
     """
     check_trainable(config)
     with torch.device("meta"):
-        factory = linear_factory(config.reparam, config.seed, config.model.init_std)
+        factory = linear_factory(config)
         precision = config.train.precision
         autocast = getattr(torch, precision.product) if precision.is_mixed else None
         chunk_tokens = config.train.chunk_tokens(config.model.vocab_size)
@@ -107,12 +107,13 @@ def _initials(model: nn.Module) -> dict[str, Initial]:
     }
 
 
-def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> LinearFactory:
+def linear_factory(config: Config) -> LinearFactory:
     """Returns the function that creates each linear layer of attention and MLP, by `reparam.method`."""
+    reparam, seed = config.reparam, config.seed
 
     def make(in_features: int, out_features: int, name: str) -> nn.Module:
         if reparam.method == "full":
-            return DenseLinear(in_features, out_features, name=name, seed=seed, std=init_std)
+            return DenseLinear(in_features, out_features, name=name, seed=seed, std=config.model.init_std)
         if reparam.method == "lowrank":
             return LowRankLinear(in_features, out_features, reparam.rank, reparam.alpha, name=name, seed=seed)
         return SLLinear(
@@ -125,7 +126,7 @@ def linear_factory(reparam: ReparamConfig, seed: int, init_std: float) -> Linear
             path=reparam.path,
             row_block_bytes=reparam.row_block_bytes,
             name=name,
-            seed=seed,
+            seed=config.support_seed,
         )
 
     return make

@@ -13,7 +13,7 @@ from sltrain_dist.models.count import parameter_shapes
 from tests.distributed import start
 from tests.distributed.cases import Case, config_of, small_quantized
 from tests.distributed.launch import launch
-from tests.distributed.start import CASES
+from tests.distributed.start import AFTER, BEFORE, CASES
 
 pytest.importorskip("deepspeed")
 
@@ -36,6 +36,13 @@ def test_values_are_those_of_one_process_or_of_the_checkpoint(started: dict[str,
     """To the bit: initial weights, and on resume weights and states."""
     assert started[case.name]["initial"] == []
     assert started[case.name]["resumed"] == []
+
+
+@pytest.mark.parametrize("before", BEFORE, ids=lambda case: case.name)
+@pytest.mark.parametrize("after", AFTER, ids=lambda case: case.name)
+def test_weights_of_another_run_are_those_of_one_process(started: dict[str, Any], before: Case, after: Case) -> None:
+    """To the bit, also where layers are converted."""
+    assert started[f"{before.name} → {after.name}"] == []
 
 
 @each_case

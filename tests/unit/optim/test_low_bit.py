@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
