@@ -25,8 +25,10 @@ from sltrain_dist.sparse_lowrank.cost import ROUTES, Route
 from sltrain_dist.sparse_lowrank.devices import CPUS
 from sltrain_dist.sparse_lowrank.functional import this_device
 from sltrain_dist.sparse_lowrank.layer import SUPPORTS
+from sltrain_dist.streams import replace_unprintable
 
 ROUTE_NAMES = dict(zip(("dense", "mixed", "factored"), ROUTES, strict=True))
+
 """The routes, materialize by its backward pass."""
 
 
@@ -58,6 +60,7 @@ def measure(m: int, n: int, rank: int, density: float, args: Any) -> dict[str, f
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = this_device("cpu").name
     parser.add_argument(

@@ -26,8 +26,10 @@ from sltrain_dist.sparse_lowrank.cost import ROUTES, choose_route, kernel_second
 from sltrain_dist.sparse_lowrank.devices import CPUS, GPUS
 from sltrain_dist.sparse_lowrank.route_kernels import LayerShape, dense_kernels
 from sltrain_dist.sparse_lowrank.sizes import nonzeros
+from sltrain_dist.streams import replace_unprintable
 
 DEVICES = {**GPUS, **CPUS}
+
 SUPPORTS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 ROUTE_NAMES = ("dense", "mixed", "factored")
 DEFAULT = "A100,H100,H200,RTX 4090"
@@ -83,6 +85,7 @@ def compare(path: Path) -> None:
 
 
 def main() -> None:
+    replace_unprintable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=some_of(sizes()), default="1b,7b", help="presets, by comma")
     parser.add_argument("--devices", type=some_of(DEVICES), default=DEFAULT, help=f"by comma, of: {', '.join(DEVICES)}")
