@@ -213,12 +213,20 @@ class OptimConfig(Section):
     embeddings."""
     clip: FloatOrZero = 0.0
     """Maximum global gradient norm; gradients with a larger norm are scaled down to it. 0: no clipping."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning-rate schedule after the warm-up. cosine, linear: a decay over the rest of the run. wsd
+    (warmup-stable-decay): the peak, and a decay at the end, so that the length of a run can be chosen late
+    (docs/recipes.md)."""
     warmup_steps: CountOrZero = 0
     """Updates over which the learning rate rises linearly to its peak."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate as a fraction of the peak (cosine and linear)."""
+    """Final learning rate as a fraction of the peak (all schedules but constant)."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: length of the decay as a fraction of the run, in updates (train.steps) or tokens (train.tokens). A decay
+    over the last fifth with the shape 1-sqrt reaches the loss of a cosine (arXiv 2405.18392)."""
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
+    """wsd: shape of the decay from the peak to min_lr_ratio. 1-sqrt: one minus the root of the decay's elapsed part,
+    which falls fast at first."""
     update: Memory[Literal["whole", "per_layer"]] = "whole"
     """whole: one optimizer step after the backward pass. per_layer: every parameter is updated during the backward
     pass, as soon as its gradient is complete, and the gradient is freed: gradients take the memory of a few

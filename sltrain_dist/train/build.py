@@ -38,7 +38,7 @@ from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
 from sltrain_dist.train.observers.traffic_watch import TrafficWatch
 from sltrain_dist.train.run_directory import RunDirectory
-from sltrain_dist.train.state import TrainState, check_resumable, flatten, read_saved, restore_rng
+from sltrain_dist.train.state import TrainState, check_resumable, check_schedule, flatten, read_saved, restore_rng
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.summary import summarise
 
@@ -107,7 +107,7 @@ def build_run(
     store = CheckpointStore(run_dir.checkpoints, env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
-    notes = [] if reader is None else check_resumable(reader.config(), config, str(reader.path))
+    notes = [] if reader is None else _check_settings(reader, config)
 
     say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
     engine = start_engine(config, env, reader)
@@ -302,6 +302,14 @@ def _named_checkpoint(
     if problem is not None:
         raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
     return path
+
+
+def _check_settings(reader: CheckpointReader, config: Config) -> list[str]:
+    """Checks that a run can go on from a checkpoint, and returns a line for every changed setting."""
+    before, where = reader.config(), str(reader.path)
+    notes = check_resumable(before, config, where)
+    check_schedule(before, config, read_saved(reader.state, reader.step, where).counters, where)
+    return notes
 
 
 def _restore(reader: CheckpointReader, env: Environment, supports: str) -> TrainState:

@@ -105,6 +105,9 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
     if optim.clip and optim.update == "per_layer":
         clip += f" by {optim.clip_mode.replace('_', ' ')}"
+    schedule: str = optim.schedule
+    if schedule == "wsd":
+        schedule += f" with a {optim.decay_type} decay over the last {optim.decay_ratio:.0%}"
     recomputed = sum(train.is_recomputed(index) for index in range(config.model.num_layers))
     kept = ", but attention" if train.keeps_attention else ""
     kept += " and linear layers" if train.keeps_products else ""
@@ -122,7 +125,7 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             f"{train.global_batch} sequences = {format_count(per_update)} token slots, in {passes} micro-batches"
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
-        ("optimizer", f"{optim.name}, lr {optim.lr:g} ({optim.schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        ("optimizer", f"{optim.name}, lr {optim.lr:g} ({schedule}, {optim.warmup_steps} warm-up), {clip}"),
         *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
 
@@ -177,9 +180,11 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     budget = (
         f"train.steps={2 * outcome.step}" if config.train.steps else f"train.tokens={2 * (config.train.tokens or 0)}"
     )
-    lines.append(
-        f"train longer:        the same command with {budget}   (the learning rate follows the longer schedule)"
-    )
+    if config.optim.schedule == "wsd":
+        longer = f"{budget} checkpoint.resume=PATH, a checkpoint from before the decay"
+    else:
+        longer = f"{budget}   (the learning rate follows the longer schedule)"
+    lines.append(f"train longer:        the same command with {longer}")
     lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"
