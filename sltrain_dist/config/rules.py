@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
         )
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
+    yield from _check_dense_layers(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
     yield from _check_data(config)
@@ -55,6 +57,25 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
 def _decay_overlaps_warmup(optim: OptimConfig, steps: int) -> bool:
     """Returns whether the decay of wsd begins before the last update of the warm-up, which is the first at the peak."""
     return optim.warmup_steps - 1 > (1.0 - optim.decay_ratio) * (steps - 1)
+
+
+def _check_dense_layers(config: Config) -> Iterator[tuple[str, str]]:
+    key, listed, layers = "reparam.dense_layers", config.reparam.dense_layers, config.model.num_layers
+    outside = [index for index in listed if not -layers <= index < layers]
+    twice = [number for number, count in Counter(index % layers for index in listed).items() if count > 1]
+    if listed and config.reparam.method not in ("sltrain", "lowrank"):
+        yield key, f"is for reparam.method=sltrain or lowrank; set it to [] with {config.reparam.method}"
+    elif outside:
+        yield (
+            key,
+            f"has {outside[0]}, but model.num_layers = {layers}; the layers are 0 to {layers - 1}, or from the end "
+            f"-1 to {-layers}",
+        )
+    elif twice:
+        names = " and ".join(str(index) for index in listed if index % layers == twice[0])
+        yield key, f"has decoder layer {twice[0]} twice, as {names}; remove one of the two"
+    elif len(listed) == layers:
+        yield key, "has all decoder layers; remove one of them, or set reparam.method=full and this to []"
 
 
 def _check_size(config: Config) -> Iterator[tuple[str, str]]:

@@ -43,6 +43,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SupportKind = Literal["random", "stratified", "blocks"]
+Method = Literal["sltrain", "full", "lowrank", "relora", "galore"]
 
 
 class Section(BaseModel):
@@ -81,7 +82,8 @@ class ModelConfig(Section):
     tie_head: Memory[bool] = False
     """Whether lm_head shares the embedding's weight."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the embedding, the head and, with reparam.method=full, of every linear layer."""
+    """Standard deviation of the embedding, the head and every dense linear layer (reparam.method=full
+    or reparam.dense_layers)."""
 
     @property
     def kv_heads(self) -> int:
@@ -97,10 +99,13 @@ class ModelConfig(Section):
 class ReparamConfig(Section):
     """Parametrization of the linear layers of attention and MLP."""
 
-    method: Memory[Literal["sltrain", "full", "lowrank", "relora", "galore"]] = "sltrain"
+    method: Memory[Method] = "sltrain"
     """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
     relora (a frozen dense weight, and low-rank factors that are merged into it periodically) and galore (a dense
     weight whose gradient is projected to a low rank before the optimizer step)."""
+    dense_layers: Memory[Annotated[tuple[int, ...], Field(strict=False)]] = ()
+    """Decoder layers whose linear layers stay dense, as with method=full, while method is sltrain or lowrank. Counted
+    from 0, or from the end with negative numbers: [0, -1] is the first and the last layer."""
     rank: Memory[Width] = 128
     """r, the inner dimension of B (m, r) and A (r, n)."""
     density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03
@@ -123,7 +128,11 @@ class ReparamConfig(Section):
     """Bits per value of B, A, V and the head. 16: their type is that of train.dtype. 8 (experimental): int8 codes with
     a float32 scale per row (for V of a random support: per 256 values), rounded stochastically by the update and
     dequantized layer by layer in the forward and backward pass. Needs Adam and parallel.engine=ddp (docs/memory.md).
-    Embedding and norms keep the type of train.dtype."""
+    Embedding, norms and the weights of dense_layers keep the type of train.dtype."""
+
+    def method_of(self, layer: int, num_layers: int) -> Method:
+        """Returns the method of decoder layer number `layer`: full for those of `dense_layers`."""
+        return "full" if layer in self.dense_layers or layer - num_layers in self.dense_layers else self.method
 
 
 class DataConfig(Section):

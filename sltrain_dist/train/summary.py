@@ -52,6 +52,8 @@ def _model(config: Config) -> list[tuple[str, str]]:
         ("dense weights", counted.dense),
     ]
     lines = [(kind, format_count(number)) for kind, number in kinds if number]
+    if config.reparam.dense_layers:
+        lines.append(("dense layers", ", ".join(map(str, config.reparam.dense_layers))))
     lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
     weights = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in shapes)
     int8 = "  int8 (experimental), but for embedding and norms" if config.reparam.weight_bits == 8 else ""
@@ -65,7 +67,8 @@ def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
     """Returns the support, and the route of each layer shape in training."""
     reparam, model = config.reparam, config.model
     linears = block_linears(model)
-    stored = model.num_layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
+    layers = model.num_layers - len(reparam.dense_layers)
+    stored = layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
     lines = [("support", f"{reparam.support}, {format_bytes(stored)} of indices")]
     for m, n in dict.fromkeys((s.m, s.n) for s in linears):
         route = choose_route(

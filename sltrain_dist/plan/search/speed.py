@@ -78,7 +78,10 @@ def _pass_seconds(config: Config) -> float:
     tokens, bits = train.micro_batch * config.data.seq_len, _bits(config)
     rates = RATES["cuda", bits]
     unit = 2 * bits / 8 / rates.copy / MEMORY_BANDWIDTH  # seconds of a multiply-add, of which a copy takes `copy`
-    linears = sum(cost for _, cost in _linear_costs(model, config.reparam, tokens, bits))
+    replaced, dense = (
+        sum(cost for _, cost in _linear_costs(model, reparam, tokens, bits))
+        for reparam in (config.reparam, config.reparam.model_copy(update={"method": "full"}))
+    )
     # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
     # takes 2.5 times as many in the backward pass: it recomputes the scores (FlashAttention-2, arXiv 2307.08691).
     attention = tokens * config.data.seq_len * model.hidden_size
@@ -86,6 +89,7 @@ def _pass_seconds(config: Config) -> float:
     copies = rates.copy * tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
     total = 3 * tokens * model.vocab_size * model.hidden_size * unit
     for index in range(model.num_layers):
+        linears = dense if config.reparam.method_of(index, model.num_layers) == "full" else replaced
         cost, launches = linears + 3.5 * attention + 3 * copies, 1.0
         if train.is_recomputed(index):  # another forward pass, a third of both passes
             cost += copies
