@@ -99,6 +99,21 @@ def test_a_stable_run_decays_from_any_of_its_checkpoints(tiny: Path, tmp_path: P
     assert "where that run's decay has begun" in capsys.readouterr().err
 
 
+def test_a_model_with_dense_layers_goes_on_to_the_bit(tiny: Path, tmp_path: Path, capsys: Output) -> None:
+    settings = ("reparam.dense_layers=[0]", "optim.schedule=constant", "train.steps=5")
+    assert train_here(tiny, tmp_path / "whole", *settings) == 0
+    assert train_here(tiny, tmp_path / "parts", *settings, "train.steps=2") == 0
+    assert train_here(tiny, tmp_path / "parts", *settings, "reparam.dense_layers=[1]") == 5
+    assert "reparam.dense_layers: [0] → [1]" in capsys.readouterr().err
+    assert train_here(tiny, tmp_path / "parts", *settings) == 0
+    of_model = [[line for line in trajectory(tmp_path / run) if "loss" in line] for run in ("whole", "parts")]
+    assert of_model[0] == of_model[1]
+    assert final_tensors(tmp_path / "parts") == final_tensors(tmp_path / "whole")
+    names = {name.removeprefix("model.model.layers.") for name in final_tensors(tmp_path / "whole")}
+    assert {"0.mlp.up_proj.weight", "1.mlp.up_proj.B"} <= names
+    assert not {"0.mlp.up_proj.B", "1.mlp.up_proj.weight"} & names
+
+
 def test_token_budget_ends_with_the_update_that_reaches_it(finished: Path, tiny: Path, tmp_path: Path) -> None:
     tokens = [line["tokens"] for line in metrics(finished) if "tokens" in line]
     budget = tokens[3] + 1

@@ -93,6 +93,13 @@ _LARGE_LAYERS: Values = {
     "data": {"seq_len": 4},
     "train": {"dtype": "mixed", "global_batch": 16},
 }
+_DENSE_LAYERS: Values = {
+    "model": {"num_layers": 5},
+    "reparam": {"dense_layers": [2, -1]},
+    "data": {"seq_len": 4},
+    "parallel": {"engine": "fsdp"},
+    "train": {"global_batch": 16},
+}
 COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulation": (1, {"reparam": {"path": "materialize"}, "train": {"global_batch": 4}}),
     "ddp, per layer": (
@@ -115,6 +122,25 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, accumulated whole": (
         2,
         {**_LARGE_LAYERS, "parallel": {"engine": "fsdp", "accumulate": "local", "reshard_after_forward": False}},
+    ),
+    "dense layers": (1, {"model": {"num_layers": 3}, "reparam": {"path": "materialize", "dense_layers": [0]}}),
+    "dense layers, ddp, per layer": (
+        2,
+        {
+            "model": {"num_layers": 3},
+            "reparam": {"dense_layers": [1]},
+            "optim": {"update": "per_layer"},
+            "train": {"global_batch": 4, "activation_checkpointing": "selective"},
+        },
+    ),
+    "fsdp, dense layers": (2, _DENSE_LAYERS),
+    "fsdp, dense layers, mixed": (
+        2,
+        merged(_DENSE_LAYERS, {"parallel": {"prefetch_blocks": 2}, "train": {"dtype": "mixed"}}),
+    ),
+    "fsdp, dense layers, accumulated whole": (
+        2,
+        merged(_DENSE_LAYERS, {"parallel": {"accumulate": "local", "reshard_after_forward": False}}),
     ),
     "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
@@ -222,6 +248,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "model.num_kv_heads": ({"train": {"micro_batch": 8, "global_batch": 8}}, 1),
     "model.tie_head": ({}, True),
     "reparam.method": ({}, "full"),
+    "reparam.dense_layers": ({"model": {"num_layers": 2}}, [0]),
     "reparam.rank": ({}, 16),
     "reparam.density": ({}, 0.3),
     "reparam.support": ({}, "blocks"),

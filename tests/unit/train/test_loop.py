@@ -32,7 +32,7 @@ from sltrain_dist.runtime import launchers
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.reaper import Process
 from sltrain_dist.runtime.stop import StopRequest
-from sltrain_dist.tracking.console import format_count
+from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.train.divergence import check_finite, not_learning
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
@@ -485,6 +485,17 @@ def test_summary(tmp_path: Path) -> None:
     assert shown["budget"] == "10 updates, 4 made"
     assert "every 5 updates" in shown["checkpoints"]
     assert shown["run directory"] == str(tmp_path)
+
+
+def test_summary_of_dense_layers(tmp_path: Path) -> None:
+    settings = config(model={"num_layers": 3}, reparam={"dense_layers": [0, -1]})
+    sections = summarise(settings, SINGLE, tmp_path, shards=3, resumed_step=0)
+    shown = {name: value for rows in sections.values() for name, value in rows}
+    model = build_model(settings)
+    assert shown["dense layers"] == "0, -1"
+    assert shown["dense weights"] == format_count(2 * (4 * 16 * 16 + 3 * 16 * 20))
+    indices = sum(buffer.nbytes for name, buffer in model.named_buffers() if ".support." in name)
+    assert shown["support"] == f"random, {format_bytes(indices)} of indices"
 
 
 SAVED = {"counters": {"step": 3, "tokens": 60}, "data": {}, "rng": [{"torch": "", "python": ""}], "supports": "ab"}
