@@ -97,6 +97,8 @@ def test_a_stable_run_decays_from_any_of_its_checkpoints(tiny: Path, tmp_path: P
     # The finished run has decayed, and goes on only with its own schedule.
     assert train_here(tiny, tmp_path / "run", *wsd, "train.steps=20") == 5
     assert "where that run's decay has begun" in capsys.readouterr().err
+    assert train_here(tiny, tmp_path / "run", *wsd, "train.steps=10", stable) == 0
+    assert final_tensors(tmp_path / "run") == final_tensors(tmp_path / "at once")
 
 
 def test_a_model_with_dense_layers_goes_on_to_the_bit(tiny: Path, tmp_path: Path, capsys: Output) -> None:

@@ -226,6 +226,20 @@ def test_an_evaluation_of_larger_batches_counts() -> None:
     assert estimate(config_of(large)).peak_bytes > 2 * estimate(config_of(small)).peak_bytes
 
 
+def test_an_evaluation_of_dense_layers() -> None:
+    """Every layer takes what it takes in a model of layers like it."""
+
+    def mlp_bytes(reparam: dict[str, Any]) -> list[int]:
+        reparam = {"path": "factored", **reparam}
+        config = config_of({"model": {"num_layers": 3}, "reparam": reparam, "eval": {"source": "embedded"}})
+        points = [point for point in estimate(config).timeline if point.where == "evaluation, mlp"]
+        return [point.components["temporaries.mlp"] for point in points]
+
+    none, dense = mlp_bytes({}), mlp_bytes({"method": "full"})
+    assert none[1] != dense[1]
+    assert mlp_bytes({"dense_layers": [1]}) == [none[0], dense[1], none[2]]
+
+
 # Which fields matter
 
 Values = dict[str, Any]
