@@ -24,8 +24,10 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.models.count import block_linears
 from sltrain_dist.runtime.malloc import keep_freed_memory
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
+from sltrain_dist.sparse_lowrank.cost import choose_route
+from sltrain_dist.sparse_lowrank.functional import this_device
 from sltrain_dist.sparse_lowrank.layer import apply_shared
+from sltrain_dist.sparse_lowrank.route_kernels import LayerShape
 from sltrain_dist.streams import replace_unprintable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,9 +143,9 @@ def measure(group: Group, methods: Sequence[str], rank: int, density: float, alp
         }
         if method.endswith("auto") and isinstance(layers[0], SLLinear):
             support = layers[0].support
-            shape = LayerShape(group.m, group.n, rank, support.nnz, support.kind)
+            shape = LayerShape(group.m, group.n, rank, support.nnz, support.kind, len(layers))
             bits = dtype.itemsize * 8
-            row["plan"] = choose_route(shape, args.tokens, bits=bits, device=device.type).path
+            row["plan"] = choose_route(shape, args.tokens, bits=bits, device=this_device(device.type)).path
         rows.append(row)
     return rows
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
-from sltrain_dist.checkpoint.store import CheckpointReader, save_tensors
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import save_tensors
 from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer_json import write_tokenizer
@@ -113,18 +114,12 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
         if not isinstance(module, SLLinear | LowRankLinear):
             continue
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
-        module.to_empty(device="cpu").float()
-        for key, parameter in module.named_parameters():
-            load_values(reader.read, f"{name}.{key}", parameter)
+        reader.fill(module, name)
         if isinstance(module, SLLinear):
             supports.append((module.name, module.support.fingerprint()))
         yield f"{name}.weight", module.dense_weight()
         module.to("meta")
-    if join_fingerprints(supports) != reader.state.get("supports"):
-        raise CheckpointError(
-            f"{reader.path} was made with other supports than this version draws for the same seed; "
-            "export with the version that saved it"
-        )
+    reader.check_supports(join_fingerprints(supports))
     for name, parameter in model.named_parameters():
         if name not in replaced:
             whole = torch.empty_like(parameter, device="cpu")

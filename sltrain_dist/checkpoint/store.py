@@ -1,4 +1,4 @@
-"""Saving and reading of checkpoints, with ranges of named tensors in safetensors files, one file per rank.
+"""Saving of checkpoints, with ranges of named tensors in safetensors files, one file per rank.
 
 A range of a flattened tensor is contiguous, so that ZeRO's flat partitions and whole replicas are saved without
 gathering or reordering, and any number of ranks can read any range.
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sltrain_dist.checkpoint.contents import TensorFiles, content_problem, read_state
+from sltrain_dist.checkpoint.contents import content_problem
 from sltrain_dist.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -36,13 +36,11 @@ from sltrain_dist.checkpoint.manifest import (
     file_entry,
     list_checkpoints,
     list_directories,
-    read_manifest,
     tensor_file,
     write_manifest,
 )
-from sltrain_dist.config.load import load_config
-from sltrain_dist.config.schema import Config
-from sltrain_dist.errors import CheckpointError, ConfigError, DivergedError, StorageError
+from sltrain_dist.config.run_files import CHECKPOINTS
+from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
 from sltrain_dist.files import make_directory, rename_synced, storage_message, sync_path, write_synced
 from sltrain_dist.parallel.pieces import SavedRange
 from sltrain_dist.runtime.environment import Environment
@@ -184,16 +182,8 @@ class CheckpointStore:
         return temporary
 
     def _write_tensors(self, temporary: Path, ranges: Iterable[SavedRange]) -> dict[str, FileEntry]:
-        tensors: dict[str, Tensor] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for part, values in ranges:
-            _check_finite(part.name, values)
-            tensors[f"{part.name}@{part.start}"] = values.cpu().contiguous()
-            shapes[part.name] = part.shape
         path = temporary / tensor_file(self._env.rank, self._env.world_size)
-        # Slices of one flat partition share storage, which safetensors refuses.
-        unshared = {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
-        save_tensors(path, unshared, {"shapes": json.dumps(shapes)})
+        save_ranges(path, ranges)
         return {path.name: file_entry(path)}
 
     def _write_rest(self, temporary: Path, state: Mapping[str, Any], config_yaml: str, tokenizer: Path | None) -> None:
@@ -255,6 +245,41 @@ class CheckpointStore:
         return problems
 
 
+def undamaged_checkpoint(key: str, path: Path, env: Environment, report: Report) -> Path:
+    """Returns a checkpoint that a key of the configuration names, by itself or by its run directory (the newest one).
+
+    Raises:
+        CheckpointError: There is none, or only damaged ones.
+    """
+    store = CheckpointStore(path / CHECKPOINTS, env, keep=1)
+    if (path / CHECKPOINTS).is_dir():
+        newest = store.newest(report)
+        if newest is not None:
+            return newest
+    problem = store.check(path)
+    if problem is not None:
+        raise CheckpointError(f"{key} = {path}: {problem}")
+    return path
+
+
+def save_ranges(path: Path, ranges: Iterable[SavedRange]) -> None:
+    """Writes ranges of tensors to a file that :class:`TensorReader` reads.
+
+    Raises:
+        OSError: The file cannot be written.
+        DivergedError: A value is not finite, or close to overflow.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, values in ranges:
+        _check_finite(part.name, values)
+        tensors[f"{part.name}@{part.start}"] = values.cpu().contiguous()
+        shapes[part.name] = part.shape
+    # Slices of one flat partition share storage, which safetensors refuses.
+    unshared = {key: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for key, t in tensors.items()}
+    save_tensors(path, unshared, {"shapes": json.dumps(shapes)})
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file with the usual permissions of new files, and syncs it to disk.
 
@@ -291,53 +316,3 @@ def _unused(path: Path) -> Path:
     """Returns `path`, with a number appended if it already exists."""
     candidates = chain([path], (path.with_name(f"{path.name}.{number}") for number in count(2)))
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
-
-
-class CheckpointReader:
-    """A reader for ranges of named tensors, and the run's state, in a checkpoint.
-
-    Args:
-        path: The checkpoint's directory.
-
-    Attributes:
-        step: Number of updates made.
-        state: The `state` that :meth:`CheckpointStore.save` was called with.
-        shapes: Shapes of all tensors, by name.
-
-    Raises:
-        CheckpointError: A file cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        manifest = read_manifest(path)
-        opened = TensorFiles(path, manifest.tensor_files, "pt")
-        self.path, self.step, self.state = path, manifest.step, read_state(path)
-        self._files, self._tensors = opened.files, opened.tensors
-        self.shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-
-    def config(self) -> Config:
-        """Returns the configuration that the checkpoint was saved with.
-
-        Raises:
-            CheckpointError: It cannot be read, or is not valid in this version.
-        """
-        try:
-            return load_config(self.path / CONFIG)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path / CONFIG} cannot be read: {error}") from None
-
-    def read(self, name: str, start: int, length: int) -> Tensor:
-        """Returns elements start … start + length − 1 of a flattened tensor, in the type that was saved.
-
-        Raises:
-            CheckpointError: The checkpoint does not have them.
-        """
-        tensor = self._tensors.get(name)
-        pieces = []
-        for first, stop, file, key in tensor.ranges if tensor else ():
-            low, high = max(first, start), min(stop, start + length)
-            if low < high:
-                pieces.append(self._files[file].get_slice(key)[low - first : high - first])
-        if not pieces or sum(map(len, pieces)) != length:
-            raise CheckpointError(f"{self.path} does not contain {name}[{start}:{start + length}]")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

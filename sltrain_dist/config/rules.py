@@ -322,17 +322,17 @@ def idle_keys(config: Config) -> frozenset[str]:
 def _idle(config: Config) -> Iterator[tuple[str, str]]:
     """Yields (cause, dotted key) for every field that has no effect."""
     optim, parallel, train, tracking = config.optim, config.parallel, config.train, config.tracking
-    applied = ("reparam.path", "reparam.row_block_bytes")
+    sparse = tuple(f"reparam.{name}" for name in ("density", "support", "support_seed", "path", "row_block_bytes"))
     cases = (
         (
             "reparam.method=full",
             config.reparam.method == "full",
-            ("reparam.rank", "reparam.density", "reparam.alpha", "reparam.support", *applied),
+            ("reparam.rank", "reparam.alpha", *sparse),
         ),
         (
             f"reparam.method={config.reparam.method}",
             config.reparam.method in ("lowrank", "relora", "galore"),
-            ("reparam.density", "reparam.support", *applied),
+            sparse,
         ),
         ("data.batching=pack", config.data.batching == "pack", ("data.truncate",)),
         ("reparam.path=factored", config.reparam.path == "factored", ("reparam.row_block_bytes",)),

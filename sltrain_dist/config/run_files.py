@@ -4,6 +4,7 @@ CHECKPOINTS = "checkpoints"  # see checkpoint/manifest.py
 CONFIG = "config.yaml"  # the resolved configuration
 DRY_RUN = "dry_run"  # all that dry runs write
 EXIT = "exit.json"  # how the run ended
+INITIAL_WEIGHTS = "initial_weights"  # converted layers, while a run starts from another method's checkpoint
 LOG = "log.txt"  # the lines of the console
 METRICS = "metrics.jsonl"  # training and evaluation lines
 MLFLOW_ARTIFACTS = "mlartifacts"  # without a tracking server

@@ -51,7 +51,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    @field_validator("run_dir", "source", "tokenizer", "cache_dir", "resume", "mlflow_uri", check_fields=False)
+    @field_validator(
+        "run_dir", "source", "tokenizer", "cache_dir", "resume", "init_from", "mlflow_uri", check_fields=False
+    )
     @classmethod
     def _expand_paths(cls, value: str | list[str] | None) -> str | list[str] | None:
         """Expands `~` and environment variables in every field that can hold a path."""
@@ -117,6 +119,9 @@ class ReparamConfig(Section):
     per value). stratified: ⌊δn + ½⌋ per row, each hashed into its own interval of columns; stores no index.
     blocks: dense blocks between windows of permuted inputs and runs of outputs, δn per row, rounded to a multiple of
     8 where n ≥ 256; the fastest."""
+    support_seed: CountOrZero | None = None
+    """Seed of the positions of S, and of the initial values of their layers. Null: that of the checkpoint that the run
+    resumes or starts from, because the values of S belong to its positions; in any other run, `seed`."""
     path: Memory[Literal["auto", "materialize", "factored"]] = "auto"
     """How W is applied. materialize: W is built, used and freed, in the forward and again in the backward pass.
     factored: W is never built; the low-rank and the sparse product are computed separately and added. auto:
@@ -435,6 +440,10 @@ class CheckpointConfig(Section):
     refuse a run_dir that has checkpoints. Otherwise the path of a checkpoint, or of a run_dir (its newest one). With
     a checkpoint of this run_dir, the run goes back to it and later ones are set aside. With one of another run, this
     run starts from it, and later restarts resume from its own checkpoints."""
+    init_from: str | None = None
+    """A checkpoint, or a run_dir (its newest one), whose weights a new run starts from, with a new optimizer, schedule,
+    data order and step count. Between the methods full, lowrank and sltrain, the linear layers are converted. A run
+    that resumes ignores it. Null: random initial values."""
 
 
 class TrackingConfig(Section):
@@ -472,6 +481,22 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def support_seed(self) -> int:
+        """Seed of the positions of S, with the default of a new run resolved."""
+        return self.seed if self.reparam.support_seed is None else self.reparam.support_seed
+
+    def with_supports_of(self, before: Config) -> Config:
+        """Returns this configuration with the support seed of an earlier run, unless it names one itself.
+
+        Without supports in one of the two runs, it is returned unchanged.
+        """
+        methods = {self.reparam.method, before.reparam.method}
+        if methods != {"sltrain"} or self.reparam.support_seed is not None or before.support_seed == self.seed:
+            return self
+        reparam = self.reparam.model_copy(update={"support_seed": before.support_seed})
+        return self.model_copy(update={"reparam": reparam})
 
     @property
     def eval_micro_batch(self) -> int:

@@ -94,6 +94,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     sltrain_ops.blocks_outputs: _blocks,
     sltrain_ops.blocks_inputs: _blocks,
     sltrain_ops.blocks_values: _blocks_values,
+    aten._embedding_bag: _weighted_sums,
     aten._embedding_bag_forward_only: _weighted_sums,
     aten._embedding_bag_per_sample_weights_backward: _dot_products,
 }

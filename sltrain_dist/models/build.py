@@ -129,7 +129,7 @@ def linear_factory(method: Method, config: Config) -> LinearFactory:
             path=reparam.path,
             row_block_bytes=reparam.row_block_bytes,
             name=name,
-            seed=seed,
+            seed=config.support_seed,
         )
 
     return make

@@ -13,11 +13,15 @@ from sltrain_dist.sparse_lowrank.sizes import nonzeros, values_shape
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A replaced linear layer: its name inside a decoder layer, m = out_features and n = in_features."""
+    """A replaced linear layer: its name inside a decoder layer, m = out_features and n = in_features.
+
+    `sharing` layers, itself included, are applied to one input at once.
+    """
 
     name: str
     m: int
     n: int
+    sharing: int
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,13 @@ def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
     """Returns the linear layers of one decoder layer, in the order of the forward pass."""
     h, f, kv = model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim
     return (
-        LinearShape("self_attn.q_proj", h, h),
-        LinearShape("self_attn.k_proj", kv, h),
-        LinearShape("self_attn.v_proj", kv, h),
-        LinearShape("self_attn.o_proj", h, h),
-        LinearShape("mlp.gate_proj", f, h),
-        LinearShape("mlp.up_proj", f, h),
-        LinearShape("mlp.down_proj", h, f),
+        LinearShape("self_attn.q_proj", h, h, 3),
+        LinearShape("self_attn.k_proj", kv, h, 3),
+        LinearShape("self_attn.v_proj", kv, h, 3),
+        LinearShape("self_attn.o_proj", h, h, 1),
+        LinearShape("mlp.gate_proj", f, h, 2),
+        LinearShape("mlp.up_proj", f, h, 2),
+        LinearShape("mlp.down_proj", h, f, 1),
     )
 
 

@@ -10,9 +10,9 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.parallel.placement import (
     Named,
-    dealt,
     optimizer_groups,
     scale_sync_bytes,
+    sharded_and_whole,
     zero3_values,
     zero12_partition,
 )
@@ -61,7 +61,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     parallel, width = config.parallel, config.train.precision.parameter_bytes
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if parallel.accumulates_locally else passes
-    sharded, whole = dealt(config)
+    sharded, whole = sharded_and_whole(config)
     sent = Traffic.of("all_reduce", width * sum(_padded_values(whole, 1)), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)

@@ -1,4 +1,4 @@
-"""Placement of parameters on ranks: which are sharded, how, and the bytes on each rank (no torch)."""
+"""Placement of parameters on ranks: which are sharded, and how (no torch)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
-from sltrain_dist.models.count import parameter_bytes, parameter_shapes
+from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.state_layout import STATE_NAMES, decays, shared_groups, state_bytes
+from sltrain_dist.optim.state_layout import decays, shared_groups
 
 Shard = Literal["factors", "all"]
 """Which parameters an engine shards; see `parallel.shard`."""
@@ -42,13 +41,13 @@ def is_sharded(name: str, shard: Shard) -> bool:
     return shard == "all" or is_factor(name)
 
 
-def dealt(config: Config) -> tuple[Named, Named]:
+def sharded_and_whole(config: Config) -> tuple[Named, Named]:
     """Returns (sharded parameters, replicated parameters) of a configuration."""
-    return _dealt(config.model, config.reparam, config.parallel.engine != "ddp", config.parallel.shard)
+    return _sharded_and_whole(config.model, config.reparam, config.parallel.engine != "ddp", config.parallel.shard)
 
 
 @lru_cache(maxsize=_CACHE_SIZE)
-def _dealt(model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Shard) -> tuple[Named, Named]:
+def _sharded_and_whole(model: ModelConfig, reparam: ReparamConfig, shards: bool, shard: Shard) -> tuple[Named, Named]:
     shapes = parameter_shapes(model, reparam)
     sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
     sharded_names = {name for name, _ in sharded}
@@ -90,63 +89,16 @@ def scale_sync_bytes(config: Config, world_size: int) -> int:
     if config.parallel.engine != "fsdp":
         return 0
     ranks = world_size // config.parallel.replicas
-    vectors = Counter(shape for _, shape in dealt(config)[0] if len(shape) == 1)  # matrices have no shared groups
+    vectors = Counter(
+        shape for _, shape in sharded_and_whole(config)[0] if len(shape) == 1
+    )  # matrices have no shared groups
     shared = {shape: shared_groups(fsdp_range("", shape, 0, ranks), config.optim.state_bits) for shape in vectors}
     return 8 * sum(count * len(shared[shape]) for shape, count in vectors.items())
 
 
-@dataclass(frozen=True)
-class RankBytes:
-    """Bytes of tensors on one rank between the backward pass and the optimizer step.
-
-    Attributes:
-        parameters: Weights, shards, and DeepSpeed's separate partition of master weights.
-        gradients: All gradients, without communication buckets. 0 with per-layer updates: their gradients are
-            already freed.
-        states: Optimizer states, from the end of the first update on.
-    """
-
-    parameters: int
-    gradients: int
-    states: int
-
-
-def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
-    """Computes the bytes on a rank in closed form, equal to those of the engine's tensors.
-
-    Padding is included: FSDP2 pads a parameter's rows, ZeRO 1 and 2 pad each flat group to a multiple of twice the
-    ranks, and ZeRO 3 pads every parameter to a multiple of the ranks.
-    """
-    parallel, optim = config.parallel, config.optim
-    sharded, remainder = dealt(config)
-    width = config.train.precision.parameter_bytes
-    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in remainder)
-    parts: tuple[int, ...] = (0, 0, 0)
-    if parallel.engine == "fsdp":
-        ranks = world_size // parallel.replicas
-        ranges = [fsdp_range(name, shape, rank % ranks, ranks) for name, shape in sharded]
-        padded = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
-        parts = (padded, padded, 0)
-        states += sum(state_bytes(part, optim, width) for part in ranges)
-    elif parallel.engine == "zero":
-        if parallel.zero_stage == 3:
-            parts = zero3_values(sharded, world_size, offload=parallel.cpu_offload)
-        else:
-            per_group = [
-                _zero12_values(group, world_size, rank, parallel.cpu_offload)
-                for group in optimizer_groups(sharded, optim)
-            ]
-            parts = tuple(sum(values) for values in zip(*per_group, strict=True))
-        states += width * len(STATE_NAMES[optim.name]) * parts[2]
-    whole_values = sum(math.prod(shape) for _, shape in remainder)
-    whole_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
-    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + whole_values)
-    return RankBytes(width * parts[0] + whole_bytes, gradients, states)
-
-
-def waiting_bytes(config: Config, world_size: int) -> int:
+def accumulated_gradient_bytes(config: Config, world_size: int) -> int:
     """Bytes of the gradients on a rank between two micro-batches of an update, with ddp or fsdp."""
-    sharded, remainder = dealt(config)
+    sharded, remainder = sharded_and_whole(config)
     ranks = 1 if config.parallel.accumulates_locally else world_size // config.parallel.replicas
     values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
     return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in remainder))
@@ -158,11 +110,6 @@ def zero3_values(sharded: Named, ranks: int, *, offload: bool) -> tuple[int, ...
     part = sum(-(-math.prod(shape) // ranks) for _, shape in sharded)
     # Shards, and a copy of them that the optimizer updates; with offload the gradients are copied too.
     return 2 * part, (2 if offload else 1) * part, part
-
-
-def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, offload: bool) -> tuple[int, ...]:
-    _, part = zero12_partition(shapes, ranks)
-    return ranks * part + part, part if offload else zero12_gradients(shapes, ranks)[rank], part
 
 
 @lru_cache(maxsize=_CACHE_SIZE)

@@ -26,7 +26,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.operators import operators_of
-from sltrain_dist.memory.result import Estimate
+from sltrain_dist.memory.result import Estimate, Point
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.parallel import ddp, fsdp
@@ -35,10 +35,20 @@ from sltrain_dist.runtime.environment import Environment
 
 
 def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType = "cuda") -> Estimate:
-    """Measures the memory of a run by replaying it on fake tensors.
+    """Measures the memory of a run by replaying it on fake tensors, see :func:`replayed_timeline`.
 
-    A compiled run is replayed as an eager one, which may take more or less memory. All values except the timeline are
-    those of :func:`estimate`.
+    All values except the timeline are those of :func:`estimate`.
+    """
+    timeline = replayed_timeline(config, ranks, rank, device=device)
+    return replace(estimate(config, ranks=ranks), timeline=timeline, method="replay")
+
+
+def replayed_timeline(
+    config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType = "cuda"
+) -> tuple[Point, ...]:
+    """Replays a run on fake tensors and returns the timeline of its memory, see :meth:`Follower.run`.
+
+    A compiled run is replayed as an eager one, which may take more or less memory.
 
     Args:
         config: The run; `parallel.engine: zero` is not supported, because DeepSpeed reads the values of tensors.
@@ -67,8 +77,7 @@ def replay(config: Config, ranks: int = 1, rank: int = 0, *, device: DeviceType 
     eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     model = build_meta_model(eager)
     with fake_rank(config, rank, ranks, device) as env:
-        timeline = Follower(eager, env, device).run(model)
-    return replace(estimate(config, ranks=ranks), timeline=timeline, method="replay")
+        return Follower(eager, env, device).run(model)
 
 
 @contextmanager

@@ -9,6 +9,17 @@ from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
 @torch.no_grad()
+def low_rank(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Returns B (m, r) and A (r, n), so that scale·BA is the best rank-r approximation of `weight` (m, n).
+
+    They come from the truncated singular value decomposition UΣVᵀ, half of Σ in each: B = U√(Σ/s), A = √(Σ/s)Vᵀ.
+    """
+    U, sigma, Vh = torch.linalg.svd(weight, False)
+    roots = (sigma[:rank] / scale).sqrt()
+    return U[:, :rank] * roots, roots[:, None] * Vh[:rank]
+
+
+@torch.no_grad()
 def fit(weight: Tensor, rank: int, scale: float, support: Support, sweeps: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Approximates `weight` by scale·BA + S.
 
@@ -37,8 +48,6 @@ def fit(weight: Tensor, rank: int, scale: float, support: Support, sweeps: int =
     positions = support.indices()
     values = torch.zeros(support.nnz, dtype=W.dtype, device=W.device)
     for _ in range(sweeps):
-        U, sigma, Vh = torch.linalg.svd(W.flatten().index_add(0, positions, values, alpha=-1).view_as(W), False)
-        roots = (sigma[:rank] / scale).sqrt()
-        B, A = U[:, :rank] * roots, roots[:, None] * Vh[:rank]
+        B, A = low_rank(W.flatten().index_add(0, positions, values, alpha=-1).view_as(W), rank, scale)
         values = (W - scale * (B @ A)).flatten().index_select(0, positions)
     return B, A, values.view(support.values_shape)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
-from sltrain_dist.sparse_lowrank.cost import LayerShape, Path, Route, choose_route
+from sltrain_dist.sparse_lowrank.cost import Path, Ranges, Route, route_at, route_ranges
+from sltrain_dist.sparse_lowrank.devices import ROUTE_GPU, Device, find_cpu
 from sltrain_dist.sparse_lowrank.kept import is_keeping
 from sltrain_dist.sparse_lowrank.paths.factored import Factored
 from sltrain_dist.sparse_lowrank.paths.materialize import Materialize
+from sltrain_dist.sparse_lowrank.route_kernels import LayerShape
 from sltrain_dist.sparse_lowrank.supports.support import Support
 
 
@@ -102,7 +105,7 @@ def sl_linear_shared(x: Tensor, operands: Sequence[Operand]) -> list[Tensor]:
     for operand in operands:
         _check_shapes(x, operand)
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    routes = [_route(flat, operand) for operand in operands]
+    routes = [_route(flat, operand, len(operands)) for operand in operands]
     factored = [i for i, route in enumerate(routes) if route.path == "factored"]
     outputs: list[Tensor | None] = [None] * len(operands)
     if factored:
@@ -130,12 +133,28 @@ def block_rows(operand: Operand, dtype: torch.dtype) -> int:
     return max(1, min(operand.support.m, operand.row_block_bytes // (operand.support.n * dtype.itemsize)))
 
 
-def _route(x: Tensor, operand: Operand) -> Route:
+def this_device(kind: str) -> Device:
+    """Returns the device by which routes are chosen here: this machine's CPU if `kind` is "cpu", else one for all GPUs.
+
+    A CPU is told by its instruction sets, not by measurements, so that equal machines choose equal routes.
+    """
+    if kind == "cpu":
+        return find_cpu(torch.backends.cpu.get_cpu_capability(), amx=torch.cpu._is_amx_tile_supported())
+    return ROUTE_GPU
+
+
+def _route(x: Tensor, operand: Operand, sharing: int) -> Route:
     support, tokens = operand.support, x.shape[0]
     if tokens == 0:
         return Route("materialize", dense_backward=True)
-    shape = LayerShape(support.m, support.n, operand.A.shape[0], support.nnz, support.kind)
-    return choose_route(shape, tokens, bits=x.dtype.itemsize * 8, device=device_type(x), path=operand.path)
+    shape = (support.m, support.n, operand.A.shape[0], support.nnz, support.kind, sharing)
+    return route_at(tokens, _ranges(shape, x.dtype.itemsize * 8, device_type(x), operand.path))
+
+
+@torch.compiler.assume_constant_result
+def _ranges(shape: tuple[Any, ...], bits: int, kind: str, path: Path) -> Ranges:
+    """Returns :func:`route_ranges` on this process's device; from plain values, because torch.compile runs it."""
+    return route_ranges(LayerShape(*shape), bits, this_device(kind), path)
 
 
 def _compute_dtype(x: Tensor, operands: Sequence[Operand]) -> torch.dtype:

@@ -7,6 +7,14 @@ import math
 
 from sltrain_dist.config.schema import SupportKind
 
+SLICE = 512
+"""Most tokens at a time in products with scattered positions, for 2-byte types; wider types take fewer (cache size)."""
+TOKEN_ALIGNMENT = 16
+"""The Triton kernels pad tokens of transposed matrices to a multiple of this, which Triton recognises as aligned."""
+BLOCK_SLICE = 512
+"""Tokens that gradients of V are summed over at a time, with `blocks` on the CPU and 4- or 8-byte types: longer sums in
+one product are slower there."""
+
 _ALIGNMENT = 8
 """The values per row of `blocks` are a multiple of this, so that its small matrix products are aligned."""
 _ALIGN_FROM = 256

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.checkpoint.initial_weights import check_tokenizer, weights_for
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore, undamaged_checkpoint
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
-from sltrain_dist.config.run_files import CHECKPOINTS
+from sltrain_dist.config.run_files import INITIAL_WEIGHTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.data.evaluation import evaluation_rows
 from sltrain_dist.data.loader import TrainLoader
@@ -27,6 +29,7 @@ from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.fsdp import FSDPEngine
+from sltrain_dist.parallel.pieces import ReadRange
 from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.stop import StopRequest
@@ -38,7 +41,15 @@ from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
 from sltrain_dist.train.observers.traffic_watch import TrafficWatch
 from sltrain_dist.train.run_directory import RunDirectory
-from sltrain_dist.train.state import TrainState, check_resumable, check_schedule, flatten, read_saved, restore_rng
+from sltrain_dist.train.state import (
+    TrainState,
+    check_resumable,
+    check_schedule,
+    check_weights_fit,
+    flatten,
+    read_saved,
+    restore_rng,
+)
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.summary import summarise
 
@@ -107,12 +118,25 @@ def build_run(
     store = CheckpointStore(run_dir.checkpoints, env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
-    notes = [] if reader is None else _check_settings(reader, config)
+    source = reader or open_initial(config, env, corpus.tokenizer, say)
+    notes: list[str] = []
+    if source is not None:
+        config = config.with_supports_of(source.config())
+    if reader is not None:
+        notes = _check_settings(reader, config)
+        if config.checkpoint.init_from is not None:
+            say(f"checkpoint.init_from = {config.checkpoint.init_from} is ignored, because the run resumes")
 
-    say("building the model and its supports" + ("" if reader is None else f", to be loaded from {reader.path}"))
-    engine = start_engine(config, env, reader)
+    say("building the model and its supports" + ("" if source is None else f", to be loaded from {source.path}"))
+    if source is None:
+        engine = start_engine(config, env)
+    else:
+        with weights_for(config, source, env, run_dir.path / INITIAL_WEIGHTS, say) as read:
+            engine = start_engine(config, env, read, 0 if reader is None else reader.step)
     supports = supports_fingerprint(engine.module)
-    state = TrainState() if reader is None else _restore(reader, env, supports)
+    state = TrainState() if reader is None else _restore(reader, env)
+    if source is not None and source.config().reparam.method == config.reparam.method:
+        source.check_supports(supports)
     abandoned = store.abandon_after(state.step)
     loader = TrainLoader(
         config.data,
@@ -178,26 +202,24 @@ def predict(config: Config, ranks: int) -> Estimate:
     return estimate(config, ranks=ranks)
 
 
-def start_engine(config: Config, env: Environment, reader: CheckpointReader | None = None) -> Engine:
+def start_engine(config: Config, env: Environment, read: ReadRange | None = None, step: int = 0) -> Engine:
     """Builds the model in its engine, without allocating more on a rank than it keeps.
 
-    Values are then set in place, from a checkpoint or to the initial values, which are bitwise those of
+    Values are then set in place: to what `read` returns, or to the initial values, which are bitwise those of
     :func:`build_model` on any number of ranks.
 
     Args:
         config: The configuration.
         env: The distributed environment.
-        reader: The checkpoint; None to start from initial values.
+        read: Reads parameters, and optimizer states if `step` is not 0; None for initial values.
+        step: Number of updates that the run has made.
     """
-    if reader is None and config.parallel.engine == "ddp":
+    if read is None and config.parallel.engine == "ddp":
         return build_engine(build_model(config, env.device), config, env)
     model = build_meta_model(config)
-    initial = initial_values(model)
+    read = read or initial_values(model)
     engine = build_engine(model, config, env)
-    if reader is None:
-        engine.load(initial, 0)
-    else:
-        engine.load(reader.read, reader.step)
+    engine.load(read, step)
     return engine
 
 
@@ -282,26 +304,17 @@ def open_checkpoint(
             )
         path = None
     else:
-        path = _named_checkpoint(Path(resume), config, env, store, say)
+        path = _named_checkpoint(Path(resume), env, store, say)
     return None if path is None else CheckpointReader(path)
 
 
-def _named_checkpoint(
-    path: Path, config: Config, env: Environment, store: CheckpointStore, say: Callable[[str], None]
-) -> Path:
+def _named_checkpoint(path: Path, env: Environment, store: CheckpointStore, say: Callable[[str], None]) -> Path:
     if not store.holds(path):
         own = store.newest(say)
         if own is not None:  # the command was restarted, for example after a requeue
             say(f"resuming from the run's own checkpoint {own}, not from {path}")
             return own
-    if (path / CHECKPOINTS).is_dir():
-        newest = CheckpointStore(path / CHECKPOINTS, env, config.checkpoint.keep).newest(say)
-        if newest is not None:
-            return newest
-    problem = store.check(path)
-    if problem is not None:
-        raise CheckpointError(f"checkpoint.resume = {path}: {problem}")
-    return path
+    return undamaged_checkpoint("checkpoint.resume", path, env, say)
 
 
 def _check_settings(reader: CheckpointReader, config: Config) -> list[str]:
@@ -312,13 +325,28 @@ def _check_settings(reader: CheckpointReader, config: Config) -> list[str]:
     return notes
 
 
-def _restore(reader: CheckpointReader, env: Environment, supports: str) -> TrainState:
+def open_initial(
+    config: Config, env: Environment, tokenizer: Path, say: Callable[[str], None]
+) -> CheckpointReader | None:
+    """Verifies and opens the checkpoint that `checkpoint.init_from` names; None if it names none.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+        ConfigError: Its weights, or its tokenizer, are not those of this configuration.
+    """
+    if config.checkpoint.init_from is None:
+        return None
+    reader = CheckpointReader(undamaged_checkpoint("checkpoint.init_from", Path(config.checkpoint.init_from), env, say))
+    differences = check_weights_fit(reader.config(), config, str(reader.path))
+    env.on_main(lambda: check_tokenizer(reader.path, tokenizer))
+    say(f"weights to start from: {reader.path}, after {reader.step} updates")
+    for difference in differences:
+        say(f"another setting than these weights had: {difference}")
+    return reader
+
+
+def _restore(reader: CheckpointReader, env: Environment) -> TrainState:
     saved = read_saved(reader.state, reader.step, str(reader.path))
-    if saved.supports != supports:
-        raise CheckpointError(
-            f"{reader.path} was made with other supports (fingerprint {saved.supports}, here {supports}), although "
-            "seed and model are the same: this version draws them differently; resume with the version that saved it"
-        )
     if len(saved.rng) == env.world_size:
         restore_rng(saved.rng[env.rank], env.device)
     return saved.counters

@@ -12,7 +12,7 @@ from sltrain_dist.numerics.splitmix import integers, key64
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
-from sltrain_dist.train.build import predict, prepare_corpus, start_engine
+from sltrain_dist.train.build import open_initial, predict, prepare_corpus, start_engine
 from sltrain_dist.train.observers.memory_watch import MemoryWatch
 from sltrain_dist.train.run_directory import Outcome
 from sltrain_dist.train.step import Rows, forward_backward
@@ -21,7 +21,7 @@ from sltrain_dist.train.step import Rows, forward_backward
 def dry_run(config: Config, env: Environment) -> Outcome:
     """Makes one full-sized update without reading documents or writing a checkpoint.
 
-    Sources and tokenizer are resolved, so that wrong paths are found too.
+    Sources and tokenizer are resolved and `checkpoint.init_from` is verified, so that wrong paths are found too.
     """
 
     def say(line: str) -> None:
@@ -31,6 +31,7 @@ def dry_run(config: Config, env: Environment) -> Outcome:
     passes = micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say, with_evaluation=False)
     say(f"data: {corpus.num_shards} shards, tokenizer {corpus.tokenizer}")
+    open_initial(config, env, corpus.tokenizer, say)
     for what, value in MemoryWatch(config, env, predict).summary():
         say(f"{what}: {value}")
     engine = start_engine(config, env)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
+from sltrain_dist.config.rules import idle_keys
 from sltrain_dist.config.schema import Config, TrainConfig
-from sltrain_dist.errors import CheckpointError
+from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import first_problem
 from sltrain_dist.optim.schedule import Progress, is_decaying
 
@@ -138,6 +139,8 @@ def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
 def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted key, old value, new value) of all settings that differ."""
     old, new = flatten(before.model_dump()), flatten(now.model_dump())
+    if old["reparam.support_seed"] != new["reparam.support_seed"]:  # null stands for a seed, perhaps for the same one
+        old["reparam.support_seed"], new["reparam.support_seed"] = before.support_seed, now.support_seed
     for key in new:
         if old.get(key) != new[key]:
             yield key, old.get(key), new[key]
@@ -198,6 +201,36 @@ def _length_to_decay_later(counters: TrainState, config: Config) -> str:
     if config.train.steps is None:
         return f"train.tokens={math.ceil(counters.tokens / stable)} or more"
     return f"train.steps={math.ceil(counters.step / stable) + 1} or more"
+
+
+def check_weights_fit(before: Config, now: Config, where: str) -> list[str]:
+    """Checks that a new run can start from the weights of a checkpoint (`checkpoint.init_from`).
+
+    The shape of the model must be the same, and with the same method also its settings. Between methods, linear layers
+    are converted.
+
+    Returns:
+        A line for every difference that changes what the model computes.
+
+    Raises:
+        ConfigError: The weights do not fit.
+    """
+    notes: list[str] = []
+    fatal: list[str] = []
+    same_method = before.reparam.method == now.reparam.method
+    fixed = {"model", "reparam" if same_method else "reparam.weight_bits"}
+    for key, old, new in changed_settings(before, now.with_supports_of(before)):
+        difference = f"{key}: {old!r} in the checkpoint, {new!r} here"
+        if key in ("reparam.method", "model.rope_theta", "model.norm_eps"):
+            notes.append(difference)
+        elif {key, key.partition(".")[0]} & fixed and key not in (*_FREE_KEYS, "model.init_std", *idle_keys(now)):
+            fatal.append(difference)
+    if fatal:
+        raise ConfigError(
+            f"checkpoint.init_from = {where}: its weights do not fit this run ({'; '.join(fatal)}); set these as in "
+            "the checkpoint, or start without checkpoint.init_from"
+        )
+    return notes
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,9 +16,11 @@ from sltrain_dist.models.count import block_linears, count_parameters, parameter
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
-from sltrain_dist.parallel.placement import waiting_bytes
+from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.runtime.environment import Environment
-from sltrain_dist.sparse_lowrank.cost import LayerShape, choose_route
+from sltrain_dist.sparse_lowrank.cost import choose_route
+from sltrain_dist.sparse_lowrank.functional import this_device
+from sltrain_dist.sparse_lowrank.route_kernels import LayerShape
 from sltrain_dist.sparse_lowrank.sizes import effective_density, stored_index_bytes
 from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.tracking.mlflow import Destination
@@ -70,18 +72,19 @@ def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
     layers = model.num_layers - len(reparam.dense_layers)
     stored = layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
     lines = [("support", f"{reparam.support}, {format_bytes(stored)} of indices")]
-    for m, n in dict.fromkeys((s.m, s.n) for s in linears):
+    for linear in linears:
+        m, n = linear.m, linear.n
         route = choose_route(
-            LayerShape.of(m, n, reparam),
+            LayerShape.of(m, n, reparam, linear.sharing),
             config.train.micro_batch * config.data.seq_len,
             bits=8 * config.train.precision.product_bytes,
-            device=env.device.type,
+            device=this_device(env.device.type),
             path=reparam.path,
         )
         density = effective_density(m, n, reparam.density, reparam.support)
         backward = ", dense gradient" if route.dense_backward else ""
         lines.append((f"{m}×{n}", f"{route.path}{backward}, density {density:.4f}"))
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def _data(config: Config, shards: int) -> list[tuple[str, str]]:
@@ -137,7 +140,7 @@ def _per_layer(config: Config, world_size: int, passes: int) -> str:
     """Says when per-layer updates free the gradients."""
     if passes == 1:
         return "every gradient is freed during the backward pass"
-    waiting = format_bytes(waiting_bytes(config, world_size))
+    waiting = format_bytes(accumulated_gradient_bytes(config, world_size))
     return f"in the last of {passes} micro-batches; until then gradients take {waiting} on each rank"
 
 

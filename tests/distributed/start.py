@@ -1,24 +1,26 @@
-"""Starts every engine on several processes, and looks at what its shards hold and what starting took.
-
-Run under torchrun as a script, this writes what it saw to the file that it is given.
-"""
+"""Starts every engine on several processes, and looks at what its shards hold and what starting took."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sltrain_dist.checkpoint.store import CheckpointReader
-from sltrain_dist.memory.estimate import estimate
+from sltrain_dist.checkpoint.initial_weights import weights_for
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore
+from sltrain_dist.config.load import to_yaml
+from sltrain_dist.config.schema import Config
+from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel import zero, zero_start
 from sltrain_dist.runtime import environment
 from sltrain_dist.runtime.environment import Environment
@@ -33,6 +35,7 @@ from tests.distributed.cases import (
     global_rows,
     small_quantized,
     whole_tensors,
+    whole_weights,
 )
 
 CASES = (
@@ -49,6 +52,18 @@ CASES = (
     Case("zero3", offload=True, dtype="mixed", weights="lowrank"),
     Case("ddp", weight_bits=8, bits=8, tied=True),
 )
+
+
+BEFORE = (Case(weights="full"), Case())
+AFTER = (
+    Case("fsdp"),
+    Case("fsdp", weights="full", dtype="bf16", shard="all"),
+    Case("zero1"),
+    Case("zero2", weights="full"),
+    Case("zero3", shard="all"),
+    Case("zero3", weights="lowrank"),
+)
+"""Runs that start from the weights of other ones."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +111,9 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
     gc.collect()
     again = LiveBytes()
     with again:
-        engine = start_engine(config, env, cast(CheckpointReader, saved))
+        engine = start_engine(config, env, saved.read, saved.step)
     resumed = differing(whole_tensors(engine, env), saved.tensors)
     update = tracker.intervals[-1].peak
-    timeline = estimate(config, ranks=env.world_size, device="cpu").timeline
     return {
         "initial": initial,
         "resumed": resumed,
@@ -107,20 +121,49 @@ def start(case: Case, env: Environment) -> dict[str, Any]:
         "partition": env.gather(started[0]),
         "resume": env.gather(again.peak),
         "update": env.gather(update),
-        "planned": [point.total for point in timeline if point.phase == "init"],
     }
 
 
+def initial(source: CheckpointReader, config: Config, env: Environment, directory: Path) -> dict[str, torch.Tensor]:
+    """All parameters of a run that starts from a checkpoint, put together."""
+    with weights_for(config, source, env, directory, lambda line: None) as read:
+        return whole_weights(start_engine(config, env, read), env)
+
+
+def start_from(before: Case, case: Case, env: Environment, directory: Path) -> list[str]:
+    """Starts a case from the weights of another one's checkpoint.
+
+    Returns:
+        Names of parameters that are not to the bit those of one process.
+    """
+    config, path = config_of(before), directory / "checkpoints"
+    engine = start_engine(config, env)
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if name.endswith(".B"):
+                parameter.fill_(0.01)  # it starts at 0, and W = S is nothing to convert
+    state = {"counters": {"step": 1}, "data": {}, "rng": [], "supports": supports_fingerprint(engine.module)}
+    saved = CheckpointStore(path, env, keep=1).save(1, engine.saved_ranges(), state, to_yaml(config))
+    source = CheckpointReader(saved)
+    config = config_of(case, env.world_size)
+    found = initial(source, config, env, directory / "shared")
+    if not env.is_main:
+        return []
+    alone = Environment(0, 1, 0, env.device)
+    one_process = config_of(Case(weights=case.weights, dtype=case.dtype))
+    return differing(found, initial(source, one_process, alone, directory / "alone"))
+
+
 def main(out: str) -> None:
+    """Writes what :func:`start` saw, by the names of the cases, to a file."""
     torch.set_num_threads(1)
     env = environment.start(60, need_group=True)
-    results = {case.name: start(case, env) for case in CASES}
+    results: dict[str, Any] = {case.name: start(case, env) for case in CASES}
+    for before, after in itertools.product(BEFORE, AFTER):
+        name = f"{before.name} → {after.name}"
+        results[name] = start_from(before, after, env, Path(out).parent / name)
     if env.is_main:
         Path(out).write_text(json.dumps(results))
     env.gather(None)  # no rank is gone before all are done
     sys.stderr.flush()
     os._exit(0)  # see cases.py
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import pytest
 from sltrain_dist.config.load import build_config
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Point
-from sltrain_dist.parallel.placement import rank_bytes
-from sltrain_dist.plan.replay import replay
+from sltrain_dist.plan.replay import replayed_timeline
 from tests.distributed import live
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import launch
+from tests.support.held_bytes import rank_bytes
 
 RANKS = 2
 EXACT = {"factors", "sparse_values", "dense", "index", "gradients", "states", "master_weights", "batch"}
@@ -24,8 +23,7 @@ EXACT = {"factors", "sparse_values", "dense", "index", "gradients", "states", "m
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[live.Timeline]]:
     """Timelines of real ranks, by case."""
     out = tmp_path_factory.mktemp("live") / "live.json"
-    result = torchrun(Path(live.__file__), str(out), ranks=RANKS)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(live, out, ranks=[RANKS])
     return json.loads(out.read_text())
 
 
@@ -40,7 +38,7 @@ def steps(timeline: Any) -> list[Point]:
 )
 def test_a_replay_takes_what_real_ranks_take(case: str, rank: int, measured: dict[str, list[live.Timeline]]) -> None:
     real = steps(measured[case][rank])
-    fake = steps(replay(build_config(live.CASES[case]), RANKS, rank, device="cpu").timeline)
+    fake = steps(replayed_timeline(build_config(live.CASES[case]), RANKS, rank, device="cpu"))
     assert [(p.phase, p.where) for p in fake] == [(p.phase, p.where) for p in real]
     late = 0
     for expected, found in zip(fake, real, strict=True):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ import torch
 
 from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.parallel.communication import update_traffic
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train import step
+from tests.distributed import cases
 from tests.distributed.cases import (
     BROKEN,
     CASES,
@@ -34,7 +33,8 @@ from tests.distributed.cases import (
     small_quantized,
     train,
 )
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import launch
+from tests.support.held_bytes import rank_bytes
 
 pytest.importorskip("deepspeed")
 
@@ -50,14 +50,10 @@ def single(case: Case) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """Results of all cases by number of ranks; one launch for each."""
-    results = {}
-    for ranks in RANKS:
-        out = tmp_path_factory.mktemp("parity") / f"{ranks}.pt"
-        run = torchrun(Path(__file__).with_name("cases.py"), str(out), ranks=ranks)
-        assert run.returncode == 0, run.stderr[-4000:]
-        results[ranks] = torch.load(out, weights_only=True)
-    return results
+    """Results of all cases by number of ranks."""
+    out = tmp_path_factory.mktemp("parity")
+    launch(cases, out, ranks=RANKS)
+    return {ranks: torch.load(out / f"{ranks}.pt", weights_only=True) for ranks in RANKS}
 
 
 RUNS = [(ranks, case) for ranks in RANKS for case in cases_on(ranks)]
@@ -161,10 +157,10 @@ def test_a_bad_value_on_one_rank_is_seen_by_all(trained: dict[int, dict[str, Any
 
 
 def test_the_cases_can_tell_engines_apart() -> None:
-    """Clipping bites, training moves."""
+    """Clipping bites, and training moves the loss by hundreds of times what engines may differ by."""
     plain, clipped = single(Case(optimizer="sgd")), single(Case(optimizer="sgd", clip=0.05))
     assert min(clipped["norms"]) > 0.05
-    assert plain["losses"][-1] < plain["losses"][0] - 0.05
+    assert plain["losses"][-1] < plain["losses"][0] - 0.03
     assert plain["losses"][1] != pytest.approx(clipped["losses"][1], rel=1e-3)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sltrain_dist import cli
 from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
-from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.config.load import load_config
 from sltrain_dist.models.build import build_model
 from sltrain_dist.runtime.environment import Environment
@@ -67,6 +67,12 @@ def test_goes_on_to_the_bit_and_refuses_another_form(
     assert tensors[0] == tensors[1]
     assert train_here(config, tmp_path / "other", *INT8, "reparam.weight_bits=16", resume) == 5
     assert "reparam.weight_bits: 8 → 16" in capsys.readouterr().err
+
+
+def test_a_new_run_starts_from_int8_weights(config: Path, finished_int8: Path, tmp_path: Path) -> None:
+    init_from = (f"checkpoint.init_from={finished_int8}", "seed=9", "train.steps=2")
+    assert train_here(config, tmp_path, *INT8, *init_from) == 0
+    assert eval_losses(tmp_path)[0] == eval_losses(finished_int8)[-1]
 
 
 def test_is_verified_and_exported(finished_int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
-from sltrain_dist.checkpoint.store import CheckpointReader
+from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import state_layout
 from tests.support.runs import REPO, Corpus, metrics, tiny_config, train_here, write_config

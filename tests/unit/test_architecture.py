@@ -50,6 +50,8 @@ TORCH_FREE = {
     "numerics.int8_layout",
     "sparse_lowrank.sizes",
     "sparse_lowrank.cost",
+    "sparse_lowrank.devices",
+    "sparse_lowrank.route_kernels",
     "models.count",
     "optim.schedule",
     "optim.state_layout",
@@ -71,6 +73,8 @@ TORCH_FREE = {
 LEAVES = {
     "sparse_lowrank.sizes",
     "sparse_lowrank.cost",
+    "sparse_lowrank.devices",
+    "sparse_lowrank.route_kernels",
     "models.count",
     "optim.state_layout",
     "parallel.placement",

@@ -19,8 +19,8 @@ from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.placement import (
     ZERO_BUCKET,
     Named,
-    dealt,
     optimizer_groups,
+    sharded_and_whole,
     zero3_values,
     zero12_gradients,
     zero12_partition,
@@ -51,7 +51,7 @@ class ZeroTimeline(Timeline):
     @cached_property
     def sharded(self) -> Named:
         """Names and shapes of the parameters that DeepSpeed shards."""
-        return dealt(self.config)[0]
+        return sharded_and_whole(self.config)[0]
 
     @property
     def sharded_values(self) -> int:

@@ -1,8 +1,8 @@
 """Predicted time of an update, for ranking configurations (no torch).
 
-It is based on the cost model that chooses the routes of layers (:mod:`sltrain_dist.sparse_lowrank.cost`, "cuda"): large
-matrix products run at one rate, and everything else at the memory's bandwidth. The constants are those of one GPU, an
-H200. Ratios between configurations are therefore meaningful, seconds are not.
+It is the roofline that chooses the routes of layers (:mod:`sltrain_dist.sparse_lowrank.cost`), for one GPU. A kernel
+takes the larger of the times of its arithmetic and of its memory traffic, and the time of its launch. Ratios between
+configurations are meaningful, seconds are not.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from functools import lru_cache
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
 from sltrain_dist.models.count import block_linears, count_parameters
-from sltrain_dist.sparse_lowrank.cost import RATES, ROUTES, LayerShape, Route, choose_route, route_costs
+from sltrain_dist.sparse_lowrank.cost import ROUTES, Route, choose_route, kernel_seconds, route_seconds
+from sltrain_dist.sparse_lowrank.devices import ROUTE_GPU
+from sltrain_dist.sparse_lowrank.route_kernels import Kernel, LayerShape, dense_kernels, low_rank_kernels
 
-MEMORY_BANDWIDTH = 4.1e12
-"""Bytes per second that the device's memory reads and writes (an H200: 4.0e12 to 4.2e12 in copies)."""
+DEVICE = ROUTE_GPU
+"""The GPU that times are predicted for."""
 
 LINK_BANDWIDTH = 50e9
 """Bytes per second that a rank sends (one 400 Gb/s port per rank; NVLink within a host is several times as fast)."""
@@ -24,11 +26,9 @@ LINK_BANDWIDTH = 50e9
 HOST_BANDWIDTH = 20e9
 """Bytes per second between device and host (PCIe 4.0 ×16: 32e9 on paper)."""
 
-LAUNCH_S = 5e-6
-"""Seconds to launch a kernel. A decoder layer takes at least as long as the launches of its kernels."""
-
-KERNELS_PER_LAYER = 150
-"""Number of kernels that a decoder layer's forward and backward pass launch."""
+OTHER_KERNELS = 43
+"""Number of kernels that a decoder layer's forward pass launches besides its linear layers. The backward pass launches
+twice as many."""
 
 LAYER_COPIES = (10, 4)
 """Elements per token that a decoder layer's norms, rotation, activation and sums read and write in the forward pass, in
@@ -74,36 +74,42 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
 
 def _pass_seconds(config: Config) -> float:
     """Returns the seconds of a micro-batch's forward and backward pass."""
-    model, train = config.model, config.train
-    tokens, bits = train.micro_batch * config.data.seq_len, _bits(config)
-    rates = RATES["cuda", bits]
-    unit = 2 * bits / 8 / rates.copy / MEMORY_BANDWIDTH  # seconds of a multiply-add, of which a copy takes `copy`
+    model, train, tokens, bits = config.model, config.train, _tokens(config), _bits(config)
     replaced, dense = (
-        sum(cost for _, cost in _linear_costs(model, reparam, tokens, bits))
+        sum(seconds for _, seconds in _linear_seconds(model, reparam, tokens, bits))
         for reparam in (config.reparam, config.reparam.model_copy(update={"method": "full"}))
     )
-    # Multiply-adds of the forward pass: scores and weighted values, each for half of all token pairs. A fused kernel
-    # takes 2.5 times as many in the backward pass: it recomputes the scores (FlashAttention-2, arXiv 2307.08691).
-    attention = tokens * config.data.seq_len * model.hidden_size
-    per_hidden, per_intermediate = LAYER_COPIES
-    copies = rates.copy * tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
-    total = 3 * tokens * model.vocab_size * model.hidden_size * unit
+    attention, others = (kernel_seconds([kernel], bits, DEVICE) for kernel in _forward_kernels(config))
+    total = kernel_seconds(dense_kernels(model.vocab_size, model.hidden_size, tokens, bits, DEVICE), bits, DEVICE)
     for index in range(model.num_layers):
         linears = dense if config.reparam.method_of(index, model.num_layers) == "full" else replaced
-        cost, launches = linears + 3.5 * attention + 3 * copies, 1.0
+        # A fused kernel takes 2.5 times as long in the backward pass: it recomputes the scores (FlashAttention-2, arXiv
+        # 2307.08691).
+        total += linears + 3.5 * attention + 3 * others
         if train.is_recomputed(index):  # another forward pass, a third of both passes
-            cost += copies
-            cost += 0 if train.keeps_products else linears / 3
-            cost += 0 if train.keeps_attention else attention
-            launches += 1 / 3
-        total += max(cost * unit, launches * KERNELS_PER_LAYER * LAUNCH_S)
+            total += others
+            total += 0 if train.keeps_products else linears / 3
+            total += 0 if train.keeps_attention else attention
     return total
+
+
+def _forward_kernels(config: Config) -> tuple[Kernel, Kernel]:
+    """Returns the kernel of attention in a decoder layer's forward pass, and all others besides its linear layers."""
+    model, tokens, width = config.model, _tokens(config), _bits(config) // 8
+    per_hidden, per_intermediate = LAYER_COPIES
+    elements = tokens * (per_hidden * model.hidden_size + per_intermediate * model.intermediate_size)
+    # Scores and weighted values, each for half of all pairs of tokens; queries, keys, values and outputs are moved.
+    flops, moved = 2 * tokens * config.data.seq_len * model.hidden_size, 4 * width * tokens * model.hidden_size
+    return Kernel("attention", "matrix", flops, moved), Kernel("others", "copy", 0, 2 * width * elements, OTHER_KERNELS)
 
 
 def layer_routes(config: Config) -> tuple[Route | None, ...]:
     """Returns the route of each linear layer of a decoder layer on a GPU; None if the method has no routes."""
-    tokens = config.train.micro_batch * config.data.seq_len
-    return tuple(route for route, _ in _linear_costs(config.model, config.reparam, tokens, _bits(config)))
+    return tuple(route for route, _ in _linear_seconds(config.model, config.reparam, _tokens(config), _bits(config)))
+
+
+def _tokens(config: Config) -> int:
+    return config.train.micro_batch * config.data.seq_len
 
 
 def _bits(config: Config) -> int:
@@ -111,22 +117,25 @@ def _bits(config: Config) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _linear_costs(
+def _linear_seconds(
     model: ModelConfig, reparam: ReparamConfig, tokens: int, bits: int
 ) -> tuple[tuple[Route | None, float], ...]:
-    """Returns route and cost of a decoder layer's linear layers: multiply-adds of a large product, for both passes."""
-    costs: list[tuple[Route | None, float]] = []
+    """Returns route and seconds, for both passes, of each linear layer of a decoder layer."""
+    found: list[tuple[Route | None, float]] = []
     for linear in block_linears(model):
-        m, n, r = linear.m, linear.n, reparam.rank
-        if reparam.method == "full":
-            costs.append((None, 3 * tokens * m * n))
-        elif reparam.method == "lowrank":
-            costs.append((None, 3 * tokens * r * (m + n)))
+        m, n = linear.m, linear.n
+        if reparam.method == "sltrain":
+            shape = LayerShape.of(m, n, reparam, linear.sharing)
+            route = choose_route(shape, tokens, bits=bits, device=DEVICE, path=reparam.path)
+            seconds = route_seconds(shape, tokens, bits=bits, device=DEVICE)[ROUTES.index(route)]
+            found.append((route, seconds))
+            continue
+        if reparam.method == "lowrank":
+            kernels = low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)
         else:
-            shape = LayerShape.of(m, n, reparam)
-            route = choose_route(shape, tokens, bits=bits, device="cuda", path=reparam.path)
-            costs.append((route, route_costs(shape, tokens, bits=bits, device="cuda")[ROUTES.index(route)]))
-    return tuple(costs)
+            kernels = dense_kernels(m, n, tokens, bits, DEVICE)
+        found.append((None, kernel_seconds(kernels, bits, DEVICE)))
+    return tuple(found)
 
 
 def _step_seconds(config: Config, ranks: int) -> float:
@@ -140,7 +149,7 @@ def _step_seconds(config: Config, ranks: int) -> float:
         per_value = LOW_BIT_VALUE_BYTES
     else:
         per_value = 7 * width  # the gradient read, the parameter and two states read and written
-    seconds = values * per_value / MEMORY_BANDWIDTH
+    seconds = values * per_value / DEVICE.rate("copy", 16).bandwidth
     if parallel.cpu_offload:  # copies gradients to the host and parameters back; the host's memory limits the step
         seconds += values * 2 * width / HOST_BANDWIDTH + values * per_value / HOST_BANDWIDTH
     return seconds

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type, is_emulated
+from sltrain_dist.sparse_lowrank.sizes import TOKEN_ALIGNMENT
 
 Weights = tuple[Tensor, ...]
 """The same as `Weights` in supports/support.py, which this module cannot import: supports import it."""
@@ -28,8 +29,6 @@ DEVICES = ["cuda"]
 """Types of the devices where the kernels are used; tests add the CPU, for Triton's interpreter."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_ALIGN = 16
-"""Tokens of transposed matrices are padded to a multiple of this, which Triton recognises as aligned."""
 _PROGRAMS = 512
 """Number of programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
 _TRANSPOSE_BLOCK = 64
@@ -154,7 +153,7 @@ def _tile(size: int, limit: int) -> int:
 
 
 def _padded(tokens: int) -> int:
-    return -(-tokens // _ALIGN) * _ALIGN
+    return -(-tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
 
 @torch.library.custom_op("sltrain::transpose", mutates_args=())

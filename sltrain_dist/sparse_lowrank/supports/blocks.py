@@ -12,7 +12,7 @@ from torch import Tensor
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.splitmix import key64, permutation
 from sltrain_dist.sparse_lowrank.kernels.torch_kernels import BlockProducts, use_kernels
-from sltrain_dist.sparse_lowrank.sizes import num_windows, window_runs, window_starts
+from sltrain_dist.sparse_lowrank.sizes import BLOCK_SLICE, num_windows, window_runs, window_starts
 from sltrain_dist.sparse_lowrank.supports.support import (
     Products,
     Support,
@@ -26,9 +26,6 @@ Order = Literal["random", "grouped", "strided", "natural"]
 """How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: sets of 8
 neighbours, in random order. strided: neighbours go to different windows in turn. natural: not permuted."""
 _GROUP = 8
-_SLICE = 512
-"""Tokens that gradients of V are summed over at a time on the CPU, for 4- and 8-byte types: longer sums in one product
-are slower there."""
 
 
 def input_key(name: str) -> str:
@@ -228,7 +225,7 @@ class BlockSupport(Support):
             return add_to_total(total, dV)
         dV = outputs.new_empty(self.values_shape) if total is None else total
         tokens = max(1, outputs.shape[0])
-        step = _SLICE if device_type(outputs) == "cpu" and not torch.compiler.is_compiling() else tokens
+        step = BLOCK_SLICE if device_type(outputs) == "cpu" and not torch.compiler.is_compiling() else tokens
         for first in range(0, tokens, step):
             part = slice(first, first + step)
             for run, rows, each in self.runs:

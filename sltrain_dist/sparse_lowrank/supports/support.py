@@ -25,7 +25,7 @@ from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.keyed import draw_seed
 from sltrain_dist.numerics.splitmix import key64
-from sltrain_dist.sparse_lowrank.sizes import nonzeros, position_bytes, values_shape
+from sltrain_dist.sparse_lowrank.sizes import SLICE, nonzeros, position_bytes, values_shape
 
 _STATE = struct.Struct(">QQ8s")
 """The state of a support in a state dict: its two keys and the fingerprint of its positions."""
@@ -82,10 +82,6 @@ class Products(Protocol):
 
     def sampled(self, total: Tensor) -> Tensor:
         """Returns the gradient of V, in its shape, from the total over all slices."""
-
-
-SLICE = 512
-"""Most tokens at a time in products with scattered positions, for 2-byte types; wider types take fewer (cache size)."""
 
 
 class Support(nn.Module):

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import MANIFEST, changed_file, checkpoint_name, file_entry, write_manifest
-from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import load_config
 from sltrain_dist.errors import CheckpointError
 from sltrain_dist.models.count import parameter_shapes

@@ -17,7 +17,8 @@ from torch import Tensor
 from sltrain_dist.checkpoint import manifest, store
 from sltrain_dist.checkpoint.contents import damage
 from sltrain_dist.checkpoint.manifest import changed_file, checkpoint_name, list_checkpoints, read_manifest
-from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.errors import CheckpointError, DivergedError, StorageError
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.parallel.pieces import SavedRange

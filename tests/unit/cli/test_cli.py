@@ -13,6 +13,7 @@ from sltrain_dist.errors import CheckpointError
 from tests.support.paths import REPO
 
 PRETRAIN = "launch/pretrain.py"
+TRAIN, PLAN = (["sltrain_dist/cli/__main__.py", command] for command in ("train", "plan"))
 SENTENCES = "The {0} fox is quick today. A {0} dog sleeps in the sun. They meet at the {0} river.\n"
 
 
@@ -64,15 +65,13 @@ def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [["sltrain_dist/cli/__main__.py", "train"], ["sltrain_dist/cli/__main__.py", "plan"], [PRETRAIN]]
-)
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        (["--config", "nofile.yaml"], "nofile.yaml: cannot read the configuration"),
-        (["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
-        (["--config", "{config}", "reparam.method=galore"], "is known to `sltrain plan` only"),
-        (["--config", "{config}", "run_dir=$NOT_SET/x"], "the environment variable NOT_SET is not set"),
+        (TRAIN, ["--config", "nofile.yaml"], "nofile.yaml: cannot read the configuration"),
+        (TRAIN, ["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
+        ([PRETRAIN], ["--config", "{config}", "reparam.method=galore"], "is known to `sltrain plan` only"),
+        ([PRETRAIN], ["--config", "{config}", "run_dir=$NOT_SET/x"], "the environment variable NOT_SET is not set"),
+        (PLAN, ["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
     ],
 )
 def test_a_wrong_configuration_is_told_without_torch(command: list[str], arguments: list[str], message: str) -> None:

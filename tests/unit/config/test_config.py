@@ -196,6 +196,7 @@ class TestPaths:
             "data.cache_dir",
             "eval.source",
             "checkpoint.resume",
+            "checkpoint.init_from",
             "tracking.mlflow_uri",
         ],
     )
@@ -308,7 +309,10 @@ class TestMessages:
             ("source=x", "source = 'x': unknown key; did you mean data.source or eval.source?"),
             ("Train.steps=3", "Train = {'steps': 3}: unknown key; did you mean train?"),
             ("hiden_size=3", "hiden_size = 3: unknown key; did you mean model.hidden_size?"),
-            ("checkpoint.zzz=3", "checkpoint.zzz = 3: unknown key; valid keys: every, keep, keep_every, resume"),
+            (
+                "checkpoint.zzz=3",
+                "checkpoint.zzz = 3: unknown key; valid keys: every, init_from, keep, keep_every, resume",
+            ),
             # wrong types
             ("optim.lr=fast", "optim.lr = 'fast': should be a number"),
             ("optim.lr=null", "optim.lr = null: should be a number"),

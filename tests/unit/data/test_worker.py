@@ -105,6 +105,7 @@ def test_errors_come_over_with_their_type_and_place(shards, tokenizer, tmp_path)
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.slow
 def test_mistakes_of_ours_come_over_with_their_traceback(tmp_path, tokenizer, monkeypatch):
     shard = write_shard(tmp_path / "x.jsonl", ["text"] * 30)
     with closing(make_loader([shard], tokenizer, workers=1, shuffle_block=4)) as loader:
@@ -169,6 +170,7 @@ def test_a_frozen_worker_is_an_error(frozen):
     assert not is_running(pid)
 
 
+@pytest.mark.slow
 def test_waiting_for_a_frozen_worker_ends_when_asked_to_stop(shards, tokenizer):
     """Nothing is lost by that: the rows come when the worker goes on."""
     with (

@@ -18,9 +18,9 @@ from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import model_flops_per_token
 from sltrain_dist.parallel.communication import update_traffic
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.plan.replay import replay
 from tests.support.configs import PLANNED
+from tests.support.held_bytes import rank_bytes
 
 
 def config_of(values: dict[str, Any], base: dict[str, Any] = PLANNED) -> Config:
@@ -266,7 +266,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.rank": ({}, 16),
     "reparam.density": ({}, 0.3),
     "reparam.support": ({}, "blocks"),
-    "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "factored"),
+    "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "materialize"),
     "reparam.row_block_bytes": (_WIDE, 16384),
     "reparam.weight_bits": ({}, 8),
     "data.seq_len": ({}, 64),

@@ -21,12 +21,12 @@ from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of, plain
 from sltrain_dist.numerics.rounding import rounding_key
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.optim.low_bit import LowBitAdam
-from sltrain_dist.parallel.placement import rank_bytes
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.cost import Path
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.observers.sanity_checks import check_update
 from tests.support.configs import TRAINED
+from tests.support.held_bytes import rank_bytes
 from tests.support.ranks import SINGLE
 from tests.unit.parallel.test_per_layer import Training, config_of
 from tests.unit.sparse_lowrank.test_layer import made, make_layer, results
@@ -294,6 +294,7 @@ def int8_training(micro_batch: int = 8, **optim: Any) -> Training:
     return Training(config.model_copy(update={"reparam": config.reparam.model_copy(update={"weight_bits": 8})}))
 
 
+@pytest.mark.slow
 class TestTraining:
     @pytest.mark.parametrize("micro_batch", [8, 2])
     def test_per_layer_equals_whole(self, micro_batch: int) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sltrain_dist.checkpoint.store import CheckpointReader, CheckpointStore
+from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
@@ -32,10 +33,11 @@ from sltrain_dist.optim.state_layout import (
     update_chunks,
 )
 from sltrain_dist.parallel.pieces import LocalPieces, Piece
-from sltrain_dist.parallel.placement import fsdp_range, rank_bytes
+from sltrain_dist.parallel.placement import fsdp_range
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.state import check_resumable
+from tests.support.held_bytes import rank_bytes
 from tests.support.ranks import SINGLE, on_ranks
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -220,6 +222,7 @@ class TestRanks:
         with pytest.raises(ValueError, match="pass all_reduce_max"):
             make_optimizer([("V", parameter)], OptimConfig(state_bits=8), ranges={"V": part})
 
+    @pytest.mark.slow
     def test_a_rank_without_a_part_takes_part(self) -> None:
         """4097 values on 83 ranks are 50 each, so that the last one has none."""
         shape, ranks = (4097,), 83

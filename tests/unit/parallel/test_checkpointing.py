@@ -142,11 +142,9 @@ def test_attention_is_computed_again_only_where_it_should_be(train: dict[str, An
 @pytest.mark.parametrize(
     ("support", "path", "train"),
     [
-        ("random", "materialize", {}),
         ("random", "factored", FULL),
         ("stratified", "factored", {}),
         ("blocks", "materialize", FULL),
-        ("blocks", "factored", {}),
     ],
 )
 def test_compiled_layers_compute_the_same_and_share_a_trace(support: str, path: str, train: dict[str, Any]) -> None:

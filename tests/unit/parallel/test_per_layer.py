@@ -18,7 +18,7 @@ from sltrain_dist.numerics.splitmix import integers
 from sltrain_dist.optim.clipping import coefficient
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.pieces import LocalPieces
-from sltrain_dist.parallel.placement import waiting_bytes
+from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.train.step import Rows, forward_backward
 from tests.support.configs import TRAINED
 from tests.support.ranks import SINGLE
@@ -171,7 +171,7 @@ def test_what_waits_between_micro_batches_is_counted() -> None:
     ids = torch.from_numpy(rows_of(0)).long()
     training.engine.micro_step(ids[:, :-1], ids[:, 1:], 1.0, last=False)
     waiting = sum(g.nbytes for g in training.engine.tensors()["gradients"])
-    assert waiting == waiting_bytes(config, 1) > 0
+    assert waiting == accumulated_gradient_bytes(config, 1) > 0
 
 
 class TestRules:

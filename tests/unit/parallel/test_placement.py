@@ -15,7 +15,8 @@ from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters, parameter_shapes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
-from sltrain_dist.parallel.placement import fsdp_rows, is_factor, rank_bytes
+from sltrain_dist.parallel.placement import fsdp_rows, is_factor
+from tests.support.held_bytes import rank_bytes
 
 REMAINDER, FACTORS = 32_776_704, 10_753_128
 """Parameters of llama_60m: embedding, head and norms; and the rest (by kind in tests/unit/models/test_model.py)."""

@@ -72,6 +72,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_played_recordings_are_what_a_whole_model_takes(run: str) -> None:
     """All layers together on fake tensors, stepped by hooks or at the end, against one layer played for each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,15 +15,17 @@ from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.memory.events import EventLog
+from sltrain_dist.memory.result import Point
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.parallel.placement import RankBytes, rank_bytes, waiting_bytes
+from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.plan.follow import follow
-from sltrain_dist.plan.replay import fake_rank, replay
+from sltrain_dist.plan.replay import fake_rank, replayed_timeline
 from sltrain_dist.sparse_lowrank.sizes import stored_index_bytes
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.step import forward_backward
 from tests.support.configs import PLANNED
+from tests.support.held_bytes import RankBytes, rank_bytes
 from tests.support.ranks import SINGLE
 
 pytestmark = pytest.mark.slow
@@ -62,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_fake_tensors_take_what_real_ones_take(case: str) -> None:
     """At every module of the step, in every component, to the byte."""
     config = config_of(**CASES[case])
-    fake, real = replay(config, device="cpu").timeline, follow(config, SINGLE)
+    fake, real = replayed_timeline(config, device="cpu"), follow(config, SINGLE)
     assert [(p.phase, p.where) for p in fake] == [(p.phase, p.where) for p in real]
     # But for the stretch in which initial values are computed, which fake tensors have none of.
     assert fake[1:] == real[1:]
@@ -83,7 +86,8 @@ def test_following_does_not_change_what_is_followed(case: str) -> None:
     """The same training without hooks, scopes and patches: none of them holds a tensor, or lets go of one."""
     ranks, sections = PLAIN[case]
     config = config_of(**{**sections, "train": {"global_batch": 2 * ranks, **sections.get("train", {})}})
-    peak = max(p.total for p in replay(config, ranks, device="cpu").timeline if p.phase not in ("init", "save"))
+    timeline = replayed_timeline(config, ranks, device="cpu")
+    peak = max(point.total for point in timeline if point.phase not in ("init", "save"))
     model, log = build_meta_model(config), EventLog("cpu")
     with fake_rank(config, 0, ranks, "cpu") as env:
         with log:
@@ -103,7 +107,7 @@ def test_a_whole_preset_takes_what_it_takes() -> None:
     config = build_config(
         {"preset": "llama_60m", "parallel": {"engine": "ddp"}, "train": {"micro_batch": 1, "global_batch": 1}}
     )
-    assert replay(config, device="cpu").timeline[1:] == follow(config, SINGLE)[1:]
+    assert replayed_timeline(config, device="cpu")[1:] == follow(config, SINGLE)[1:]
 
 
 HELD: dict[str, tuple[int, dict[str, Any]]] = {
@@ -117,12 +121,18 @@ HELD: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@cache
+def replayed(case: str) -> tuple[Config, int, dict[tuple[str, str], dict[str, int]]]:
+    """Configuration and ranks of a case of `HELD`, and the components of a rank by phase and place."""
+    ranks, sections = HELD[case]
+    config = config_of(**{**sections, "train": {**sections.get("train", {}), "global_batch": 4 * ranks}})
+    points = replayed_timeline(config, ranks)
+    return config, ranks, {(point.phase, point.where): point.groups() for point in points}
+
+
 @pytest.mark.parametrize("case", HELD)
 def test_components_follow_the_sharding_rules(case: str) -> None:
-    ranks, sections = HELD[case]
-    train = {**sections.get("train", {}), "global_batch": 4 * ranks}
-    config = config_of(**{**sections, "train": train})
-    points = {(point.phase, point.where): point.groups() for point in replay(config, ranks).timeline}
+    config, ranks, points = replayed(case)
     before = points["update", "clipping"]
     held = RankBytes(
         sum(before[group] for group in ("factors", "sparse_values", "dense")),
@@ -143,17 +153,20 @@ def test_components_follow_the_sharding_rules(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["fsdp on 1", "local"])
 def test_gradients_wait_for_the_last_micro_batch(case: str) -> None:
-    ranks, sections = HELD[case]
-    config = config_of(**{**sections, "train": {**sections.get("train", {}), "global_batch": 4 * ranks}})
-    points = {(point.phase, point.where): point.groups() for point in replay(config, ranks).timeline}
-    assert points["forward", "pass 2, embed_tokens"]["gradients"] == waiting_bytes(config, ranks)
+    config, ranks, points = replayed(case)
+    assert points["forward", "pass 2, embed_tokens"]["gradients"] == accumulated_gradient_bytes(config, ranks)
+
+
+def peak(timeline: tuple[Point, ...], phase: str) -> dict[str, int]:
+    """The components at the moment of a phase that takes most."""
+    return max((point for point in timeline if point.phase == phase), key=lambda point: point.total).groups()
 
 
 def test_gathered_blocks_and_what_is_saved() -> None:
     """FSDP2 keeps gathered blocks where it is told to, and activation checkpointing keeps a block's input."""
     base: dict[str, Any] = {"reparam": {"method": "full"}, "model": {"num_layers": 4}}
     kept, freed, again = (
-        replay(config_of(**base, **sections), 1).peak_of("forward").groups()
+        peak(replayed_timeline(config_of(**base, **sections), 1), "forward")
         for sections in (
             {"parallel": {"engine": "fsdp", "reshard_after_forward": False}},
             {"parallel": {"engine": "fsdp"}},
@@ -167,7 +180,7 @@ def test_gathered_blocks_and_what_is_saved() -> None:
 def test_a_gpu_takes_other_paths() -> None:
     """The kernels there arrange tokens in their own way; what is held stays the same."""
     config = config_of(reparam={"support": "blocks", "path": "factored"})
-    cpu, cuda = (replay(config, device=device).peak_of("backward").groups() for device in ("cpu", "cuda"))
+    cpu, cuda = (peak(replayed_timeline(config, device=device), "backward") for device in ("cpu", "cuda"))
     assert cuda["temporaries"] != cpu["temporaries"]
     assert {k: v for k, v in cuda.items() if k in ("factors", "dense", "index")} == {
         k: v for k, v in cpu.items() if k in ("factors", "dense", "index")
@@ -187,5 +200,5 @@ def test_a_gpu_takes_other_paths() -> None:
 )
 def test_what_cannot_be_replayed(sections: dict[str, Any], ranks: int, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        replay(config_of(**sections), ranks)
+        replayed_timeline(config_of(**sections), ranks)
     assert not dist.is_initialized() and torch._C._len_torch_dispatch_stack() == 0

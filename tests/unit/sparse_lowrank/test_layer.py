@@ -111,6 +111,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch._dynamo.reset()
     layer = make_layer(33, 17, 5, torch.float32, bias=True)

@@ -1,4 +1,4 @@
-"""Ranks, conversions and the cost model."""
+"""Ranks and conversions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from sltrain_dist.config.schema import SupportKind
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.convert import fit
-from sltrain_dist.sparse_lowrank.cost import RATES, ROUTES, LayerShape, choose_route, route_costs
 from sltrain_dist.sparse_lowrank.layer import SUPPORTS
-from sltrain_dist.sparse_lowrank.sizes import nonzeros
 
 KINDS: tuple[SupportKind, ...] = ("random", "stratified", "blocks")
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -104,29 +102,3 @@ def test_fit_refuses_other_shapes() -> None:
         fit(torch.zeros(7, 6), 2, 1.0, support)
     with pytest.raises(ValueError, match="sweeps"):
         fit(torch.zeros(6, 7), 2, 1.0, support, sweeps=0)
-
-
-@each_kind
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("bits", [16, 32])
-def test_cost_model_keeps_to_the_path_that_is_asked_for(kind: SupportKind, device: str, bits: int) -> None:
-    for m, n, r in ((512, 512, 128), (5461, 2048, 512), (64, 4096, 8)):
-        shape = LayerShape(m, n, r, nonzeros(m, n, 0.03, kind), kind)
-        for tokens in (1, 64, 2048, 1 << 20):
-            costs = route_costs(shape, tokens, bits=bits, device=device)
-            assert all(cost > 0 for cost in costs)
-            for path in ("materialize", "factored"):
-                route = choose_route(shape, tokens, bits=bits, device=device, path=path)
-                assert route.path == path
-            best = choose_route(shape, tokens, bits=bits, device=device)
-            assert costs[ROUTES.index(best)] == min(costs)
-
-
-def test_cost_model_knows_the_ends() -> None:
-    """Few tokens: never build W. A rank near the width: building it is cheaper than the factors."""
-    arguments = {"bits": 32, "device": "cpu"}
-    nnz = nonzeros(2048, 2048, 0.03)
-    assert choose_route(LayerShape(2048, 2048, 512, nnz, "random"), 4, **arguments).path == "factored"
-    assert choose_route(LayerShape(2048, 2048, 512, nnz, "blocks"), 2048, **arguments).path == "factored"
-    assert choose_route(LayerShape(2048, 2048, 2000, nnz, "blocks"), 1 << 16, **arguments).path == "materialize"
-    assert {bits for _, bits in RATES} == {16, 32}

@@ -30,7 +30,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the route that the cost model would choose."""
 
     def set_route(route: Route) -> None:
-        monkeypatch.setattr(functional, "choose_route", lambda *args, **kwargs: route)
+        monkeypatch.setattr(functional, "route_at", lambda *args: route)
 
     return set_route
 

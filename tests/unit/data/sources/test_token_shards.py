@@ -92,6 +92,7 @@ def test_the_rows_and_positions_of_the_text(
             assert of_tokens[0].stats.documents == of_text[0].stats.documents
 
 
+@pytest.mark.slow
 def test_workers_read_token_shards(text, prepared, shared_data, tmp_path, monkeypatch):
     monkeypatch.undo()
     path = shared_data / "tokenizers" / "t5-32k.model"
