@@ -31,6 +31,7 @@ _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
+    "tuple_type": "a list",
 }
 
 
@@ -302,5 +303,6 @@ def _show(value: Any) -> str:
     """Formats a value as a user would write it in YAML, shortened to 100 characters."""
     if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print these
         return f"a number of {value.bit_length():,} bits"
+    value = list(value) if isinstance(value, tuple) else value
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

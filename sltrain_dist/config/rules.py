@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config, ParallelConfig
+from sltrain_dist.config.schema import Config, OptimConfig, ParallelConfig
 from sltrain_dist.errors import ConfigError
 
 _MAX_PARAMETERS = 10**14
@@ -36,14 +37,45 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.steps", f"set exactly one of train.steps and train.tokens (= {train.tokens})"
     if train.steps is not None and optim.warmup_steps > train.steps:
         yield "optim.warmup_steps", f"is longer than the run; at most train.steps = {train.steps}"
+    elif optim.schedule == "wsd" and train.steps is not None and _decay_overlaps_warmup(optim, train.steps):
+        yield (
+            "optim.decay_ratio",
+            f"begins the decay before the end of the warm-up; lower it or optim.warmup_steps = {optim.warmup_steps}, "
+            f"or raise train.steps = {train.steps}",
+        )
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
+    yield from _check_dense_layers(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
     yield from _check_int8(config)
+
+
+def _decay_overlaps_warmup(optim: OptimConfig, steps: int) -> bool:
+    """Returns whether the decay of wsd begins before the last update of the warm-up, which is the first at the peak."""
+    return optim.warmup_steps - 1 > (1.0 - optim.decay_ratio) * (steps - 1)
+
+
+def _check_dense_layers(config: Config) -> Iterator[tuple[str, str]]:
+    key, listed, layers = "reparam.dense_layers", config.reparam.dense_layers, config.model.num_layers
+    outside = [index for index in listed if not -layers <= index < layers]
+    twice = [number for number, count in Counter(index % layers for index in listed).items() if count > 1]
+    if listed and config.reparam.method not in ("sltrain", "lowrank"):
+        yield key, f"is for reparam.method=sltrain or lowrank; set it to [] with {config.reparam.method}"
+    elif outside:
+        yield (
+            key,
+            f"has {outside[0]}, but model.num_layers = {layers}; the layers are 0 to {layers - 1}, or from the end "
+            f"-1 to {-layers}",
+        )
+    elif twice:
+        names = " and ".join(str(index) for index in listed if index % layers == twice[0])
+        yield key, f"has decoder layer {twice[0]} twice, as {names}; remove one of the two"
+    elif len(listed) == layers:
+        yield key, "has all decoder layers; remove one of them, or set reparam.method=full and this to []"
 
 
 def _check_size(config: Config) -> Iterator[tuple[str, str]]:
@@ -340,6 +372,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         ("optim.update=whole", optim.update == "whole", ("optim.per_layer_accumulation", "optim.clip_mode")),
         ("optim.clip=0", optim.clip == 0, ("optim.clip_mode",)),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),
+        (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", ("optim.decay_ratio", "optim.decay_type")),
         ("eval.source=null", config.eval.source is None, ("eval.every", "eval.tokens", "eval.micro_batch")),
         (
             "tracking.mlflow=false",

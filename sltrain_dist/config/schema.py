@@ -43,6 +43,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SupportKind = Literal["random", "stratified", "blocks"]
+Method = Literal["sltrain", "full", "lowrank", "relora", "galore"]
 
 
 class Section(BaseModel):
@@ -83,7 +84,8 @@ class ModelConfig(Section):
     tie_head: Memory[bool] = False
     """Whether lm_head shares the embedding's weight."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the embedding, the head and, with reparam.method=full, of every linear layer."""
+    """Standard deviation of the embedding, the head and every dense linear layer (reparam.method=full
+    or reparam.dense_layers)."""
 
     @property
     def kv_heads(self) -> int:
@@ -99,10 +101,13 @@ class ModelConfig(Section):
 class ReparamConfig(Section):
     """Parametrization of the linear layers of attention and MLP."""
 
-    method: Memory[Literal["sltrain", "full", "lowrank", "relora", "galore"]] = "sltrain"
+    method: Memory[Method] = "sltrain"
     """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
     relora (a frozen dense weight, and low-rank factors that are merged into it periodically) and galore (a dense
     weight whose gradient is projected to a low rank before the optimizer step)."""
+    dense_layers: Memory[Annotated[tuple[int, ...], Field(strict=False)]] = ()
+    """Decoder layers whose linear layers stay dense, as with method=full, while method is sltrain or lowrank. Counted
+    from 0, or from the end with negative numbers: [0, -1] is the first and the last layer."""
     rank: Memory[Width] = 128
     """r, the inner dimension of B (m, r) and A (r, n)."""
     density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03
@@ -128,7 +133,11 @@ class ReparamConfig(Section):
     """Bits per value of B, A, V and the head. 16: their type is that of train.dtype. 8 (experimental): int8 codes with
     a float32 scale per row (for V of a random support: per 256 values), rounded stochastically by the update and
     dequantized layer by layer in the forward and backward pass. Needs Adam and parallel.engine=ddp (docs/memory.md).
-    Embedding and norms keep the type of train.dtype."""
+    Embedding, norms and the weights of dense_layers keep the type of train.dtype."""
+
+    def method_of(self, layer: int, num_layers: int) -> Method:
+        """Returns the method of decoder layer number `layer`: full for those of `dense_layers`."""
+        return "full" if layer in self.dense_layers or layer - num_layers in self.dense_layers else self.method
 
 
 class DataConfig(Section):
@@ -218,12 +227,20 @@ class OptimConfig(Section):
     embeddings."""
     clip: FloatOrZero = 0.0
     """Maximum global gradient norm; gradients with a larger norm are scaled down to it. 0: no clipping."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning-rate schedule after the warm-up. cosine, linear: a decay over the rest of the run. wsd
+    (warmup-stable-decay): the peak, and a decay at the end, so that the length of a run can be chosen late
+    (docs/recipes.md)."""
     warmup_steps: CountOrZero = 0
     """Updates over which the learning rate rises linearly to its peak."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate as a fraction of the peak (cosine and linear)."""
+    """Final learning rate as a fraction of the peak (all schedules but constant)."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """wsd: length of the decay as a fraction of the run, in updates (train.steps) or tokens (train.tokens). A decay
+    over the last fifth with the shape 1-sqrt reaches the loss of a cosine (arXiv 2405.18392)."""
+    decay_type: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
+    """wsd: shape of the decay from the peak to min_lr_ratio. 1-sqrt: one minus the root of the decay's elapsed part,
+    which falls fast at first."""
     update: Memory[Literal["whole", "per_layer"]] = "whole"
     """whole: one optimizer step after the backward pass. per_layer: every parameter is updated during the backward
     pass, as soon as its gradient is complete, and the gradient is freed: gradients take the memory of a few

@@ -10,7 +10,7 @@ from sltrain_dist.config.rules import check_trainable, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.device_overhead import communicators, reserved_bytes
 from sltrain_dist.memory.recorded_model import recorded_model
-from sltrain_dist.memory.recording_store import Request, ends_request, evaluation_request, layer_requests
+from sltrain_dist.memory.recording_store import Request, ends_request, evaluation_requests, layer_requests
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.memory.schedules.fsdp import FsdpTimeline
@@ -40,7 +40,8 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
     schedule = {"ddp": Timeline, "fsdp": FsdpTimeline, "zero": ZeroTimeline}[config.parallel.engine]
     points = schedule(config, model, ranks, passes, device).points()
     peak = max(point.total for point in points)
-    tensors = 3 * len(model.layer_parameters) * len(model.order)  # a parameter, its gradient or states, activations
+    parameters = sum(len(model.layer_parameters[kind]) for kind in model.kinds)
+    tensors = 3 * parameters  # a parameter, its gradient or states, activations
     flops = model.flops * (2 if config.optim.passes_twice else 1)
     return Estimate(
         timeline=tuple(points),
@@ -54,5 +55,5 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
 
 def recordings_of(config: Config, device: DeviceType = "cuda") -> list[Request]:
     """Returns requests for the slowest recordings that the estimate of a run needs."""
-    requests = [*layer_requests(config, device)[0], ends_request(config, device), evaluation_request(config, device)]
-    return [request for request in requests if request is not None]
+    layers, evaluations = layer_requests(config, device)[0], evaluation_requests(config, device)[0]
+    return [*layers, ends_request(config, device), *evaluations]

@@ -26,7 +26,7 @@ class Holding:
     Attributes:
         parameter: One of the parameters.
         count: Number of equal parameters in the model.
-        in_layer: Whether they are in decoder layers.
+        kind: Kind of the decoder layers that they are in, see :attr:`RecordedModel.kinds`; None outside of layers.
         sharded: Whether they are sharded.
         range: Rows of each parameter that the rank stores; all rows if it is not sharded.
         values: Number of these values, with the padding of rows.
@@ -34,7 +34,7 @@ class Holding:
 
     parameter: Parameter
     count: int
-    in_layer: bool
+    kind: int | None
     sharded: bool
     range: TensorRange
     values: int
@@ -50,13 +50,10 @@ class Holdings:
     """
 
     def __init__(self, model: RecordedModel, sharding: Sharding, ranks: int) -> None:
-        self.layers = len(model.order)
+        parts = [(kind, model.kinds.count(kind), each) for kind, each in enumerate(model.layer_parameters)]
         self.items = tuple(
-            _holding(parameter, count, in_layer, sharding, ranks)
-            for in_layer, count, parameters in (
-                (True, self.layers, model.layer_parameters),
-                (False, 1, model.ends.parameters),
-            )
+            _holding(parameter, count, kind, sharding, ranks)
+            for kind, count, parameters in (*parts, (None, 1, model.ends.parameters))
             for parameter in parameters
         )
         self.sharded = tuple(item for item in self.items if item.sharded)
@@ -83,27 +80,27 @@ class Holdings:
         """Number of values in the largest sharded parameter."""
         return max((item.parameter.values for item in self.sharded), default=0)
 
-    def sharded_in(self, *, layer: bool) -> int:
-        """Returns the sharded values of one decoder layer, or of the parameters outside all layers."""
-        return self._sharded_in[layer]
+    def sharded_in(self, kind: int | None) -> int:
+        """Returns the sharded values of a decoder layer of this kind, or outside all layers (None)."""
+        return self._sharded_in.get(kind, 0)
 
-    def gathered_in(self, *, layer: bool) -> int:
+    def gathered_in(self, kind: int | None) -> int:
         """Returns the same number with the padding of rows, as it is gathered."""
-        return self._gathered_in[layer]
+        return self._gathered_in.get(kind, 0)
 
     @cached_property
-    def _sharded_in(self) -> dict[bool, int]:
-        return {
-            layer: sum(item.parameter.values for item in self.sharded if item.in_layer is layer)
-            for layer in (False, True)
-        }
+    def _sharded_in(self) -> dict[int | None, int]:
+        sums: dict[int | None, int] = defaultdict(int)
+        for item in self.sharded:
+            sums[item.kind] += item.parameter.values
+        return sums
 
     @cached_property
-    def _gathered_in(self) -> dict[bool, int]:
-        return {
-            layer: self.ranks * sum(item.values for item in self.sharded if item.in_layer is layer)
-            for layer in (False, True)
-        }
+    def _gathered_in(self) -> dict[int | None, int]:
+        sums: dict[int | None, int] = defaultdict(int)
+        for item in self.sharded:
+            sums[item.kind] += self.ranks * item.values
+        return sums
 
     def on_device(self, *, with_sharded: bool) -> tuple[Holding, ...]:
         """Returns the parts that are on the device; sharded parameters may be offloaded, and are then left out."""
@@ -143,9 +140,9 @@ def holdings_of(model: RecordedModel, sharding: Sharding, ranks: int) -> Holding
     return Holdings(model, sharding, ranks)
 
 
-def _holding(parameter: Parameter, count: int, in_layer: bool, sharding: Sharding, ranks: int) -> Holding:
+def _holding(parameter: Parameter, count: int, kind: int | None, sharding: Sharding, ranks: int) -> Holding:
     if sharding == "nothing" or (sharding == "factors" and not parameter.replaced):
         part = TensorRange.whole(parameter.name, parameter.shape)
-        return Holding(parameter, count, in_layer, False, part, parameter.values)
+        return Holding(parameter, count, kind, False, part, parameter.values)
     padded = -(-parameter.shape[0] // ranks) * prod(parameter.shape[1:])
-    return Holding(parameter, count, in_layer, True, fsdp_range(parameter.name, parameter.shape, 0, ranks), padded)
+    return Holding(parameter, count, kind, True, fsdp_range(parameter.name, parameter.shape, 0, ranks), padded)

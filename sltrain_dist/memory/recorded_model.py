@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.recording import Parameter, Recording
@@ -16,7 +16,8 @@ class RecordedModel:
     """The recordings of a model's forward and backward pass of one micro-batch.
 
     Attributes:
-        layers: Recordings of the distinct decoder layers: two if only some layers are recomputed, else one.
+        layers: Recordings of the distinct decoder layers: one, unless some layers are recomputed, or dense, and others
+            are not.
         order: For each layer of the model, the index of its recording in `layers`.
         ends: Recording of the parts before and after the layers.
     """
@@ -25,20 +26,26 @@ class RecordedModel:
     order: tuple[int, ...]
     ends: Recording
 
-    @property
-    def layer_parameters(self) -> tuple[Parameter, ...]:
-        """Parameters of one layer."""
-        return self.layers[0].parameters
+    @cached_property
+    def layer_parameters(self) -> tuple[tuple[Parameter, ...], ...]:
+        """The parameters of each kind of decoder layers that has other parameters than the kinds before."""
+        return tuple(dict.fromkeys(layer.parameters for layer in self.layers))
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer of the model, the index of its parameters in `layer_parameters`."""
+        kinds = [self.layer_parameters.index(layer.parameters) for layer in self.layers]
+        return tuple(kinds[index] for index in self.order)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of all support indices in the model."""
-        return len(self.order) * self.layers[0].sizes["buffers"]
+        return sum(self.layers[index].sizes["buffers"] for index in self.order)
 
     @property
     def flops(self) -> int:
         """Floating-point operations of a forward and a backward pass."""
-        return self.ends.flops + sum(self.layers[kind].flops for kind in self.order)
+        return self.ends.flops + sum(self.layers[index].flops for index in self.order)
 
 
 def recorded_model(config: Config, device: DeviceType) -> RecordedModel:

@@ -23,7 +23,16 @@ from typing import Any, TypeVar
 
 import sltrain_dist
 from sltrain_dist.config.paths import default_cache_dir
-from sltrain_dist.config.schema import MEMORY, Config, DataConfig, OptimConfig, ReparamConfig, Section, TrainConfig
+from sltrain_dist.config.schema import (
+    MEMORY,
+    Config,
+    DataConfig,
+    Method,
+    OptimConfig,
+    ReparamConfig,
+    Section,
+    TrainConfig,
+)
 from sltrain_dist.files import write_whole
 from sltrain_dist.memory.recording import Recording, dumps, loads
 from sltrain_dist.numerics.device import DeviceType
@@ -122,12 +131,12 @@ def record_missing(requests: Iterable[Request], workers: int, report: Callable[[
 
 def layer_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:
     """Returns requests for the distinct decoder layers of a run, and the index of its request for each layer."""
-    micro_batch, gathered = config.train.micro_batch, _gathered(config)
-    recomputed = [config.train.is_recomputed(index) for index in range(config.model.num_layers)]
-    distinct = list(dict.fromkeys(recomputed))
-    settings = (_layer_sections(config, micro_batch, recompute=recompute) for recompute in distinct)
+    micro_batch, gathered, layers = config.train.micro_batch, _gathered(config), config.model.num_layers
+    kinds = [(config.train.is_recomputed(index), config.reparam.method_of(index, layers)) for index in range(layers)]
+    distinct = list(dict.fromkeys(kinds))
+    settings = (_layer_sections(config, method, micro_batch, recompute=recompute) for recompute, method in distinct)
     requests = [request("memory.record:record_layer", device, gathered, **sections) for sections in settings]
-    return requests, tuple(map(distinct.index, recomputed))
+    return requests, tuple(map(distinct.index, kinds))
 
 
 def ends_request(config: Config, device: DeviceType) -> Request:
@@ -136,20 +145,27 @@ def ends_request(config: Config, device: DeviceType) -> Request:
         "memory.record:record_ends",
         device,
         model=only_memory(config.model, num_layers=1, intermediate_size=1),
-        reparam=ReparamConfig(method="full", weight_bits=config.reparam.weight_bits),
+        reparam=_reparam_section(config, "full"),
         data=_data_section(config),
         train=_loss_section(config, config.train.micro_batch),
     )
 
 
-def evaluation_request(config: Config, device: DeviceType) -> Request | None:
-    """Returns the request for a forward pass of an evaluation; None if the run has no evaluation."""
+def evaluation_requests(config: Config, device: DeviceType) -> tuple[list[Request], tuple[int, ...]]:
+    """Returns requests for the forward pass of an evaluation, one for each distinct decoder layer, and the index of its
+    request for each layer. Both are empty if the run has no evaluation."""
     if config.eval.source is None:
-        return None
-    sections = _layer_sections(config, config.eval_micro_batch, recompute=False)
-    sections["model"] = only_memory(config.model, num_layers=1)
-    sections["train"] = _loss_section(config, config.eval_micro_batch)
-    return request("memory.record:record_evaluation", device, _gathered(config), **sections)
+        return [], ()
+    layers, micro_batch = config.model.num_layers, config.eval_micro_batch
+    methods = [config.reparam.method_of(index, layers) for index in range(layers)]
+    distinct = list(dict.fromkeys(methods))
+    requests = []
+    for method in distinct:
+        sections = _layer_sections(config, method, micro_batch, recompute=False)
+        sections["model"] = only_memory(config.model, num_layers=1)
+        sections["train"] = _loss_section(config, micro_batch)
+        requests.append(request("memory.record:record_evaluation", device, _gathered(config), **sections))
+    return requests, tuple(map(distinct.index, methods))
 
 
 def step_request(
@@ -184,8 +200,8 @@ def request(make: str, device: DeviceType, *more: Any, **sections: Section) -> R
     return Request(make, key, device, (Config.model_validate(sections), *more, device))
 
 
-def _layer_sections(config: Config, micro_batch: int, *, recompute: bool) -> dict[str, Section]:
-    """Returns the settings that a decoder layer depends on; `recompute`: its activations are recomputed."""
+def _layer_sections(config: Config, method: Method, micro_batch: int, *, recompute: bool) -> dict[str, Section]:
+    """Returns the settings that a decoder layer of a method depends on; `recompute`: its activations are recomputed."""
     train, checkpointing = config.train, {}
     if recompute and (train.activation_checkpointing == "full" or train.checkpoint_policy == "blocks"):
         checkpointing = {"activation_checkpointing": "full"}
@@ -193,7 +209,7 @@ def _layer_sections(config: Config, micro_batch: int, *, recompute: bool) -> dic
         checkpointing = {"activation_checkpointing": "selective", "checkpoint_policy": train.checkpoint_policy}
     return {
         "model": only_memory(config.model, num_layers=1, vocab_size=1, tie_head=False),
-        "reparam": only_memory(config.reparam),
+        "reparam": _reparam_section(config, method),
         "data": _data_section(config),
         "train": TrainConfig.model_validate({"dtype": train.dtype, "micro_batch": micro_batch, **checkpointing}),
     }
@@ -203,6 +219,13 @@ def _gathered(config: Config) -> Shard | None:
     """Returns which parameters FSDP2 gathers in the type of matrix products; None without mixed precision."""
     gathers = config.parallel.engine == "fsdp" and config.train.precision.is_mixed
     return config.parallel.shard if gathers else None
+
+
+def _reparam_section(config: Config, method: Method) -> ReparamConfig:
+    """Returns the settings of a model whose only decoder layer has this method."""
+    if method == "full":
+        return ReparamConfig(method="full", weight_bits=config.reparam.weight_bits)
+    return only_memory(config.reparam, dense_layers=())
 
 
 def _data_section(config: Config) -> DataConfig:

@@ -14,7 +14,7 @@ Group = Literal[
     "factors",  # B and A
     "sparse_values",  # V
     "index",  # positions or permutations of the supports
-    "dense",  # embedding, head and norms; all weights with method full
+    "dense",  # embedding, head and norms; dense linear layers
     "gradients",
     "states",  # optimizer states
     "master_weights",

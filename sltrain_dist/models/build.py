@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.config.rules import check_trainable
-from sltrain_dist.config.schema import Config, ReparamConfig
+from sltrain_dist.config.schema import Config, Method, ReparamConfig
 from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import Int8Weight
@@ -39,11 +39,14 @@ def build_meta_model(config: Config) -> LlamaForCausalLM:
     """
     check_trainable(config)
     with torch.device("meta"):
-        factory = linear_factory(config)
+        factories = [
+            linear_factory(config.reparam.method_of(layer, config.model.num_layers), config)
+            for layer in range(config.model.num_layers)
+        ]
         precision = config.train.precision
         autocast = getattr(torch, precision.product) if precision.is_mixed else None
         chunk_tokens = config.train.chunk_tokens(config.model.vocab_size)
-        model = LlamaForCausalLM(config.model, factory, config.data.seq_len, config.seed, autocast, chunk_tokens)
+        model = LlamaForCausalLM(config.model, factories, config.data.seq_len, config.seed, autocast, chunk_tokens)
     dtype = getattr(torch, precision.parameter)
     for parameter in model.parameters():  # not model.to(dtype): the rotary table stays in float32
         parameter.data = parameter.data.to(dtype)
@@ -107,14 +110,14 @@ def _initials(model: nn.Module) -> dict[str, Initial]:
     }
 
 
-def linear_factory(config: Config) -> LinearFactory:
-    """Returns the function that creates each linear layer of attention and MLP, by `reparam.method`."""
+def linear_factory(method: Method, config: Config) -> LinearFactory:
+    """Returns the function that creates the linear layers of attention and MLP in a decoder layer of this method."""
     reparam, seed = config.reparam, config.seed
 
     def make(in_features: int, out_features: int, name: str) -> nn.Module:
-        if reparam.method == "full":
+        if method == "full":
             return DenseLinear(in_features, out_features, name=name, seed=seed, std=config.model.init_std)
-        if reparam.method == "lowrank":
+        if method == "lowrank":
             return LowRankLinear(in_features, out_features, reparam.rank, reparam.alpha, name=name, seed=seed)
         return SLLinear(
             in_features,

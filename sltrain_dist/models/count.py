@@ -36,7 +36,7 @@ class ParameterCount:
     sparse: int
     """V of all replaced layers."""
     dense: int
-    """Dense weights of the linear layers, with the methods full, galore and relora."""
+    """Dense weights of attention and MLP: of `reparam.dense_layers`, or of all layers with full, galore and relora."""
 
     @property
     def remainder(self) -> int:
@@ -70,16 +70,17 @@ def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCou
     relora has both the frozen dense weights and the factors; galore has the parameters of the full model.
     """
     h, layers, linears = model.hidden_size, model.num_layers, block_linears(model)
+    replaced = layers - len(reparam.dense_layers)
     factored, dense = reparam.method not in ("full", "galore"), reparam.method not in ("sltrain", "lowrank")
     return ParameterCount(
         embedding=model.vocab_size * h,
         head=0 if model.tie_head else model.vocab_size * h,
         norms=(2 * layers + 1) * h,
-        factors=layers * sum(reparam.rank * (s.m + s.n) for s in linears) if factored else 0,
-        sparse=layers * sum(nonzeros(s.m, s.n, reparam.density, reparam.support) for s in linears)
+        factors=replaced * sum(reparam.rank * (s.m + s.n) for s in linears) if factored else 0,
+        sparse=replaced * sum(nonzeros(s.m, s.n, reparam.density, reparam.support) for s in linears)
         if reparam.method == "sltrain"
         else 0,
-        dense=layers * sum(s.m * s.n for s in linears) if dense else 0,
+        dense=(layers if dense else layers - replaced) * sum(s.m * s.n for s in linears),
     )
 
 
@@ -88,15 +89,15 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[s
     h = model.hidden_size
     shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (model.vocab_size, h))]
     for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}"
+        prefix, method = f"model.layers.{layer}", reparam.method_of(layer, model.num_layers)
         for linear in block_linears(model):
             name, m, n = f"{prefix}.{linear.name}", linear.m, linear.n
-            if reparam.method not in ("sltrain", "lowrank"):
+            if method not in ("sltrain", "lowrank"):
                 shapes.append((f"{name}.weight", (m, n)))
-            if reparam.method in ("full", "galore"):
+            if method in ("full", "galore"):
                 continue
             shapes += [(f"{name}.B", (m, reparam.rank)), (f"{name}.A", (reparam.rank, n))]
-            if reparam.method == "sltrain":
+            if method == "sltrain":
                 shapes.append((f"{name}.V", values_shape(m, n, reparam.density, reparam.support)))
         shapes += [(f"{prefix}.{norm}.weight", (h,)) for norm in ("input_layernorm", "post_attention_layernorm")]
     shapes.append(("model.norm.weight", (h,)))

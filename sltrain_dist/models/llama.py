@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -231,12 +231,14 @@ class DecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """The embedding, the decoder layers and the final norm."""
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory, seq_len: int, seed: int) -> None:
+    def __init__(self, config: ModelConfig, linears: Sequence[LinearFactory], seq_len: int, seed: int) -> None:
         super().__init__()
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, name="model.embed_tokens", seed=seed, std=config.init_std
         )
-        self.layers = nn.ModuleList(DecoderLayer(config, linear, f"model.layers.{i}") for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, linear, f"model.layers.{i}") for i, linear in enumerate(linears)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, seq_len)
 
@@ -260,7 +262,7 @@ class LlamaForCausalLM(nn.Module):
 
     Args:
         config: Shape of the model.
-        linear: Creates the linear layers of attention and MLP.
+        linears: For each decoder layer, creates its linear layers of attention and MLP.
         seq_len: Longest sequence, in tokens.
         seed: Keys the initial values.
         autocast: Type of matrix products, if it is not the parameters' type.
@@ -270,7 +272,7 @@ class LlamaForCausalLM(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        linear: LinearFactory,
+        linears: Sequence[LinearFactory],
         seq_len: int,
         seed: int,
         autocast: torch.dtype | None = None,
@@ -278,7 +280,7 @@ class LlamaForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.autocast = config, autocast
-        self.model = LlamaModel(config, linear, seq_len, seed)
+        self.model = LlamaModel(config, linears, seq_len, seed)
         self.lm_head = Head(
             config.hidden_size,
             config.vocab_size,

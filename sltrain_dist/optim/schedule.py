@@ -26,14 +26,30 @@ class Progress:
 def learning_rate(optim: OptimConfig, progress: Progress) -> float:
     """Returns the learning rate of the next update.
 
-    Rises linearly over `warmup_steps` updates and reaches the peak at the last of them, then follows `schedule` over
-    the rest of the budget, towards `min_lr_ratio` of the peak.
+    Rises linearly over `warmup_steps` updates and reaches the peak at the last of them, then follows `schedule`. The
+    decay towards `min_lr_ratio` of the peak ends with the budget. It begins after the warm-up, or with wsd where
+    `decay_ratio` of the budget is left.
     """
     if progress.step < optim.warmup_steps:
         return optim.lr * (progress.step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
+    if not is_decaying(optim, progress):
         return optim.lr
-    left = 1.0 - progress.warmup_done
-    x = min(1.0, (progress.done - progress.warmup_done) / left) if left > 0 else 1.0
-    shape = 0.5 * (1.0 + math.cos(math.pi * x)) if optim.schedule == "cosine" else 1.0 - x
-    return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * shape)
+    start = _decay_start(optim, progress)
+    x = min(1.0, (progress.done - start) / (1.0 - start)) if start < 1 else 1.0
+    shape = optim.decay_type if optim.schedule == "wsd" else optim.schedule
+    left = {"cosine": 0.5 * (1.0 + math.cos(math.pi * x)), "linear": 1.0 - x, "1-sqrt": 1.0 - math.sqrt(x)}[shape]
+    return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * left)
+
+
+def is_decaying(optim: OptimConfig, progress: Progress) -> bool:
+    """Returns whether the decay has begun, so that the learning rate of the next update is below the peak."""
+    if optim.schedule == "constant" or progress.step < optim.warmup_steps:
+        return False
+    return progress.done > _decay_start(optim, progress)
+
+
+def _decay_start(optim: OptimConfig, progress: Progress) -> float:
+    """Returns the share of the budget after which the learning rate decays."""
+    if optim.schedule == "wsd":
+        return max(1.0 - optim.decay_ratio, progress.warmup_done)
+    return progress.warmup_done

@@ -41,7 +41,15 @@ from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
 from sltrain_dist.train.observers.traffic_watch import TrafficWatch
 from sltrain_dist.train.run_directory import RunDirectory
-from sltrain_dist.train.state import TrainState, check_resumable, check_weights_fit, flatten, read_saved, restore_rng
+from sltrain_dist.train.state import (
+    TrainState,
+    check_resumable,
+    check_schedule,
+    check_weights_fit,
+    flatten,
+    read_saved,
+    restore_rng,
+)
 from sltrain_dist.train.step import Rows
 from sltrain_dist.train.summary import summarise
 
@@ -115,7 +123,7 @@ def build_run(
     if source is not None:
         config = config.with_supports_of(source.config())
     if reader is not None:
-        notes = check_resumable(reader.config(), config, str(reader.path))
+        notes = _check_settings(reader, config)
         if config.checkpoint.init_from is not None:
             say(f"checkpoint.init_from = {config.checkpoint.init_from} is ignored, because the run resumes")
 
@@ -307,6 +315,14 @@ def _named_checkpoint(path: Path, env: Environment, store: CheckpointStore, say:
             say(f"resuming from the run's own checkpoint {own}, not from {path}")
             return own
     return undamaged_checkpoint("checkpoint.resume", path, env, say)
+
+
+def _check_settings(reader: CheckpointReader, config: Config) -> list[str]:
+    """Checks that a run can go on from a checkpoint, and returns a line for every changed setting."""
+    before, where = reader.config(), str(reader.path)
+    notes = check_resumable(before, config, where)
+    check_schedule(before, config, read_saved(reader.state, reader.step, where).counters, where)
+    return notes
 
 
 def open_initial(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,12 +17,20 @@ from sltrain_dist.config.rules import idle_keys
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import first_problem
-from sltrain_dist.optim.schedule import Progress
+from sltrain_dist.optim.schedule import Progress, is_decaying
 
 _FIXED_SECTIONS = ("model", "reparam")
 _FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Keys of `data` are not listed: the loader's cursor contains a fingerprint of the data order and checks it."""
+_SCHEDULE_KEYS = (
+    "train.steps",
+    "train.tokens",
+    "optim.schedule",
+    "optim.min_lr_ratio",
+    "optim.decay_ratio",
+    "optim.decay_type",
+)
 
 
 @dataclass
@@ -162,6 +171,38 @@ def check_resumable(before: Config, now: Config, where: str) -> list[str]:
     return notes
 
 
+def check_schedule(before: Config, now: Config, counters: TrainState, where: str) -> None:
+    """Checks that a change of the schedule `wsd` does not contradict the updates made before a checkpoint.
+
+    Until its decay begins, wsd has the same learning rates whatever its length and its decay. So neither the old nor
+    the new schedule, as far as they are wsd, may have begun to decay at the checkpoint. The resumed run then equals one
+    that had the new schedule from its beginning.
+
+    Raises:
+        CheckpointError: The schedule has changed, and the decay of one of the two has begun.
+    """
+    changes = [f"{key}: {old!r} → {new!r}" for key, old, new in changed_settings(before, now) if key in _SCHEDULE_KEYS]
+    for config, whose in ((before, "that run's"), (now, "this configuration's")):
+        progress = counters.progress(config.train, config.optim.warmup_steps)
+        if changes and config.optim.schedule == "wsd" and is_decaying(config.optim, progress):
+            longer = f", or set {_length_to_decay_later(counters, now)}" if config is now else ""
+            raise CheckpointError(
+                f"{where} is of update {counters.step}, where {whose} decay has begun, so optim.schedule=wsd cannot "
+                f"change ({'; '.join(changes)}); set these back, or resume from a checkpoint before the decay with "
+                f"checkpoint.resume=PATH{longer}"
+            )
+
+
+def _length_to_decay_later(counters: TrainState, config: Config) -> str:
+    """Returns the shortest length of a run with which wsd has not begun to decay yet, as the setting to change."""
+    stable = 1.0 - config.optim.decay_ratio
+    if stable == 0:
+        return "a lower optim.decay_ratio"
+    if config.train.steps is None:
+        return f"train.tokens={math.ceil(counters.tokens / stable)} or more"
+    return f"train.steps={math.ceil(counters.step / stable) + 1} or more"
+
+
 def check_weights_fit(before: Config, now: Config, where: str) -> list[str]:
     """Checks that a new run can start from the weights of a checkpoint (`checkpoint.init_from`).
 
@@ -199,7 +240,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
 
 

@@ -54,6 +54,8 @@ def _model(config: Config) -> list[tuple[str, str]]:
         ("dense weights", counted.dense),
     ]
     lines = [(kind, format_count(number)) for kind, number in kinds if number]
+    if config.reparam.dense_layers:
+        lines.append(("dense layers", ", ".join(map(str, config.reparam.dense_layers))))
     lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
     weights = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in shapes)
     int8 = "  int8 (experimental), but for embedding and norms" if config.reparam.weight_bits == 8 else ""
@@ -67,7 +69,8 @@ def _operator(config: Config, env: Environment) -> list[tuple[str, str]]:
     """Returns the support, and the route of each layer shape in training."""
     reparam, model = config.reparam, config.model
     linears = block_linears(model)
-    stored = model.num_layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
+    layers = model.num_layers - len(reparam.dense_layers)
+    stored = layers * sum(stored_index_bytes(s.m, s.n, reparam.density, reparam.support) for s in linears)
     lines = [("support", f"{reparam.support}, {format_bytes(stored)} of indices")]
     for linear in linears:
         m, n = linear.m, linear.n
@@ -108,6 +111,9 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
     clip = f"clip {optim.clip:g}" if optim.clip else "no clipping"
     if optim.clip and optim.update == "per_layer":
         clip += f" by {optim.clip_mode.replace('_', ' ')}"
+    schedule: str = optim.schedule
+    if schedule == "wsd":
+        schedule += f" with a {optim.decay_type} decay over the last {optim.decay_ratio:.0%}"
     recomputed = sum(train.is_recomputed(index) for index in range(config.model.num_layers))
     kept = ", but attention" if train.keeps_attention else ""
     kept += " and linear layers" if train.keeps_products else ""
@@ -125,7 +131,7 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             f"{train.global_batch} sequences = {format_count(per_update)} token slots, in {passes} micro-batches"
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
-        ("optimizer", f"{optim.name}, lr {optim.lr:g} ({optim.schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        ("optimizer", f"{optim.name}, lr {optim.lr:g} ({schedule}, {optim.warmup_steps} warm-up), {clip}"),
         *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
 
@@ -180,9 +186,11 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     budget = (
         f"train.steps={2 * outcome.step}" if config.train.steps else f"train.tokens={2 * (config.train.tokens or 0)}"
     )
-    lines.append(
-        f"train longer:        the same command with {budget}   (the learning rate follows the longer schedule)"
-    )
+    if config.optim.schedule == "wsd":
+        longer = f"{budget} checkpoint.resume=PATH, a checkpoint from before the decay"
+    else:
+        longer = f"{budget}   (the learning rate follows the longer schedule)"
+    lines.append(f"train longer:        the same command with {longer}")
     lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"

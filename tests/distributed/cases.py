@@ -68,6 +68,7 @@ class Case:
     packed: bool = False
     """Whether rows hold several documents, which do not see each other."""
     weight_bits: int = 16
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,7 +84,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
-        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits"}
+        same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits", "dense_layers"}
         if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
             same |= {"update", "clip_mode"}  # which clip by another norm than this update's
         return Case(**{name: value for name, value in asdict(self).items() if name in same})
@@ -145,6 +146,10 @@ BY_HAND = (
     *(Case(engine, bits=bits, update="per_layer") for engine, bits in (("ddp", 8), ("fsdp", 4))),
     Case("ddp", bits=8, weight_bits=8, accumulation=3, chunk=5, clip=0.05),
     Case("ddp", bits=4, weight_bits=8, weights="blocks", update="per_layer", checkpointing="full"),
+    Case("ddp", bits=8, weight_bits=8, dense_layers=(0,)),
+    Case("fsdp", dense_layers=(0,), update="per_layer", accumulation=3, checkpointing="blocks"),
+    Case("zero2", dense_layers=(0,), accumulation=3, clip=0.05),
+    Case("zero3", dense_layers=(0,), shard="all", weights="lowrank"),
 )
 """What pairs do not cover."""
 
@@ -165,7 +170,7 @@ EAGER = Case("fsdp", accumulation=3, update="per_layer")
 def config_of(case: Case, ranks: int = 1) -> Config:
     """The case's configuration; a ConfigError where there is no such combination."""
     reparam: dict[str, Any] = {"method": "sltrain", "support": case.weights, "rank": 6, "density": 0.1, "alpha": 12.0}
-    reparam["weight_bits"] = case.weight_bits
+    reparam |= {"weight_bits": case.weight_bits, "dense_layers": case.dense_layers}
     if case.weights in ("full", "lowrank"):
         reparam |= {"method": case.weights, "support": "random"}
     recompute: dict[str, Any] = {"activation_checkpointing": case.checkpointing}

@@ -56,6 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero 1": _case(parallel={"engine": "zero", "zero_stage": 1}),
     "zero 2, all": _case(parallel={"engine": "zero", "zero_stage": 2, "shard": "all"}),
     "zero 3": _case(parallel={"engine": "zero", "zero_stage": 3}),
+    "zero 3, dense layer": _case(
+        model={"num_layers": 4}, reparam={"dense_layers": [1]}, parallel={"engine": "zero", "zero_stage": 3}
+    ),
 }
 """What the tests compare on two ranks."""
 

@@ -76,6 +76,46 @@ def test_more_steps_go_on_from_a_finished_run(used: Path, tiny: Path) -> None:
     assert "changed since then: optim.schedule: 'cosine' → 'constant'" in log
 
 
+def test_a_stable_run_decays_from_any_of_its_checkpoints(tiny: Path, tmp_path: Path, capsys: Output) -> None:
+    """The decay begins after update 4 of 10, in a run whose own decay would begin after update 12."""
+    wsd = ("optim.schedule=wsd", "optim.decay_ratio=0.5", "eval.source=null", "checkpoint.keep=9")
+    assert train_here(tiny, tmp_path / "at once", *wsd, "train.steps=10") == 0
+    assert train_here(tiny, tmp_path / "run", *wsd, "train.steps=14", "optim.decay_ratio=0.1") == 0
+    last = capsys.readouterr().out
+    assert "checkpoint.resume=PATH, a checkpoint from before the decay" in last
+    assert "(wsd with a 1-sqrt decay over the last 10%, 2 warm-up)" in last
+    stable = f"checkpoint.resume={checkpoint(tmp_path / 'run', 4)}"
+    assert train_here(tiny, tmp_path / "decay", *wsd, "train.steps=10", stable) == 0
+    assert trajectory(tmp_path / "decay") == trajectory(tmp_path / "at once")[4:]
+    assert final_tensors(tmp_path / "decay") == final_tensors(tmp_path / "at once")
+    lr = [line["lr"] for line in trajectory(tmp_path / "at once")]
+    assert lr[1:5] == [0.01] * 4
+    assert lr[5] < 0.01
+    capsys.readouterr()
+    assert train_here(tiny, tmp_path / "early", *wsd, "train.steps=8", stable) == 5
+    assert "where this configuration's decay has begun" in capsys.readouterr().err
+    # The finished run has decayed, and goes on only with its own schedule.
+    assert train_here(tiny, tmp_path / "run", *wsd, "train.steps=20") == 5
+    assert "where that run's decay has begun" in capsys.readouterr().err
+    assert train_here(tiny, tmp_path / "run", *wsd, "train.steps=10", stable) == 0
+    assert final_tensors(tmp_path / "run") == final_tensors(tmp_path / "at once")
+
+
+def test_a_model_with_dense_layers_goes_on_to_the_bit(tiny: Path, tmp_path: Path, capsys: Output) -> None:
+    settings = ("reparam.dense_layers=[0]", "optim.schedule=constant", "train.steps=5")
+    assert train_here(tiny, tmp_path / "whole", *settings) == 0
+    assert train_here(tiny, tmp_path / "parts", *settings, "train.steps=2") == 0
+    assert train_here(tiny, tmp_path / "parts", *settings, "reparam.dense_layers=[1]") == 5
+    assert "reparam.dense_layers: [0] → [1]" in capsys.readouterr().err
+    assert train_here(tiny, tmp_path / "parts", *settings) == 0
+    of_model = [[line for line in trajectory(tmp_path / run) if "loss" in line] for run in ("whole", "parts")]
+    assert of_model[0] == of_model[1]
+    assert final_tensors(tmp_path / "parts") == final_tensors(tmp_path / "whole")
+    names = {name.removeprefix("model.model.layers.") for name in final_tensors(tmp_path / "whole")}
+    assert {"0.mlp.up_proj.weight", "1.mlp.up_proj.B"} <= names
+    assert not {"0.mlp.up_proj.B", "1.mlp.up_proj.weight"} & names
+
+
 def test_token_budget_ends_with_the_update_that_reaches_it(finished: Path, tiny: Path, tmp_path: Path) -> None:
     tokens = [line["tokens"] for line in metrics(finished) if "tokens" in line]
     budget = tokens[3] + 1

@@ -9,7 +9,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, Played, play, use_in_flight
 from sltrain_dist.memory.recorded_model import RecordedModel
-from sltrain_dist.memory.recording_store import evaluation_request, step_request
+from sltrain_dist.memory.recording_store import evaluation_requests, step_request
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
@@ -145,23 +145,23 @@ class Timeline:
     def forward(self) -> None:
         """Plays the forward pass of the last micro-batch."""
         self.apply("forward", "", play(self.model.ends, "embedding"))
-        for layer, kind in enumerate(self.model.order):
-            self.apply("forward", f"layer {layer}", play(self.model.layers[kind], "forward"))
+        for layer, index in enumerate(self.model.order):
+            self.apply("forward", f"layer {layer}", play(self.model.layers[index], "forward"))
         self.apply("forward", "", play(self.model.ends, "loss"))
         self.leave_autocast()
 
     def leave_autocast(self) -> None:
         """Frees autocast's cache of cast weights at the end of the forward pass."""
-        for kind in self.model.order:
-            self.add_all(play(self.model.layers[kind], "leave autocast").end)
+        for index in self.model.order:
+            self.add_all(play(self.model.layers[index], "leave autocast").end)
 
     def backward(self) -> None:
         """Plays the backward pass of the last micro-batch."""
         gradients = self.gradients
         played = play(self.model.ends, "loss backward", gradients)
         self.apply("backward", "", played)
-        for layer, kind in reversed(list(enumerate(self.model.order))):
-            played = play(self.model.layers[kind], "backward", gradients, played.in_flight, last=layer == 0)
+        for layer, index in reversed(list(enumerate(self.model.order))):
+            played = play(self.model.layers[index], "backward", gradients, played.in_flight, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
         played = play(self.model.ends, "embedding backward", gradients, played.in_flight)
         self.apply("backward", "", played)
@@ -199,15 +199,17 @@ class Timeline:
 
     def evaluate(self) -> None:
         """Plays the forward pass of an evaluation, after which everything is freed."""
-        request = evaluation_request(self.config, self.device)
-        if request is None:
+        requests, order = evaluation_requests(self.config, self.device)
+        if not requests:
             return
-        recording = request.get()
+        recordings = [request.get() for request in requests]
         before = dict(self.base)
         self.add("buffers.gathered", self.gathered_in_evaluation)
         self.add("batch", self.batch_bytes(self.config.eval_micro_batch * self.config.data.seq_len))
-        for name in ("embedding", *("layer" for _ in self.model.order), "loss"):
-            self.apply("forward", "evaluation", play(recording, name))
+        self.apply("forward", "evaluation", play(recordings[0], "embedding"))
+        for index in order:
+            self.apply("forward", "evaluation", play(recordings[index], "layer"))
+        self.apply("forward", "evaluation", play(recordings[0], "loss"))
         self.base = before
 
     # Bookkeeping

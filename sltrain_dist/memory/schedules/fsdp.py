@@ -7,6 +7,7 @@ gradients are copied into one buffer for the reduce-scatter, which lives until t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cached_property
 
 from sltrain_dist.memory.holdings import Holdings, holdings_of
@@ -55,84 +56,98 @@ class FsdpTimeline(Timeline):
     # An update
 
     def forward(self) -> None:
-        parallel, model = self.config.parallel, self.model
-        layers, ahead = len(model.order), parallel.prefetch_blocks
-        layer_bytes = self.holdings.gathered_in(layer=True) * self.gathered_width
-        buffer_bytes = layer_bytes if self.shards > 1 else 0
-        copy_bytes = self.copy_bytes
-        root = self.holdings.gathered_in(layer=False) * self.width
+        parallel, model, buffers = self.config.parallel, self.model, self.buffers
+        ahead = parallel.prefetch_blocks
+        root = self.holdings.gathered_in(None) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
         self.apply("forward", "", play(model.ends, "embedding"))
-        for layer, kind in enumerate(model.order):
+        for layer, index in enumerate(model.order):
+            layer_bytes = self.layer_bytes[layer]
             # The previous buffer, at first the root's, lives until this layer's buffer is copied out.
             if layer == 0:
-                prefetched, previous = buffer_bytes, 0
+                prefetched, previous = buffers[0], 0
             else:
-                prefetched, previous = buffer_bytes * min(ahead, layers - layer), buffer_bytes
+                prefetched, previous = sum(buffers[layer : layer + ahead]), buffers[layer - 1]
             self.point("forward", f"layer {layer}, gathered", {GATHERED: previous + prefetched + layer_bytes})
             if layer == 0 and self.shards > 1:
                 self.add(GATHERED, -root)
-            during = buffer_bytes * (1 + min(ahead, layers - 1 - layer))
-            if layer == 0 or layer + ahead < layers:
-                self.point("forward", f"layer {layer}, prefetch", {GATHERED: during + layer_bytes + copy_bytes})
+            during = sum(buffers[layer : layer + ahead + 1])
+            # The first layer prefetches all layers that are ahead of it, and any other layer one more.
+            copies = self.copies[layer + (1 if layer == 0 else ahead) : layer + ahead + 1]
+            if layer == 0 or copies:
+                copied = max(copies, default=self.copies[0])
+                self.point("forward", f"layer {layer}, prefetch", {GATHERED: during + layer_bytes + copied})
             self.add(GATHERED, during + layer_bytes)
-            self.apply("forward", f"layer {layer}", play(model.layers[kind], "forward"))
+            self.apply("forward", f"layer {layer}", play(model.layers[index], "forward"))
             self.add(GATHERED, -during - (layer_bytes if parallel.reshard_after_forward else 0))
-        self.add(GATHERED, buffer_bytes)
+        self.add(GATHERED, buffers[-1])
         self.apply("forward", "", play(model.ends, "loss"))
         self.leave_autocast()
-        self.add(GATHERED, -buffer_bytes)
+        self.add(GATHERED, -buffers[-1])
 
-    @property
-    def copy_bytes(self) -> int:
-        """Bytes of a copy of a layer's shards before their gather: cast by mixed precision, or moved to the device."""
+    @cached_property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of each layer's gathered parameters."""
+        return [self.holdings.gathered_in(kind) * self.gathered_width for kind in self.model.kinds]
+
+    @cached_property
+    def buffers(self) -> list[int]:
+        """Bytes of the buffer that each layer is gathered into; on one rank there are none."""
+        return [size if self.shards > 1 else 0 for size in self.layer_bytes]
+
+    @cached_property
+    def copies(self) -> list[int]:
+        """Bytes of a copy of each layer's shards before they are gathered: cast, or moved to the device."""
         copies = self.shards > 1 and (self.gathered_width != self.width or not self.shards_on_device)
-        return self.holdings.gathered_in(layer=True) // self.shards * self.gathered_width if copies else 0
+        return [size // self.shards if copies else 0 for size in self.layer_bytes]
 
     @property
     def gathered_in_evaluation(self) -> int:
         """Bytes of a layer (all layers without resharding), of its buffer and the prefetched ones, and of the root."""
-        layer = self.holdings.gathered_in(layer=True) * self.gathered_width
-        ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
-        buffers = layer * (1 + ahead) if self.shards > 1 else 0
-        kept = 1 if self.config.parallel.reshard_after_forward else len(self.model.order)
-        return layer * kept + buffers + self.holdings.gathered_in(layer=False) * self.width
+        ahead = self.config.parallel.prefetch_blocks
+        reshards = self.config.parallel.reshard_after_forward
+        largest = max(
+            (size if reshards else 0) + sum(self.buffers[layer : layer + 1 + ahead])
+            for layer, size in enumerate(self.layer_bytes)
+        )
+        kept = 0 if reshards else sum(self.layer_bytes)
+        return kept + largest + self.holdings.gathered_in(None) * self.width
 
     def backward(self) -> None:
-        parallel, model = self.config.parallel, self.model
+        parallel, model, buffers = self.config.parallel, self.model, self.buffers
         layers, ahead = len(model.order), parallel.prefetch_blocks
-        layer_bytes = self.holdings.gathered_in(layer=True) * self.gathered_width
-        buffer_bytes = layer_bytes if self.shards > 1 else 0
-        copy_bytes = self.copy_bytes
         end_gradients, layer_gradients = self.gradients_of_ends(), self.unsharded(self.gathered_width)
         remainder_gradients = end_gradients if self.remainder_is_whole else None
         # The root prefetches the last layer if it has sharded parameters.
-        prefetched_early = buffer_bytes if parallel.reshard_after_forward and not self.remainder_is_whole else 0
+        prefetched_early = buffers[-1] if parallel.reshard_after_forward and not self.remainder_is_whole else 0
         self.add(GATHERED, prefetched_early)
         played = play(model.ends, "loss backward", end_gradients)
         self.apply("backward", "", played)
         self.add(GATHERED, -prefetched_early)
-        for layer, kind in reversed(list(enumerate(model.order))):
-            prefetched = 0
+        for layer, index in reversed(list(enumerate(model.order))):
+            layer_bytes, prefetched = self.layer_bytes[layer], 0
             if parallel.reshard_after_forward:
-                previous = buffer_bytes * (1 if layer == layers - 1 else min(ahead, layer + 1))
+                first = layer if layer == layers - 1 else max(0, layer - ahead + 1)
+                previous = sum(buffers[first : layer + 1])
                 self.point("backward", f"layer {layer}, gathered", {GATHERED: previous + layer_bytes})
                 self.add(GATHERED, layer_bytes)
-                prefetched = buffer_bytes * min(ahead, layer)
+                prefetched = sum(buffers[max(0, layer - ahead) : layer])
                 if layer == layers - 1 or layer >= ahead:
-                    self.point("backward", f"layer {layer}, prefetch", {GATHERED: prefetched + copy_bytes})
+                    copies = self.copies[max(0, layer - ahead) : layer if layer == layers - 1 else layer - ahead + 1]
+                    copied = max(copies, default=self.copies[0])
+                    self.point("backward", f"layer {layer}, prefetch", {GATHERED: prefetched + copied})
             self.add(GATHERED, prefetched)
-            recording, in_flight = model.layers[kind], played.in_flight
+            recording, in_flight = model.layers[index], played.in_flight
             played = play(recording, "backward", layer_gradients, in_flight, remainder_gradients, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
             self.add(GATHERED, -layer_bytes)
-            self._reduce(f"layer {layer}", in_layer=True)
+            self._reduce(f"layer {layer}", model.kinds[layer])
             self.add(GATHERED, -prefetched)
         played = play(model.ends, "embedding backward", end_gradients, played.in_flight)
         self.apply("backward", "", played)
         if not self.remainder_is_whole:
-            self.add(GATHERED, -self.holdings.gathered_in(layer=False) * self.width)
-            self._reduce("root", in_layer=False)
+            self.add(GATHERED, -self.holdings.gathered_in(None) * self.width)
+            self._reduce("root", None)
         self.clear(REDUCED)
         self.apply("backward", "last updates", use_in_flight(end_gradients, played.in_flight))
         if self.remainder_is_whole and self.ranks > 1 and self.config.optim.update == "whole":
@@ -151,18 +166,18 @@ class FsdpTimeline(Timeline):
         return Gradients("add" if accumulates and width == self.width else "keep", width)
 
     @cached_property
-    def shard_steps(self) -> dict[bool, int]:
-        """Transient bytes of the optimizer step of a shard: the largest in a layer (True), and in the root (False)."""
-        steps = {False: 0, True: 0}
+    def shard_steps(self) -> dict[int | None, int]:
+        """Largest transient bytes of the optimizer step of a shard, by kind of layer; None for the root."""
+        steps: dict[int | None, int] = defaultdict(int)
         for item in self.holdings.sharded:
-            steps[item.in_layer] = max(steps[item.in_layer], self.step_bytes(item))
+            steps[item.kind] = max(steps[item.kind], self.step_bytes(item))
         return steps
 
-    def _reduce(self, where: str, *, in_layer: bool) -> None:
-        """Plays the reduce-scatter of a layer's or the root's gradients, and a per-layer update of the shards."""
-        values = self.holdings.gathered_in(layer=in_layer)
-        gradient_width = self.gathered_width if in_layer else self.width
-        whole_values = self.holdings.sharded_in(layer=in_layer)
+    def _reduce(self, where: str, kind: int | None) -> None:
+        """Plays the reduce-scatter of the gradients of a layer or of the root (None), and a per-layer update."""
+        values = self.holdings.gathered_in(kind)
+        gradient_width = self.width if kind is None else self.gathered_width
+        whole_values = self.holdings.sharded_in(kind)
         local = self.passes > 1 and self.accumulates_whole
         self.clear(REDUCED)  # the previous layer's
         kept = whole_values * gradient_width if self.unsharded(gradient_width).use == "keep" else 0
@@ -174,17 +189,17 @@ class FsdpTimeline(Timeline):
         self.add(REDUCED, values * self.width)
         part = values * self.width // self.shards
         # A loop variable of torch's foreach_reduce keeps the last gradient until the end.
-        last = self.last_sharded(layer=in_layer) * (self.width if local else gradient_width) if self.shards > 1 else 0
+        last = self.last_sharded(kind) * (self.width if local else gradient_width) if self.shards > 1 else 0
         if self.shards == 1:
             self.point("backward", f"{where}, gradients copied", {REDUCED: part, "gradients": part})
         per_layer, accumulates_sharded = self.config.optim.update == "per_layer", self.passes > 1 and not local
-        more = {"gradients": part + last, "temporaries.update": self.shard_steps[in_layer] if per_layer else 0}
+        more = {"gradients": part + last, "temporaries.update": self.shard_steps[kind] if per_layer else 0}
         self.point("backward", f"{where}, {'update of its shards' if per_layer else 'gradients reduced'}", more)
         if per_layer:
             self.add("gradients", -part if accumulates_sharded else 0)
         elif not accumulates_sharded and self.shards_on_device:
             self.add("gradients", part)
 
-    def last_sharded(self, *, layer: bool) -> int:
-        """Returns the number of values of the last sharded parameter of a layer, or outside all layers."""
-        return next((i.parameter.values for i in reversed(self.holdings.sharded) if i.in_layer is layer), 0)
+    def last_sharded(self, kind: int | None) -> int:
+        """Returns the number of values of the last sharded parameter of a kind of layer, or outside all layers."""
+        return next((item.parameter.values for item in reversed(self.holdings.sharded) if item.kind == kind), 0)

@@ -9,6 +9,7 @@ the update.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cached_property
 
 from sltrain_dist.memory.holdings import Holdings, holdings_of
@@ -113,9 +114,10 @@ class ZeroTimeline(Timeline):
             copies = {FLAT: max(part, largest)} if self.offload else {FLAT: part, "gradients": part}
             self.point("init", "flat weights, and a rank's partition of them", copies)
             return
-        whole = (self.layer_values - self.layer_values // self.ranks) * self.width
-        self.point("init", "the last layer, before it is partitioned", {GATHERED: whole})
-        tables = sum(item.count * item.parameter.values for item in self.holdings.sharded if not item.in_layer)
+        largest = max(self.layer_values)
+        whole = (largest - largest // self.ranks) * self.width
+        self.point("init", "the largest layer, before it is partitioned", {GATHERED: whole})
+        tables = sum(item.count * item.parameter.values for item in self.holdings.sharded if item.kind is None)
         self.point("init", "embedding and head, before they are partitioned", {GATHERED: tables * self.width})
         copies = {BUCKET: self.bucket * self.width}
         self.point("init", "partitions", copies if self.offload else {**copies, FLAT: part, "gradients": part})
@@ -141,37 +143,49 @@ class ZeroTimeline(Timeline):
 
     # An update
 
-    @property
-    def layer_values(self) -> int:
-        """Number of values that stage 3 gathers for a decoder layer, with padding."""
-        items = (item.parameter.values for item in self.holdings.sharded if item.in_layer)
-        return self.ranks * sum(-(-values // self.ranks) for values in items)
+    @cached_property
+    def layer_values(self) -> list[int]:
+        """Number of values that stage 3 gathers for each decoder layer, with padding."""
+        sums: dict[int | None, int] = defaultdict(int)
+        for item in self.holdings.sharded:
+            sums[item.kind] += self.ranks * -(-item.parameter.values // self.ranks)
+        return [sums[kind] for kind in self.model.kinds]
+
+    @cached_property
+    def layer_bytes(self) -> list[int]:
+        """Bytes that stage 3 gathers for each decoder layer; 0 in other stages."""
+        return [values * self.width if self.stage == 3 else 0 for values in self.layer_values]
+
+    def prefetched(self, next_bytes: list[int]) -> int:
+        """Returns the bytes that are gathered ahead, of the next layers: `prefetch_blocks` layers of average size."""
+        average = -(-sum(self.layer_bytes) // len(self.layer_bytes))
+        return min(sum(next_bytes), self.config.parallel.prefetch_blocks * average)
 
     def forward(self) -> None:
         if self.stage < 3:
             super().forward()
             return
-        ahead, layers = self.config.parallel.prefetch_blocks, len(self.model.order)
-        layer_bytes = self.layer_values * self.width
-        table = self._table()
+        table, layer_bytes = self._table(), self.layer_bytes
         self.add(GATHERED, 2 * table)  # the embedding's, and the head's, which is prefetched
         self.apply("forward", "", play(self.model.ends, "embedding"))
-        for layer, kind in enumerate(self.model.order):
-            prefetched = layer_bytes * min(ahead, layers - 1 - layer)
-            self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes + prefetched})
-            self.add(GATHERED, layer_bytes + prefetched)
-            self.apply("forward", f"layer {layer}", play(self.model.layers[kind], "forward"))
-            self.add(GATHERED, -layer_bytes - prefetched)
+        for layer, index in enumerate(self.model.order):
+            prefetched = self.prefetched(layer_bytes[layer + 1 :])
+            self.point("forward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes[layer] + prefetched})
+            self.add(GATHERED, layer_bytes[layer] + prefetched)
+            self.apply("forward", f"layer {layer}", play(self.model.layers[index], "forward"))
+            self.add(GATHERED, -layer_bytes[layer] - prefetched)
         # The last layer stays gathered for its backward pass, and the layer before it is gathered meanwhile.
-        self.add(GATHERED, layer_bytes + layer_bytes * min(ahead, layers - 1) - table)
+        self.add(GATHERED, layer_bytes[-1] + self.prefetched(layer_bytes[:-1]) - table)
         self.apply("forward", "", play(self.model.ends, "loss"))
         self.leave_autocast()
 
     @property
     def gathered_in_evaluation(self) -> int:
         """In stage 3, bytes of a layer, the prefetched layers, and the embedding's or the head's weight; else 0."""
-        ahead = min(self.config.parallel.prefetch_blocks, len(self.model.order) - 1)
-        return (self.layer_values * self.width * (1 + ahead) + self._table()) if self.stage == 3 else 0
+        largest = max(
+            size + self.prefetched(self.layer_bytes[layer + 1 :]) for layer, size in enumerate(self.layer_bytes)
+        )
+        return largest + self._table() if self.stage == 3 else 0
 
     def _table(self) -> int:
         """Returns the bytes of the embedding's or the head's weight if it is gathered, else 0."""
@@ -183,26 +197,25 @@ class ZeroTimeline(Timeline):
         if self.stage < 3:
             self.clear(BUCKET)
             self.add(BUCKET, self.bucket * self.width)
-        ahead, layers = self.config.parallel.prefetch_blocks, len(model.order)
-        layer_bytes = self.layer_values * self.width if self.stage == 3 else 0
+        layers, layer_bytes = len(model.order), self.layer_bytes
         self.clear(GATHERED)
         full = self.sharded_values > self.bucket
         layer_gradients = self.gradients_of_layer(full=full)
         remainder_gradients = None if self.config.parallel.shard == "all" else end_gradients
         if full and self.stage == 2:
             self.add("gradients", 0 if self.offload else self.kept_gradients * self.width)
-        for layer, kind in reversed(list(enumerate(model.order))):
-            prefetched = layer_bytes * min(ahead, layer)
-            if layer < layers - 1 and layer_bytes:
-                self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes + prefetched})
-            self.add(GATHERED, layer_bytes + prefetched)
-            played = play(model.layers[kind], "backward", layer_gradients, (), remainder_gradients, last=layer == 0)
+        for layer, index in reversed(list(enumerate(model.order))):
+            prefetched = self.prefetched(layer_bytes[:layer])
+            if layer < layers - 1 and self.stage == 3:
+                self.point("backward", f"layer {layer}, gathered", {GATHERED: 2 * layer_bytes[layer] + prefetched})
+            self.add(GATHERED, layer_bytes[layer] + prefetched)
+            played = play(model.layers[index], "backward", layer_gradients, (), remainder_gradients, last=layer == 0)
             self.apply("backward", f"layer {layer}", played)
             if self.stage == 3:
                 if full:
                     self.point("backward", f"layer {layer}, gradients sent", {MESSAGES: self.message})
-                self.add("gradients", -self.width * self.holdings.sharded_in(layer=True))
-            self.add(GATHERED, -layer_bytes - prefetched)
+                self.add("gradients", -self.width * self.holdings.sharded_in(model.kinds[layer]))
+            self.add(GATHERED, -layer_bytes[layer] - prefetched)
         table_gradients = Gradients("keep", self.width) if self.stage == 3 and self._table() else end_gradients
         self.apply("backward", "", play(model.ends, "embedding backward", table_gradients))
         self._reduce(full=full)

@@ -54,13 +54,16 @@ class PaperMemory:
 def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | None = None) -> PaperMemory:
     """Computes the memory that the paper states for a model by `method`, or else by that of `reparam`.
 
-    The support is assumed to be random, as it is in the paper.
+    The support is assumed to be random, as it is in the paper. With the methods that have `reparam.dense_layers`, whose
+    weights are not replaced, these belong to the base like the head.
     """
     method = method or reparam.method
+    if method not in ("sltrain", "lowrank"):
+        reparam = reparam.model_copy(update={"dense_layers": ()})
     # All five methods follow from two counts: SLTrain's base, low-rank and sparse parameters, and full-rank parameters.
     parts = count_parameters(model, reparam.model_copy(update={"method": "sltrain", "support": "random"}))
     full = count_parameters(model, reparam.model_copy(update={"method": "full"})).total
-    base, low_rank, sparse = parts.remainder, parts.factors, parts.sparse
+    base, low_rank, sparse = parts.remainder + parts.dense, parts.factors, parts.sparse
     if method == "galore":
         linears, layers, rank = block_linears(model), model.num_layers, reparam.rank
         moments = base + layers * sum(rank * max(s.m, s.n) for s in linears)  # of projected gradients

@@ -49,6 +49,7 @@ def _check(config: Config) -> None:
     reparam, train, optim, model = config.reparam, config.train, config.optim, config.model
     refused = (
         ("reparam.method", reparam.method in ("lowrank", "relora"), "full, galore or sltrain"),
+        ("reparam.dense_layers", bool(reparam.dense_layers), "[]"),
         ("reparam.support", reparam.method == "sltrain" and reparam.support != "random", "random"),
         ("reparam.weight_bits", reparam.weight_bits != 16, "16"),
         ("data.reset_attention", config.data.reset_attention, "false"),

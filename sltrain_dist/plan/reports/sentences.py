@@ -33,6 +33,8 @@ def describe_run(planned: PlannedRun) -> str:
         method += f" r={reparam.rank}"
     if method.startswith("sltrain"):
         method += f" δ={reparam.density:g} {reparam.support}"
+    if reparam.dense_layers:
+        method += f", dense layers {', '.join(map(str, reparam.dense_layers))}"
     where = "1 rank" if ranks == 1 else f"{ranks} ranks"
     if parallel.engine != "ddp":
         stage = f" {parallel.zero_stage}" if parallel.engine == "zero" else ""

@@ -34,7 +34,7 @@ _MIN_DIFFERENCE = 0.01
 _MIN_CANDIDATES_FOR_PROCESSES = 1000
 """Smallest number of candidates for which a search starts processes, which take half a second to start."""
 
-_SIZE_KEYS = ("reparam.method", "reparam.rank", "reparam.density")
+_SIZE_KEYS = ("reparam.method", "reparam.dense_layers", "reparam.rank", "reparam.density")
 """Settings outside the section `model` that change the model's size. Only rows of the same model are compared."""
 
 

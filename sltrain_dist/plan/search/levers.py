@@ -105,9 +105,8 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
         _, parsed = parse_override(f"{key}=[{values}]")
         if not parsed:
             raise ConfigError(f"--vary {key}= has no values; write {key}=value,value,…")
-        for value in parsed:
-            _check_value(config, key, value)
-        levers.append(_lever(key, key, parsed))
+        settings = (Setting(_label(value), {key: _checked(config, key, value)}) for value in parsed)
+        levers.append(Lever(key, tuple(settings)))
     keys = Counter(key for lever in levers for key in sorted(lever.keys))
     twice = next((key for key, count in keys.items() if count > 1), None)
     if twice is not None:
@@ -115,20 +114,23 @@ def named_levers(config: Config, ranks: int, varied: Sequence[str]) -> list[Leve
     return levers
 
 
-def _check_value(config: Config, key: str, value: Any) -> None:
-    """Raises ConfigError for a value that is invalid for its key, regardless of the other settings."""
+def _checked(config: Config, key: str, value: Any) -> Any:
+    """Returns a value as its field stores it; raises ConfigError if it is invalid, regardless of the other settings."""
     section, _, name = key.partition(".")
     values = config.model_dump()
     try:
-        type(getattr(config, section)).model_validate({**values[section], name: value})
+        return getattr(type(getattr(config, section)).model_validate({**values[section], name: value}), name)
     except (ValidationError, AttributeError):
         build_config(merged(values, {section: {name: value}}), {f"{section}.{name}": "--vary"})
         raise
 
 
 def _lever(name: str, key: str, values: Sequence[Any]) -> Lever:
-    labels = [json.dumps(value).strip('"') for value in values]  # null, true, 8, blocks
-    return Lever(name, tuple(Setting(label, {key: value}) for label, value in zip(labels, values, strict=True)))
+    return Lever(name, tuple(Setting(_label(value), {key: value}) for value in values))
+
+
+def _label(value: Any) -> str:
+    return json.dumps(value).strip('"')  # null, true, 8, blocks
 
 
 def _micro_batches(config: Config, ranks: int) -> list[int]:

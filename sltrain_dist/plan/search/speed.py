@@ -75,10 +75,14 @@ def update_time(config: Config, ranks: int, comm_bytes: float) -> UpdateTime:
 def _pass_seconds(config: Config) -> float:
     """Returns the seconds of a micro-batch's forward and backward pass."""
     model, train, tokens, bits = config.model, config.train, _tokens(config), _bits(config)
-    linears = sum(seconds for _, seconds in _linear_seconds(model, config.reparam, tokens, bits))
+    replaced, dense = (
+        sum(seconds for _, seconds in _linear_seconds(model, reparam, tokens, bits))
+        for reparam in (config.reparam, config.reparam.model_copy(update={"method": "full"}))
+    )
     attention, others = (kernel_seconds([kernel], bits, DEVICE) for kernel in _forward_kernels(config))
     total = kernel_seconds(dense_kernels(model.vocab_size, model.hidden_size, tokens, bits, DEVICE), bits, DEVICE)
     for index in range(model.num_layers):
+        linears = dense if config.reparam.method_of(index, model.num_layers) == "full" else replaced
         # A fused kernel takes 2.5 times as long in the backward pass: it recomputes the scores (FlashAttention-2, arXiv
         # 2307.08691).
         total += linears + 3.5 * attention + 3 * others

@@ -38,11 +38,15 @@ def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Modul
     return model, checkpoints.save(3, engine.saved_ranges(), state, to_yaml(config), tokenizer)
 
 
-@pytest.mark.parametrize("method", ["sltrain", "lowrank", "full"])
+@pytest.mark.parametrize(
+    "reparam",
+    [{"method": "sltrain"}, {"method": "lowrank"}, {"method": "full"}, {"dense_layers": [0, -1]}],
+    ids=["sltrain", "lowrank", "full", "dense layers"],
+)
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "many files"])
-def test_logits_survive(tmp_path: Path, method: str, shard_bytes: int) -> None:
+def test_logits_survive(tmp_path: Path, reparam: dict[str, object], shard_bytes: int) -> None:
     transformers = pytest.importorskip("transformers")
-    model, _ = saved(tmp_path, reparam={"method": method}, model={"num_kv_heads": 2})
+    model, _ = saved(tmp_path, reparam=reparam, model={"num_kv_heads": 2})
     parameters = export_dense(tmp_path / "run", tmp_path / "hf", dtype="fp32", shard_bytes=shard_bytes)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert parameters == sum(p.numel() for p in loaded.parameters())

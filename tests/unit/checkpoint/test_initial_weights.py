@@ -37,6 +37,7 @@ def saved(directory: Path, config: Config) -> tuple[torch.nn.Module, CheckpointR
     """A model whose B is not 0, and a checkpoint of it."""
     model = warmed(config)
     state = {"counters": {"step": 3}, "data": {}, "rng": [], "supports": supports_fingerprint(model)}
+    directory.mkdir(exist_ok=True)
     (directory / "tokenizer.model").write_text("the tokenizer")
     path = CheckpointStore(directory / "checkpoints", SINGLE, keep=1).save(
         3,
@@ -87,6 +88,21 @@ def test_a_dense_run_starts_as_the_same_function(tmp_path: Path, method: str) ->
         assert torch.equal(weights(start)[name], weight), name
     ids = tokens(small())
     torch.testing.assert_close(start(ids), model(ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sltrain", "lowrank"])
+def test_dense_layers_start_as_they_are(tmp_path: Path, method: str) -> None:
+    """To and from a dense run, and between runs with the same dense layers."""
+    model, reader = saved(tmp_path / "dense", configured("full"))
+    mixed = configured(method, dense_layers=[0, -1])
+    there, _ = started(mixed, reader, tmp_path)
+    for name, weight in weights(model).items():
+        assert torch.equal(weights(there)[name], weight) is (".layers.1." not in name or "norm" in name), name
+    model, reader = saved(tmp_path / "mixed", mixed)
+    for config in (configured("full"), mixed):
+        back, _ = started(config, reader, tmp_path)
+        for name, weight in weights(model).items():
+            assert torch.equal(weights(back)[name], weight), name
 
 
 @pytest.mark.parametrize("support", ["random", "stratified", "blocks"])

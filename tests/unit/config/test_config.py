@@ -399,6 +399,24 @@ class TestMessages:
         )
         assert message(None).startswith("configuration: train.steps = null (default): set exactly one of")
 
+    @pytest.mark.parametrize(
+        ("value", "reason"),
+        [
+            ("[0,8]", "[0, 8]: has 8, but model.num_layers = 8; the layers are 0 to 7, or from the end -1 to -8"),
+            ("[0,-8]", "[0, -8]: has decoder layer 0 twice, as 0 and -8; remove one of the two"),
+            ("[1,true]", "[1, True]: should be a whole number"),
+            ("first", "'first': should be a list"),
+            ("3", "3: should be a list"),
+        ],
+    )
+    def test_dense_layers(self, value: str, reason: str) -> None:
+        text = message(None, "train.steps=1", f"reparam.dense_layers={value}")
+        assert text == f"command line: reparam.dense_layers = {reason}"
+
+    def test_dense_layers_of_a_dense_method(self) -> None:
+        text = message(None, "train.steps=1", "reparam.dense_layers=[0]", "reparam.method=full")
+        assert text.endswith("[0]: is for reparam.method=sltrain or lowrank; set it to [] with full")
+
     def test_long_values_are_cut(self) -> None:
         assert len(message(None, "train.steps=1", f"train.dtype={'x' * 5000}")) < 250
 
@@ -483,9 +501,16 @@ class TestRules:
             ({"reparam": {"rank": 513}}, "reparam.rank"),
             ({"model": {"num_kv_heads": 2}, "reparam": {"rank": 129}}, "reparam.rank"),
             ({"reparam": {"density": 1e-7}}, "reparam.density"),
+            ({"reparam": {"dense_layers": [8]}}, "reparam.dense_layers"),
+            ({"reparam": {"dense_layers": [0, -9]}}, "reparam.dense_layers"),
+            ({"reparam": {"dense_layers": [3, 0, 3]}}, "reparam.dense_layers"),
+            ({"reparam": {"dense_layers": [0, -8]}}, "reparam.dense_layers"),
+            ({"reparam": {"dense_layers": list(range(8))}}, "reparam.dense_layers"),
+            ({"reparam": {"dense_layers": [0], "method": "full"}}, "reparam.dense_layers"),
             ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
+            ({"optim": {"schedule": "wsd", "warmup_steps": 6, "decay_ratio": 0.5}}, "optim.decay_ratio"),
             ({"train": {"steps": 10, "micro_batch": 3}}, "train.micro_batch"),
             ({"parallel": {"accumulate": "sharded"}}, "parallel.accumulate"),
             ({"parallel": {"engine": "zero", "zero_stage": 1, "accumulate": "sharded"}}, "parallel.accumulate"),
@@ -514,6 +539,11 @@ class TestRules:
             {"train": {"tokens": 5}},
             {"train": {"dry_run": True}},
             {"optim": {"warmup_steps": 10}},
+            {"optim": {"schedule": "wsd", "warmup_steps": 5, "decay_ratio": 0.5}},
+            {"reparam": {"dense_layers": [0, -1, 3]}},
+            {"reparam": {"dense_layers": [0, 1, 2, 3, 4, 5, 6], "method": "lowrank"}},
+            {"optim": {"schedule": "wsd", "warmup_steps": 1, "decay_ratio": 1.0}},
+            {"optim": {"schedule": "wsd", "warmup_steps": 99, "decay_ratio": 0.5}, "train": {"tokens": 10}},
             {"reparam": {"rank": 512}},
             {"reparam": {"rank": 5000, "method": "full"}},
             {"reparam": {"density": 1e-7, "method": "lowrank"}},
@@ -587,6 +617,11 @@ class TestRules:
                 ("optim.schedule=constant", "optim.min_lr_ratio=0"),
                 ["optim.min_lr_ratio has no effect with optim.schedule=constant"],
             ),
+            (
+                ("optim.schedule=linear", "optim.decay_ratio=0.1", "optim.decay_type=cosine"),
+                [f"optim.{key} has no effect with optim.schedule=linear" for key in ("decay_ratio", "decay_type")],
+            ),
+            (("optim.schedule=wsd", "optim.decay_ratio=0.1", "optim.decay_type=linear"), []),
             (
                 ("preset=llama_7b", "reparam.method=full", "reparam.rank=8"),
                 ["reparam.rank has no effect with reparam.method=full"],

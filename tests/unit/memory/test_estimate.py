@@ -93,6 +93,13 @@ _LARGE_LAYERS: Values = {
     "data": {"seq_len": 4},
     "train": {"dtype": "mixed", "global_batch": 16},
 }
+_DENSE_LAYERS: Values = {
+    "model": {"num_layers": 5},
+    "reparam": {"dense_layers": [2, -1]},
+    "data": {"seq_len": 4},
+    "parallel": {"engine": "fsdp"},
+    "train": {"global_batch": 16},
+}
 COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulation": (1, {"reparam": {"path": "materialize"}, "train": {"global_batch": 4}}),
     "ddp, per layer": (
@@ -115,6 +122,25 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp, accumulated whole": (
         2,
         {**_LARGE_LAYERS, "parallel": {"engine": "fsdp", "accumulate": "local", "reshard_after_forward": False}},
+    ),
+    "dense layers": (1, {"model": {"num_layers": 3}, "reparam": {"path": "materialize", "dense_layers": [0]}}),
+    "dense layers, ddp, per layer": (
+        2,
+        {
+            "model": {"num_layers": 3},
+            "reparam": {"dense_layers": [1]},
+            "optim": {"update": "per_layer"},
+            "train": {"global_batch": 4, "activation_checkpointing": "selective"},
+        },
+    ),
+    "fsdp, dense layers": (2, _DENSE_LAYERS),
+    "fsdp, dense layers, mixed": (
+        2,
+        merged(_DENSE_LAYERS, {"parallel": {"prefetch_blocks": 2}, "train": {"dtype": "mixed"}}),
+    ),
+    "fsdp, dense layers, accumulated whole": (
+        2,
+        merged(_DENSE_LAYERS, {"parallel": {"accumulate": "local", "reshard_after_forward": False}}),
     ),
     "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
@@ -200,6 +226,20 @@ def test_an_evaluation_of_larger_batches_counts() -> None:
     assert estimate(config_of(large)).peak_bytes > 2 * estimate(config_of(small)).peak_bytes
 
 
+def test_an_evaluation_of_dense_layers() -> None:
+    """Every layer takes what it takes in a model of layers like it."""
+
+    def mlp_bytes(reparam: dict[str, Any]) -> list[int]:
+        reparam = {"path": "factored", **reparam}
+        config = config_of({"model": {"num_layers": 3}, "reparam": reparam, "eval": {"source": "embedded"}})
+        points = [point for point in estimate(config).timeline if point.where == "evaluation, mlp"]
+        return [point.components["temporaries.mlp"] for point in points]
+
+    none, dense = mlp_bytes({}), mlp_bytes({"method": "full"})
+    assert none[1] != dense[1]
+    assert mlp_bytes({"dense_layers": [1]}) == [none[0], dense[1], none[2]]
+
+
 # Which fields matter
 
 Values = dict[str, Any]
@@ -222,6 +262,7 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "model.num_kv_heads": ({"train": {"micro_batch": 8, "global_batch": 8}}, 1),
     "model.tie_head": ({}, True),
     "reparam.method": ({}, "full"),
+    "reparam.dense_layers": ({"model": {"num_layers": 2}}, [0]),
     "reparam.rank": ({}, 16),
     "reparam.density": ({}, 0.3),
     "reparam.support": ({}, "blocks"),

@@ -71,6 +71,7 @@ DRAWN: dict[str, tuple[Any, ...]] = {
     "train.activation_checkpointing": ("none", "full", "selective"),
     "train.checkpoint_policy": ("blocks", "attention", "ops"),
     "train.loss_chunk_tokens": (None, 0, 50),
+    "reparam.dense_layers": ((), (0,), (1, -1)),
 }
 """Settings, and what they are drawn from; what stands there twice comes twice as often."""
 

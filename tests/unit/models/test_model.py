@@ -80,11 +80,15 @@ def test_parameter_counts_are_the_papers(preset: str) -> None:
         assert round(counted_full.total / 1e6, 2) == printed["full"]
 
 
-@pytest.mark.parametrize("method", ["sltrain", "full", "lowrank"])
+@pytest.mark.parametrize(
+    "reparam",
+    [{"method": "sltrain"}, {"method": "full"}, {"method": "lowrank"}, {"dense_layers": [0]}],
+    ids=["sltrain", "full", "lowrank", "dense layer"],
+)
 @pytest.mark.parametrize("shape", [{}, {"num_kv_heads": 2}, {"tie_head": True}], ids=["plain", "grouped", "tied"])
-def test_logits_and_loss_equal_hugging_face(method: str, shape: dict[str, object]) -> None:
+def test_logits_and_loss_equal_hugging_face(reparam: dict[str, object], shape: dict[str, object]) -> None:
     transformers = pytest.importorskip("transformers")
-    config = small(model=shape, reparam={"method": method})
+    config = small(model=shape, reparam=reparam)
     model = warmed(config)
     reference = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -179,6 +183,20 @@ def test_every_linear_of_a_block_is_replaced_and_named() -> None:
     names = [name for name, _ in sparse_layers(build_meta_model(config))]
     want = [f"model.layers.{i}.{s.name}" for i in range(3) for s in block_linears(config.model)]
     assert sorted(names) == sorted(want)
+
+
+@pytest.mark.parametrize("method", ["sltrain", "lowrank"])
+def test_dense_layers_are_those_of_a_dense_model(method: str) -> None:
+    """The others, and their initial values, are those of a model without dense layers."""
+    mixed, dense, none = (
+        build_model(small(reparam=reparam)).state_dict()
+        for reparam in ({"method": method, "dense_layers": [0, -1]}, {"method": "full"}, {"method": method})
+    )
+    for layer, expected in enumerate((dense, none, dense)):
+        prefix = f"model.layers.{layer}."
+        here, there = ({n: v for n, v in state.items() if n.startswith(prefix)} for state in (mixed, expected))
+        assert here.keys() == there.keys()
+        assert all(torch.equal(value, there[name]) for name, value in here.items())
 
 
 def test_meta_model_allocates_nothing() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.optim.factory import make_optimizer
-from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.optim.schedule import Progress, learning_rate
 from sltrain_dist.train.state import TrainState
 
 
@@ -39,6 +39,52 @@ def test_linear_and_constant() -> None:
     lr = rates(21, lr=2.0, warmup_steps=1, schedule="linear", min_lr_ratio=0.0)
     assert lr == pytest.approx([2.0 - 0.1 * i for i in range(21)])
     assert rates(5, lr=2.0, schedule="constant") == [2.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("decay_type", "last_rates"),
+    [
+        ("linear", [0.82, 0.64, 0.46, 0.28, 0.1]),
+        # 0.1 + 0.9·(1 + cos(πi/5))/2, with cos 36° = 0.80901699 and cos 72° = 0.30901699
+        ("cosine", [0.91405765, 0.68905765, 0.41094235, 0.18594235, 0.1]),
+        # 0.1 + 0.9·(1 − √(i/5)), with √0.2 = 0.44721360, √0.4 = 0.63245553, √0.6 = 0.77459667, √0.8 = 0.89442719
+        ("1-sqrt", [0.59750776, 0.43079002, 0.30286300, 0.19501553, 0.1]),
+    ],
+)
+def test_wsd_rises_stays_and_decays(decay_type: str, last_rates: list[float]) -> None:
+    """Of 21 updates, 4 rise, those up to number 15 stay (15 = 20 minus a quarter), and 5 decay."""
+    lr = rates(21, lr=1.0, warmup_steps=4, schedule="wsd", decay_ratio=0.25, decay_type=decay_type)
+    assert lr[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert lr[4:16] == [1.0] * 12
+    assert lr[16:] == pytest.approx(last_rates, rel=1e-7)
+
+
+def test_wsd_of_a_token_budget() -> None:
+    config = build_config(
+        {
+            "optim": {"lr": 1.0, "schedule": "wsd", "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0.0},
+            "train": {"tokens": 80},
+        }
+    )
+    state, seen = TrainState(), []
+    while not state.finished(config.train):
+        seen.append(learning_rate(config.optim, state.progress(config.train, 0)))
+        state.advance(tokens=10, warmup_steps=0)
+    assert seen == [1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_wsd_of_tokens_decays_after_a_long_warm_up() -> None:
+    """How many tokens a warm-up takes is not known in advance: here, more than the decay leaves."""
+    optim = OptimConfig(lr=1.0, schedule="wsd", warmup_steps=6, decay_ratio=0.8, decay_type="linear", min_lr_ratio=0.0)
+    assert learning_rate(optim, Progress(5, 0.5, 0.0)) == 1.0
+    assert learning_rate(optim, Progress(6, 0.6, 0.6)) == 1.0
+    assert learning_rate(optim, Progress(7, 0.7, 0.6)) == pytest.approx(0.75)
+
+
+def test_wsd_that_only_decays_is_the_cosine() -> None:
+    optim = {"lr": 0.3, "warmup_steps": 1, "min_lr_ratio": 0.05}
+    decay = rates(50, **optim, schedule="wsd", decay_ratio=1.0, decay_type="cosine")
+    assert decay == rates(50, **optim, schedule="cosine")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.models.count import count_parameters, parameter_shapes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import fsdp_rows, is_factor
 from tests.support.held_bytes import rank_bytes
@@ -33,6 +34,8 @@ def config(preset: str = "llama_60m", **sections: dict[str, Any]) -> Config:
         {"support": "random"},
         {"support": "stratified"},
         {"support": "blocks"},
+        {"dense_layers": [0, -2]},
+        {"method": "lowrank", "dense_layers": [3]},
     ],
 )
 @pytest.mark.parametrize("model", [{}, {"tie_head": True}, {"num_kv_heads": 2}])
@@ -40,6 +43,7 @@ def test_shapes_are_those_of_the_built_model(reparam: dict[str, Any], model: dic
     settings = config(reparam=reparam, model=model)
     built = [(name, tuple(p.shape)) for name, p in build_meta_model(settings).named_parameters()]
     assert parameter_shapes(settings.model, settings.reparam) == built
+    assert count_parameters(settings.model, settings.reparam).total == sum(math.prod(shape) for _, shape in built)
 
 
 def test_factors_are_all_but_embedding_head_and_norms() -> None:

@@ -81,6 +81,22 @@ BARS = {
 }
 
 
+def test_dense_layers_belong_to_the_base() -> None:
+    """A layer of llama_60m has 4·512² + 3·512·1376 dense weights, and as many values of moments twice."""
+    none, two = (
+        {each.method: each for each in paper_table(config.model, config.reparam)}
+        for config in (
+            build_config({"preset": "llama_60m", "reparam": {"dense_layers": listed}}) for listed in ([], [0, -1])
+        )
+    )
+    dense, factors = 4 * 512**2 + 3 * 512 * 1376, 128 * (4 * 1024 + 3 * 1888)
+    values = 4 * int(0.03 * 512**2) + 3 * int(0.03 * 512 * 1376)
+    for method, more, index in (("lowrank", dense - factors, 0), ("sltrain", dense - factors - values, -values)):
+        assert two[method].parameter_bytes - none[method].parameter_bytes == 2 * (2 * more + 8 * index)
+        assert two[method].optimizer_bytes - none[method].optimizer_bytes == 2 * 4 * more
+    assert all(two[method] == none[method] for method in ("full", "relora", "galore"))
+
+
 @pytest.mark.parametrize("bar", list(BARS))
 def test_figure_3(bar: str) -> None:
     settings, measured = BARS[bar]
@@ -159,6 +175,7 @@ def test_accumulation_holds_gradients_of_whole_updates_only() -> None:
     [
         ({"reparam": {"method": "lowrank"}}, "reparam.method"),
         ({"reparam": {"support": "blocks"}}, "reparam.support"),
+        ({"reparam": {"dense_layers": [0]}}, "reparam.dense_layers"),
         ({"optim": {"state_bits": 4}}, "optim.state_bits"),
         ({"optim": {"update": "per_layer"}}, "optim.update"),
         ({"train": {"dtype": "fp32"}}, "train.dtype"),

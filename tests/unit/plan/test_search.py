@@ -203,6 +203,25 @@ def test_time_of_recomputation(config: Config) -> None:
     assert usual < times[2] < 1.15 * usual  # norms, rotations and the like
 
 
+def test_time_of_dense_layers(config: Config) -> None:
+    """Two layers of eight go a quarter of the way from the time of replaced layers to that of dense ones."""
+    large = changed(config, train={"micro_batch": 64}, data={"seq_len": 2048})
+    none, two, all_of_them = (
+        update_time(changed(large, reparam=reparam), 1, 0).compute
+        for reparam in ({}, {"dense_layers": (0, -1)}, {"method": "full"})
+    )
+    assert config.model.num_layers == 8
+    assert none != all_of_them
+    assert two == pytest.approx(none + (all_of_them - none) / 4)
+
+
+def test_dense_layers_can_be_varied(config: Config) -> None:
+    found = search(config, 1, named_levers(config, 1, ["reparam.dense_layers=[],[0],[0,-1],[9]"]), closed_form)
+    assert {row.settings["reparam.dense_layers"] for row in found.rows} == {"[]", "[0]", "[0, -1]"}
+    assert len({row.parameters for row in found.rows}) == 3
+    assert found.refused == {"reparam.dense_layers": 1}
+
+
 def test_time_of_communication(config: Config) -> None:
     quiet, busy = (update_time(config, 4, sent) for sent in (0, 10**12))
     assert quiet.communication == 0 and busy.communication > 0

@@ -32,7 +32,7 @@ from sltrain_dist.runtime import launchers
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.reaper import Process
 from sltrain_dist.runtime.stop import StopRequest
-from sltrain_dist.tracking.console import format_count
+from sltrain_dist.tracking.console import format_bytes, format_count
 from sltrain_dist.train.divergence import check_finite, not_learning
 from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
@@ -40,6 +40,7 @@ from sltrain_dist.train.state import (
     TrainState,
     changed_settings,
     check_resumable,
+    check_schedule,
     flatten,
     read_saved,
     restore_rng,
@@ -260,6 +261,11 @@ class TestTrainState:
         assert math.isfinite(learning_rate(config().optim, state.progress(TrainConfig(steps=1), 0)))
 
 
+def wsd(steps: int | None = None, tokens: int | None = None, **optim: Any) -> Config:
+    """A run with this length and this schedule."""
+    return config(train={"steps": steps, "tokens": tokens}, optim={"schedule": "wsd", **optim})
+
+
 class TestResumable:
     def test_nothing_changed(self) -> None:
         assert check_resumable(config(), config(), "old") == []
@@ -309,6 +315,54 @@ class TestResumable:
         with pytest.raises(CheckpointError) as caught:
             check_resumable(config(), config(model={"num_layers": 2}, train={"micro_batch": 2}), "old")
         assert "micro_batch" not in str(caught.value)
+
+    def test_wsd_can_be_longer_or_shorter_until_it_decays(self) -> None:
+        """100 updates with a decay of the last 20 %: of the numbers 0 to 99, those above 79.2 decay."""
+        before = wsd(steps=100)
+        changes = (wsd(steps=1000), wsd(steps=90), wsd(steps=None, tokens=8000), wsd(steps=100, decay_ratio=0.01))
+        for now in (*changes, wsd(steps=100, decay_type="linear"), config(optim={"schedule": "constant"})):
+            check_schedule(before, now, TrainState(step=70, tokens=5000), "old")
+            check_schedule(before, now, TrainState(step=1, tokens=80), "old")
+            with pytest.raises(CheckpointError, match=r"old is of update 80, where that run's decay has begun"):
+                check_schedule(before, now, TrainState(step=80, tokens=5700), "old")
+        check_schedule(before, before, TrainState(step=99, tokens=7000), "old")
+
+    @pytest.mark.parametrize(
+        ("now", "remedy"),
+        [
+            ({"steps": 80}, "train.steps=89 or more"),
+            ({"steps": 100, "decay_ratio": 0.5}, "train.steps=141 or more"),
+            ({"steps": None, "tokens": 6000}, "train.tokens=6250 or more"),
+            ({"steps": 100, "decay_ratio": 1.0}, "a lower optim.decay_ratio"),
+        ],
+    )
+    def test_a_new_decay_begins_at_the_checkpoint_at_the_earliest(self, now: dict[str, Any], remedy: str) -> None:
+        saved = TrainState(step=70, tokens=5000)
+        with pytest.raises(CheckpointError) as caught:
+            check_schedule(wsd(steps=100), wsd(**now), saved, "old")
+        assert "this configuration's decay has begun" in str(caught.value)
+        assert str(caught.value).endswith(f"checkpoint.resume=PATH, or set {remedy}")
+        if "decay_ratio" in now:
+            assert f"(optim.decay_ratio: 0.2 → {now['decay_ratio']})" in str(caught.value)
+
+    @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2, 0.3, 0.7, 0.9])
+    def test_the_length_in_the_remedy_suffices(self, ratio: float) -> None:
+        """By rounding, it may be one update more than necessary."""
+        for step in range(2, 100):
+            saved = TrainState(step=step)
+            with pytest.raises(CheckpointError) as caught:
+                check_schedule(wsd(steps=10**6), wsd(steps=step + 1, decay_ratio=ratio), saved, "old")
+            (steps,) = map(int, re.findall(r"set train\.steps=(\d+) or more", str(caught.value)))
+            check_schedule(wsd(steps=10**6), wsd(steps=steps, decay_ratio=ratio), saved, "old")
+            with pytest.raises(CheckpointError):
+                check_schedule(wsd(steps=10**6), wsd(steps=steps - 2, decay_ratio=ratio), saved, "old")
+
+    def test_other_schedules_change_as_they_like(self) -> None:
+        saved = TrainState(step=9, tokens=900)
+        check_schedule(config(), config(train={"steps": 20}), saved, "old")
+        check_schedule(config(), config(optim={"schedule": "constant"}), saved, "old")
+        with pytest.raises(CheckpointError, match=r"optim\.schedule: 'cosine' → 'wsd'"):
+            check_schedule(config(), config(optim={"schedule": "wsd"}), saved, "old")
 
     def test_every_key_is_compared(self) -> None:
         assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
@@ -431,6 +485,17 @@ def test_summary(tmp_path: Path) -> None:
     assert shown["budget"] == "10 updates, 4 made"
     assert "every 5 updates" in shown["checkpoints"]
     assert shown["run directory"] == str(tmp_path)
+
+
+def test_summary_of_dense_layers(tmp_path: Path) -> None:
+    settings = config(model={"num_layers": 3}, reparam={"dense_layers": [0, -1]})
+    sections = summarise(settings, SINGLE, tmp_path, shards=3, resumed_step=0)
+    shown = {name: value for rows in sections.values() for name, value in rows}
+    model = build_model(settings)
+    assert shown["dense layers"] == "0, -1"
+    assert shown["dense weights"] == format_count(2 * (4 * 16 * 16 + 3 * 16 * 20))
+    indices = sum(buffer.nbytes for name, buffer in model.named_buffers() if ".support." in name)
+    assert shown["support"] == f"random, {format_bytes(indices)} of indices"
 
 
 SAVED = {"counters": {"step": 3, "tokens": 60}, "data": {}, "rng": [{"torch": "", "python": ""}], "supports": "ab"}

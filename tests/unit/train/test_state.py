@@ -67,7 +67,8 @@ class TestWeightsFit:
         [(a, b) for a in ("sltrain", "full", "lowrank") for b in ("sltrain", "full", "lowrank") if a != b],
     )
     def test_every_two_methods(self, before: str, now: str) -> None:
-        own = {"rank": 64, "alpha": 7.0, "density": 0.1, "support": "blocks", "support_seed": 9}
+        own: dict[str, Any] = {"dense_layers": [0]} if now != "full" else {}
+        own |= {"rank": 64, "alpha": 7.0, "density": 0.1, "support": "blocks", "support_seed": 9}
         assert check_weights_fit(config(reparam={"method": before}), config(reparam={"method": now, **own}), "x") == [
             f"reparam.method: '{before}' in the checkpoint, '{now}' here"
         ]
@@ -83,6 +84,7 @@ class TestWeightsFit:
             ({}, {"reparam": {"alpha": 16.0}}, "reparam.alpha: 32.0 in the checkpoint, 16.0 here"),
             ({}, {"reparam": {"density": 0.1}}, "reparam.density: 0.03 in the checkpoint, 0.1 here"),
             ({}, {"reparam": {"support": "blocks"}}, "reparam.support: 'random' in the checkpoint, 'blocks' here"),
+            ({}, {"reparam": {"dense_layers": [0]}}, "reparam.dense_layers: [] in the checkpoint, [0] here"),
             ({}, {"reparam": {"support_seed": 7}}, "reparam.support_seed: 3 in the checkpoint, 7 here"),
             ({}, {"reparam": {"weight_bits": 8}}, "reparam.weight_bits: 16 in the checkpoint, 8 here"),
             (
