@@ -31,7 +31,7 @@ def export(
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
 ) -> None:
     """Exports a checkpoint as a dense Hugging Face LLaMA (safetensors), with sparse and low-rank parts merged."""
-    from sltrain_dist.checkpoint.export import export_dense
+    from sltrain_dist.hub.export import export_dense
 
     with status_line() as report:
         report(f"merging {checkpoint}")

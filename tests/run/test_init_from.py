@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sltrain_dist.checkpoint.export import export_dense
 from sltrain_dist.data.tokenizer import train_tokenizer
+from sltrain_dist.hub.export import export_dense
 from sltrain_dist.parallel.ddp import DDPEngine
 from tests.support.runs import documents, final_tensors, metrics, outcome, saved_steps, train_here, trajectory
 

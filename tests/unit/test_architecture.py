@@ -28,6 +28,7 @@ LAYERS = (
     {"checkpoint"},
     {"memory"},
     {"train"},
+    {"hub"},
     {"plan"},
     {"cli"},
     {"__main__"},
@@ -48,6 +49,7 @@ TORCH_FREE = {
     "numerics.device",
     "numerics.splitmix",
     "numerics.int8_layout",
+    "numerics.tensor_range",
     "sparse_lowrank.sizes",
     "sparse_lowrank.cost",
     "sparse_lowrank.devices",
@@ -89,7 +91,7 @@ ONLY_IN = {
     "deepspeed": {"parallel.zero"},
     "mlflow": {"tracking.mlflow"},
     "sentencepiece": {"data.tokenizer"},
-    "tokenizers": {"data.tokenizer_json"},
+    "tokenizers": {"hub.tokenizer_json"},
     "datasets": {"data.sources.resolve"},
     "jinja2": {"plan.reports.page"},
     "triton": {"sparse_lowrank.kernels.triton_kernels"},
@@ -186,7 +188,7 @@ def test_no_module_patches_another(name: str) -> None:
     assert "unittest.mock" not in imports(MODULES[name]) and "unittest" not in imports(MODULES[name])
 
 
-RENAMES_WITHIN_A_TEMPORARY_DIRECTORY = {"checkpoint.export", "data.prepare.shards"}
+RENAMES_WITHIN_A_TEMPORARY_DIRECTORY = {"hub.export", "data.prepare.shards"}
 """They name shards whose number is known at the end; the whole directory is put in place by files.py."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
-from sltrain_dist.data.tokenizer_json import write_tokenizer
+from sltrain_dist.hub.tokenizer_json import write_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

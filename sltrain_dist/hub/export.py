@@ -17,9 +17,9 @@ from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.checkpoint.store import save_tensors
 from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
-from sltrain_dist.data.tokenizer_json import write_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from sltrain_dist.files import writing, writing_directory
+from sltrain_dist.hub.tokenizer_json import write_tokenizer
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.pieces import load_values

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 
 from sltrain_dist import cli
 from sltrain_dist.checkpoint import store
-from sltrain_dist.checkpoint.export import export_dense
 from sltrain_dist.checkpoint.manifest import MANIFEST, file_entry, write_manifest
 from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import to_yaml
 from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, StorageError
+from sltrain_dist.hub.export import export_dense
 from sltrain_dist.models.build import supports_fingerprint
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.runtime.environment import Environment

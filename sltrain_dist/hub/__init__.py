@@ -1,0 +1,1 @@
+"""Hugging Face: models and tokenizers in the formats that its libraries load."""
