@@ -43,7 +43,7 @@ class RangeInFile(NamedTuple):
     file: int
     """Index of its tensor file."""
     key: str
-    """Its key in that file."""
+    """Key of the range in that file."""
 
 
 @dataclass

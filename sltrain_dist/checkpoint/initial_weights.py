@@ -36,7 +36,7 @@ from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 @dataclass(frozen=True)
 class _Converted:
-    """What a rank tells the others of a layer that it has converted."""
+    """A layer that one rank has converted, as it is reported to all ranks."""
 
     name: str
     file: str

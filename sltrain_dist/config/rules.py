@@ -56,7 +56,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
 
 def _decay_overlaps_warmup(optim: OptimConfig, steps: int) -> bool:
     """Returns whether the decay of wsd begins before the last update of the warm-up, which is the first at the peak."""
-    return optim.warmup_steps - 1 > (1.0 - optim.decay_ratio) * (steps - 1)
+    return optim.warmup_steps - 1 > optim.stable_ratio * (steps - 1)
 
 
 def _check_dense_layers(config: Config) -> Iterator[tuple[str, str]]:

@@ -257,6 +257,11 @@ class OptimConfig(Section):
     time, and allows one micro-batch per update only."""
 
     @property
+    def stable_ratio(self) -> float:
+        """wsd: share of the run after which the decay begins, if the warm-up has ended."""
+        return 1.0 - self.decay_ratio
+
+    @property
     def passes_twice(self) -> bool:
         """Whether an update runs a backward pass for the gradient norm before the one that updates."""
         return self.update == "per_layer" and self.clip > 0 and self.clip_mode == "two_pass"

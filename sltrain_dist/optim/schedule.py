@@ -51,5 +51,5 @@ def is_decaying(optim: OptimConfig, progress: Progress) -> bool:
 def _decay_start(optim: OptimConfig, progress: Progress) -> float:
     """Returns the share of the budget after which the learning rate decays."""
     if optim.schedule == "wsd":
-        return max(1.0 - optim.decay_ratio, progress.warmup_done)
+        return max(optim.stable_ratio, progress.warmup_done)
     return progress.warmup_done

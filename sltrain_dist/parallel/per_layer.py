@@ -31,7 +31,7 @@ weights of any model that needs per-layer updates."""
 
 
 class Phase(Enum):
-    """What the hooks do with a gradient."""
+    """The treatment of a gradient by the hooks."""
 
     KEEP = "keep"
     """Keep it, because more micro-batches follow."""

@@ -195,7 +195,7 @@ def check_schedule(before: Config, now: Config, counters: TrainState, where: str
 
 def _length_to_decay_later(counters: TrainState, config: Config) -> str:
     """Returns the shortest length of a run with which wsd has not begun to decay yet, as the setting to change."""
-    stable = 1.0 - config.optim.decay_ratio
+    stable = config.optim.stable_ratio
     if stable == 0:
         return "a lower optim.decay_ratio"
     if config.train.steps is None:

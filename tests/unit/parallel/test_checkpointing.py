@@ -17,6 +17,7 @@ from sltrain_dist.models.build import build_model
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.tracking.live_bytes import LiveBytes
+from tests.support.products import Products
 
 FULL = {"activation_checkpointing": "full"}
 EVERY_SECOND = {"activation_checkpointing": "selective"}
@@ -250,17 +251,6 @@ def test_products_are_kept_and_nothing_else(method: str) -> None:
     full, products = (trained(wide(METHODS[method], **how))[2] for how in (FULL, ALL_BUT_PRODUCTS))
     unread = 4  # one number in the place of down_proj's output
     assert products - full == LAYERS * ((outputs + inner + attention) * 4 * TOKENS + unread)
-
-
-class Products(TorchDispatchMode):
-    """Counts products of matrices."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        self.calls += name in ("mm", "addmm", "bmm", "baddbmm", "_embedding_bag", "_embedding_bag_forward_only")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.kept import KeptResults, is_keeping, keep
+from tests.support.products import Products
 
 MM = torch.ops.aten.mm.default
 T, N, M, RANK = 7, 24, 40, 4
@@ -35,17 +35,6 @@ def layer(bias: bool = False, **how: Any) -> SLLinear:
 
 def inputs() -> Tensor:
     return torch.linspace(-2, 3, T * N).sin().view(T, N).requires_grad_()
-
-
-class Products(TorchDispatchMode):
-    """Counts operators that multiply matrices."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2].rstrip("_")
-        self.calls += name in ("mm", "addmm", "bmm", "baddbmm", "_embedding_bag", "_embedding_bag_forward_only")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("path", ["materialize", "factored"])
