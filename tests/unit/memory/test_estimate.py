@@ -89,6 +89,7 @@ class TestExact:
 
 
 _LARGE_LAYERS: Values = {
+    "model": {"intermediate_size": 512},
     "reparam": {"method": "full"},
     "data": {"seq_len": 4},
     "train": {"dtype": "mixed", "global_batch": 16},
@@ -142,7 +143,7 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         merged(_DENSE_LAYERS, {"parallel": {"accumulate": "local", "reshard_after_forward": False}}),
     ),
-    "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
+    "fsdp on one rank": (1, {**_LARGE_LAYERS, "model": {}, "parallel": {"engine": "fsdp"}}),
 }
 """(ranks, values): engines' schedules. What is recorded is compared by tests/unit/memory/test_record.py."""
 
