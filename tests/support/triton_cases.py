@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sltrain_dist.numerics import gpu_kernels
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
 from sltrain_dist.sparse_lowrank.layer import apply_shared
@@ -53,7 +54,7 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 @pytest.fixture(autouse=True)
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "DEVICES", [DEVICE])
+    monkeypatch.setattr(gpu_kernels, "DEVICES", [DEVICE])
 
 
 def made(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sltrain_dist.optim.triton_step import low_bit_adam_kernel
 from sltrain_dist.sparse_lowrank.kernels import torch_kernels as launchers
 from sltrain_dist.sparse_lowrank.kernels import triton_kernels as kernels
 from sltrain_dist.sparse_lowrank.sizes import FUSED_RANK, num_windows, run_unit, values_per_row, window_step
@@ -67,12 +68,30 @@ def launches(m: int, n: int, rank: int, density: float, dtype: str) -> Iterator[
     yield "values", kernels.values_kernel, {**usual, "PITCH_G": row(m), "PITCH_X": row(n), "R": plan.run, **tile}
 
 
-INDEX = {"window_inputs": "*i32", "partial": "*fp32", "key": "*i64"}
+INDEX = {"window_inputs": "*i32", "partial": "*fp32"}
 SCALARS = ("tokens", "windows", "shift", "m", "n", "chunk", "first", "count", "k")
+STRATIFIED = {"key": "*i64"}
+ADAM = {
+    **{f"{moment}_codes": "*u8" for moment in ("first", "second")},
+    **{f"{moment}_table": "*u8" for moment in ("first", "second")},
+    **{f"{moment}_{of}": "*fp32" for moment in ("first", "second") for of in ("scales", "levels", "borders")},
+    **dict.fromkeys(("master", "shared"), "*fp32"),
+    **dict.fromkeys(("width", "row_bytes", "per_row", "left", "start", "key"), "i32"),
+    **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "root_correction", "eps"), "fp32"),
+    **dict.fromkeys(("rate", "decay_gradient", "keep"), "fp32"),
+}  # fmt: skip
 
 
 def compiled(
-    folder: str, kernel: Any, dtype: str, constants: dict[str, Any], sizes: dict[str, int], warps: int, stages: int
+    folder: str,
+    kernel: Any,
+    dtype: str,
+    constants: dict[str, Any],
+    sizes: dict[str, int],
+    warps: int,
+    stages: int,
+    types: dict[str, str] = INDEX,
+    **options: Any,
 ) -> dict[str, Any]:
     """Compiles a kernel and returns its registers, spilled bytes, shared memory and instructions.
 
@@ -80,7 +99,7 @@ def compiled(
     """
     function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     signature = {
-        name: "constexpr" if name in constants else "i32" if name in SCALARS else INDEX.get(name, f"*{dtype}")
+        name: "constexpr" if name in constants else types.get(name, "i32" if name in SCALARS else f"*{dtype}")
         for name in function.arg_names
     }
     source = ASTSource(
@@ -93,7 +112,7 @@ def compiled(
             if kind.startswith("*") or (kind == "i32" and sizes.get(name, 1) % 16 == 0)
         },
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **options}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin = Path(folder, "kernel.cubin")
     cubin.write_bytes(result.asm["cubin"])
@@ -114,6 +133,8 @@ def compiled(
         "load16": len(re.findall(r"ld\.global\.v4", ptx)),
         "store16": len(re.findall(r"st\.global\.v4", ptx)),
         "store2": len(re.findall(r"st\.global\.b16", ptx)),
+        "fma": len(re.findall(r"fma\.rn\.f32", ptx)),
+        "approximate": len(re.findall(r"(?:div|sqrt|rcp|rsqrt)\.(?:full|approx)", ptx)),
     }
 
 
@@ -136,7 +157,13 @@ def main() -> None:
         for dtype in TYPES:
             for scatter in (False, True):
                 constants = {"SCATTER": scatter, "BLOCK": 512}
-                print(json.dumps(compiled(folder, kernels.stratified_kernel, dtype, constants, {}, 4, 3)))
+                print(json.dumps(compiled(folder, kernels.stratified_kernel, dtype, constants, {}, 4, 3, STRATIFIED)))
+        for bits, size, warps in ((8, 256, 2), (4, 128, 1)):
+            constants = {"SIZE": size, "BITS": bits, "MASTER": False, "SHARED": False}
+            constants |= {"DECAY_GRADIENT": False, "DECAY_VALUE": True, "STOCHASTIC": True}
+            how = {"enable_fp_fusion": False}
+            result = compiled(folder, low_bit_adam_kernel, "bf16", constants, {}, warps, 3, ADAM, **how)
+            print(json.dumps({"step of Adam": bits, **result}))
 
 
 if __name__ == "__main__":

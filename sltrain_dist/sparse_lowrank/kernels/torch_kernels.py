@@ -1,4 +1,4 @@
-"""Operators around the Triton kernels, and when they are used; otherwise torch's implementation is.
+"""Operators around the Triton kernels, for where :func:`~sltrain_dist.numerics.gpu_kernels.use_kernels` says so.
 
 Operators whose names end in an underscore write to their first argument. torch.compile and FakeTensor support all of
 them (without Triton, for FakeTensor). They have no derivatives of their own: the autograd functions of the paths call
@@ -7,52 +7,17 @@ them. They take bf16, fp16 and float32; float64 on CUDA uses torch's implementat
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sltrain_dist.numerics.device import device_type, is_emulated
 from sltrain_dist.sparse_lowrank.sizes import longest_run, run_unit, window_step
 
-HAVE_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether Triton is installed (it comes with torch's CUDA builds on Linux)."""
-
-DEVICES = ["cuda"]
-"""Types of the devices where the kernels are used; tests add the CPU, for Triton's interpreter."""
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PROGRAMS = 512
 """Number of programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
 _SCATTER_BLOCK = 512
-
-
-def use_kernels(x: Tensor) -> bool:
-    """Returns whether the kernels are used for tensors of x's device and type.
-
-    Warns, once per process, if CUDA is used and Triton is not installed.
-    """
-    if device_type(x) not in DEVICES or x.dtype not in _DTYPES:
-        return False
-    if is_emulated("cuda"):
-        return True  # Triton comes with torch's CUDA builds, whether or not it is installed here
-    if not HAVE_TRITON and not torch.compiler.is_compiling():
-        _warn_without_triton()
-    return HAVE_TRITON
-
-
-@cache
-def _warn_without_triton() -> None:
-    warnings.warn(
-        "Triton is not installed: sparse products on CUDA use torch's slower operators; "
-        "install it with: pip install 'sltrain_dist[triton]'",
-        RuntimeWarning,
-        stacklevel=3,
-    )
 
 
 class Windows(Protocol):

@@ -1,6 +1,6 @@
 """Triton kernels for CUDA: the products of `blocks`, and the scatter and gather of `stratified`.
 
-The only module that imports triton. :mod:`.torch_kernels` launches the kernels and documents their arguments.
+:mod:`.torch_kernels` launches the kernels and documents their arguments.
 
 `blocks`. Matrices are read and written as they lie, tokens × features: no transposed or permuted copy is made. The
 inputs of a window are gathered by the loads of the products, and the gradient of the inputs is scattered by their

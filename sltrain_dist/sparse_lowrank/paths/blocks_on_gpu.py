@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltrain_dist.sparse_lowrank.kernels.torch_kernels import add_inputs_, add_outputs_, sum_values, use_kernels
+from sltrain_dist.numerics.gpu_kernels import use_kernels
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import add_inputs_, add_outputs_, sum_values
 from sltrain_dist.sparse_lowrank.sizes import FUSED_RANK, ROW_ALIGNMENT
 from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.supports.support import Support
