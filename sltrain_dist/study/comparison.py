@@ -11,7 +11,7 @@ from typing import Any
 
 from sltrain_dist.study.agenda import Results, choose_lr, known_trials
 from sltrain_dist.study.study_file import Study
-from sltrain_dist.study.trial_result import Status, TrialResult
+from sltrain_dist.study.trial_result import TrialResult, TrialStatus
 from sltrain_dist.tracking.console import format_bytes, format_count
 
 
@@ -70,7 +70,7 @@ def compare(study: Study, results: Results) -> list[ArmResult]:
 def _arm_result(study: Study, arm: str, budget: int, results: Results) -> ArmResult:
     choice = choose_lr(study, arm, budget, results)
     final = reported_results(study, arm, budget, results)
-    done = [result for result in final if result.status is Status.DONE]
+    done = [result for result in final if result.status is TrialStatus.DONE]
     diverged = len(final) - len(done)
     if choice is not None and choice.lr is None:
         diverged = len(study.tuning(arm, budget))
@@ -125,7 +125,7 @@ def trial_rows(study: Study, results: Results) -> list[dict[str, Any]]:
     rows = []
     for trial in known_trials(study, results):
         result = results.get(trial.name)
-        if result is None or result.status in (Status.NEW, Status.UNFINISHED):
+        if result is None or result.status in (TrialStatus.NEW, TrialStatus.UNFINISHED):
             continue
         role = "tuning" if trial.name in tuning else "reported"
         found = {

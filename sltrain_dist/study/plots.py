@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sltrain_dist.study.agenda import Results
 from sltrain_dist.study.comparison import ArmResult, reported_results
 from sltrain_dist.study.study_file import Study
-from sltrain_dist.study.trial_result import Status, metric_lines
+from sltrain_dist.study.trial_result import TrialStatus, metric_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 def loss_curve(study: Study, arm: str, budget: int, results: Results) -> Curve | None:
     """Returns the curve of an arm at a budget; None if none of its trials is done."""
-    done = [each for each in reported_results(study, arm, budget, results) if each.status is Status.DONE]
+    done = [each for each in reported_results(study, arm, budget, results) if each.status is TrialStatus.DONE]
     runs = [[line for line in metric_lines(each.trial.run_dir) if "loss" in line] for each in done]
     # With padded rows, the trials of two seeds may differ by a few updates.
     shortest = min(map(len, runs), default=0)

@@ -19,7 +19,7 @@ from sltrain_dist.study.plots import draw_losses, draw_memory
 from sltrain_dist.study.study_directory import claimed
 from sltrain_dist.study.study_file import Study
 from sltrain_dist.study.trial_process import OUTPUT, Resources, TrialPool
-from sltrain_dist.study.trial_result import Status, TrialResult, check_same_evaluation, read_result
+from sltrain_dist.study.trial_result import TrialResult, TrialStatus, check_same_evaluation, read_result
 
 RESULTS, TABLE, LOSS_PLOT, MEMORY_PLOT = "results.csv", "table.md", "loss.png", "memory.png"
 """Files that a study writes into its directory."""
@@ -42,12 +42,12 @@ class StudyOutcome:
     @property
     def failed(self) -> list[TrialResult]:
         """Results of the trials that ended with an error."""
-        return [result for result in self.results.values() if result.status is Status.FAILED]
+        return [result for result in self.results.values() if result.status is TrialStatus.FAILED]
 
     @property
     def exit_code(self) -> ExitCode:
         """75 if trials are left to be resumed, 1 if some have failed, otherwise 0."""
-        unfinished = any(result.status is Status.UNFINISHED for result in self.results.values())
+        unfinished = any(result.status is TrialStatus.UNFINISHED for result in self.results.values())
         if self.stopped is not None or unfinished:
             return ExitCode.STOPPED_EARLY
         return ExitCode.UNEXPECTED if self.failed else ExitCode.DONE
@@ -151,13 +151,13 @@ def _train(study: Study, pool: TrialPool, results: dict[str, TrialResult], stop:
             say(f"{stopped}: {len(pool.names)} running trials save and end")
             pool.stop()
         for trial in known_trials(study, results) if stopped is None else ():
-            result = results.setdefault(trial.name, TrialResult(trial, Status.NEW))
+            result = results.setdefault(trial.name, TrialResult(trial, TrialStatus.NEW))
             if trial.name in started or result.is_final:
                 continue
             if pool.is_full:
                 break
             started.add(trial.name)
-            say(f"{'resumed' if result.status is Status.UNFINISHED else 'started'}: {trial}")
+            say(f"{'resumed' if result.status is TrialStatus.UNFINISHED else 'started'}: {trial}")
             pool.start(trial)
         if not pool.names:
             return stopped
@@ -170,18 +170,18 @@ def _train(study: Study, pool: TrialPool, results: dict[str, TrialResult], stop:
 
 def _ended(result: TrialResult, code: int, *, was_stopped: bool) -> TrialResult:
     """Completes the result of a trial whose process has just ended, which may have been killed without a word."""
-    if result.is_final or result.status is Status.FAILED or code == ExitCode.STOPPED_EARLY:
+    if result.is_final or result.status is TrialStatus.FAILED or code == ExitCode.STOPPED_EARLY:
         return result
     if code < 0 and was_stopped:  # it had not got as far as handling the signal
-        return replace(result, status=Status.UNFINISHED)
+        return replace(result, status=TrialStatus.UNFINISHED)
     reason = f"its process was killed by signal {-code}" if code < 0 else "its process ended without saying why"
-    return replace(result, status=Status.FAILED, exit_code=code, reason=reason)
+    return replace(result, status=TrialStatus.FAILED, exit_code=code, reason=reason)
 
 
 def _describe(result: TrialResult) -> str:
-    if result.status is Status.DONE:
+    if result.status is TrialStatus.DONE:
         return f"perplexity {result.eval_perplexity:,.2f} after {result.tokens:,} tokens, {result.elapsed_s:,.0f} s"
-    if result.status is Status.FAILED:
+    if result.status is TrialStatus.FAILED:
         return f"failed with exit code {result.exit_code}: {result.reason}"
     return f"{result.status.value}: {result.reason}"
 

@@ -250,7 +250,8 @@ def _contradictions(file: StudyFile) -> Iterator[tuple[str, str]]:
         twice = [entry for entry, count in Counter(entries).items() if count > 1]
         if twice:
             yield key, f"has {twice[0]:g} twice; remove one"
-    if file.tuning_seed in file.seeds:
+    has_choice = any(len(arm.lrs or file.lrs) > 1 for arm in file.arms.values())
+    if has_choice and file.tuning_seed in file.seeds:
         yield (
             "seeds",
             f"has {file.tuning_seed}, which is tuning_seed: the learning rate would be chosen on a reported result; "

@@ -17,7 +17,7 @@ from sltrain_dist.models.count import count_parameters
 from sltrain_dist.study.study_file import Trial
 
 
-class Status(StrEnum):
+class TrialStatus(StrEnum):
     """How far a trial has come."""
 
     NEW = "new"
@@ -55,7 +55,7 @@ class TrialResult:
     """
 
     trial: Trial
-    status: Status
+    status: TrialStatus
     reason: str = ""
     exit_code: int | None = None
     step: int = 0
@@ -74,13 +74,13 @@ class TrialResult:
     @property
     def is_final(self) -> bool:
         """Whether the trial need not be started again."""
-        return self.status in (Status.DONE, Status.DIVERGED)
+        return self.status in (TrialStatus.DONE, TrialStatus.DIVERGED)
 
 
 def read_result(trial: Trial) -> TrialResult:
     """Reads the result of a trial from its run directory."""
     if not (trial.run_dir / EXIT).exists():
-        return TrialResult(trial, Status.NEW)
+        return TrialResult(trial, TrialStatus.NEW)
     lines = metric_lines(trial.run_dir)
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -96,9 +96,9 @@ def read_result(trial: Trial) -> TrialResult:
         step=last["step"],
         tokens=last["tokens"],
         initial_eval_loss=next((float(line["eval_loss"]) for line in evaluations if line["step"] == 0), None),
-        eval_loss=float(final["eval_loss"]) if status is Status.DONE else None,
-        eval_perplexity=float(final["eval_perplexity"]) if status is Status.DONE else None,
-        eval_tokens=final["eval_tokens"] if status is Status.DONE else None,
+        eval_loss=float(final["eval_loss"]) if status is TrialStatus.DONE else None,
+        eval_perplexity=float(final["eval_perplexity"]) if status is TrialStatus.DONE else None,
+        eval_tokens=final["eval_tokens"] if status is TrialStatus.DONE else None,
         parameters=count_parameters(trial.config.model, trial.config.reparam).total,
         observed_memory_bytes=_largest(training, "observed_memory_bytes"),
         predicted_memory_bytes=_largest(training, "predicted_memory_bytes"),
@@ -123,7 +123,7 @@ def check_same_evaluation(results: Iterable[TrialResult]) -> None:
     Raises:
         DataError: They were not: the files of eval.source have changed.
     """
-    done = [result for result in results if result.status is Status.DONE]
+    done = [result for result in results if result.status is TrialStatus.DONE]
     for result in done:
         if result.eval_tokens != done[0].eval_tokens:
             raise DataError(
@@ -133,14 +133,14 @@ def check_same_evaluation(results: Iterable[TrialResult]) -> None:
             )
 
 
-def _status(code: Any, final: dict[str, Any]) -> Status:
+def _status(code: Any, final: dict[str, Any]) -> TrialStatus:
     if code is None or code == ExitCode.STOPPED_EARLY:  # null: the process is running, or was killed
-        return Status.UNFINISHED
+        return TrialStatus.UNFINISHED
     if code == ExitCode.DIVERGED:
-        return Status.DIVERGED
+        return TrialStatus.DIVERGED
     if code != ExitCode.DONE or not final:
-        return Status.FAILED
-    return Status.DONE if math.isfinite(float(final["eval_loss"])) else Status.DIVERGED
+        return TrialStatus.FAILED
+    return TrialStatus.DONE if math.isfinite(float(final["eval_loss"])) else TrialStatus.DIVERGED
 
 
 def _read_exit(run_dir: Path) -> dict[str, Any]:
