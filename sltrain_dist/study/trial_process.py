@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from sltrain_dist.config.load import to_yaml
@@ -109,7 +109,8 @@ class TrialPool:
             yield self
         finally:
             for _, process in self._running.values():
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with its data workers
             for _, process in self._running.values():
                 process.wait(_KILLED_S)
             self._running.clear()
