@@ -30,7 +30,11 @@ def study(
     jobs: Annotated[int, typer.Option(min=1, max=1024, help="Number of trials to run at a time.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="CPU threads of each trial. Default: an equal share of the cores."),
+        typer.Option(
+            min=1,
+            max=4096,
+            help="CPU threads of each trial. Default: $OMP_NUM_THREADS, or else an equal share of the cores.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything, and list the trials.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,

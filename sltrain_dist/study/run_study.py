@@ -79,7 +79,7 @@ def run_study(study: Study, jobs: int, threads: int | None, say: Say) -> StudyOu
             resources = Resources(jobs, _threads(jobs) if threads is None else threads, descriptor)
             with TrialPool(resources, parent.adjust).open() as pool:
                 stopped = _train(study, pool, results, stop, say)
-            files = write_plots(study, results)
+            files = [*write_results(study, results), *write_plots(study, results)]
             parent.record(compare(study, results), files)
             outcome = StudyOutcome(results, stopped)
             finished = outcome.exit_code is ExitCode.DONE
@@ -116,13 +116,15 @@ def write_results(study: Study, results: dict[str, TrialResult]) -> list[Path]:
 
 
 def write_plots(study: Study, results: dict[str, TrialResult]) -> list[Path]:
-    """Draws the pictures, and returns the paths of all files with results; pictures of nothing are not drawn."""
-    texts = [study.directory / RESULTS, study.directory / TABLE]
+    """Draws the pictures and returns their paths. Before a reported trial is done, there is nothing to draw.
+
+    Raises:
+        StorageError: They cannot be written.
+    """
     arms = compare(study, results)
     if not any(arm.seeds for arm in arms):
-        return texts
-    contents = {LOSS_PLOT: draw_losses(study, results), MEMORY_PLOT: draw_memory(study, arms)}
-    return texts + _write(study, contents)
+        return []
+    return _write(study, {LOSS_PLOT: draw_losses(study, results), MEMORY_PLOT: draw_memory(study, arms)})
 
 
 def study_json(study: Study, outcome: StudyOutcome) -> dict[str, Any]:

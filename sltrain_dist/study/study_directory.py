@@ -82,10 +82,12 @@ def check_same_study(study: Study) -> dict[str, Any]:
             raise ConfigError(f"{other}, without {RECORD}; choose another study_dir")
         return {}
     record = read_mapping(path)
+    if not isinstance(record.get("arms"), dict):
+        raise ConfigError(f"{path} is damaged: it has no arms; choose another study_dir")
     for key in _FIXED:
         if record.get(key) != (now := getattr(study.file, key)):
             raise ConfigError(f"{other}: {key} = {record.get(key)} there, {now} here; {remedy}")
-    for arm, values in record.get("arms", {}).items():
+    for arm, values in record["arms"].items():
         if arm not in study.file.arms:
             continue
         for key, old, new in _differences(values, study.example(arm), path):

@@ -109,12 +109,18 @@ def read_result(trial: Trial) -> TrialResult:
 
 
 def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of a run's metrics.jsonl, parsed."""
+    """Returns the complete lines of a run's metrics.jsonl, parsed.
+
+    Raises:
+        DataError: A line is damaged.
+    """
+    path = run_dir / METRICS
     try:
-        text = (run_dir / METRICS).read_text()
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); delete {run_dir}, so that the trial is run again") from None
 
 
 def check_same_evaluation(results: Iterable[TrialResult]) -> None:

@@ -178,7 +178,7 @@ def test_exit_codes(tmp_path: Path) -> None:
 def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     tune(study)
-    write_plots(study, read_results(study))
+    assert write_plots(study, read_results(study)) == []
     assert not list(study.directory.glob("*.png"))
 
 
@@ -242,6 +242,18 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (study.directory / "results.csv").write_text("mine\n")
     with pytest.raises(ConfigError, match=r"holds the results of another study, without study.yaml"), claimed(study):
         pass
+    (study.directory / "study.yaml").write_text("arms: 3\n")
+    with pytest.raises(ConfigError, match=r"study.yaml is damaged: it has no arms"), claimed(study):
+        pass
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    trial = study.tuning("full", BUDGET)[0]
+    finish(trial, 3.0)
+    (trial.run_dir / "metrics.jsonl").write_bytes(b'{"step": 0, \xff\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl is damaged .* so that the trial is run again"):
+        read_results(study)
 
 
 def test_results_can_be_read_while_a_trial_runs(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_trials_are_shown_under_one_run_with_the_results(tmp_path: Path) -> None
     child = MlflowTracker(adjusted.tracking, trials[0].run_dir, {}, resumed_step=0, warn=warnings.append)
     child.log(1, {"loss": 3.0})
     assert child.close("FINISHED") is not None
-    parent.record(compare(study, results), [*files, *write_plots(study, results)[2:]])
+    parent.record(compare(study, results), [*files, *write_plots(study, results)])
     assert parent.close("FINISHED") is not None and warnings == []
 
     client = MlflowClient(f"sqlite:///{study.directory}/mlflow.db")
