@@ -14,6 +14,10 @@ from sltrain_dist.study.study_file import Study
 from sltrain_dist.study.trial_result import TrialResult, TrialStatus
 from sltrain_dist.tracking.console import format_bytes, format_count
 
+_OF_RESULT = tuple(each.name for each in fields(TrialResult) if each.name not in ("trial", "reason"))
+_COLUMNS = ("arm", "budget", "lr", "seed", "role", *_OF_RESULT, "run")
+"""Columns of results.csv. `run` is the name of the run directory."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -127,23 +131,16 @@ def trial_rows(study: Study, results: Results) -> list[dict[str, Any]]:
         result = results.get(trial.name)
         if result is None or result.status in (TrialStatus.NEW, TrialStatus.UNFINISHED):
             continue
-        role = "tuning" if trial.name in tuning else "reported"
-        found = {
-            each.name: getattr(result, each.name) for each in fields(result) if each.name not in ("trial", "reason")
-        }
-        rows.append(
-            {"arm": trial.arm, "budget": trial.tokens, "lr": trial.lr, "seed": trial.seed, "role": role}
-            | found
-            | {"status": result.status.value, "run": trial.name}
-        )
+        settings = (trial.arm, trial.tokens, trial.lr, trial.seed, "tuning" if trial.name in tuning else "reported")
+        found = (getattr(result, name) for name in _OF_RESULT)
+        rows.append(dict(zip(_COLUMNS, (*settings, *found, trial.name), strict=True)))
     return rows
 
 
 def results_csv(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the rows of :func:`trial_rows` as CSV. Values that are not known are empty."""
     text = io.StringIO()
-    names = list(rows[0]) if rows else ["arm"]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -165,8 +162,7 @@ def comparison_table(study: Study, arms: Sequence[ArmResult]) -> str:
             *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
         ]
         lines.append(f"| {' | '.join(padded)} |")
-    notes = "".join(f"\n{note}" for note in _notes(study, arms))
-    return "\n".join(lines) + f"\n{notes}\n" if notes else "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_notes(study, arms)]) + "\n"
 
 
 def _cells(arm: ArmResult, reference: str | None) -> Iterable[str]:

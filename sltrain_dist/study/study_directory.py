@@ -50,16 +50,13 @@ def claimed(study: Study) -> Iterator[int]:
                 f"study_dir = {path} is in use by another `sltrain study`, or by trials that a killed one has left "
                 "behind; wait for their end, or choose another"
             )
-        recorded = check_same_study(study)
-        arms = {
-            **recorded.get("arms", {}),
-            **{arm: study.example(arm).model_dump(mode="json") for arm in study.file.arms},
-        }
+        # Arms that the file has no longer stay in the record, because their trials stay in the directory.
+        arms = check_same_study(study).get("arms", {})
+        arms |= {arm: study.example(arm).model_dump(mode="json") for arm in study.file.arms}
         record = {**{key: getattr(study.file, key) for key in _FIXED}, "arms": arms}
+        text = yaml.dump(record, Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
         with failing_as(f"study_dir = {path} cannot be written to", ConfigError):
-            write_whole(
-                path / RECORD, yaml.dump(record, Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
-            )
+            write_whole(path / RECORD, text)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -38,7 +38,6 @@ _SET_BY = {
 }
 """Settings of the trials that a study sets, with the key of the study that they come from."""
 
-
 _ArmName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 """Name of an arm, which is a part of directory names and of metric names."""
 
