@@ -95,7 +95,8 @@ class CheckpointReader(TensorReader):
         if saved != fingerprint:
             raise CheckpointError(
                 f"{self.path} was made with other supports (fingerprint {saved}, here {fingerprint}), although seed "
-                "and model are the same: this version draws them differently; use the version that saved it"
+                "and model are the same: this version draws them differently; use the version that saved it "
+                f"({self.state.get('code', 'one before 27 November 2026')})"
             )
 
     def fill(self, layer: nn.Module, name: str) -> None:

@@ -3,7 +3,8 @@ have fp32 master weights.
 
 The arithmetic is torch's, in float32, on a bounded chunk of values at a time. It consists of additions,
 multiplications, divisions and roots alone, one operation after the other. Each of these gives the same bits wherever a
-value lies, so that the update of a parameter does not depend on how it is divided into chunks or sharded.
+value lies, so that the update of a parameter does not depend on how it is divided into chunks or sharded. On CUDA with
+Triton, one kernel does the same to a whole parameter with quantized states.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from torch import Tensor, nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.blockwise import Quantizer, pack, quantizer, unpack
 from sltrain_dist.numerics.device import device_type, in_turn
+from sltrain_dist.numerics.gpu_kernels import use_kernels
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.rounding import rounding_key, stochastic_round
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.fused_step import fused_step
 from sltrain_dist.optim.state_layout import (
     GROUP_SIZES,
     MASTER,
     STATE_NAMES,
     UpdateChunk,
     code_bytes,
+    is_quantized,
     shared_groups,
     stored_states,
     update_chunks,
@@ -89,6 +93,9 @@ class LowBitAdam(torch.optim.Optimizer):
                 if parameter.grad is not None and parameter.numel():
                     state = self._state_of(parameter)
                     state["step"] += 1
+                    if self._is_fused(parameter):
+                        self._update_at_once(parameter, state, group, maxima.get(parameter, {}))
+                        continue
                     for chunk in self._chunks(parameter):
                         self._update(parameter, state, chunk, group, maxima.get(parameter, {}))
 
@@ -156,6 +163,34 @@ class LowBitAdam(torch.optim.Optimizer):
             float(group["weight_decay"])
             for group in self.param_groups
             if any(parameter is other for other in group["params"])
+        )
+
+    def _is_fused(self, parameter: Tensor) -> bool:
+        """Returns whether one kernel makes the whole update of a parameter."""
+        quantized = is_quantized(self._ranges[parameter].shape, self._optim.state_bits)
+        return quantized and not isinstance(parameter, Int8Weight) and use_kernels(parameter)
+
+    def _update_at_once(
+        self, parameter: Tensor, state: State, group: dict[str, Any], maxima: Mapping[int, Tensor]
+    ) -> None:
+        first, second = STATE_NAMES[self._optim.name]
+        shared = None
+        if maxima:
+            shared = torch.full((state[f"{first}.scales"].numel(), 2), torch.nan, device=parameter.device)
+            for number, maximum in maxima.items():
+                shared[number] = maximum
+        assert parameter.grad is not None  # callers skip parameters without a gradient
+        fused_step(
+            parameter,
+            parameter.grad,
+            state,
+            (self._quantizer(parameter, first), self._quantizer(parameter, second)),
+            self._ranges[parameter],
+            self._optim,
+            step=state["step"],
+            lr=float(group["lr"]),
+            decay=float(group["weight_decay"]),
+            shared=shared,
         )
 
     def _update(

@@ -22,7 +22,7 @@ from sltrain_dist.train.state import flatten
 def run_identity(config: Config) -> dict[str, Any]:
     """Returns what must be identical on all ranks before any work is done: code, libraries and configuration."""
     return {
-        "code": f"{__version__}, {_source_fingerprint()}",
+        "code": code_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -61,11 +61,11 @@ def _ranks_by_value(values: list[str]) -> str:
     return ", ".join(parts)
 
 
-def _source_fingerprint() -> str:
-    """Returns a hash of this package's source files, as 16 hex digits."""
+def code_version() -> str:
+    """Returns the package's version and, as 16 hex digits, a hash of its source files."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode())
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return f"{__version__}, {digest.hexdigest()[:16]}"

@@ -17,6 +17,7 @@ from sltrain_dist.optim.schedule import learning_rate
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.stop import StopAgreed
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
+from sltrain_dist.train.agreement import code_version
 from sltrain_dist.train.build import Run
 from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
 from sltrain_dist.train.evaluate import evaluate
@@ -228,6 +229,7 @@ def _save(run: Run, clock: Clock) -> None:
                 "data": merge_states(env.gather(run.row_prefetcher.state_dict())),
                 "rng": env.gather(rng_state(env.device)),
                 "supports": run.supports,
+                "code": code_version(),
             },
             to_yaml(run.config),
             run.tokenizer,

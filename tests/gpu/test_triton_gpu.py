@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from sltrain_dist.numerics import gpu_kernels
 from sltrain_dist.sparse_lowrank import SLLinear
-from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
 from tests.support import triton_cases
+from tests.support.triton_adam_cases import *  # noqa: F403
 from tests.support.triton_cases import *  # noqa: F403
 from tests.support.triton_cases import made
 
@@ -24,7 +25,7 @@ def test_gradients_of_a_layer_follow_differences(dtype: torch.dtype) -> None:
     layer.B.data = made(384, 32, dtype=torch.float32, seed=1)
     layer = layer.to(dtype)
     x, g = made(1000, 512, dtype=dtype, seed=2).requires_grad_(), made(1000, 384, dtype=dtype, seed=3)
-    assert kernels.use_kernels(x)
+    assert gpu_kernels.use_kernels(x)
     layer(x).backward(g)
     leaves = [x, *layer.parameters()]
     names = [None, *(name for name, _ in layer.named_parameters())]

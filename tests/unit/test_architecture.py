@@ -95,7 +95,7 @@ ONLY_IN = {
     "tokenizers": {"hub.tokenizer_json"},
     "datasets": {"data.sources.resolve"},
     "jinja2": {"plan.reports.page"},
-    "triton": {"sparse_lowrank.kernels.triton_kernels"},
+    "triton": {"sparse_lowrank.kernels.triton_kernels", "optim.triton_step"},
 }
 
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

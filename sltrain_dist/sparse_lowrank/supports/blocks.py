@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
-from sltrain_dist.numerics.splitmix import key64, permutation
-from sltrain_dist.sparse_lowrank.kernels.torch_kernels import BlockProducts, use_kernels
-from sltrain_dist.sparse_lowrank.sizes import BLOCK_SLICE, num_windows, window_runs, window_starts
+from sltrain_dist.numerics.splitmix import key64, splitmix64
+from sltrain_dist.sparse_lowrank.sizes import (
+    BLOCK_SLICE,
+    input_group,
+    num_windows,
+    window_runs,
+    window_starts,
+    window_step,
+)
 from sltrain_dist.sparse_lowrank.supports.support import (
-    Products,
     Support,
     Weights,
     add_to_total,
@@ -22,10 +27,10 @@ from sltrain_dist.sparse_lowrank.supports.support import (
     to_tokens_first,
 )
 
-Order = Literal["random", "grouped", "strided", "natural"]
-"""How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: sets of 8
-neighbours, in random order. strided: neighbours go to different windows in turn. natural: not permuted."""
-_GROUP = 8
+Order = Literal["grouped", "single", "strided", "natural"]
+"""How the permutation of the inputs is made. grouped: groups of neighbours, in random order. The others are for
+comparisons; single: every input by itself, in random order. strided: neighbours go to different windows in turn.
+natural: not permuted."""
 
 
 def input_key(name: str) -> str:
@@ -45,25 +50,25 @@ def first_window(name: str, windows: int) -> int:
     return key64(0, f"{name.rpartition('.')[2]}.start") * windows >> 64  # far apart for LLaMA's names
 
 
-def make_order(order: Order, key: int, size: int, windows: int) -> npt.NDArray[np.int64]:
-    """Returns a permutation of 0 … size − 1, as the list of the input at each place."""
-    if order == "random":
-        return permutation(key, size)
+def make_order(order: Order, key: int, n: int, k: int) -> npt.NDArray[np.int64]:
+    """Returns a permutation of n inputs for windows of k, as the list of the input at each place."""
+    inputs = np.arange(n)
     if order == "natural":
-        return np.arange(size)
+        return inputs
     if order == "strided":
-        return np.argsort(np.arange(size) % windows, kind="stable")
-    groups = np.arange(size) // _GROUP
-    return np.argsort(permutation(key, int(groups[-1]) + 1)[groups], kind="stable")
+        return np.argsort(inputs % num_windows(n, k), kind="stable")
+    groups = inputs // (input_group(n, k) if order == "grouped" else 1)
+    return np.argsort(splitmix64(key, 0, int(groups[-1]) + 1)[groups], kind="stable")
 
 
 class BlockSupport(Support):
     """Dense blocks between windows of permuted inputs and runs of neighbouring outputs.
 
-    The permuted inputs are covered by w = ⌈n/k⌉ windows of k inputs, spread evenly, so that an input lies in one or two
-    of them. The outputs, in their own order, form w runs of R = ⌈m/w⌉ or R − 1; run j uses window (j + shift) mod w.
-    The product with S is then a batch of w products with (R, k) blocks, whose results are in the order of the outputs.
-    Only the permutation is stored, as lists of places: O(n).
+    The inputs are permuted in groups of neighbours (:func:`~sltrain_dist.sparse_lowrank.sizes.input_group`) and covered
+    by w = ⌈n/k⌉ windows of k inputs, spread evenly, so that an input lies in one or two of them. The outputs, in their
+    own order, form w runs of about m/w (:func:`~sltrain_dist.sparse_lowrank.sizes.first_output`); run j uses window
+    (j + shift) mod w. The product with S is then a batch of w products with (R, k) blocks, whose results are in the
+    order of the outputs. Only the permutation is stored, as lists of places: O(n).
 
     Args: as of :class:`Support`, and
         device: Device of the permutation. On "meta", it is computed when memory is allocated (`to_empty`).
@@ -72,6 +77,7 @@ class BlockSupport(Support):
     Attributes:
         k: Number of values in each row, the width of a window.
         windows: w.
+        group: Number of neighbouring inputs of which every window holds all or none, and which are neighbours there.
         shift: See :func:`first_window`.
         runs: The runs, equal ones together: see :func:`window_runs`.
         window_inputs: (w·k,) int32, the inputs of every window.
@@ -93,13 +99,14 @@ class BlockSupport(Support):
         seed: int | None = None,
         name: str = "",
         device: torch.device | str | None = None,
-        order: Order = "random",
+        order: Order = "grouped",
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
         self.windows = num_windows(n, self.k)
         self._set_runs(first_window(name, self.windows))
         self.order = order
+        self.group = window_step(n, self.k) if order == "grouped" else 1
         places = self.windows * self.k
         sizes = {"window_inputs": places, "input_places": n, "second_places": places - n}
         self._make_buffers(device, {buffer: (size, torch.int32) for buffer, size in sizes.items()})
@@ -114,7 +121,7 @@ class BlockSupport(Support):
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
-        inputs = make_order(self.order, key, self.n, self.windows)
+        inputs = make_order(self.order, key, self.n, self.k)
 
         # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))
@@ -150,9 +157,6 @@ class BlockSupport(Support):
             # in the trace would recompile every decoder layer, up to torch's limit of eight.
             return self.seed is not None and self.seed == other.seed
         return self.keys is not None and other.keys is not None and self.keys[0] == other.keys[0]
-
-    def products(self, x: Tensor) -> Products:
-        return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
     # Arranged inputs are (w, T, k), a view of (T, w·k): the windows of every token side by side, so that features are
     # gathered in one pass. Where :func:`by_features`, they are (w, k, T). Outputs are unchanged, or transposed.

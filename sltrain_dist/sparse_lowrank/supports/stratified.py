@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sltrain_dist.numerics.gpu_kernels import use_kernels
 from sltrain_dist.numerics.splitmix import key_bytes
-from sltrain_dist.sparse_lowrank.kernels.torch_kernels import stratified_add_, stratified_take, use_kernels
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import stratified_add_, stratified_take
 from sltrain_dist.sparse_lowrank.sizes import stratum_start
 from sltrain_dist.sparse_lowrank.supports.support import Support, flatten_columns
 

@@ -178,9 +178,9 @@ def test_what_a_killed_start_has_left_is_not_read(tmp_path: Path) -> None:
 def test_other_supports_are_refused(tmp_path: Path) -> None:
     _, reader = saved(tmp_path, configured("sltrain"))
     state = json.loads((reader.path / "state.json").read_text())
-    (reader.path / "state.json").write_text(json.dumps({**state, "supports": "0" * 16}))
+    (reader.path / "state.json").write_text(json.dumps({**state, "supports": "0" * 16, "code": "0.1.0, ab12"}))
     write_manifest(reader.path, 3, {p.name: file_entry(p) for p in reader.path.iterdir() if p.name != MANIFEST})
-    with pytest.raises(CheckpointError, match="other supports"):
+    with pytest.raises(CheckpointError, match=r"other supports .* use the version that saved it \(0\.1\.0, ab12\)"):
         started(configured("full"), CheckpointReader(reader.path), tmp_path)
     assert not (tmp_path / "initial_weights").exists()
 

@@ -66,14 +66,14 @@ class TestAgreement:
             on_ranks(12, lambda env: check_agreement(env, {"parity": env.rank % 2}))
 
     def test_a_changed_line_of_code_is_another_version(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-        before = agreement._source_fingerprint()
+        before = agreement.code_version()
         package = tmp_path / "sltrain_dist"
         (package / "train").mkdir(parents=True)
         (package / "train" / "agreement.py").write_text("x = 1\n")
         monkeypatch.setattr(agreement, "__file__", str(package / "train" / "agreement.py"))
-        one = agreement._source_fingerprint()
+        one = agreement.code_version()
         (package / "train" / "agreement.py").write_text("x = 2\n")
-        assert len({before, one, agreement._source_fingerprint()}) == 3
+        assert len({before, one, agreement.code_version()}) == 3
 
 
 class Faulty(DDPEngine):
