@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Colour = tuple[float, float, float, float]
+
 _POINTS = 60
 """Most points of a curve: each is the mean of neighbouring log lines, so that curves can be told apart."""
 _HIDDEN = 0.1
@@ -55,7 +57,7 @@ def loss_curve(study: Study, arm: str, budget: int, results: Results) -> Curve |
 
 def draw_losses(study: Study, results: Results) -> bytes:
     """Draws the training loss by tokens (left) and by time (right), one row per budget; returns a PNG file."""
-    budgets = study.file.budgets
+    budgets, colours = study.file.budgets, _colours(study)
     figure, grid = _figure(len(budgets), 2)
     for budget, (by_tokens, by_time) in zip(budgets, grid, strict=True):
         tops = []
@@ -63,8 +65,8 @@ def draw_losses(study: Study, results: Results) -> bytes:
             curve = loss_curve(study, arm, budget, results)
             if curve is None:
                 continue
-            by_tokens.plot(curve.tokens, curve.loss, label=arm, linewidth=1.2)
-            by_time.plot(curve.elapsed_s, curve.loss, linewidth=1.2)
+            by_tokens.plot(curve.tokens, curve.loss, color=colours[arm], linewidth=1.2, label=arm)
+            by_time.plot(curve.elapsed_s, curve.loss, color=colours[arm], linewidth=1.2)
             tops.append(curve.loss[math.ceil(_HIDDEN * (len(curve.loss) - 1))])
         by_tokens.set(xlabel="tokens", ylabel="training loss, nats per token", title=f"{budget:,} tokens")
         by_time.set(xlabel="seconds")
@@ -72,37 +74,47 @@ def draw_losses(study: Study, results: Results) -> bytes:
             axes.set_xlim(left=0)
             if tops:
                 axes.set_ylim(top=max(tops))
-    figure.legend(loc="outside right upper", frameon=False)
+    _add_legend(figure)
     return _png(figure)
 
 
 def draw_memory(study: Study, arms: Sequence[ArmResult]) -> bytes:
     """Draws validation perplexity (mean and range over seeds) by observed memory, one panel per budget, as a PNG."""
-    budgets = study.file.budgets
+    budgets, colours = study.file.budgets, _colours(study)
     figure, grid = _figure(len(budgets), 1)
     for budget, (axes,) in zip(budgets, grid, strict=True):
-        for number, arm in enumerate(each for each in arms if each.budget == budget):
-            if arm.perplexity is None or arm.memory_bytes is None:
+        for arm in arms:
+            if arm.budget != budget or arm.perplexity is None or arm.memory_bytes is None:
                 continue
             mean, least, most = arm.perplexity.mean, arm.perplexity.least, arm.perplexity.most
-            axes.errorbar(
-                arm.memory_bytes / 1e6,
-                mean,
-                yerr=[[mean - least], [most - mean]],
-                fmt="o",
-                capsize=3,
-                color=f"C{number}",
-                label=arm.arm,
-            )
-            axes.annotate(arm.arm, (arm.memory_bytes / 1e6, mean), xytext=(6, 3), textcoords="offset points")
+            ranges, colour = [[mean - least], [most - mean]], colours[arm.arm]
+            axes.errorbar(arm.memory_bytes / 1e6, mean, yerr=ranges, fmt="o", capsize=3, color=colour, label=arm.arm)
         axes.set(xlabel="peak memory, MB", ylabel="validation perplexity", title=f"{budget:,} tokens")
+    _add_legend(figure)
     return _png(figure)
+
+
+def _colours(study: Study) -> dict[str, Colour]:
+    """Returns the colour of each arm, the same in all pictures. Twenty arms have different ones."""
+    from matplotlib import colormaps
+
+    colours = colormaps["tab10" if len(study.file.arms) <= 10 else "tab20"]
+    return {arm: colours(number % colours.N) for number, arm in enumerate(study.file.arms)}
+
+
+def _add_legend(figure: Figure) -> None:
+    """Adds a legend beside the panels, with every arm once, although several panels may show it."""
+    shown = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False)
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     from matplotlib.figure import Figure  # slow to import; without pyplot, which would choose a backend for windows
 
-    figure = Figure(figsize=(5.5 * columns + (2 if columns > 1 else 1), 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns + 2, 4.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
