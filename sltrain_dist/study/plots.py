@@ -14,6 +14,7 @@ from sltrain_dist.study.study_file import Study
 from sltrain_dist.study.trial_result import TrialStatus, metric_lines
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -104,11 +105,11 @@ def _colours(study: Study) -> dict[str, Colour]:
 
 def _add_legend(figure: Figure) -> None:
     """Adds a legend beside the panels, with every arm once, although several panels may show it."""
-    shown = {}
+    shown: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
-    figure.legend(list(shown.values()), list(shown), loc="outside right upper", frameon=False)
+    figure.legend(handles=list(shown.values()), labels=list(shown), loc="outside right upper", frameon=False)
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

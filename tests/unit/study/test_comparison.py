@@ -182,6 +182,19 @@ def test_pictures_of_nothing_are_not_drawn(tmp_path: Path) -> None:
     assert not list(study.directory.glob("*.png"))
 
 
+def test_pictures_of_two_budgets(tmp_path: Path) -> None:
+    """A panel for each budget; an arm that has no result yet at one of them is left out there."""
+    study = make_study(tmp_path, arms={"a": {"lrs": [0.01]}, "b": {"lrs": [0.01]}}, budgets=[BUDGET, 2 * BUDGET])
+    for arm, budget in (("a", BUDGET), ("b", BUDGET), ("a", 2 * BUDGET)):
+        for trial in study.reported(arm, budget, 0.01):
+            finish(trial, 3.0)
+    results = read_results(study)
+    assert [(arm.arm, arm.budget, arm.seeds) for arm in compare(study, results)] == [
+        *(("a", BUDGET, 2), ("b", BUDGET, 2), ("a", 2 * BUDGET, 2), ("b", 2 * BUDGET, 0)),
+    ]
+    assert [path.name for path in write_plots(study, results)] == ["loss.png", "memory.png"]
+
+
 def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     finish_all(study)
