@@ -23,7 +23,8 @@ _Key = tuple[str, ...]
 _MAX_BYTES = 1 << 20
 """Largest configuration file; parsing one of this size takes about three seconds."""
 
-_COMMAND_LINE = "command line"
+COMMAND_LINE = "command line"
+"""Origin of the values that overrides set, in messages."""
 _IS_A_SECTION = "this is a section; give it keys with values"
 _UNION_MEMBERS = {"str": "text", "list[str]": "a list of texts"}
 _EXPECTED = {
@@ -51,8 +52,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     origin = dict.fromkeys(leaf_keys(values), str(path)) | {"": "configuration" if path is None else str(path)}
     for override in overrides:
         key, value = parse_override(override)
-        _set(values, key, value)
-        origin |= dict.fromkeys(leaf_keys(value, key), _COMMAND_LINE)
+        set_value(values, key, value)
+        origin |= dict.fromkeys(leaf_keys(value, key), COMMAND_LINE)
     return build_config(values, origin)
 
 
@@ -110,7 +111,12 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(config.model_dump(), Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file of bounded size whose content is a mapping, such as a configuration; an empty one gives {}.
+
+    Raises:
+        ConfigError: The file cannot be read, or has another content.
+    """
     try:
         with Path(expand(path) if isinstance(path, str) else path).open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -127,13 +133,27 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, not {_show(values)}")
+    return values
+
+
+def fill_sections(values: dict[str, Any], origin: str) -> None:
+    """Replaces empty sections in `values`, such as `eval:`, which have all defaults, by empty mappings.
+
+    Raises:
+        ConfigError: A section has a plain value. The message begins with `origin`.
+    """
     for key, value in values.items():
         if _section((key,)) is None:
             continue
-        if value is None:  # an empty section, such as `eval:`, has all defaults
+        if value is None:
             values[key] = {}
         elif not isinstance(value, dict):
-            raise ConfigError(f"{path}: {key} = {_show(value)}: {_IS_A_SECTION}")
+            raise ConfigError(f"{origin}: {key} = {_show(value)}: {_IS_A_SECTION}")
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    values = read_mapping(path)
+    fill_sections(values, str(path))
     return values
 
 
@@ -146,13 +166,13 @@ def parse_override(override: str) -> tuple[_Key, Any]:
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.split("."))
     if not equals or not all(key):
-        raise ConfigError(f"{_COMMAND_LINE}: {override!r} is not of the form section.key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
         text.encode()
     except UnicodeEncodeError:
         shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise ConfigError(
-            f"{_COMMAND_LINE}: the value of {dotted} is not UTF-8: {shown}. To use a file of this name, give its "
+            f"{COMMAND_LINE}: the value of {dotted} is not UTF-8: {shown}. To use a file of this name, give its "
             "directory, or a glob with * in place of these bytes"
         ) from None
     if text.startswith("*"):
@@ -163,7 +183,7 @@ def parse_override(override: str) -> tuple[_Key, Any]:
         hint = ""
         if not isinstance(error, yaml.constructor.ConstructorError | yaml.composer.ComposerError):
             hint = f"\nQuote text with special characters, and the whole argument for the shell: '{dotted}=\"...\"'"
-        raise ConfigError(f"{_COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}{hint}") from None
+        raise ConfigError(f"{COMMAND_LINE}: the value of {dotted}, {_yaml_problem(error)}{hint}") from None
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -176,13 +196,14 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {problem}\n{mark.get_snippet() or ''}"
 
 
-def _set(values: dict[str, Any], key: _Key, value: Any) -> None:
-    """Stores an override's value in `values`.
+def set_value(values: dict[str, Any], key: _Key, value: Any, origin: str = COMMAND_LINE) -> None:
+    """Stores an override's value in `values`. A mapping sets keys of a section, whose other keys are left unchanged.
 
     Raises:
-        ConfigError: The key names something below a plain value, or a whole section is set to a plain value.
+        ConfigError: The key names something below a plain value, or a whole section is set to a plain value. The
+            message begins with `origin`.
     """
-    shown = f"{_COMMAND_LINE}: {'.'.join(key)} = {_show(value)}"
+    shown = f"{origin}: {'.'.join(key)} = {_show(value)}"
     for depth in range(1, len(key)):
         if _is_field(key[:depth]) and _section(key[:depth]) is None and not _takes_keys(key[:depth]):
             raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is a value, not a section")

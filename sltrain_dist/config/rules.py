@@ -377,7 +377,7 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         (
             "tracking.mlflow=false",
             not tracking.mlflow,
-            ("tracking.mlflow_uri", "tracking.experiment", "tracking.run_name"),
+            ("tracking.mlflow_uri", "tracking.experiment", "tracking.run_name", "tracking.mlflow_parent"),
         ),
     )
     for cause, holds, keys in cases:

@@ -466,6 +466,8 @@ class TrackingConfig(Section):
     """MLflow experiment. Null: $MLFLOW_EXPERIMENT_NAME or $MLFLOW_EXPERIMENT_ID, or if unset, sltrain."""
     run_name: str | None = None
     """MLflow run name. Null: the name of run_dir."""
+    mlflow_parent: str | None = None
+    """Id of the MLflow run that this one is shown under, as the runs of `sltrain study` are. Null: none."""
 
 
 class Config(Section):

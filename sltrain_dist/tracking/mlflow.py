@@ -88,7 +88,7 @@ class Destination(NamedTuple):
 
 
 class MlflowTracker:
-    """One MLflow run: parameters at the start, metrics per log line, a status at the end.
+    """One MLflow run: parameters at the start, metrics per log line, files, a status at the end.
 
     `log` only puts a line into a bounded queue; a daemon thread talks to MLflow. A failure there is reported
     once through `warn`, on the caller's thread, and ends the tracking, not the training. The constructor, not
@@ -128,7 +128,9 @@ class MlflowTracker:
         self._uri = self._destination.uri
         local = self._uri.startswith("sqlite")
         self._close_timeout_s = close_timeout_s if close_timeout_s is not None else 60.0 if local else 5.0
-        self._queue: queue.Queue[_Line | Status] = queue.Queue(_QUEUE_SIZE)
+        self._queue: queue.Queue[_Line | Path | Status] = queue.Queue(_QUEUE_SIZE)
+        self._run_id: str | None = None
+        self._connected = threading.Event()
         self._failure: str | None = None
         self._active = False
         self._where: str | None = None
@@ -149,8 +151,24 @@ class MlflowTracker:
         self._report_failure()
         if not self._active:
             return
+        self._put(_Line(step, int(time.time() * 1000), dict(metrics)))
+
+    def attach(self, path: Path) -> None:
+        """Queues a file to be stored with the run as it is when its turn comes. Returns at once."""
+        self._report_failure()
+        if self._active:
+            self._put(path)
+
+    def wait_for_id(self, timeout_s: float) -> str | None:
+        """Waits for the connection; returns the id of the MLflow run, or None if there is none after `timeout_s`."""
+        if self._active:
+            self._connected.wait(timeout_s)
+            self._report_failure()
+        return self._run_id if self._active else None
+
+    def _put(self, item: _Line | Path) -> None:
         try:
-            self._queue.put_nowait(_Line(step, int(time.time() * 1000), dict(metrics)))
+            self._queue.put_nowait(item)
         except queue.Full:
             if not self._warned_of_full_queue:
                 self._warn("MLflow is slower than training; lines beyond its queue are only in metrics.jsonl")
@@ -184,6 +202,7 @@ class MlflowTracker:
             f"MLflow tracking to {self._uri} is off, training is not affected: {reason}; "
             "tracking.mlflow=false silences this"
         )
+        self._connected.set()
 
     def _report_failure(self) -> None:
         if self._failure is not None:
@@ -195,18 +214,22 @@ class MlflowTracker:
     def _run(self) -> None:
         try:
             client, run_id = self._connect()
+            self._run_id = run_id
+            self._connected.set()
             while True:
-                lines, status = self._next_lines()
+                lines, item = self._next_lines()
                 self._send(client, run_id, lines)
-                if status is not None:
-                    client.set_terminated(run_id, status)
+                if isinstance(item, Path):
+                    client.log_artifact(run_id, str(item))
+                elif item is not None:
+                    client.set_terminated(run_id, item)
                     self._where = self._viewer(client, run_id)
                     return
         except Exception as error:  # MLflow's plugins and databases raise errors of any type
             self._fail(error)
 
-    def _next_lines(self) -> tuple[list[_Line], Status | None]:
-        """Waits for a line; returns it with the lines queued behind it, and the final status if it has come."""
+    def _next_lines(self) -> tuple[list[_Line], Path | Status | None]:
+        """Waits for an item; returns the lines up to the first other item, and that item if it has come."""
         lines: list[_Line] = []
         item = self._queue.get()
         while isinstance(item, _Line):
@@ -236,7 +259,11 @@ class MlflowTracker:
             run = client.create_run(
                 self._experiment_id(client),
                 run_name=self._tracking.run_name or self._run_dir.name,
-                tags={"mlflow.source.name": "sltrain_dist", "run_dir": str(self._run_dir)},
+                tags={
+                    "mlflow.source.name": "sltrain_dist",
+                    "run_dir": str(self._run_dir),
+                    **({"mlflow.parentRunId": self._tracking.mlflow_parent} if self._tracking.mlflow_parent else {}),
+                },
             )
             (self._run_dir / MLFLOW_RUN_ID).write_text(f"{run.info.run_id}\n", encoding="utf-8")
         run_id: str = run.info.run_id

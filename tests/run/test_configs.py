@@ -11,10 +11,12 @@ from sltrain_dist.config.presets import PRESETS
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.models.build import build_meta_model
 from sltrain_dist.models.count import count_parameters
+from sltrain_dist.study.study_file import load_study
 from tests.support.runs import REPO
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
-SMALL = {"quickstart": (1, 2), "compare_states": (1,)}
+STUDIES = sorted((REPO / "configs" / "studies").glob("*.yaml"))
+SMALL = {"quickstart": (1, 2)}
 """Those of no preset, and the numbers of ranks that they are for."""
 
 
@@ -34,6 +36,14 @@ def test_shipped_configuration(path: Path, tmp_path: Path) -> None:
     # The options that its comments name.
     for override in ("reparam.method=full", "parallel.engine=ddp", "train.dry_run=true"):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_shipped_study(path: Path) -> None:
+    """All its trials load. The options that its comments name are accepted."""
+    study = load_study(path, ["data.source=data/mine", "eval.source=data/mine", "data.tokenizer=data/mine/t.model"])
+    assert study.directory == Path("runs/studies") / path.stem
+    assert study.example(next(iter(study.file.arms))).data.source == "data/mine"
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero"])

@@ -3,12 +3,7 @@ refused."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import shutil
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -16,27 +11,27 @@ from sltrain_dist.checkpoint.manifest import list_checkpoints, read_manifest
 from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.numerics import blockwise
 from sltrain_dist.optim import state_layout
-from tests.support.runs import REPO, Corpus, metrics, tiny_config, train_here, write_config
+from tests.support.runs import Corpus, metrics, tiny_config, train_here, write_config
 
 DYNAMIC = (0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875)
 MOST = {"lr": 0.002, "rounding": 0.002, "8": 0.01, "4": 0.03}
 """Most nats of validation loss that a run may end away from its 32-bit reference: controls, and states by bits. What is
 promised of full-sized runs is 0.02 and 0.05 (docs/memory.md); these agree better, and so show more."""
 
+OVERRIDES = {
+    "32": ("optim.state_bits=32",),
+    "lr": ("optim.state_bits=32", "optim.lr=0.005005"),
+    "rounding": ("optim.state_bits=32", "train.micro_batch=4"),
+    "8": ("optim.state_bits=8",),
+    "4": ("optim.state_bits=4",),
+}
+"""The arms of configs/studies/states.yaml."""
+
 WRONG_LEVELS: list[tuple[str, list[float]]] = [
     ("unsigned_levels", [i / 15 for i in range(16)]),  # zero, which most second moments of a block then become
     ("signed_levels", [i / 15 for i in range(16)]),  # no sign
     ("signed_levels", sorted([*DYNAMIC, *(-level for level in DYNAMIC), 0.0, 1.0])),  # the dynamic map
 ]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_states", REPO / "tools" / "compare_states.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +41,7 @@ def _small_parameters_are_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def config(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 updates as gentle as those of configs/compare_states.yaml, in which the loss falls by more than three nats."""
+    """60 updates as gentle as those of configs/studies/states.yaml, in which the loss falls by more than three nats."""
     values = tiny_config(
         corpus,
         model={"hidden_size": 64, "intermediate_size": 96},
@@ -60,43 +55,27 @@ def config(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("states") / "config.yaml", values)
 
 
-def compare(tool: ModuleType, capsys: pytest.CaptureFixture[str], config: Path, *args: object) -> dict[str, Any]:
-    """The tool's report on one seed."""
-    assert tool.main(["--config", str(config), "--seeds", "3", "--json", *map(str, args)]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+def losses(config: Path, run_dir: Path, states: str) -> tuple[float, float]:
+    """Validation losses before the first and after the last update."""
+    assert train_here(config, run_dir, *OVERRIDES[states]) == 0
+    found = [line["eval_loss"] for line in metrics(run_dir) if "eval_loss" in line]
+    return found[0], found[-1]
 
 
-def test_learns_as_with_32_bits(
-    tool: ModuleType, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = compare(tool, capsys, config, "--out", tmp_path / "right")
-    runs = {run["states"]: run for run in found["runs"]}
-    assert runs["32"]["eval_loss_before"] > 5.7  # a model that knows nothing has log 320 = 5.77
-    assert runs["32"]["eval_loss"] < 2.5
-    assert set(found["differences"]) == set(MOST)
+def test_learns_as_with_32_bits(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, reference = losses(config, tmp_path / "32", "32")
+    assert before > 5.7  # a model that knows nothing has log 320 = 5.77
+    assert reference < 2.5
     for states, most in MOST.items():
-        (difference,) = found["differences"][states]
-        assert 0 < abs(difference) < most, states
+        _, loss = losses(config, tmp_path / states, states)
+        assert 0 < abs(loss - reference) < most, states
 
-    (reference,) = (tmp_path / "right").glob("32-3-*")
     for number, (name, levels) in enumerate(WRONG_LEVELS):
-        out = tmp_path / f"wrong-{number}"
-        shutil.copytree(reference, out / reference.name)  # it is not made again
         with monkeypatch.context() as patch:
             patch.setattr(blockwise, name, lambda bits, levels=levels: levels)
             patch.setattr(blockwise, "_cache", {})
-            broken = compare(tool, capsys, config, "--bits", "4", "--controls", "--out", out)
-        assert broken["runs"][0] == runs["32"]
-        assert len(list(out.iterdir())) == 2
-        assert not abs(broken["differences"]["4"][0]) < MOST["4"], (name, levels)
-
-
-def test_a_control_that_cannot_be_is_refused(
-    tool: ModuleType, config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main(["--config", str(config), "--", "train.micro_batch=1"]) == 2
-    assert "--controls rounding" in capsys.readouterr().err
+            _, broken = losses(config, tmp_path / f"wrong-{number}", "4")
+        assert not abs(broken - reference) < MOST["4"], (name, levels)
 
 
 def test_goes_on_to_the_bit_and_refuses_another_form(

@@ -30,6 +30,7 @@ LAYERS = (
     {"train"},
     {"hub"},
     {"plan"},
+    {"study"},
     {"cli"},
     {"__main__"},
 )
@@ -110,7 +111,9 @@ PLANNING_WITH_TORCH = {
     "memory.record",
 }
 """The rest of the planner runs on login nodes."""
-TORCH_FREE |= {name for name in MODULES if name.startswith(("memory.", "plan.", "cli."))} - PLANNING_WITH_TORCH
+TORCH_FREE |= {
+    name for name in MODULES if name.startswith(("memory.", "plan.", "study.", "cli."))
+} - PLANNING_WITH_TORCH
 
 
 @functools.cache
