@@ -50,7 +50,7 @@ def _svd(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
     return matrix.nbytes
 
 
-def _blocks_partial_sums(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, group: int, k: int) -> int:
+def _blocks_partial_sums(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, k: int) -> int:
     """Returns the bytes of the sums of chunks of tokens, where there are several."""
     plan = values_plan(g.shape[0], g.shape[1], k, window_inputs.numel() // k, g.dtype)
     return 4 * plan.chunks * g.shape[1] * k if plan.chunks > 1 else 0
@@ -77,7 +77,7 @@ def _attention_backward(grad: Tensor, query: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _blocks(
-    out: Tensor, features: Tensor, V: Tensor, window_inputs: Tensor, shift: int, group: int, left: Any, factor: Any,
+    out: Tensor, features: Tensor, V: Tensor, window_inputs: Tensor, shift: int, left: Any, factor: Any,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     """Returns FLOPs of a product with S, and with a factor if there is one."""

@@ -98,7 +98,7 @@ def num_windows(n: int, k: int) -> int:
     return -(-n // k)
 
 
-def input_group(n: int, k: int) -> int:
+def input_group(k: int) -> int:
     """Returns the number of neighbouring inputs that the permutation of `blocks` keeps together.
 
     The largest power of two that divides k, is at most an eighth of a window, and at most 16: 16 values of 2 bytes are
@@ -121,7 +121,7 @@ def window_step(n: int, k: int) -> int:
 
     If it is the group, a window consists of whole groups.
     """
-    group = input_group(n, k)
+    group = input_group(k)
     return group if n % group == 0 else 1
 
 

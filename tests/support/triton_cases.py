@@ -16,7 +16,7 @@ from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
 from sltrain_dist.sparse_lowrank.layer import apply_shared
 from sltrain_dist.sparse_lowrank.paths.blocks_on_gpu import aligned_rows
-from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport, Order
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.supports.stratified import StratifiedSupport, stratified_column
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -115,17 +115,6 @@ def test_products_of_blocks(shape: tuple[int, int, float, int, int], dtype: torc
 def test_products_of_blocks_over_many_tiles(shape: tuple[int, int, float, int, int]) -> None:
     for dtype in [torch.float32] if INTERPRETED else TOLERANCE:
         check_blocks(shape, dtype, pitch=3)
-
-
-@pytest.mark.parametrize("order", ["single", "strided", "natural"])
-def test_other_orders_of_inputs(order: Order) -> None:
-    """Their inputs are no neighbours, so the kernels must not take them as such."""
-    support = BlockSupport(100, 256, 0.1, name="a.q", seed=0, device=DEVICE, order=order)
-    x, V = made(40, 256, dtype=torch.float32, seed=0), made(100, support.k, dtype=torch.float32, seed=1)
-    y = torch.empty(40, 100, device=DEVICE)
-    kernels.add_outputs_(y, x, V, support, None, add=False)
-    expected = torch.einsum("tok,ok->to", x.double()[:, support.columns(0, 100).long()], V.double())
-    assert error(y, expected) < TOLERANCE[torch.float32]
 
 
 def test_a_gradient_that_is_not_finite_stays_with_its_tokens() -> None:
@@ -252,13 +241,13 @@ def test_compiles_without_graph_breaks() -> None:
     "case",
     [
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_outputs_, (g.clone(), x, V, s.window_inputs, s.shift, s.group, x[:, :4], V[:, :4], True)
+            kernels.blocks_outputs_, (g.clone(), x, V, s.window_inputs, s.shift, x[:, :4], V[:, :4], True)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_inputs_, (x.clone(), g, V, s.window_inputs, s.shift, s.group, None, None, False)
+            kernels.blocks_inputs_, (x.clone(), g, V, s.window_inputs, s.shift, None, None, False)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_values, (g, x, s.window_inputs, s.shift, s.group, s.k)
+            kernels.blocks_values, (g, x, s.window_inputs, s.shift, s.k)
         ),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_add_, (x, V[:19], as_key(7), 0)),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_take, (x, 5, as_key(7), 0)),

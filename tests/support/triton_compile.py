@@ -57,7 +57,7 @@ def launches(m: int, n: int, rank: int, density: float, dtype: str) -> Iterator[
         ("outputs", kernels.outputs_kernel, m, max(k, rank), {"PITCH_X": row(n), "PITCH_H": rank, "PITCH_Y": m}),
         (
             "inputs", kernels.inputs_kernel, n, max(-(-m // windows), rank),
-            {"PITCH_G": row(m), "PITCH_Q": rank, "PITCH_A": row(n), "PITCH_X": n, "STEP": group},
+            {"PITCH_G": row(m), "PITCH_Q": rank, "PITCH_A": row(n), "PITCH_X": n},
         ),
     ):  # fmt: skip
         block_t, block, block_k = launchers._tiles(x, features, summed)

@@ -28,7 +28,6 @@ class Windows(Protocol):
     k: int
     windows: int
     shift: int
-    group: int
     window_inputs: Tensor
 
 
@@ -48,7 +47,7 @@ def add_outputs_(
         add: Whether to add to y.
     """
     h, B = (None, None) if factor is None else (factor[0], factor[1].contiguous())
-    blocks_outputs_(y, x, V.contiguous(), support.window_inputs, support.shift, support.group, h, B, add)
+    blocks_outputs_(y, x, V.contiguous(), support.window_inputs, support.shift, h, B, add)
 
 
 def add_inputs_(
@@ -65,7 +64,7 @@ def add_inputs_(
         add: Whether to add to dx.
     """
     q, A = factor or (None, None)
-    blocks_inputs_(dx, g, V.contiguous(), support.window_inputs, support.shift, support.group, q, A, add)
+    blocks_inputs_(dx, g, V.contiguous(), support.window_inputs, support.shift, q, A, add)
 
 
 def sum_values(g: Tensor, x: Tensor, support: Windows) -> Tensor:
@@ -76,7 +75,7 @@ def sum_values(g: Tensor, x: Tensor, support: Windows) -> Tensor:
         x: (T, n).
         support: The positions.
     """
-    return blocks_values(g, x, support.window_inputs, support.shift, support.group, support.k)
+    return blocks_values(g, x, support.window_inputs, support.shift, support.k)
 
 
 def _kernels() -> ModuleType:
@@ -111,7 +110,6 @@ def blocks_outputs_(
     V: Tensor,
     window_inputs: Tensor,
     shift: int,
-    group: int,
     h: Tensor | None,
     B: Tensor | None,
     add: bool,
@@ -126,8 +124,8 @@ def blocks_outputs_(
         _kernels().outputs_kernel[(_cdiv(len(x), block_t) * _cdiv(m, block_o),)](
             x, V, window_inputs, x if h is None else h, V if B is None else B, y, len(x), m, windows, shift,
             PITCH_X=x.stride(0), PITCH_H=0 if h is None else h.stride(0), PITCH_Y=y.stride(0),
-            K=k, RANK=rank, ADD=add, GROUP=group, UNIT=run_unit(m, windows), PRECISION=_precision(),
-            BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k,
+            K=k, RANK=rank, ADD=add, GROUP=window_step(x.shape[1], k), UNIT=run_unit(m, windows),
+            PRECISION=_precision(), BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k,
         )  # fmt: skip
 
 
@@ -138,7 +136,6 @@ def blocks_inputs_(
     V: Tensor,
     window_inputs: Tensor,
     shift: int,
-    group: int,
     q: Tensor | None,
     A: Tensor | None,
     add: bool,
@@ -154,13 +151,13 @@ def blocks_inputs_(
         _kernels().inputs_kernel[(_cdiv(len(g), block_t) * _cdiv(n, block_c),)](
             g, V, window_inputs, g if q is None else q, V if A is None else A, dx, len(g), m, n, windows, shift,
             PITCH_G=g.stride(0), PITCH_Q=0 if q is None else q.stride(0), PITCH_A=0 if A is None else A.stride(0),
-            PITCH_X=dx.stride(0), K=k, RANK=rank, ADD=add, GROUP=group, STEP=window_step(n, k), UNIT=unit,
+            PITCH_X=dx.stride(0), K=k, RANK=rank, ADD=add, GROUP=window_step(n, k), UNIT=unit,
             PRECISION=_precision(), BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_K=block_k,
         )  # fmt: skip
 
 
 @torch.library.custom_op("sltrain::blocks_values", mutates_args=())
-def blocks_values(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, group: int, k: int) -> Tensor:
+def blocks_values(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
     """See :func:`sum_values`; summed over the tokens of each chunk, then over the chunks."""
     tokens, m = g.shape
     if tokens == 0:
@@ -172,14 +169,14 @@ def blocks_values(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, group
         _kernels().values_kernel[(plan.tiles * plan.chunks,)](
             g, x, window_inputs, partial, tokens, plan.chunk, m, windows, shift,
             PITCH_G=g.stride(0), PITCH_X=x.stride(0),
-            R=plan.run, K=k, GROUP=group, UNIT=run_unit(m, windows), PRECISION=_precision(),
+            R=plan.run, K=k, GROUP=window_step(x.shape[1], k), UNIT=run_unit(m, windows), PRECISION=_precision(),
             BLOCK_T=plan.block[0], BLOCK_R=plan.block[1], BLOCK_K=plan.block[2],
         )  # fmt: skip
     return partial.view(m, k) if plan.chunks == 1 else partial.sum(0)
 
 
 @blocks_values.register_fake
-def _(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, group: int, k: int) -> Tensor:
+def _(g: Tensor, x: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
     return g.new_empty(g.shape[1], k, dtype=torch.float32)
 
 

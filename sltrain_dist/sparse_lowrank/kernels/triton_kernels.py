@@ -68,24 +68,24 @@ def _run_of(output, m, windows, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _window_start(window, n, windows, K: tl.constexpr, STEP: tl.constexpr):
+def _window_start(window, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
     """Returns the first permuted input of a window, as sizes.window_starts."""
     gaps = tl.maximum(windows - 1, 1)
-    return (window * ((n - K) // STEP) + gaps - 1) // gaps * STEP
+    return (window * ((n - K) // GROUP) + gaps - 1) // gaps * GROUP
 
 
 @triton.jit
-def _last_window(place, n, windows, K: tl.constexpr, STEP: tl.constexpr):
+def _last_window(place, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
     """Returns the last window that contains a permuted input: the last one whose start is not beyond it."""
-    steps = tl.maximum((n - K) // STEP, 1)
-    return tl.minimum(place // STEP * (windows - 1) // steps, windows - 1)
+    steps = tl.maximum((n - K) // GROUP, 1)
+    return tl.minimum(place // GROUP * (windows - 1) // steps, windows - 1)
 
 
 @triton.jit
-def _first_window(place, n, windows, K: tl.constexpr, STEP: tl.constexpr):
+def _first_window(place, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
     """Returns the first window that contains a permuted input: the first one that ends behind it."""
-    steps = tl.maximum((n - K) // STEP, 1)
-    start = (tl.maximum(place - K + 1, 0) + STEP - 1) // STEP  # the least start that reaches it, in steps
+    steps = tl.maximum((n - K) // GROUP, 1)
+    start = (tl.maximum(place - K + 1, 0) + GROUP - 1) // GROUP  # the least start that reaches it, in steps
     return tl.where(start > 0, tl.minimum((start - 1) * (windows - 1) // steps + 1, windows - 1), 0)
 
 
@@ -145,7 +145,7 @@ def outputs_kernel(
 def inputs_kernel(
     g, V, window_inputs, q, A, dx, tokens, m, n, windows, shift,
     PITCH_G: tl.constexpr, PITCH_Q: tl.constexpr, PITCH_A: tl.constexpr, PITCH_X: tl.constexpr,
-    K: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    K: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx[t, i] = dx[t, i] if ADD + Σ_j q[t, j] · A[j, i] + Σ_o g[t, o] · V[o, slot of i], for outputs o that use i."""
@@ -155,8 +155,8 @@ def inputs_kernel(
     t = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     live = t < tokens
     held = tl.minimum(place, n - 1)
-    holder = _last_window(held, n, windows, K, STEP)
-    held += holder * K - _window_start(holder, n, windows, K, STEP)
+    holder = _last_window(held, n, windows, K, GROUP)
+    held += holder * K - _window_start(holder, n, windows, K, GROUP)
     feature = _load_inputs(window_inputs + held, place < n, GROUP)
 
     total = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
@@ -169,8 +169,8 @@ def inputs_kernel(
 
     # Windows overlap, and a tile may lie in several: each adds to its own inputs, the others are multiplied by zeros.
     last = tl.minimum(first + BLOCK_C, n) - 1
-    for window in range(_first_window(first, n, windows, K, STEP), _last_window(last, n, windows, K, STEP) + 1):
-        slot = place - _window_start(window, n, windows, K, STEP)
+    for window in range(_first_window(first, n, windows, K, GROUP), _last_window(last, n, windows, K, GROUP) + 1):
+        slot = place - _window_start(window, n, windows, K, GROUP)
         inside = (slot >= 0) & (slot < K) & (place < n)
         run = (window + windows - shift) % windows
         begin = tl.multiple_of(_first_output(run, m, windows, UNIT), UNIT)

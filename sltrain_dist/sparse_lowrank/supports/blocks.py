@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +15,6 @@ from sltrain_dist.sparse_lowrank.sizes import (
     num_windows,
     window_runs,
     window_starts,
-    window_step,
 )
 from sltrain_dist.sparse_lowrank.supports.support import (
     Support,
@@ -26,11 +23,6 @@ from sltrain_dist.sparse_lowrank.supports.support import (
     flatten_columns,
     to_tokens_first,
 )
-
-Order = Literal["grouped", "single", "strided", "natural"]
-"""How the permutation of the inputs is made. grouped: groups of neighbours, in random order. The others are for
-comparisons; single: every input by itself, in random order. strided: neighbours go to different windows in turn.
-natural: not permuted."""
 
 
 def input_key(name: str) -> str:
@@ -50,14 +42,9 @@ def first_window(name: str, windows: int) -> int:
     return key64(0, f"{name.rpartition('.')[2]}.start") * windows >> 64  # far apart for LLaMA's names
 
 
-def make_order(order: Order, key: int, n: int, k: int) -> npt.NDArray[np.int64]:
-    """Returns a permutation of n inputs for windows of k, as the list of the input at each place."""
-    inputs = np.arange(n)
-    if order == "natural":
-        return inputs
-    if order == "strided":
-        return np.argsort(inputs % num_windows(n, k), kind="stable")
-    groups = inputs // (input_group(n, k) if order == "grouped" else 1)
+def permute_groups(key: int, n: int, group: int) -> npt.NDArray[np.int64]:
+    """Returns a permutation of n inputs that keeps groups of neighbours, as the list of the input at each place."""
+    groups = np.arange(n) // group
     return np.argsort(splitmix64(key, 0, int(groups[-1]) + 1)[groups], kind="stable")
 
 
@@ -72,12 +59,10 @@ class BlockSupport(Support):
 
     Args: as of :class:`Support`, and
         device: Device of the permutation. On "meta", it is computed when memory is allocated (`to_empty`).
-        order: How the permutation is made.
 
     Attributes:
         k: Number of values in each row, the width of a window.
         windows: w.
-        group: Number of neighbouring inputs of which every window holds all or none, and which are neighbours there.
         shift: See :func:`first_window`.
         runs: The runs, equal ones together: see :func:`window_runs`.
         window_inputs: (w·k,) int32, the inputs of every window.
@@ -99,14 +84,11 @@ class BlockSupport(Support):
         seed: int | None = None,
         name: str = "",
         device: torch.device | str | None = None,
-        order: Order = "grouped",
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
         self.windows = num_windows(n, self.k)
         self._set_runs(first_window(name, self.windows))
-        self.order = order
-        self.group = window_step(n, self.k) if order == "grouped" else 1
         places = self.windows * self.k
         sizes = {"window_inputs": places, "input_places": n, "second_places": places - n}
         self._make_buffers(device, {buffer: (size, torch.int32) for buffer, size in sizes.items()})
@@ -121,7 +103,7 @@ class BlockSupport(Support):
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
-        inputs = make_order(self.order, key, self.n, self.k)
+        inputs = permute_groups(key, self.n, input_group(self.k))
 
         # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))
@@ -150,7 +132,7 @@ class BlockSupport(Support):
     def shares_inputs(self, other: Support) -> bool:
         if not isinstance(other, BlockSupport):
             return False
-        if (self.n, self.k, self.order) != (other.n, other.k, other.order):
+        if (self.n, self.k) != (other.n, other.k):
             return False
         if torch.compiler.is_compiling():
             # Layers of one seed that are applied together must belong to one module, as in the models: a name or a key
