@@ -71,15 +71,16 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
         return Job(f"runs-{name}", tool("gpu_runs", "--set", name, *where, *options))
 
     def models(name: str) -> tuple[Job]:
-        return (runs(name, *sized("--updates 6", "--updates 2 --every 4")),)
+        return (runs(name, *sized("--updates 6", few)),)
 
+    few = "--updates 2 --every 30"
     triton = "tests/gpu/test_triton_gpu.py"
     checks = (
         tests("operator", "tests/gpu", f"--ignore={triton}"),
         tests("blocks", triton, "-k", "products_of_blocks"),
         tests("triton", triton, "-k", "not products_of_blocks"),
-        runs("engines", "--beside"),
-        *(runs(name, "--beside", *sized("", "--every 15")) for name in ("ddp", "compiled", "fsdp", "zero")),
+        runs("engines", "--beside", *sized("", "--updates 2")),
+        *(runs(name, "--beside", *sized("", few)) for name in ("ddp", "compiled", "fsdp", "zero")),
     )
     layer = tool("gpu_layer", *device, *sized("", "--shapes 60m --tokens 64 --repeats 1 --rate-size 256"))
     drawn = sized("--cuda --sample 40 --max-layers 4", "--sample 1 --max-layers 1")
@@ -170,8 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_summary(out, done)
         return done[0]["status"] == "done"  # without a device, nothing else can run
 
-    os.chdir(REPO)
-    run_parts(parts, out, 60 * args.minutes, environment_of(args), report)
+    run_parts(parts, out, 60 * args.minutes, environment_of(args), REPO, report)
     return int(any(record["status"] in ("failed", "cut off") for record in records))
 
 

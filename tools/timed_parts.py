@@ -77,6 +77,7 @@ def run_parts(
     out: Path,
     seconds: float,
     environment: Mapping[str, str],
+    cwd: Path,
     report: Callable[[list[dict[str, Any]]], bool],
 ) -> None:
     """Runs parts in their order. All have ended after `seconds`; those that could not begin any more are not run.
@@ -86,6 +87,7 @@ def run_parts(
         out: Existing directory of the results.
         seconds: Time for all parts.
         environment: Environment variables of the commands.
+        cwd: Their working directory.
         report: Called after every part, with what became of all parts so far. Returns whether to go on.
     """
     end, done = time.monotonic() + seconds, []
@@ -96,13 +98,14 @@ def run_parts(
             if limit is None:
                 record |= {"status": "not run", "reason": f"less than its {part.floor_s:.0f} s were left"}
             else:
-                record = {"part": part.name, **run_part(part, out, limit, environment)}
+                print(f"{part.name}: at most {limit:.0f} s", flush=True)
+                record = {"part": part.name, **run_part(part, out, limit, environment, cwd)}
         done.append(record)
         if not report(done):
             return
 
 
-def run_part(part: Part, out: Path, limit: float, environment: Mapping[str, str]) -> dict[str, Any]:
+def run_part(part: Part, out: Path, limit: float, environment: Mapping[str, str], cwd: Path) -> dict[str, Any]:
     """Runs a part for at most `limit` seconds, and returns what became of it."""
     start = time.monotonic()
     files = [out / f"{job.name}.jsonl" for job in part.jobs]
@@ -118,16 +121,18 @@ def run_part(part: Part, out: Path, limit: float, environment: Mapping[str, str]
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env=dict(environment),
+                        cwd=cwd,
                         start_new_session=True,
                     )
                 )
         cut_off = _wait(started, start + limit)
     finally:
         end(started)
-    jobs = []
-    for file, process in zip(files, started, strict=True):
-        outcome = {"exit_status": process.returncode, "cut_off": process in cut_off, "lines": whole_lines(file)}
-        jobs.append({"file": file.name, **outcome})
+        lines = [whole_lines(file) for file in files]
+    jobs = [
+        {"file": file.name, "exit_status": process.returncode, "cut_off": process in cut_off, "lines": count}
+        for file, process, count in zip(files, started, lines, strict=True)
+    ]
     failed = any(job["exit_status"] and not job["cut_off"] for job in jobs)
     status = "failed" if failed else "cut off" if cut_off else "done"
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "limit_s": round(limit, 1), "jobs": jobs}
@@ -159,7 +164,7 @@ def end(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in started:  # what was started by those that have ended by themselves
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    _until(lambda: all(process.poll() is not None for process in running), running)
+    _until(lambda: not any(each.runs for each in trees), running)
 
 
 def _tree(process: Process | None) -> Iterator[Process]:
@@ -179,7 +184,7 @@ def _until(condition: Callable[[], bool], running: Sequence[subprocess.Popen[byt
 
 
 def whole_lines(file: Path) -> int:
-    """Removes the incomplete last line of a process that was killed, and returns the number of lines."""
+    """Removes the incomplete last line of a command that was killed, and returns the number of lines."""
     if not file.exists():
         return 0
     content = file.read_bytes()
