@@ -18,8 +18,10 @@ from typing import Any
 
 from sltrain_dist.runtime.reaper import Process
 
-END_S = 10.0
-"""Seconds that are set aside for ending a part that reaches its limit: half for SIGTERM, half for SIGKILL."""
+TERM_S = 5.0
+"""Seconds after SIGTERM until a part that has reached its limit gets SIGKILL."""
+KILL_S = 5.0
+"""Longest wait for processes to be gone after SIGKILL."""
 _POLL_S = 0.1
 
 
@@ -67,7 +69,7 @@ def limit_s(parts: Sequence[Part], left_s: float) -> float | None:
         Its share of what is left, but at least its floor. None if too little is left for the floor.
     """
     shares = sum(part.share for part in parts if not part.skipped)
-    usable = left_s - END_S
+    usable = left_s - TERM_S - KILL_S  # for ending the part if it reaches its limit
     limit = max(parts[0].floor_s, usable * parts[0].share / shares)
     return limit if limit <= usable else None
 
@@ -157,14 +159,14 @@ def end(started: Sequence[subprocess.Popen[bytes]]) -> None:
     trees = [each for process in running for each in _tree(Process.of(process.pid))]
     for each in trees:
         each.signal(signal.SIGTERM)
-    _until(lambda: not any(each.runs for each in trees), running)
+    _until(lambda: not any(each.runs for each in trees), running, TERM_S)
     trees += [each for process in running for each in _tree(Process.of(process.pid))]
     for each in trees:
         each.signal(signal.SIGKILL)
     for process in started:  # what was started by those that have ended by themselves
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    _until(lambda: not any(each.runs for each in trees), running)
+    _until(lambda: not any(each.runs for each in trees), running, KILL_S)
 
 
 def _tree(process: Process | None) -> Iterator[Process]:
@@ -174,9 +176,9 @@ def _tree(process: Process | None) -> Iterator[Process]:
             yield from _tree(child)
 
 
-def _until(condition: Callable[[], bool], running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits for a condition, for half of :data:`END_S` at most, and takes note of processes that have ended."""
-    end_at = time.monotonic() + END_S / 2
+def _until(condition: Callable[[], bool], running: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Waits at most some seconds for a condition, and takes note of processes that have ended."""
+    end_at = time.monotonic() + seconds
     while not condition() and time.monotonic() < end_at:
         time.sleep(_POLL_S)
         for process in running:

@@ -145,11 +145,12 @@ def check(parts: list[Part], out: Path, monkeypatch: pytest.MonkeyPatch, *argume
     return gpu_check.main(["--out", str(out), "--device", "cpu", "--rehearse", *arguments])
 
 
+@pytest.mark.slow
 def test_a_part_over_its_limit_is_cut_off_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = 'echo "{\\"failed\\": \\"no memory\\", \\"method\\": \\"full\\"}" >>"$0"; printf half >>"$0"; sleep 600'
     parts = [
         Part("environment", 1, 1, (Job("environment", ("true",)),)),
-        Part("quality", 1e-9, 3, (Job("quality", ("bash", "-c", script, "FILE")),)),
+        Part("quality", 1e-9, 5, (Job("quality", ("bash", "-c", script, "FILE")),)),
         Part("planner", 1, 1e6, ()),
         Part("layer", 1, 1, (), skipped="for no reason"),
     ]

@@ -17,8 +17,9 @@ from tests.support.paths import REPO
 sys.path.insert(0, str(REPO / "tools"))
 
 import timed_parts
-from timed_parts import END_S, Job, Part, limit_s, run_part, run_parts
+from timed_parts import KILL_S, TERM_S, Job, Part, limit_s, run_part, run_parts
 
+END_S = TERM_S + KILL_S
 HANGS = """
 setsid sleep 600 & echo "{\\"pid\\": $!}" >>"$0"
 sleep 600 & echo "{\\"pid\\": $!}" >>"$0"
@@ -73,10 +74,11 @@ def test_parts_that_all_reach_their_limits_end_in_time(seconds: float, monkeypat
     assert (done[0]["status"] == "not run") is (seconds < 90 + END_S)
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timed_parts, "END_S", 2.0)
+    monkeypatch.setattr(timed_parts, "TERM_S", 0.5)
     jobs = (bash("hangs", HANGS), bash("ignores", f"trap '' TERM\n{HANGS}"), bash("ends", 'echo "{}" >>"$0"'))
-    record = run(Part("x", 1, 1, jobs), tmp_path, limit=3.0)
+    record = run(Part("x", 1, 1, jobs), tmp_path, limit=5.0)
     assert record["status"] == "cut off"
     assert [job["cut_off"] for job in record["jobs"]] == [True, True, False]
     assert [job["lines"] for job in record["jobs"]] == [2, 2, 1]
@@ -90,7 +92,7 @@ def test_what_a_command_leaves_behind_is_ended(tmp_path: Path) -> None:
     record = run(Part("x", 1, 1, (bash("a", 'sleep 600 & echo "{\\"pid\\": $!}" >>"$0"'),)), tmp_path)
     assert record["status"] == "done"
     (pid,) = pids(tmp_path / "a.jsonl")
-    timed_parts._until(lambda: Process.of(pid) is None, [])
+    timed_parts._until(lambda: Process.of(pid) is None, [], KILL_S)
     assert Process.of(pid) is None
 
 
