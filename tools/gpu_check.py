@@ -18,7 +18,8 @@ Needs torch with CUDA and the project's packages; installs nothing, and needs no
 The time is divided over the parts by shares, and every part has a floor: what the parts before it leave is shared
 among it and those after it, and a part for whose floor too little is left is not run. A part at its limit is ended
 with all its processes. Results are JSON lines in DIR, written as soon as they are found, and what commands print is in
-*.log beside them. DIR/summary.json and DIR/summary.txt are written anew after every part.
+*.log beside them; a part that is run again replaces its own files. DIR/summary.json and DIR/summary.txt are written
+anew after every part.
 
 Exit status: 1 if a part failed or was cut off; 2 for wrong options; else 0, also if parts were skipped or not run.
 """
@@ -107,11 +108,17 @@ def describe(record: dict[str, Any]) -> str:
     """Returns a line about what became of a part."""
     if "jobs" not in record:
         return f"{record['part']}: {record['status']}: {record['reason']}"
-    jobs = ", ".join(
-        f"{job['file']} {job['lines']} lines" + (f" (exit status {job['exit_status']})" if job["exit_status"] else "")
-        for job in record["jobs"]
-    )
+    jobs = ", ".join(f"{job['lines']} lines in {job['file']}" for job in record["jobs"])
     return f"{record['part']}: {record['status']} after {record['seconds']} of {record['limit_s']} s: {jobs}"
+
+
+def troubles(record: dict[str, Any]) -> list[str]:
+    """Returns a line for every command of a part that failed or was cut off, with the last line that it printed."""
+    return [
+        f"{job['file']}: {'cut off' if job['cut_off'] else 'exit status ' + str(job['exit_status'])}: {job['printed']}"
+        for job in record.get("jobs", ())
+        if job["exit_status"]
+    ]
 
 
 def write_summary(out: Path, records: list[dict[str, Any]]) -> None:
@@ -119,7 +126,7 @@ def write_summary(out: Path, records: list[dict[str, Any]]) -> None:
     lines = []
     for record in records:
         found = headlines(record["part"], out) if "jobs" in record else []
-        lines.append([describe(record), *(f"    {line}" for line in found)])
+        lines.append([describe(record), *(f"    {line}" for line in (*troubles(record), *found))])
         record["headlines"] = found
     write_whole(out / "summary.json", json.dumps({"parts": records}, indent=1))
     write_whole(out / "summary.txt", "".join(f"{line}\n" for part in lines for line in part))

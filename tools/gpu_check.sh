@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Checks and measures on a GPU within a time limit: see tools/gpu_check.py --help.
-exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/gpu_check.py" "$@"
+# Checks and measures on a GPU within a time limit: see tools/gpu_check.sh --help.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" "$root/tools/gpu_check.py" "$@"

@@ -5,8 +5,9 @@
 
 All runs see the same rows in the same order, so that after equally many updates they have trained on equally many
 tokens. They are stopped after --seconds; their learning rate is constant after the warm-up, so that none is stopped
-before its decay. Every evaluation is a line, written as soon as it is made. The last line compares the losses after
-the last update at which all methods were evaluated. Every 50th document is held out for the evaluations.
+before its decay. The first line has the settings; then every evaluation is a line, written as soon as it is made. The
+last line compares the losses after the last update at which all methods were evaluated. Every 50th document is held out
+for the evaluations.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def comparison(runs: Iterable[Run]) -> dict[str, Any] | None:
 def train_all(overrides: list[str], directory: Path, seconds: float, out: Any) -> int:
     """Makes the runs side by side, writes their lines, and returns the exit status."""
     end = time.monotonic() + seconds
+    out.write(json.dumps({"settings": overrides, "methods": METHODS}) + "\n")
     runs = [Run(method, overrides, directory) for method in METHODS]
 
     def write(line: dict[str, Any]) -> None:

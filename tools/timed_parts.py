@@ -133,6 +133,7 @@ def run_part(part: Part, out: Path, limit: float, environment: Mapping[str, str]
         lines = [whole_lines(file) for file in files]
     jobs = [
         {"file": file.name, "exit_status": process.returncode, "cut_off": process in cut_off, "lines": count}
+        | {"printed": last_line(file.with_suffix(".log"))}
         for file, process, count in zip(files, started, lines, strict=True)
     ]
     failed = any(job["exit_status"] and not job["cut_off"] for job in jobs)
@@ -194,3 +195,9 @@ def whole_lines(file: Path) -> int:
     if whole < len(content):
         os.truncate(file, whole)
     return content.count(b"\n")
+
+
+def last_line(log: Path) -> str:
+    """Returns the last line that a command printed, and at most 300 characters of it."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

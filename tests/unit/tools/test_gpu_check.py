@@ -103,7 +103,8 @@ class TestRehearsal:
             assert method["seconds_ratio"] > 0
 
     def test_methods_are_compared_after_equal_tokens(self, rehearsal: Path) -> None:
-        *lines, compared = read(rehearsal / "quality.jsonl")
+        settings, *lines, compared = read(rehearsal / "quality.jsonl")
+        assert "preset=llama_60m" in settings["settings"]
         assert compared["compared_at_step"] == 8 and set(compared["eval_loss"]) == set(gpu_quality.METHODS)
         for method, loss in compared["eval_loss"].items():
             losses = {line["step"]: line["eval_loss"] for line in lines if line["method"] == method}
@@ -147,7 +148,8 @@ def check(parts: list[Part], out: Path, monkeypatch: pytest.MonkeyPatch, *argume
 
 @pytest.mark.slow
 def test_a_part_over_its_limit_is_cut_off_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = 'echo "{\\"failed\\": \\"no memory\\", \\"method\\": \\"full\\"}" >>"$0"; printf half >>"$0"; sleep 600'
+    line = json.dumps({"failed": "no memory", "method": "full"})
+    script = f"echo '{line}' >>$0; printf half >>$0; echo training; sleep 600"
     parts = [
         Part("environment", 1, 1, (Job("environment", ("true",)),)),
         Part("quality", 1e-9, 5, (Job("quality", ("bash", "-c", script, "FILE")),)),
@@ -159,7 +161,9 @@ def test_a_part_over_its_limit_is_cut_off_and_reported(tmp_path: Path, monkeypat
     assert [part["status"] for part in found] == ["done", "cut off", "not run", "skipped"]
     assert found[1]["jobs"][0]["lines"] == 1 and found[1]["headlines"] == ["failed: full: no memory"]
     assert read(tmp_path / "quality.jsonl") == [{"failed": "no memory", "method": "full"}]
-    assert "planner: not run: less than its 1000000 s were left" in (tmp_path / "summary.txt").read_text()
+    text = (tmp_path / "summary.txt").read_text()
+    assert "planner: not run: less than its 1000000 s were left" in text
+    assert "    quality.jsonl: cut off: training\n    failed: full: no memory\n" in text
     assert check([parts[0], parts[2], parts[3]], tmp_path, monkeypatch) == 0
 
 
@@ -170,6 +174,7 @@ def test_without_a_device_nothing_is_checked(tmp_path: Path, monkeypatch: pytest
     ]
     assert check(parts, tmp_path, monkeypatch) == 1
     assert [part["part"] for part in json.loads((tmp_path / "summary.json").read_text())["parts"]] == ["environment"]
+    assert "environment.jsonl: exit status 1: no torch" in (tmp_path / "summary.txt").read_text()
 
 
 def test_only_the_named_parts_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ def test_a_command_that_fails_leaves_its_lines_and_what_it_printed(tmp_path: Pat
     record = run(Part("x", 1, 1, jobs), tmp_path)
     assert record["status"] == "failed"
     assert record["jobs"] == [
-        {"file": "a.jsonl", "exit_status": 3, "cut_off": False, "lines": 1},
-        {"file": "b.jsonl", "exit_status": 0, "cut_off": False, "lines": 0},
+        {"file": "a.jsonl", "exit_status": 3, "cut_off": False, "lines": 1, "printed": "why"},
+        {"file": "b.jsonl", "exit_status": 0, "cut_off": False, "lines": 0, "printed": ""},
     ]
     assert (tmp_path / "a.log").read_text() == "why\n"
 
