@@ -16,6 +16,7 @@ import torch
 from sltrain_dist.config.load import build_config
 from sltrain_dist.numerics.splitmix import key64
 from tests.support.paths import REPO
+from tests.support.ranks import SINGLE
 from tests.support.runs import words, write_shard
 
 sys.path.insert(0, str(REPO / "tools"))
@@ -24,6 +25,7 @@ import gpu_check
 import gpu_layer
 import gpu_planner
 import gpu_quality
+import gpu_runs
 from gpu_headlines import headlines, read
 from gpu_sets import SETS, nested, rows
 from timed_parts import Job, Part
@@ -128,7 +130,8 @@ def test_every_configuration_is_valid(name: str) -> None:
     ("arguments", "message"),
     [
         (["--device", "cpu"], "the CPU is only for rehearsals; add --rehearse"),
-        (["--minutes", "1"], "--minutes must be at least 2"),
+        (["--minutes", "2"], "--minutes must be at least 3"),
+        (["--minutes", "nan"], "--minutes must be at least 3"),
         (["--text", "none.json.gz"], "none.json.gz: there is no such file"),
         (["--parts", "layers"], "invalid choice: 'layers'"),
     ],
@@ -228,6 +231,26 @@ def test_memory_beyond_tensors_is_that_of_rows_alone_on_the_gpu(tmp_path: Path) 
     ]
     assert "1b: context 800 MB (assumed 807)" in headlines("planner", tmp_path)
     assert headlines("quality", tmp_path) == []
+
+
+def test_a_row_that_fails_is_written_and_the_others_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Any, *unused: Any) -> dict[str, Any]:
+        if config.train.dtype == "mixed":
+            raise RuntimeError("no kernel")
+        return {"losses": [2.0, 1.0], "tokens_per_s": 1.0, "peak_bytes": 1, "error": 0.0}
+
+    monkeypatch.setattr(gpu_runs, "run", run)
+    monkeypatch.setattr(gpu_runs.environment, "start", lambda *unused, **need: SINGLE)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    out = tmp_path / "rows.jsonl"
+    arguments = ["gpu_runs.py", "--set", "engines", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_runs.main() == 1
+    found = read(out)
+    assert [row.get("failed") for row in found] == [None] * 5 + ["RuntimeError: no kernel"] * 5
+    assert "in run" in found[-1]["traceback"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--every", "4", "--only", "0", "4"])
+    assert gpu_runs.main() == 0 and [row["number"] for row in read(out)[10:]] == [0, 4]
 
 
 @pytest.mark.parametrize(
