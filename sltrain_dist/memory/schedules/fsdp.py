@@ -60,6 +60,8 @@ class FsdpTimeline(Timeline):
         ahead = parallel.prefetch_blocks
         root = self.holdings.gathered_in(None) * self.width
         self.add(GATHERED, root + (root if self.shards > 1 else 0))
+        if copying := self.copying_beyond[None]:
+            self.point("forward", "root, gathered", {GATHERED: copying})
         self.apply("forward", "", play(model.ends, "embedding"))
         for layer, index in enumerate(model.order):
             layer_bytes = self.layer_bytes[layer]
@@ -68,7 +70,8 @@ class FsdpTimeline(Timeline):
                 prefetched, previous = buffers[0], 0
             else:
                 prefetched, previous = sum(buffers[layer : layer + ahead]), buffers[layer - 1]
-            self.point("forward", f"layer {layer}, gathered", {GATHERED: previous + prefetched + layer_bytes})
+            gathered = layer_bytes + self.copying_beyond[model.kinds[layer]]
+            self.point("forward", f"layer {layer}, gathered", {GATHERED: previous + prefetched + gathered})
             if layer == 0 and self.shards > 1:
                 self.add(GATHERED, -root)
             during = sum(buffers[layer : layer + ahead + 1])
@@ -101,6 +104,27 @@ class FsdpTimeline(Timeline):
         copies = self.shards > 1 and (self.gathered_width != self.width or not self.shards_on_device)
         return [size // self.shards if copies else 0 for size in self.layer_bytes]
 
+    @cached_property
+    def copying_beyond(self) -> dict[int | None, int]:
+        """Peak bytes beyond the gathered parameters while one rank copies them, by kind of layer; None for the root.
+
+        One parameter at a time is moved to the device, cast, and copied out. Its cast is freed after the next one is
+        made (_fsdp_param_group.py: wait_for_unshard).
+        """
+        beyond: dict[int | None, int] = defaultdict(int)
+        for kind in (None, *range(len(self.model.layer_parameters))):
+            width = self.width if kind is None else self.gathered_width
+            casts, moves = width != self.width, not self.shards_on_device
+            if self.shards > 1 or not (casts or moves):
+                continue
+            copied = previous = peak = 0
+            for values in (item.values for item in self.holdings.sharded if item.kind == kind):
+                size, moved = values * width, values * self.width if casts and moves else 0
+                peak = max(peak, copied + previous + moved + size, copied + 2 * size)
+                copied, previous = copied + size, size
+            beyond[kind] = peak - copied
+        return beyond
+
     @property
     def gathered_in_evaluation(self) -> int:
         """Bytes of a layer (all layers without resharding), of its buffer and the prefetched ones, and of the root."""
@@ -129,7 +153,8 @@ class FsdpTimeline(Timeline):
             if parallel.reshard_after_forward:
                 first = layer if layer == layers - 1 else max(0, layer - ahead + 1)
                 previous = sum(buffers[first : layer + 1])
-                self.point("backward", f"layer {layer}, gathered", {GATHERED: previous + layer_bytes})
+                gathered = layer_bytes + self.copying_beyond[model.kinds[layer]]
+                self.point("backward", f"layer {layer}, gathered", {GATHERED: previous + gathered})
                 self.add(GATHERED, layer_bytes)
                 prefetched = sum(buffers[max(0, layer - ahead) : layer])
                 if layer == layers - 1 or layer >= ahead:

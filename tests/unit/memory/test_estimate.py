@@ -143,7 +143,7 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         merged(_DENSE_LAYERS, {"parallel": {"accumulate": "local", "reshard_after_forward": False}}),
     ),
-    "fsdp on one rank": (1, {**_LARGE_LAYERS, "model": {}, "parallel": {"engine": "fsdp"}}),
+    "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
 """(ranks, values): engines' schedules. What is recorded is compared by tests/unit/memory/test_record.py."""
 
@@ -164,6 +164,25 @@ def test_it_is_what_a_replay_takes(case: str) -> None:
         assert abs(found[phase].total - point.total) <= off, phase
     for group in ("gradients", "states", "master_weights", "index"):
         assert found["update"].groups().get(group) == expected["update"].groups().get(group)
+
+
+def test_one_rank_moves_and_casts_one_offloaded_parameter_at_a_time() -> None:
+    """Replays do not know offloading: here are the allocations of FSDP2's `wait_for_unshard` in their order."""
+    parallel = {"engine": "fsdp", "cpu_offload": True, "shard": "all"}
+    config = config_of(merged(_LARGE_LAYERS, {"parallel": parallel, "optim": {"state_bits": 32}}))
+    points = {p.where: p.components["buffers.gathered"] for p in estimate(config).timeline if p.phase == "forward"}
+    parameters = list(build_meta_model(config).named_parameters())
+    root = [4 * p.numel() for name, p in parameters if ".layers." not in name]
+    live = peak = cast = 0
+    for size in root:  # is not cast: the copy on the device is copied out
+        peak = max(peak, live + cast + size, live + 2 * size)
+        live, cast = live + size, size
+    assert points["root, gathered"] == peak
+    live, cast = sum(root), 0
+    for size in (2 * p.numel() for name, p in parameters if ".layers.0." in name):
+        peak = max(peak, live + cast + 2 * size + size, live + size + size)
+        live, cast = live + size, size
+    assert points["layer 0, gathered"] == peak
 
 
 @pytest.mark.slow
