@@ -98,13 +98,15 @@ def num_windows(n: int, k: int) -> int:
     return -(-n // k)
 
 
-def input_group(k: int) -> int:
+def input_group(n: int, k: int) -> int:
     """Returns the number of neighbouring inputs that the permutation of `blocks` keeps together.
 
-    The largest power of two that divides k, is at most an eighth of a window, and at most 16: 16 values of 2 bytes are
-    a sector of a GPU's memory.
+    The largest power of two that divides k and is at most 16, k/8 and k²/n. 16 values of 2 bytes are a sector of a
+    GPU's memory. The outputs of a run are neighbours and depend on the same k inputs of their layer, so a window of k/g
+    groups in the next layer reaches k²/g inputs of this one: with g ≤ k²/n it can reach all n.
     """
-    return math.gcd(k, 1 << max(0, min(16, k // 8).bit_length() - 1))
+    most = min(16, k // 8, k * k // n)
+    return math.gcd(k, 1 << max(0, most.bit_length() - 1))
 
 
 def window_starts(n: int, k: int) -> list[int]:
@@ -121,7 +123,7 @@ def window_step(n: int, k: int) -> int:
 
     If it is the group, a window consists of whole groups.
     """
-    group = input_group(k)
+    group = input_group(n, k)
     return group if n % group == 0 else 1
 
 

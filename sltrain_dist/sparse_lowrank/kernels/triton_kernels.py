@@ -4,9 +4,8 @@
 
 `blocks`. Matrices are read and written as they lie, tokens × features: no transposed or permuted copy is made. The
 inputs of a window are gathered by the loads of the products, and the gradient of the inputs is scattered by their
-stores. Because inputs are permuted in groups of neighbours, most of these accesses are of 16 bytes, and none moves a
-sector of 32 bytes for one value. Tiles of the same tokens run next to each other, so that the cache serves all windows
-of a token after the first.
+stores. Because inputs are permuted in groups of neighbours, an access is of up to 16 bytes. Tiles of the same tokens
+run next to each other, so that the cache serves all windows of a token after the first.
 
 `stratified`. The scatter into W and the gather from its gradient touch about k/n of the matrix; one kernel that hashes
 in registers replaces torch's dozen passes over int64 positions. Fusing it into the product BA would save nothing: the

@@ -103,7 +103,7 @@ class BlockSupport(Support):
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
-        inputs = permute_groups(key, self.n, input_group(self.k))
+        inputs = permute_groups(key, self.n, input_group(self.n, self.k))
 
         # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))

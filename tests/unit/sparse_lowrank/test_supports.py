@@ -172,7 +172,7 @@ def test_blocks_are_dense_between_permuted_inputs_and_runs_of_outputs(size: tupl
     for start in starts:
         uses[start : start + k] += 1
     assert set(uses.tolist()) <= {1, 2}
-    inputs = torch.from_numpy(permute_groups(key64(5, f"{NAME.rpartition('.')[0]}.inputs"), n, input_group(k)))
+    inputs = torch.from_numpy(permute_groups(key64(5, f"{NAME.rpartition('.')[0]}.inputs"), n, input_group(n, k)))
     shift = key64(0, "q_proj.start") * w >> 64
     assert torch.equal(support.window_inputs[support.input_places], torch.arange(n, dtype=torch.int32))
     columns = support.columns(0, m)
@@ -237,11 +237,13 @@ def test_windows_consist_of_groups_of_neighbours() -> None:
     for n, density in ((256, 0.125), (768, 0.03), (2048, 0.03), (4096, 0.05), (11008, 0.05), (5461, 0.03)):
         support = BlockSupport(8, n, density, seed=0, name=NAME)
         group = window_step(n, support.k)
-        assert group == (1 if n % 2 else input_group(support.k)) and support.k % group == 0
+        assert group == (1 if n % 2 else input_group(n, support.k)) and support.k % group == 0
         first = support.window_inputs.view(-1, group)[:, :1]
         assert torch.equal(support.window_inputs.view(-1, group), first + torch.arange(group, dtype=torch.int32))
         assert not (first % group).any()
-    assert [input_group(k) for k in (1, 5, 8, 24, 32, 64, 160, 208, 552)] == [1, 1, 1, 2, 4, 8, 16, 16, 8]
+    assert [input_group(4096, k) for k in (1, 64, 96, 160, 208, 552)] == [1, 1, 2, 4, 8, 8]
+    assert [input_group(256, k) for k in (5, 24, 32, 64, 256)] == [1, 2, 4, 8, 16]
+    assert input_group(8192, 1024) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
