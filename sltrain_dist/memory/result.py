@@ -93,6 +93,11 @@ class Estimate:
         """Memory that the device must have, in bytes."""
         return self.peak_bytes + self.reserved_bytes
 
+    @property
+    def restart_bytes(self) -> int:
+        """Transient bytes of a restart, which a rank needs for one layer at a time; 0 without restarts."""
+        return max((point.components.get("temporaries.restart", 0) for point in self.timeline), default=0)
+
     def phases(self) -> dict[Phase, Point]:
         """Returns the largest moment of each phase."""
         largest: dict[Phase, Point] = {}

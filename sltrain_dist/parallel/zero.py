@@ -221,8 +221,9 @@ class ZeroEngine:
             for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, flats, strict=True):
                 shards.data.copy_(flat.data)
         if step:
+            (all_cleared_at,) = {cleared_at(name) for name in self._shapes}  # they share a count of updates
             for flat, state in zip(flats, states, strict=True):
-                adopt_state(self._optimizer, flat, state, step, self._cleared_at(cleared_at))
+                adopt_state(self._optimizer, flat, state, step, all_cleared_at)
         self._remainder.load(read, step, cleared_at)
 
     def free_gathered(self) -> None:
@@ -294,11 +295,6 @@ class ZeroEngine:
         pairs = zip(self._flats(), self._zero.fp16_partitioned_groups_flat, strict=True)
         shards: Tensor = next(shards for other, shards in pairs if other is flat)
         return shards
-
-    def _cleared_at(self, cleared_at: ClearedAt) -> int:
-        """Returns the number of the update after which the states of all sharded parameters were last cleared."""
-        (common,) = {cleared_at(name) for name in self._shapes}
-        return common
 
     def _shard_gradients(self) -> list[Tensor]:
         if self._offload:
