@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 ABSENT_ROW_NORM = 1 / math.sqrt(3)
-"""Norm of the rows of A whose column of B is 0. It is the root mean square norm of a row of the initial A, whose values
-are from U(±1/√n)."""
+"""Norm of the rows of A that belong to no direction of BA. It is the root mean square norm of a row of the initial A,
+whose values are from U(±1/√n)."""
 
 
 @torch.no_grad()
@@ -22,9 +22,9 @@ def balanced(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     which the entry of largest magnitude in the column of U is positive.
 
     Singular values of at most r times the rounding error of the largest one count as 0: BA has fewer than r directions.
-    The columns of B that are left over become 0, which keeps the product, and their rows of A become orthogonal to all
-    others, of norm :data:`ABSENT_ROW_NORM`. With a row of 0, they could never learn again: the gradient of a column of
-    B is proportional to its row of A, and the other way round. In particular B = 0, the initial value, stays 0.
+    Such a value σ is not shared evenly. Its row of A gets the norm :data:`ABSENT_ROW_NORM`, and its column of B the
+    rest, so that the product is kept. If both were about 0, they could not learn again: the gradient of a column of B
+    is proportional to its row of A, and the other way round. In particular B = 0, the initial value, stays 0.
 
     Args:
         B: (m, r), r ≤ min(m, n).
@@ -45,10 +45,10 @@ def balanced(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     Q_right, R_right = torch.linalg.qr(A.T)
     U, sigma, Vh = torch.linalg.svd(R_left @ R_right.T * scale)
     is_present = sigma > len(sigma) * torch.finfo(dtype).eps * sigma[0]
-    roots = sigma.sqrt()
+    row_norms = torch.where(is_present, sigma.sqrt() / scale, ABSENT_ROW_NORM)
+    column_norms = torch.where(is_present, sigma.sqrt(), sigma / (scale * ABSENT_ROW_NORM))
     left = Q_left @ U
     largest = left.gather(0, left.abs().argmax(0, keepdim=True))[0]
     signs = torch.where(largest < 0, -1.0, 1.0).to(dtype)
-    rows = torch.where(is_present, roots / scale, ABSENT_ROW_NORM)
-    right = Vh.mul_((signs * rows)[:, None]) @ Q_right.T
-    return left.mul_(signs * torch.where(is_present, roots, 0.0)), right
+    right = Vh.mul_((signs * row_norms)[:, None]) @ Q_right.T
+    return left.mul_(signs * column_norms), right

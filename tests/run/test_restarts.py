@@ -104,6 +104,11 @@ def test_another_number_of_ranks_and_another_engine_go_on(config: Path, uninterr
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
+def test_a_dry_run_makes_one(config: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train_here(config, tmp_path / "run", "train.dry_run=true") == 0
+    assert re.search(r"^a restart: [\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_restarts_cannot_change(config: Path, uninterrupted: Path, tmp_path: Path, capsys: Any) -> None:
     checkpoint = f"checkpoint.resume={uninterrupted / 'checkpoints' / 'step_00000005'}"
     assert train_here(config, tmp_path / "other", checkpoint, "reparam.restart_every=3") == 5
