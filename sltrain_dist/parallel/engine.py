@@ -75,7 +75,8 @@ class Engine(Protocol):
     def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads parameters and optimizer states from a checkpoint made after `step` updates.
 
-        `cleared_at` says of which update :meth:`clear_states` has left each parameter's states.
+        `cleared_at` returns the update after which a parameter's states were last cleared (:meth:`clear_states`), from
+        which Adam's bias correction counts.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Whole tensors of a layer on one rank, under any engine: computed with there, and sent back. Restarts are made so.
+"""Whole tensors of a layer on one rank, under any engine: computed with there, and sent back. Restarts use this.
 
 Groups of parameters that belong together, such as B and A of a layer, are dealt out to the ranks in turn. The ranks
 that hold ranges of a group send them to its owner, which alone computes the new values and sends them to all. So every

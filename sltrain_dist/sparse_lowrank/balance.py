@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,14 +43,34 @@ def balanced(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, A = B.to(dtype), A.to(dtype)
     if not bool(torch.isfinite(B).all() & torch.isfinite(A).all()):
         return B.clone(), A.clone()
+    with _one_thread():
+        return _balance(B, A, scale)
+
+
+def _balance(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     Q_left, R_left = torch.linalg.qr(B)
     Q_right, R_right = torch.linalg.qr(A.T)
     U, sigma, Vh = torch.linalg.svd(R_left @ R_right.T * scale)
-    is_present = sigma > len(sigma) * torch.finfo(dtype).eps * sigma[0]
+    is_present = sigma > len(sigma) * torch.finfo(sigma.dtype).eps * sigma[0]
     row_norms = torch.where(is_present, sigma.sqrt() / scale, ABSENT_ROW_NORM)
     column_norms = torch.where(is_present, sigma.sqrt(), sigma / (scale * ABSENT_ROW_NORM))
     left = Q_left @ U
     largest = left.gather(0, left.abs().argmax(0, keepdim=True))[0]
-    signs = torch.where(largest < 0, -1.0, 1.0).to(dtype)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(sigma.dtype)
     right = Vh.mul_((signs * row_norms)[:, None]) @ Q_right.T
     return left.mul_(signs * column_norms), right
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Makes torch use one thread of the CPU within the block.
+
+    LAPACK synchronizes its threads very often. Several threads gain little on such small matrices, and make everything
+    many times slower where other processes use the cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -216,13 +216,12 @@ def start_engine(config: Config, env: Environment, read: ReadRange | None = None
         read: Reads parameters, and optimizer states if `step` is not 0; None for initial values.
         step: Number of updates that the run has made.
     """
-    cleared_at = partial(states_cleared_at, config.reparam, step=step)
     if read is None and config.parallel.engine == "ddp":
         return build_engine(build_model(config, env.device), config, env)
     model = build_meta_model(config)
     read = read or initial_values(model)
     engine = build_engine(model, config, env)
-    engine.load(read, step, cleared_at)
+    engine.load(read, step, partial(states_cleared_at, config.reparam, step=step))
     return engine
 
 
