@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from sltrain_dist.config.rules import micro_batches_per_update
@@ -9,6 +11,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.data.stream.rows import mark_first_tokens
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.numerics.splitmix import integers, key64
+from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.tracking.console import format_bytes
 from sltrain_dist.tracking.meters import peak_memory_bytes
@@ -19,7 +22,7 @@ from sltrain_dist.train.step import Rows, forward_backward
 
 
 def dry_run(config: Config, env: Environment) -> Outcome:
-    """Makes one full-sized update without reading documents or writing a checkpoint.
+    """Makes one full-sized update without reading documents or writing a checkpoint, and a restart if the run has any.
 
     Sources and tokenizer are resolved and `checkpoint.init_from` is verified, so that wrong paths are found too.
     """
@@ -41,6 +44,10 @@ def dry_run(config: Config, env: Environment) -> Outcome:
     loss, tokens = forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)
     norm = engine.clip_gradients()
     engine.update()
+    if config.reparam.restart_every:
+        started = time.monotonic()
+        restart(engine, config, env)
+        say(f"a restart: {env.max([time.monotonic() - started])[0]:.2f} s")
     # Only now do the optimizer states exist, with which the next forward and backward pass must fit in memory.
     engine.begin_update(config.optim.lr, norm)
     forward_backward(engine, rows, config.train.micro_batch, env, reset_attention=reset)

@@ -38,11 +38,11 @@ def _case(**sections: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "ddp": _case(parallel={"engine": "ddp"}),
+    "ddp": _case(reparam={"restart_every": 9}, parallel={"engine": "ddp"}),
     "ddp, per layer": _case(
         parallel={"engine": "ddp"}, optim={"update": "per_layer", "clip": 1.0}, train={"global_batch": 4}
     ),
-    "fsdp": _case(parallel={"engine": "fsdp"}, optim={"clip": 1.0}),
+    "fsdp": _case(reparam={"restart_every": 9}, parallel={"engine": "fsdp"}, optim={"clip": 1.0}),
     "fsdp, all, local": _case(
         parallel={"engine": "fsdp", "shard": "all", "accumulate": "local", "reshard_after_forward": False},
         train={"dtype": "mixed"},
@@ -54,8 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
         train={"activation_checkpointing": "full"},
     ),
     "zero 1": _case(parallel={"engine": "zero", "zero_stage": 1}),
-    "zero 2, all": _case(parallel={"engine": "zero", "zero_stage": 2, "shard": "all"}),
-    "zero 3": _case(parallel={"engine": "zero", "zero_stage": 3}),
+    "zero 2, all": _case(reparam={"restart_every": 9}, parallel={"engine": "zero", "zero_stage": 2, "shard": "all"}),
+    "zero 3": _case(reparam={"restart_every": 9}, parallel={"engine": "zero", "zero_stage": 3}),
     "zero 3, dense layer": _case(
         model={"num_layers": 4}, reparam={"dense_layers": [1]}, parallel={"engine": "zero", "zero_stage": 3}
     ),
@@ -84,7 +84,7 @@ def timeline(config: Config, env: Environment) -> Timeline:
 def main(out: str, configurations: str | None = None) -> None:
     torch.set_num_threads(1)
     env = environment.start(120, need_group=True)
-    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "reduce", "broadcast"):
         setattr(dist, name, letting_go(getattr(dist, name)))
     values = CASES if configurations is None else json.loads(Path(configurations).read_text())
     found = {name: env.gather(timeline(build_config(value), env)) for name, value in values.items()}

@@ -70,3 +70,9 @@ def test_estimates_of_zero_are_as_close_as_they_say(case: str, measured: dict[st
     found = estimate(build_config(live.CASES[case]), ranks=RANKS, device="cpu")
     peak = max(point.total for rank in range(RANKS) for point in steps(measured[case][rank]))
     assert max(point.total for point in steps(found.timeline)) == pytest.approx(peak, rel=found.relative_error)
+    restarts = [
+        point.total for rank in range(RANKS) for point in steps(measured[case][rank]) if point.phase == "restart"
+    ]
+    assert bool(restarts) is (build_config(live.CASES[case]).reparam.restart_every > 0)
+    if restarts:
+        assert found.peak_of("restart").total == pytest.approx(max(restarts), rel=found.relative_error)

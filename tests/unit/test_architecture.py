@@ -57,6 +57,7 @@ TORCH_FREE = {
     "sparse_lowrank.route_kernels",
     "models.count",
     "optim.schedule",
+    "optim.restarts",
     "optim.state_layout",
     "runtime.launchers",
     "parallel.placement",

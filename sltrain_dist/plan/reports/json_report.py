@@ -33,6 +33,8 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
         "device_memory_bytes": planned.device_memory,
         "assumed": dict(planned.assumed),
     }
+    if planned.config.reparam.restart_every:
+        result |= {"restart_bytes": estimate.restart_bytes, "restart_flops": estimate.restart_flops}
     if planned.changes is not None:
         result["changes"] = [{"set": dict(change.values), **_row_json(change.row)} for change in planned.changes]
     if planned.search is not None:

@@ -66,6 +66,13 @@ def fact_sentences(planned: PlannedRun) -> Iterator[str]:
         f"{format_count(estimate.parameters)} parameters, {format_count(estimate.flops_per_token)} FLOPs a token, "
         f"{sent}. By {estimate.method}{within}."
     )
+    if planned.config.reparam.restart_every:
+        slots = planned.config.train.global_batch * planned.config.data.seq_len
+        yield (
+            f"A restart takes {format_size(estimate.restart_bytes)} for one layer at a time on each rank, and "
+            f"{format_count(estimate.restart_flops)} FLOPs of all ranks together, "
+            f"{estimate.restart_flops / (slots * estimate.flops_per_token):.2g} of an update's."
+        )
     if planned.assumed:
         settings = _overrides(planned.assumed)
         yield f"With one rank, the plan is for {settings}, whatever the file says: add it to the training command."

@@ -95,7 +95,17 @@ class MemoryWatch(Observer):
         return [
             ("predicted peak", f"{format_bytes(peak.total)} of tensors on each rank{device}, in {peak.phase}: {parts}"),
             ("a device needs", f"{format_bytes(self.predicted.device_bytes)} with context and allocator slack"),
+            *self._restart(self.predicted),
         ]
+
+    def _restart(self, predicted: Estimate) -> list[tuple[str, str]]:
+        """Returns the row on what a restart takes, if the run makes any."""
+        if self._config.reparam.restart_every == 0:
+            return []
+        slots = self._config.train.global_batch * self._config.data.seq_len
+        share = predicted.restart_flops / (slots * predicted.flops_per_token)
+        size = format_bytes(predicted.restart_bytes)
+        return [("a restart", f"{size} for one layer at a time on each rank, {share:.2g} of an update's FLOPs")]
 
     @contextmanager
     def updating(self, engine: Engine, update: Update) -> Iterator[None]:

@@ -417,6 +417,29 @@ class TestMessages:
         text = message(None, "train.steps=1", "reparam.dense_layers=[0]", "reparam.method=full")
         assert text.endswith("[0]: is for reparam.method=sltrain or lowrank; set it to [] with full")
 
+    @pytest.mark.parametrize(
+        ("overrides", "text"),
+        [
+            (
+                "reparam.restart_every=50 reparam.method=full",
+                "reparam.restart_every = 50: needs low-rank factors that are trained, which reparam.method=full does "
+                "not have; set it to 0, or reparam.method=sltrain or lowrank",
+            ),
+            (
+                "reparam.restart_every=50 reparam.restart_warmup=50",
+                "reparam.restart_warmup = 50: does not end before the next restart, so that the learning rate would "
+                "never come back; set it below reparam.restart_every = 50, or restart less often",
+            ),
+            (
+                "reparam.restart_every=50 reparam.restart_states=factors parallel.engine=zero",
+                "reparam.restart_states = 'factors': cannot be factors with DeepSpeed, which counts the updates of all "
+                "sharded parameters together; set it to all, or parallel.engine=fsdp or ddp",
+            ),
+        ],
+    )
+    def test_restarts(self, overrides: str, text: str) -> None:
+        assert message(None, "train.steps=100", *overrides.split()) == f"command line: {text}"
+
     def test_long_values_are_cut(self) -> None:
         assert len(message(None, "train.steps=1", f"train.dtype={'x' * 5000}")) < 250
 
@@ -507,6 +530,14 @@ class TestRules:
             ({"reparam": {"dense_layers": [0, -8]}}, "reparam.dense_layers"),
             ({"reparam": {"dense_layers": list(range(8))}}, "reparam.dense_layers"),
             ({"reparam": {"dense_layers": [0], "method": "full"}}, "reparam.dense_layers"),
+            ({"reparam": {"restart_every": 5, "method": "full"}}, "reparam.restart_every"),
+            ({"reparam": {"restart_every": 5, "method": "relora"}}, "reparam.restart_every"),
+            ({"reparam": {"restart_every": 5, "restart_warmup": 5}}, "reparam.restart_warmup"),
+            ({"reparam": {"restart_every": 5, "restart_warmup": 6}}, "reparam.restart_warmup"),
+            (
+                {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "zero"}},
+                "reparam.restart_states",
+            ),
             ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
@@ -542,6 +573,9 @@ class TestRules:
             {"optim": {"schedule": "wsd", "warmup_steps": 5, "decay_ratio": 0.5}},
             {"reparam": {"dense_layers": [0, -1, 3]}},
             {"reparam": {"dense_layers": [0, 1, 2, 3, 4, 5, 6], "method": "lowrank"}},
+            {"reparam": {"restart_every": 5, "restart_warmup": 4, "method": "lowrank"}, "parallel": {"engine": "zero"}},
+            {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "fsdp"}},
+            {"reparam": {"restart_every": 5, "weight_bits": 8, "dense_layers": [0]}, "optim": {"warmup_steps": 7}},
             {"optim": {"schedule": "wsd", "warmup_steps": 1, "decay_ratio": 1.0}},
             {"optim": {"schedule": "wsd", "warmup_steps": 99, "decay_ratio": 0.5}, "train": {"tokens": 10}},
             {"reparam": {"rank": 512}},
@@ -625,6 +659,13 @@ class TestRules:
             (
                 ("preset=llama_7b", "reparam.method=full", "reparam.rank=8"),
                 ["reparam.rank has no effect with reparam.method=full"],
+            ),
+            (
+                ("reparam.restart_warmup=9", "reparam.restart_states=factors"),
+                [
+                    f"reparam.{key} has no effect with reparam.restart_every=0"
+                    for key in ("restart_warmup", "restart_states")
+                ],
             ),
             (
                 ("tracking.mlflow=false", "tracking.mlflow_uri=http://h"),

@@ -102,14 +102,22 @@ _DENSE_LAYERS: Values = {
     "train": {"global_batch": 16},
 }
 COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
-    "accumulation": (1, {"reparam": {"path": "materialize"}, "train": {"global_batch": 4}}),
+    "accumulation, restarts": (
+        1,
+        {"reparam": {"path": "materialize", "restart_every": 9}, "train": {"global_batch": 4}},
+    ),
     "ddp, per layer": (
         2,
         {"optim": {"update": "per_layer", "stochastic_rounding": True}, "train": {"global_batch": 4}},
     ),
-    "fsdp": (
+    "fsdp, restarts": (
         4,
-        {"parallel": {"engine": "fsdp", "prefetch_blocks": 2}, "optim": {"clip": 1.0}, "train": {"global_batch": 8}},
+        {
+            "reparam": {"restart_every": 9},
+            "parallel": {"engine": "fsdp", "prefetch_blocks": 2},
+            "optim": {"clip": 1.0},
+            "train": {"global_batch": 8},
+        },
     ),
     "fsdp of all, mixed": (
         4,
@@ -124,7 +132,14 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {**_LARGE_LAYERS, "parallel": {"engine": "fsdp", "accumulate": "local", "reshard_after_forward": False}},
     ),
-    "dense layers": (1, {"model": {"num_layers": 3}, "reparam": {"path": "materialize", "dense_layers": [0]}}),
+    "dense layers, restarts": (
+        2,
+        {
+            "model": {"num_layers": 3},
+            "reparam": {"path": "materialize", "dense_layers": [0], "restart_every": 9},
+            "train": {"global_batch": 4},
+        },
+    ),
     "dense layers, ddp, per layer": (
         2,
         {
@@ -205,6 +220,23 @@ def test_components_at_the_peak_are_those_of_a_replay() -> None:
     assert set(found) == set(expected)
     total = sum(expected.values())
     assert all(abs(found[group] - expected[group]) < 0.03 * total for group in expected)
+
+
+@pytest.mark.parametrize("method", ["sltrain", "lowrank"])
+def test_a_restart_of_wide_layers(method: str) -> None:
+    """Each matrix of the decompositions is counted, and each layer's operations."""
+    reparam = {"method": method, "rank": 64, "restart_every": 9, "dense_layers": [-1]}
+    config = config_of({"reparam": reparam, "model": {"num_layers": 3}})
+    r, shapes = 64, 2 * [*(4 * [(64, 64)]), (160, 64), (160, 64), (64, 160)]
+    found = estimate(config)
+    m, n = 160, 64
+    held = found.peak_of("restart").components["temporaries.restart"]
+    # The factors, the Q of both and the new factors, in float32; R of both, their product, U and V, and vectors.
+    assert 4 * (3 * (m + n) * r + 5 * r * r) < held < 4 * (3 * (m + n) * r + 6 * r * r)
+    qr = sum(4 * rows * r * r - 4 * r**3 // 3 for shape in shapes for rows in shape)
+    products = sum(2 * r**3 + 2 * (m + n) * r * r for m, n in shapes)
+    assert found.restart_flops == pytest.approx(qr + products + len(shapes) * 22 * r**3, rel=1e-6)
+    assert estimate(config_of({"reparam": {**reparam, "restart_every": 0}})).restart_flops == 0
 
 
 class TestFlops:
@@ -289,6 +321,16 @@ MOVES: dict[str, tuple[Values, Any]] = {
     "reparam.path": ({"reparam": {"support": "blocks"}, "data": {"seq_len": 64}}, "materialize"),
     "reparam.row_block_bytes": (_WIDE, 16384),
     "reparam.weight_bits": ({}, 8),
+    "reparam.restart_every": (
+        {
+            "model": {"hidden_size": 128, "intermediate_size": 320},
+            "reparam": {"rank": 64},
+            "data": {"seq_len": 2},
+            "optim": {"name": "sgd", "update": "per_layer"},
+            "train": {"micro_batch": 1, "global_batch": 1},
+        },
+        9,
+    ),
     "data.seq_len": ({}, 64),
     "data.reset_attention": ({"data": {"batching": "pack", "seq_len": 64}}, True),
     "optim.name": ({}, "sgd"),

@@ -181,6 +181,7 @@ def test_accumulation_holds_gradients_of_whole_updates_only() -> None:
         ({"train": {"dtype": "fp32"}}, "train.dtype"),
         ({"train": {"activation_checkpointing": "selective"}}, "train.activation_checkpointing"),
         ({"reparam": {"weight_bits": 8}}, "reparam.weight_bits"),
+        ({"reparam": {"restart_every": 9}}, "reparam.restart_every"),
         ({"data": {"reset_attention": True, "batching": "pack"}}, "data.reset_attention"),
         ({"model": {"tie_head": True}}, "model.tie_head"),
     ],

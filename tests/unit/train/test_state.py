@@ -62,6 +62,11 @@ class TestWeightsFit:
         longer = config(model={"rope_theta": 5e5}, reparam={"method": method})
         assert check_weights_fit(before, longer, "x") == ["model.rope_theta: 10000.0 in the checkpoint, 500000.0 here"]
 
+    def test_how_weights_are_trained_may_differ(self) -> None:
+        restarts = {"restart_every": 50, "restart_warmup": 5, "restart_states": "factors"}
+        assert check_weights_fit(config(), config(reparam=restarts), "x") == []
+        assert check_weights_fit(config(reparam=restarts), config(), "x") == []
+
     @pytest.mark.parametrize(
         ("before", "now"),
         [(a, b) for a in ("sltrain", "full", "lowrank") for b in ("sltrain", "full", "lowrank") if a != b],
