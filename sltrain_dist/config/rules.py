@@ -46,6 +46,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     if train.global_batch % train.micro_batch:
         yield "train.micro_batch", f"does not divide train.global_batch = {train.global_batch}"
     yield from _check_dense_layers(config)
+    yield from _check_restarts(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
     yield from _check_data(config)
@@ -76,6 +77,30 @@ def _check_dense_layers(config: Config) -> Iterator[tuple[str, str]]:
         yield key, f"has decoder layer {twice[0]} twice, as {names}; remove one of the two"
     elif len(listed) == layers:
         yield key, "has all decoder layers; remove one of them, or set reparam.method=full and this to []"
+
+
+def _check_restarts(config: Config) -> Iterator[tuple[str, str]]:
+    reparam, every, method = config.reparam, config.reparam.restart_every, config.reparam.method
+    if every == 0:
+        return
+    if method not in ("sltrain", "lowrank"):
+        yield (
+            "reparam.restart_every",
+            f"needs low-rank factors that are trained, which reparam.method={method} does not have; set it to 0, or "
+            "reparam.method=sltrain or lowrank",
+        )
+    if reparam.restart_warmup >= every:
+        yield (
+            "reparam.restart_warmup",
+            f"does not end before the next restart, so that the learning rate would never come back; set it below "
+            f"reparam.restart_every = {every}, or restart less often",
+        )
+    if reparam.restart_states == "factors" and config.parallel.engine == "zero":
+        yield (
+            "reparam.restart_states",
+            "cannot be factors with DeepSpeed, which counts the updates of all sharded parameters together; set it to "
+            "all, or parallel.engine=fsdp or ddp",
+        )
 
 
 def _check_size(config: Config) -> Iterator[tuple[str, str]]:
@@ -333,6 +358,11 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
             f"reparam.method={config.reparam.method}",
             config.reparam.method in ("lowrank", "relora", "galore"),
             sparse,
+        ),
+        (
+            "reparam.restart_every=0",
+            config.reparam.restart_every == 0,
+            ("reparam.restart_warmup", "reparam.restart_states"),
         ),
         ("data.batching=pack", config.data.batching == "pack", ("data.truncate",)),
         ("reparam.path=factored", config.reparam.path == "factored", ("reparam.row_block_bytes",)),

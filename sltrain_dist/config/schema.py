@@ -134,6 +134,16 @@ class ReparamConfig(Section):
     a float32 scale per row (for V of a random support: per 256 values), rounded stochastically by the update and
     dequantized layer by layer in the forward and backward pass. Needs Adam and parallel.engine=ddp (docs/memory.md).
     Embedding, norms and the weights of dense_layers keep the type of train.dtype."""
+    restart_every: Memory[CountOrZero] = 0
+    """Updates between restarts (arXiv 2505.22922; docs/recipes.md). A restart factors every product BA anew, so that B
+    and A share its singular values evenly (B = U√Σ, A = √ΣVᵀ/scale), which leaves W as it is, and clears optimizer
+    states. Needs low-rank factors: method=sltrain or lowrank. 0: no restarts."""
+    restart_warmup: CountOrZero = 0
+    """Updates over which the learning rate comes back after a restart: the first has 0.001 of the schedule's rate, and
+    this many updates later the rate is the schedule's again. Less than restart_every. 0: the rate does not change."""
+    restart_states: Literal["all", "factors"] = "all"
+    """Parameters whose optimizer states a restart clears, with Adam's count of updates for the bias correction. all:
+    every parameter, as in the published code. factors: B and A, which are all that a restart changes; not with zero."""
 
     def method_of(self, layer: int, num_layers: int) -> Method:
         """Returns the method of decoder layer number `layer`: full for those of `dense_layers`."""

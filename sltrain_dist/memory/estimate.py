@@ -10,7 +10,13 @@ from sltrain_dist.config.rules import check_trainable, micro_batches_per_update
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.device_overhead import communicators, reserved_bytes
 from sltrain_dist.memory.recorded_model import recorded_model
-from sltrain_dist.memory.recording_store import Request, ends_request, evaluation_requests, layer_requests
+from sltrain_dist.memory.recording_store import (
+    Request,
+    ends_request,
+    evaluation_requests,
+    layer_requests,
+    restart_requests,
+)
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.memory.schedules.ddp import Timeline
 from sltrain_dist.memory.schedules.fsdp import FsdpTimeline
@@ -50,6 +56,7 @@ def estimate(config: Config, *, ranks: int = 1, device: DeviceType = "cuda") -> 
         flops_per_token=flops // (config.train.micro_batch * config.data.seq_len),
         comm_bytes_per_update=round(update_traffic(config, ranks).total),
         relative_error=_RELATIVE_ERROR[config.parallel.engine],
+        restart_flops=sum(n * request.get().flops for request, n in restart_requests(config, device).items()),
     )
 
 

@@ -96,8 +96,23 @@ def _dot_products(outputs: Tensor, inputs: Tensor, columns: Tensor, *args: Any, 
     return 2 * columns.numel() * outputs.shape[1]
 
 
+def _qr(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Returns FLOPs: Householder vectors of an (m, r) matrix, and as many for the (m, r) factor Q (Golub and Van Loan,
+    Matrix Computations, section 5.2)."""
+    m, r = matrix.shape
+    return 2 * (2 * m * r * r - 2 * r**3 // 3)
+
+
+def _svd_flops(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Returns FLOPs of a square matrix's full decomposition (Golub and Van Loan, section 8.6, Golub–Reinsch)."""
+    m, n = matrix.shape
+    return 14 * m * n * n + 8 * n**3
+
+
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.linalg_qr: _qr,
+    aten._linalg_svd: _svd_flops,
     aten.addmm_: addmm_flop,
     aten.baddbmm_: baddbmm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -29,6 +29,7 @@ from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
+from sltrain_dist.sparse_lowrank.balance import balanced
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of the residual stream between layers, and of its gradient."""
@@ -179,6 +180,27 @@ def record_step(
             log.begin_part("step")
             optimizer.step()
     return Recording(sizes={"step": transient_bytes(log, "step")})
+
+
+def record_restart(config: Config, m: int, n: int, rank: int, device: DeviceType) -> Recording:
+    """Records the new factorization of the low-rank product of an (m, n) layer, as a restart makes it.
+
+    Args:
+        config: No setting of it matters.
+        m: Rows of B.
+        n: Columns of A.
+        rank: r.
+        device: Device whose operators are recorded.
+    """
+    with by_itself(), FakeTensorMode(), emulate(device):
+        factors = torch.empty(m, rank), torch.empty(rank, n)
+        log = EventLog(device)
+        log.leave_out(factors)
+        with log:
+            log.begin_part("restart")
+            balanced(*factors, 1.0)
+    held = sum(factor.nbytes for factor in factors)  # on the layer's owner, in float32
+    return Recording(flops=log.flops, sizes={"restart": held + transient_bytes(log, "restart")})
 
 
 def transient_bytes(log: EventLog, part: str) -> int:

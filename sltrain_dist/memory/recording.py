@@ -98,7 +98,8 @@ class Recording:
         parameters: Parameters whose gradients arrive in the passes, in the order of `named_parameters()`.
         flops: Floating-point operations of all passes.
         sizes: Other bytes: "buffers" (support indices of a layer, or the rotary table), "step" (transient bytes of an
-            optimizer step, beyond parameter, gradient and states), and states by component.
+            optimizer step, beyond parameter, gradient and states), "restart" (of a layer's new factorization, with its
+            factors in float32), and states by component.
     """
 
     passes: dict[str, Pass] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +36,7 @@ from sltrain_dist.config.schema import (
 )
 from sltrain_dist.files import write_whole
 from sltrain_dist.memory.recording import Recording, dumps, loads
+from sltrain_dist.models.count import factor_pairs
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import decays
@@ -185,6 +187,16 @@ def step_request(
     return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=only_memory(optim))
 
 
+def restart_requests(config: Config, device: DeviceType) -> Counter[Request]:
+    """Returns requests for the new factorizations of a restart, and the number of layers of each; empty without."""
+    if config.reparam.restart_every == 0:
+        return Counter()
+    return Counter(
+        request("memory.record:record_restart", device, m, n, rank)
+        for (_, (m, rank)), (_, (_, n)) in factor_pairs(config.model, config.reparam)
+    )
+
+
 @lru_cache(1 << 14)
 def request(make: str, device: DeviceType, *more: Any, **sections: Section) -> Request:
     """Returns the request for a recording.
@@ -225,7 +237,7 @@ def _reparam_section(config: Config, method: Method) -> ReparamConfig:
     """Returns the settings of a model whose only decoder layer has this method."""
     if method == "full":
         return ReparamConfig(method="full", weight_bits=config.reparam.weight_bits)
-    return only_memory(config.reparam, dense_layers=())
+    return only_memory(config.reparam, dense_layers=(), restart_every=0)
 
 
 def _data_section(config: Config) -> DataConfig:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-Phase = Literal["init", "forward", "backward", "update", "save"]
-"""Phases of a run, in order."""
+Phase = Literal["init", "forward", "backward", "update", "restart", "save"]
+"""Phases of a run, in order. There is a restart only with `reparam.restart_every`."""
 
 Group = Literal[
     "factors",  # B and A
@@ -64,6 +64,7 @@ class Estimate:
         flops_per_token: Floating-point operations actually executed, forward and backward, including recomputation.
         comm_bytes_per_update: Bytes that each rank sends in an update.
         relative_error: Largest expected error of `peak_bytes`, as a share of it.
+        restart_flops: Floating-point operations of a restart, of all ranks together; 0 without restarts.
         method: Method of the estimate: "recording" (recordings of the training code are played), "replay" (a whole
             update is run on fake tensors), or "reference emulation" (of the published code).
     """
@@ -75,6 +76,7 @@ class Estimate:
     comm_bytes_per_update: int
     relative_error: float
     method: Literal["recording", "replay", "reference emulation"] = "recording"
+    restart_flops: int = 0
 
     @cached_property
     def peak(self) -> Point:

@@ -10,6 +10,9 @@ from sltrain_dist.config.schema import ModelConfig, ReparamConfig
 from sltrain_dist.numerics.int8_layout import int8_bytes
 from sltrain_dist.sparse_lowrank.sizes import nonzeros, values_shape
 
+NamedShape = tuple[str, tuple[int, ...]]
+"""Name and shape of a parameter."""
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -84,10 +87,10 @@ def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCou
     )
 
 
-def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[str, tuple[int, ...]]]:
+def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[NamedShape]:
     """Returns (name, shape) of every parameter, in the order of the built model's `named_parameters()`."""
     h = model.hidden_size
-    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (model.vocab_size, h))]
+    shapes: list[NamedShape] = [("model.embed_tokens.weight", (model.vocab_size, h))]
     for layer in range(model.num_layers):
         prefix, method = f"model.layers.{layer}", reparam.method_of(layer, model.num_layers)
         for linear in block_linears(model):
@@ -104,6 +107,13 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[s
     if not model.tie_head:
         shapes.append(("lm_head.weight", (model.vocab_size, h)))
     return shapes
+
+
+def factor_pairs(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[NamedShape, NamedShape]]:
+    """Returns (name, shape) of B and of A of every linear layer that has a low-rank product, in the model's order."""
+    shapes = dict(parameter_shapes(model, reparam))
+    layers = [name.removesuffix(".B") for name in shapes if name.endswith(".B")]
+    return [((f"{layer}.B", shapes[f"{layer}.B"]), (f"{layer}.A", shapes[f"{layer}.A"])) for layer in layers]
 
 
 def is_int8(name: str, reparam: ReparamConfig) -> bool:

@@ -12,8 +12,8 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.low_bit import AllReduceMax, LowBitAdam
-from sltrain_dist.optim.state_layout import StoredState, adafactor_states, decays, needs_low_bit, stored_states
+from sltrain_dist.optim.low_bit import CLEARED_AT, AllReduceMax, LowBitAdam
+from sltrain_dist.optim.state_layout import MASTER, StoredState, adafactor_states, decays, needs_low_bit, stored_states
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -69,8 +69,30 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns a parameter's states in memory by name, without the update counter."""
-    return {key: state for key, state in optimizer.state.get(parameter, {}).items() if key != "step"}
+    """Returns a parameter's states in memory by name, without the update counters."""
+    return {key: state for key, state in optimizer.state.get(parameter, {}).items() if key not in ("step", CLEARED_AT)}
+
+
+@torch.no_grad()
+def clear_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Sets a parameter's states in memory to what they are before its first update, in place.
+
+    This includes the count of updates for Adam's bias correction. Master weights are kept: they are the values of the
+    parameter.
+    """
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and key != MASTER:
+            value.zero_()
+    if isinstance(optimizer, LowBitAdam) and state:
+        state[CLEARED_AT] += state["step"]
+        state["step"] = 0
+
+
+def master_weights(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
+    """Returns the fp32 master weights of a parameter, flat; None if it has none (yet)."""
+    masters: torch.Tensor | None = optimizer.state.get(parameter, {}).get(MASTER)
+    return masters
 
 
 def saved_states(
@@ -87,7 +109,11 @@ def saved_states(
 
 
 def adopt_state(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, states: Mapping[str, torch.Tensor], step: int
+    optimizer: torch.optim.Optimizer,
+    parameter: torch.Tensor,
+    states: Mapping[str, torch.Tensor],
+    step: int,
+    cleared_at: int = 0,
 ) -> None:
     """Sets the optimizer states of `parameter` to those of a checkpoint made after `step` updates.
 
@@ -97,13 +123,14 @@ def adopt_state(
         states: Flat tensors of any floating type, by the names that :func:`stored_states` gives them; empty if no
             update was made.
         step: Number of updates made.
+        cleared_at: Number of the update after which :func:`clear_states` was last called; 0: never.
     """
     if not states:
         return
     device = parameter.device
     if isinstance(optimizer, LowBitAdam):
         state = optimizer.state[parameter] = optimizer.make_state(parameter)
-        state["step"] = step
+        state["step"], state[CLEARED_AT] = step - cleared_at, cleared_at
         for key, values in states.items():
             name, _, form = key.partition(".")
             if form == "codes":
@@ -114,7 +141,7 @@ def adopt_state(
     shapes = _adafactor_shapes(parameter) if isinstance(optimizer, torch.optim.Adafactor) else {}
     step_device = "cpu" if isinstance(optimizer, torch.optim.Adafactor) else device
     optimizer.state[parameter] = {
-        "step": torch.tensor(float(step), dtype=torch.float32, device=step_device),
+        "step": torch.tensor(float(step - cleared_at), dtype=torch.float32, device=step_device),
         **{key: values.to(parameter).view(shapes.get(key, parameter.shape)) for key, values in states.items()},
     }
 

@@ -39,8 +39,12 @@ from sltrain_dist.optim.state_layout import (
 AllReduceMax = Callable[[Tensor], None]
 """Replaces a float32 tensor, in place, by its maximum over all ranks that hold ranges of the same parameters."""
 
+CLEARED_AT = "cleared_at"
+"""Key of the number of updates that were made before the states were last cleared (a restart)."""
+
 State = dict[str, Any]
-"""Flat tensors by name, and under "step" the number of updates: an integer, so that no device is waited for."""
+"""Flat tensors by name, and two integers, so that no device is waited for: under "step" the number of updates since the
+states were cleared, and under :data:`CLEARED_AT` the number before."""
 
 _CHUNK, _CHUNK_CPU = 1 << 21, 1 << 16
 """Values updated at a time: on the CPU as many as stay in the cache, on a GPU as many as keep it busy. Each needs 22
@@ -102,7 +106,7 @@ class LowBitAdam(torch.optim.Optimizer):
     def make_state(self, parameter: Tensor) -> State:
         """Returns a parameter's state before the first update: zeros, and the parameter's values as master weights."""
         part, bits, device = self._ranges[parameter], self._optim.state_bits, parameter.device
-        state: State = {"step": 0}
+        state: State = {"step": 0, CLEARED_AT: 0}
         for stored in stored_states(part, self._optim, parameter.element_size()):
             if stored.range.name == MASTER:
                 state[stored.range.name] = parameter.detach().float().reshape(-1)
@@ -213,7 +217,8 @@ class LowBitAdam(torch.optim.Optimizer):
         values = self._values(parameter, state, chunk)
         if decay and optim.name == "adamw":
             values = values * (1 - lr * decay)
-        self._store_values(parameter, state, chunk, values - change, step)
+        # Rounding is keyed by all updates ever made, so that the random numbers do not repeat after a restart.
+        self._store_values(parameter, state, chunk, values - change, step + state[CLEARED_AT])
 
     def _moments(self, parameter: Tensor, state: State, chunk: UpdateChunk, decay: float) -> _Moments:
         optim, grad = self._optim, parameter.grad

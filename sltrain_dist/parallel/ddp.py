@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 
@@ -17,7 +17,7 @@ from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.per_layer import InBackward
-from sltrain_dist.parallel.pieces import ReadRange, Replicated, SavedRange
+from sltrain_dist.parallel.pieces import ClearedAt, ReadRange, Replicated, SavedRange, never_cleared
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -100,9 +100,24 @@ class DDPEngine:
         """Yields the parameters that this rank saves, with their optimizer states."""
         return self._replicas.saved_ranges()
 
-    def load(self, read: ReadRange, step: int) -> None:
+    def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads all parameters and optimizer states on every rank."""
-        self._replicas.load(read, step)
+        self._replicas.load(read, step, cleared_at)
+
+    def free_gathered(self) -> None:
+        """Does nothing: parameters are never gathered."""
+
+    def held_ranges(self, name: str) -> Iterator[SavedRange]:
+        """Yields the whole parameter on the rank that saves it."""
+        return self._replicas.held_ranges(name)
+
+    def set_values(self, name: str, values: Tensor) -> None:
+        """Sets the whole parameter on every rank."""
+        self._replicas.set_values(name, values)
+
+    def clear_states(self, chosen: Callable[[str], bool]) -> None:
+        """Clears the states of the chosen parameters on every rank."""
+        self._replicas.clear_states(chosen)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """Returns all tensors; every rank has all of them."""

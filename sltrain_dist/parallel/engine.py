@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.optim.clipping import coefficient
-from sltrain_dist.parallel.pieces import ReadRange, SavedRange
+from sltrain_dist.parallel.pieces import ClearedAt, ReadRange, SavedRange, never_cleared
 from sltrain_dist.runtime.environment import Environment
 
 Kind = Literal["parameters", "gradients", "states"]
@@ -72,8 +72,42 @@ class Engine(Protocol):
         """Yields the parts of parameters and optimizer states that this rank saves; all ranks together save all."""
         ...
 
-    def load(self, read: ReadRange, step: int) -> None:
-        """Loads parameters and optimizer states from a checkpoint made after `step` updates."""
+    def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
+        """Loads parameters and optimizer states from a checkpoint made after `step` updates.
+
+        `cleared_at` says of which update :meth:`clear_states` has left each parameter's states.
+        """
+        ...
+
+    def free_gathered(self) -> None:
+        """Frees weights that are still gathered from their shards, such as after an evaluation.
+
+        Must be called before :meth:`set_values`, because gathered weights would keep the old values.
+        """
+        ...
+
+    def held_ranges(self, name: str) -> Iterator[SavedRange]:
+        """Yields the ranges of a named parameter that this rank saves, and their exact values, flat.
+
+        The ranks together yield every value once. With fp32 master weights these are the values.
+        """
+        ...
+
+    def set_values(self, name: str, values: Tensor) -> None:
+        """Sets everything that this rank holds of a named parameter, between updates.
+
+        Args:
+            name: Name of the parameter.
+            values: All values of the whole parameter, flat, in float32, the same on all ranks. They are rounded to the
+                nearest value of the parameter's type; int8 weights get a new scale for every row.
+        """
+        ...
+
+    def clear_states(self, chosen: Callable[[str], bool]) -> None:
+        """Sets the optimizer states of all parameters whose names are chosen to what they are before the first update.
+
+        Master weights are kept.
+        """
         ...
 
     def tensors(self) -> dict[Kind, list[Tensor]]:

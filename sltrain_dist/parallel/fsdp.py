@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
@@ -19,7 +19,15 @@ from sltrain_dist.models.build import materialise
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.parallel.engine import Kind, backward_of, clip_shards
 from sltrain_dist.parallel.per_layer import InBackward
-from sltrain_dist.parallel.pieces import LocalPieces, Piece, ReadRange, Replicated, SavedRange
+from sltrain_dist.parallel.pieces import (
+    ClearedAt,
+    LocalPieces,
+    Piece,
+    ReadRange,
+    Replicated,
+    SavedRange,
+    never_cleared,
+)
 from sltrain_dist.parallel.placement import fsdp_range, is_sharded
 from sltrain_dist.runtime.environment import Environment
 
@@ -86,6 +94,11 @@ class FSDPEngine:
     def _root(self) -> FSDPModule:
         return cast(FSDPModule, self._model)
 
+    @property
+    def _sharded_modules(self) -> list[FSDPModule]:
+        """The decoder layers and the root, which FSDP2 gathers one by one."""
+        return [cast(FSDPModule, module) for module in (*self._model.model.layers, self._model)]
+
     def begin_update(self, lr: float, previous_norm: float | None) -> None:
         """Sets the learning rate, and the norm that per-layer updates clip by."""
         self._lr = lr
@@ -138,10 +151,30 @@ class FSDPEngine:
         yield from self._shards.saved_ranges()
         yield from self._remainder.saved_ranges()
 
-    def load(self, read: ReadRange, step: int) -> None:
+    def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads this rank's shards and the remainder from a checkpoint."""
-        self._shards.load(read, step)
-        self._remainder.load(read, step)
+        self._shards.load(read, step, cleared_at)
+        self._remainder.load(read, step, cleared_at)
+
+    def free_gathered(self) -> None:
+        """Frees layers that an evaluation with `parallel.reshard_after_forward=false` has left gathered."""
+        for module in self._sharded_modules:
+            module.reshard()
+
+    def held_ranges(self, name: str) -> Iterator[SavedRange]:
+        """Yields this rank's shard, unless another rank saves the same one."""
+        yield from self._shards.held_ranges(name)
+        yield from self._remainder.held_ranges(name)
+
+    def set_values(self, name: str, values: Tensor) -> None:
+        """Sets this rank's shard."""
+        self._shards.set_values(name, values)
+        self._remainder.set_values(name, values)
+
+    def clear_states(self, chosen: Callable[[str], bool]) -> None:
+        """Clears this rank's part of the states of the chosen parameters."""
+        self._shards.clear_states(chosen)
+        self._remainder.clear_states(chosen)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """Returns the shards and the remainder, without currently gathered weights."""
@@ -196,7 +229,7 @@ class FSDPEngine:
                 ignored_params=ignored,
             )
         fully_shard(self._model, mesh=mesh, offload_policy=offload, ignored_params=ignored)
-        wrapped = [cast(FSDPModule, module) for module in (*layers, self._model)]
+        wrapped = self._sharded_modules
         for module in wrapped:
             # Engines return sums of gradients, and gloo does not support averages.
             module.set_force_sum_reduction_for_comms(True)

@@ -10,13 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sltrain_dist.config.schema import OptimConfig
-from sltrain_dist.numerics.int8_weight import parts_of
+from sltrain_dist.numerics.int8_weight import parts_of, plain
 from sltrain_dist.numerics.keyed import chunks
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import (
     adopt_state,
+    clear_states,
     learning_rates,
     make_optimizer,
+    master_weights,
     saved_states,
     set_lr,
     state_tensors,
@@ -31,6 +33,14 @@ values (count,): the unit that checkpoints store."""
 ReadRange = Callable[[str, int, int], Tensor]
 """Reads the range (name, start, count) of a flattened named tensor from a checkpoint to the CPU. Initial values are
 read by the same interface."""
+
+ClearedAt = Callable[[str], int]
+"""Returns the number of the update after which a named parameter's optimizer states were last cleared; 0: never."""
+
+
+def never_cleared(name: str) -> int:
+    """Returns 0: no states were ever cleared."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class LocalPieces:
                     first, name = stored.range.start + stored.skip, f"optim.{piece.name}.{stored.range.name}"
                     yield TensorRange(name, stored.range.shape, first, state.numel()), state
 
-    def load(self, read: ReadRange, step: int) -> None:
+    def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads all pieces and their optimizer states from a checkpoint made after `step` updates."""
         for piece in self.pieces:
             parameter = piece.parameter
@@ -123,7 +133,37 @@ class LocalPieces:
             kept = stored_states(piece.range, self._optim, parameter.element_size()) if step else []
             ranges = (stored.range for stored in kept)
             states = {part.name: read(f"optim.{piece.name}.{part.name}", part.start, part.count) for part in ranges}
-            adopt_state(self._optimizer_of[piece.name], parameter, states, step)
+            adopt_state(self._optimizer_of[piece.name], parameter, states, step, cleared_at(piece.name))
+
+    def held_ranges(self, name: str) -> Iterator[SavedRange]:
+        """Yields this rank's piece of a parameter, if it is the rank that saves it; see :class:`Engine`."""
+        for piece in self._named(name):
+            if piece.saved:
+                yield piece.range, self._exact_values(piece)
+
+    @torch.no_grad()
+    def set_values(self, name: str, values: Tensor) -> None:
+        """Sets this rank's piece of a parameter; see :class:`Engine`."""
+        for piece in self._named(name):
+            mine = values[piece.range.start : piece.range.stop]
+            masters = master_weights(self._optimizer_of[name], piece.parameter)
+            if masters is not None:
+                masters.copy_(mine)
+            piece.parameter.copy_(mine.view(piece.parameter.shape))
+
+    def clear_states(self, chosen: Callable[[str], bool]) -> None:
+        """Clears the optimizer states of the parameters whose names are chosen."""
+        for piece in self.pieces:
+            if chosen(piece.name):
+                clear_states(self._optimizer_of[piece.name], piece.parameter)
+
+    def _named(self, name: str) -> Iterator[Piece]:
+        return (piece for piece in self.pieces if piece.name == name)
+
+    def _exact_values(self, piece: Piece) -> Tensor:
+        """Returns the values of a piece, flat: its master weights if it has any, and those of int8 in float32."""
+        masters = master_weights(self._optimizer_of[piece.name], piece.parameter)
+        return plain(piece.parameter, torch.float32).detach().reshape(-1) if masters is None else masters
 
 
 class Replicated(LocalPieces):

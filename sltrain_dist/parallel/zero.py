@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,18 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.factory import adopt_state, learning_rates, make_optimizer, set_lr
+from sltrain_dist.optim.factory import adopt_state, clear_states, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
-from sltrain_dist.parallel.pieces import ReadRange, Replicated, SavedRange, load_values, read_into
+from sltrain_dist.parallel.pieces import (
+    ClearedAt,
+    ReadRange,
+    Replicated,
+    SavedRange,
+    load_values,
+    never_cleared,
+    read_into,
+)
 from sltrain_dist.parallel.placement import ZERO_BUCKET, is_sharded
 from sltrain_dist.parallel.zero_start import FlatGroup, give_flat_memory, partition_by_layer, use_flat_memory
 from sltrain_dist.runtime.environment import Environment
@@ -195,7 +203,7 @@ class ZeroEngine:
                     yield replace(part, name=f"optim.{part.name}.{key}"), fragment.of(states[key])
         yield from self._remainder.saved_ranges()
 
-    def load(self, read: ReadRange, step: int) -> None:
+    def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads weights, and this rank's partitions of master weights and states; also used for initial values."""
         if self._stage < 3:  # every rank has all weights, also those that others update
             for name, parameter in self._sharded:
@@ -214,8 +222,41 @@ class ZeroEngine:
                 shards.data.copy_(flat.data)
         if step:
             for flat, state in zip(flats, states, strict=True):
-                adopt_state(self._optimizer, flat, state, step)
-        self._remainder.load(read, step)
+                adopt_state(self._optimizer, flat, state, step, self._cleared_at(cleared_at))
+        self._remainder.load(read, step, cleared_at)
+
+    def free_gathered(self) -> None:
+        """Frees layers that stage 3 has gathered, or is gathering ahead."""
+        if self._stage == 3:
+            self._zero.parameter_offload.partition_all_parameters()
+
+    def held_ranges(self, name: str) -> Iterator[SavedRange]:
+        """Yields what is in this rank's partitions."""
+        for fragment in self._fragments_of(name):
+            yield fragment.range, fragment.of(fragment.flat)
+        yield from self._remainder.held_ranges(name)
+
+    @torch.no_grad()
+    def set_values(self, name: str, values: Tensor) -> None:
+        """Sets what is in this rank's partitions, and in stages 1 and 2 the whole weight, which every rank has."""
+        for fragment in self._fragments_of(name):
+            mine = values[fragment.range.start : fragment.range.stop]
+            fragment.of(fragment.flat).copy_(mine)
+            if self._stage == 3:
+                fragment.of(self._shards_beside(fragment.flat)).copy_(mine)
+        if self._stage < 3:
+            for parameter in (parameter for known, parameter in self._sharded if known == name):
+                parameter.copy_(values.view(parameter.shape))
+        self._remainder.set_values(name, values)
+
+    def clear_states(self, chosen: Callable[[str], bool]) -> None:
+        """Clears the states of the chosen parameters: of all sharded ones or none, which share a count of updates."""
+        sharded = {chosen(name) for name in self._shapes}
+        if len(sharded) > 1:
+            raise AssertionError("DeepSpeed counts the updates of all sharded parameters together")
+        for flat in self._flats() if True in sharded else ():
+            clear_states(self._optimizer, flat)
+        self._remainder.clear_states(chosen)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """Returns weights, master weights and partitions, without DeepSpeed's communication buckets."""
@@ -248,10 +289,24 @@ class ZeroEngine:
         zero = self._zero
         return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
 
+    def _shards_beside(self, flat: Tensor) -> Tensor:
+        """Returns the shards of stage 3 that a flat partition is the optimizer's copy of."""
+        pairs = zip(self._flats(), self._zero.fp16_partitioned_groups_flat, strict=True)
+        shards: Tensor = next(shards for other, shards in pairs if other is flat)
+        return shards
+
+    def _cleared_at(self, cleared_at: ClearedAt) -> int:
+        """Returns the number of the update after which the states of all sharded parameters were last cleared."""
+        (common,) = {cleared_at(name) for name in self._shapes}
+        return common
+
     def _shard_gradients(self) -> list[Tensor]:
         if self._offload:
             return [flat.grad for flat in self._flats() if flat.grad is not None]
         return [g for group in self._zero.averaged_gradients.values() if group is not None for g in group]
+
+    def _fragments_of(self, name: str) -> list[_Fragment]:
+        return [fragment for fragment in self._fragments() if fragment.range.name == name]
 
     def _fragments(self) -> Iterator[_Fragment]:
         """Yields the range of every sharded parameter that is in this rank's partitions."""

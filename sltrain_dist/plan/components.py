@@ -36,6 +36,7 @@ PHASES: Mapping[Phase, str] = {
     "forward": "forward",
     "backward": "backward",
     "update": "update",
+    "restart": "restart",
     "save": "save",
 }
 """Names of the phases, in the order in which a run goes through them."""

@@ -30,6 +30,7 @@ from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.optim.state_layout import GROUP_SIZES, MASTER
 from sltrain_dist.parallel.pieces import ReadRange, Replicated
+from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import build_engine
 from sltrain_dist.train.dry_run import made_up_rows
@@ -62,19 +63,20 @@ class Follower:
         self._passes, self._pass = 1, 0  # number of forward passes in the last update, and in this one so far
 
     def run(self, model: LlamaForCausalLM, initial: ReadRange | None = None) -> tuple[Point, ...]:
-        """Trains for two updates and makes the tensors of a checkpoint.
+        """Trains for two updates, makes a restart if the run has any, and makes the tensors of a checkpoint.
 
         Args:
             model: The model; if it is on the meta device, its engine allocates it.
             initial: Reads the initial values; None to keep the values of the model.
 
         Returns:
-            The largest moments of building the engine, of the second update, and of saving.
+            The largest moments of building the engine, of the second update, of a restart, and of saving.
         """
         with self._patches():
             self._build(model, initial)
             self._update()  # makes the optimizer's states
             self._update()
+            self._restart()
             self._save()
         moments = self.log.moments()
         second = max(index for index, moment in enumerate(moments) if moment.name == _UPDATE_BEGINS)
@@ -132,6 +134,13 @@ class Follower:
             engine.clip_gradients()
             log.begin(("update", "optimizer"))
             engine.update()
+
+    def _restart(self) -> None:
+        """Makes a restart, if the run makes any; really it would be at the beginning of the next update."""
+        if self.config.reparam.restart_every:
+            self.log.begin(("restart", "low-rank products"))
+            with self.log, self.log.within("temporaries.restart"):
+                restart(self.engine, self.config, self.env)
 
     def _save(self) -> None:
         """Makes the tensors of a checkpoint; each is freed before the next one is made."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sltrain_dist.checkpoint.initial_weights import check_tokenizer, weights_for
@@ -25,6 +26,7 @@ from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.optim.restarts import states_cleared_at
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
 from sltrain_dist.parallel.engine import Engine
@@ -214,12 +216,13 @@ def start_engine(config: Config, env: Environment, read: ReadRange | None = None
         read: Reads parameters, and optimizer states if `step` is not 0; None for initial values.
         step: Number of updates that the run has made.
     """
+    cleared_at = partial(states_cleared_at, config.reparam, step=step)
     if read is None and config.parallel.engine == "ddp":
         return build_engine(build_model(config, env.device), config, env)
     model = build_meta_model(config)
     read = read or initial_values(model)
     engine = build_engine(model, config, env)
-    engine.load(read, step)
+    engine.load(read, step, cleared_at)
     return engine
 
 

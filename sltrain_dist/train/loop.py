@@ -13,7 +13,9 @@ from sltrain_dist.config.load import to_yaml
 from sltrain_dist.data.loader import merge_states
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import model_flops_per_token
+from sltrain_dist.optim.restarts import last_restart, learning_rate_share, restart_is_due
 from sltrain_dist.optim.schedule import learning_rate
+from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.stop import StopAgreed
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
@@ -41,6 +43,8 @@ class Clock:
     """Step of the last evaluation, if known."""
     updates: int = 0
     """Updates by this process, including the current one."""
+    restart_s: float = 0.0
+    """Seconds of restarts since the last log line."""
 
     @property
     def elapsed_s(self) -> float:
@@ -96,7 +100,10 @@ def _update(run: Run, clock: Clock) -> None:
         rows, on_device = run.row_prefetcher.take()
     clock.updates += 1
     step = state.step + 1
+    if restart_is_due(config.reparam, state.step):
+        _restart(run, clock)
     lr = learning_rate(config.optim, state.progress(config.train, config.optim.warmup_steps))
+    lr *= learning_rate_share(config.reparam, state.step)
     last = config.train.steps is not None and step >= config.train.steps
     update = Update(clock.updates, step, lr, last)
     with ExitStack() as watching:
@@ -129,6 +136,17 @@ def _update(run: Run, clock: Clock) -> None:
         _log(run, clock, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
 
 
+def _restart(run: Run, clock: Clock) -> None:
+    """Makes a restart, and reports how long the slowest rank took."""
+    started = time.monotonic()
+    restart(run.engine, run.config, run.env)
+    if run.env.device.type == "cuda":
+        torch.cuda.synchronize(run.env.device)
+    (seconds,) = run.env.max([time.monotonic() - started])
+    clock.restart_s += seconds
+    run.tracker.note(f"restart after update {run.state.step}: low-rank products factored anew in {seconds:.2f} s")
+
+
 def _prepare_next(run: Run, clock: Clock) -> None:
     """Prefetches the rows of the next update while the device computes."""
     if run.state.step + 1 != run.config.train.steps:  # the last update has no successor
@@ -158,10 +176,20 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
             "peak_memory_bytes": int(peak_bytes),
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
+            **_restarts(run, clock),
             **{name: value for observer in run.observers for name, value in observer.values().items()},
             **_data_faults(run),
         }
     )
+
+
+def _restarts(run: Run, clock: Clock) -> dict[str, float]:
+    """Returns the number of restarts so far and the seconds of those since the last line, if the run makes any."""
+    reparam, seconds = run.config.reparam, clock.restart_s
+    clock.restart_s = 0.0
+    if reparam.restart_every == 0:
+        return {}
+    return {"restarts": last_restart(reparam, run.state.step) // reparam.restart_every, "restart_s": seconds}
 
 
 def _peak_flops(run: Run) -> float | None:

@@ -23,6 +23,8 @@ _FIXED_SECTIONS = ("model", "reparam")
 _FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Keys of `data` are not listed: the loader's cursor contains a fingerprint of the data order and checks it."""
+_OF_TRAINING = ("reparam.restart_every", "reparam.restart_warmup", "reparam.restart_states")
+"""Keys that say how weights are trained, not what they are."""
 _SCHEDULE_KEYS = (
     "train.steps",
     "train.tokens",
@@ -223,7 +225,12 @@ def check_weights_fit(before: Config, now: Config, where: str) -> list[str]:
         difference = f"{key}: {old!r} in the checkpoint, {new!r} here"
         if key in ("reparam.method", "model.rope_theta", "model.norm_eps"):
             notes.append(difference)
-        elif {key, key.partition(".")[0]} & fixed and key not in (*_FREE_KEYS, "model.init_std", *idle_keys(now)):
+        elif {key, key.partition(".")[0]} & fixed and key not in (
+            *_FREE_KEYS,
+            *_OF_TRAINING,
+            "model.init_std",
+            *idle_keys(now),
+        ):
             fatal.append(difference)
     if fatal:
         raise ConfigError(

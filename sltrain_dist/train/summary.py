@@ -12,7 +12,13 @@ from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.run_files import CHECKPOINTS, METRICS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
-from sltrain_dist.models.count import block_linears, count_parameters, parameter_bytes, parameter_shapes
+from sltrain_dist.models.count import (
+    block_linears,
+    count_parameters,
+    factor_pairs,
+    parameter_bytes,
+    parameter_shapes,
+)
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
@@ -132,8 +138,19 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
         ("optimizer", f"{optim.name}, lr {optim.lr:g} ({schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        *([("restarts", _restarts(config))] if config.reparam.restart_every else []),
         *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
+
+
+def _restarts(config: Config) -> str:
+    """Says when restarts are made, and what they do."""
+    reparam, layers = config.reparam, len(factor_pairs(config.model, config.reparam))
+    which = "all parameters" if reparam.restart_states == "all" else "B and A"
+    back = f"; the learning rate comes back over {reparam.restart_warmup} updates" if reparam.restart_warmup else ""
+    return (
+        f"every {reparam.restart_every} updates: {layers} linear layers factored anew, states of {which} cleared{back}"
+    )
 
 
 def _per_layer(config: Config, world_size: int, passes: int) -> str:

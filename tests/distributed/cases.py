@@ -27,15 +27,17 @@ from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.numerics.splitmix import integers
+from sltrain_dist.optim.restarts import restart_is_due
 from sltrain_dist.parallel import engine as engines
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.parallel.per_layer import InBackward
 from sltrain_dist.parallel.pieces import Replicated
 from sltrain_dist.parallel.traffic import TrafficMeter
+from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime import environment
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.train.build import start_engine
-from sltrain_dist.train.step import Rows, forward_backward
+from sltrain_dist.train.step import Rows, forward_backward, to_batch
 from tests.support.configs import TRAINED
 
 UPDATES, BF16_UPDATES = 3, 10
@@ -69,6 +71,10 @@ class Case:
     """Whether rows hold several documents, which do not see each other."""
     weight_bits: int = 16
     dense_layers: tuple[int, ...] = ()
+    restart: int = 0
+    """Updates between restarts."""
+    cleared: str = "all"
+    """Parameters whose states a restart clears."""
 
     @property
     def name(self) -> str:
@@ -78,13 +84,17 @@ class Case:
 
     @property
     def updates(self) -> int:
-        """How many are made. The low-rank B begins at 0, and bf16 rounds it coarsely until it has grown."""
-        return BF16_UPDATES if self.dtype == "bf16" else UPDATES
+        """How many are made. The low-rank B begins at 0, and bf16 rounds it coarsely until it has grown. There are two
+        restarts (in bf16 one), and two updates after the last."""
+        if self.dtype == "bf16":
+            return BF16_UPDATES
+        return 2 * self.restart + 2 if self.restart else UPDATES
 
     @property
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
         same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits", "dense_layers"}
+        same |= {"restart", "cleared"}
         if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
             same |= {"update", "clip_mode"}  # which clip by another norm than this update's
         return Case(**{name: value for name, value in asdict(self).items() if name in same})
@@ -150,6 +160,19 @@ BY_HAND = (
     Case("fsdp", dense_layers=(0,), update="per_layer", accumulation=3, checkpointing="blocks"),
     Case("zero2", dense_layers=(0,), accumulation=3, clip=0.05),
     Case("zero3", dense_layers=(0,), shard="all", weights="lowrank"),
+    *(Case(engine, restart=2) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")),
+    *(Case(engine, restart=2, cleared="factors", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp")),
+    Case("fsdp", restart=2, reshard=False, weights="blocks", update="per_layer", clip=0.05),
+    Case("fsdp", restart=2, shard="all", replicas=2, weights="lowrank", accumulation=3),
+    Case("fsdp", restart=2, offload=True, optimizer="adam", dense_layers=(0,)),
+    Case("zero1", restart=2, accumulation=3, shard="all", clip=0.05),
+    Case("zero2", restart=2, offload=True, dense_layers=(0,)),
+    Case("zero3", restart=2, shard="all", weights="lowrank", accumulation=3, offload=True),
+    *(Case(engine, restart=6, dtype="bf16", accumulation=3, clip=0.05) for engine in ("ddp", "fsdp", "zero2", "zero3")),
+    Case("fsdp", restart=2, dtype="mixed", shard="all"),
+    *(Case(engine, restart=2, bits=bits, update="per_layer") for engine, bits in (("ddp", 8), ("fsdp", 4))),
+    Case("ddp", restart=2, bits=8, weight_bits=8, accumulation=3),
+    Case("ddp", restart=2, optimizer="adafactor"),
 )
 """What pairs do not cover."""
 
@@ -171,6 +194,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
     """The case's configuration; a ConfigError where there is no such combination."""
     reparam: dict[str, Any] = {"method": "sltrain", "support": case.weights, "rank": 6, "density": 0.1, "alpha": 12.0}
     reparam |= {"weight_bits": case.weight_bits, "dense_layers": case.dense_layers}
+    reparam |= {"restart_every": case.restart, "restart_states": case.cleared}
     if case.weights in ("full", "lowrank"):
         reparam |= {"method": case.weights, "support": "random"}
     recompute: dict[str, Any] = {"activation_checkpointing": case.checkpointing}
@@ -333,6 +357,9 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
     for update in range(case.updates):
         rows = global_rows(update, case.packed)[env.rank * share : (env.rank + 1) * share]
         last = update == case.updates - 1  # the one whose traffic is asked for: to follow it takes time
+        if restart_is_due(config.reparam, update):
+            evaluate_some(engine, config)
+            restart(engine, config, env)
         with TrafficMeter() if last else contextlib.nullcontext() as meter:
             engine.begin_update(config.optim.lr, norms[-1] if norms else None)
             reset = config.data.reset_attention
@@ -352,6 +379,12 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
         "held": env.gather(held),
         "sent": asdict(meter.traffic),
     }
+
+
+def evaluate_some(engine: Engine, config: Config) -> None:
+    """Makes an evaluation, which may leave weights gathered."""
+    batch = to_batch(torch.from_numpy(global_rows(0)[:1]), reset_attention=config.data.reset_attention)
+    engine.evaluate(*batch)
 
 
 def norms_with_one_bad_value(case: Case, env: Environment) -> list[float]:

@@ -68,11 +68,31 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     assert got["replicas_equal"]
     assert got["losses"] == pytest.approx(want["losses"], rel=of_losses)
     assert got["norms"] == pytest.approx(want["norms"], rel=of_norms)
-    assert got["weights"].keys() == want["weights"].keys()
+    weights, expected = comparable(got["weights"], case), comparable(want["weights"], case)
+    assert weights.keys() == expected.keys()
     exact = case.optimizer == "sgd" and case.dtype == "fp32"
-    for name, weight in want["weights"].items():
-        error = float((got["weights"][name] - weight).norm() / weight.norm())
-        assert error <= (1e-6 if exact else of_weights), name
+    for name, weight in expected.items():
+        error = float((weights[name] - weight).norm() / weight.norm())
+        turned = 4 if case.restart else 1  # Adam treats each value by itself, so turned factors get other updates
+        assert error <= (1e-6 if exact else turned * of_weights), name
+
+
+def comparable(weights: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
+    """Weights that rounding changes little. After a restart, those are the products BA: where singular values lie close
+    together, or the largest entries of a vector are about equal, rounding turns the factors or their signs."""
+    if case.restart == 0 or case.weight_bits == 8:
+        return weights
+    others = {name: weight for name, weight in weights.items() if not name.endswith((".B", ".A"))}
+    layers = [name.removesuffix(".B") for name in weights if name.endswith(".B")]
+    return others | {f"{layer}.BA": weights[f"{layer}.B"] @ weights[f"{layer}.A"] for layer in layers}
+
+
+def test_other_restarts_are_seen() -> None:
+    """Negative control: restarts change the training, and so does which states they clear."""
+    plain, every, factors = (single(Case(**some)) for some in ({}, {"restart": 2}, {"restart": 2, "cleared": "factors"}))
+    assert every["losses"][:3] == pytest.approx(plain["losses"], rel=1e-6)
+    assert every["losses"][3:] != pytest.approx(factors["losses"][3:], rel=1e-4)
+    assert every["losses"][2] != pytest.approx(single(Case(restart=1))["losses"][2], rel=1e-4)
 
 
 @each_run

@@ -9,7 +9,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, Played, play, use_in_flight
 from sltrain_dist.memory.recorded_model import RecordedModel
-from sltrain_dist.memory.recording_store import evaluation_requests, step_request
+from sltrain_dist.memory.recording_store import evaluation_requests, restart_requests, step_request
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
@@ -47,6 +47,7 @@ class Timeline:
         self.forward()
         self.backward()
         self.update()
+        self.restart()
         self.save()
         self.evaluate()
         return self.timeline
@@ -183,10 +184,25 @@ class Timeline:
             transient = max(map(self.step_bytes, items), default=0)
         self.point("update", "optimizer step", {"temporaries.update": transient})
 
-    def save(self) -> None:
-        """Plays a checkpoint, which copies one tensor at a time to the host, quantized states with a byte per code."""
+    def free_gradients(self) -> None:
+        """Frees the gradients after the update."""
         if not self.buckets:
             self.clear("gradients")
+
+    def restart(self) -> None:
+        """Plays a restart, if the run makes any: a rank factors the low-rank products that it owns one at a time.
+
+        Before and after that, ranks send each other the factors of one more layer, which takes less.
+        """
+        self.free_gradients()
+        requests = restart_requests(self.config, self.device)
+        if requests:
+            largest = max(request.get().sizes["restart"] for request in requests)
+            self.point("restart", "a low-rank product factored anew", {"temporaries.restart": largest})
+
+    def save(self) -> None:
+        """Plays a checkpoint, which copies one tensor at a time to the host, quantized states with a byte per code."""
+        self.free_gradients()
         bits = self.config.optim.state_bits
         ranges = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
         codes = (part.count for part in ranges if is_quantized(part.shape, bits))

@@ -273,5 +273,8 @@ class ZeroTimeline(Timeline):
             return [min(self.part, _SUB_GROUP)]
         return [zero12_partition(group, self.ranks)[1] for group in self.groups]
 
+    def free_gradients(self) -> None:
+        """Does nothing: the update has freed those that DeepSpeed frees."""
+
     def save(self) -> None:
         self.point("save", "checkpoint")

@@ -52,6 +52,7 @@ def _check(config: Config) -> None:
         ("reparam.dense_layers", bool(reparam.dense_layers), "[]"),
         ("reparam.support", reparam.method == "sltrain" and reparam.support != "random", "random"),
         ("reparam.weight_bits", reparam.weight_bits != 16, "16"),
+        ("reparam.restart_every", reparam.restart_every > 0, "0"),
         ("data.reset_attention", config.data.reset_attention, "false"),
         ("train.dtype", train.dtype != "bf16", "bf16"),
         ("train.activation_checkpointing", train.activation_checkpointing == "selective", "none or full"),
