@@ -192,6 +192,7 @@ class LowBitAdam(torch.optim.Optimizer):
             self._ranges[parameter],
             self._optim,
             step=state["step"],
+            number=state["step"] + state[CLEARED_AT],
             lr=float(group["lr"]),
             decay=float(group["weight_decay"]),
             shared=shared,

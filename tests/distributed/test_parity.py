@@ -89,7 +89,9 @@ def comparable(weights: dict[str, torch.Tensor], case: Case) -> dict[str, torch.
 
 def test_other_restarts_are_seen() -> None:
     """Negative control: restarts change the training, and so does which states they clear."""
-    plain, every, factors = (single(Case(**some)) for some in ({}, {"restart": 2}, {"restart": 2, "cleared": "factors"}))
+    plain, every, factors = (
+        single(Case(**some)) for some in ({}, {"restart": 2}, {"restart": 2, "cleared": "factors"})
+    )
     assert every["losses"][:3] == pytest.approx(plain["losses"], rel=1e-6)
     assert every["losses"][3:] != pytest.approx(factors["losses"][3:], rel=1e-4)
     assert every["losses"][2] != pytest.approx(single(Case(restart=1))["losses"][2], rel=1e-4)

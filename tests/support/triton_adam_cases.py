@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics import gpu_kernels
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.factory import clear_states
 from sltrain_dist.optim.low_bit import LowBitAdam
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,6 +79,8 @@ def run(case: Case, monkeypatch: pytest.MonkeyPatch, *, fused: bool) -> dict[str
         gradient.view(-1)[:300] = 0  # a group of zeros
         parameter.grad = gradient.to(DEVICE, case.dtype)
         adam.step()
+        if step == 0:
+            clear_states(adam, parameter)
     assert len(calls) == (STEPS if fused else 0)
     states = {name: value for name, value in adam.state[parameter].items() if isinstance(value, Tensor)}
     return {"parameter": parameter.detach(), **states}
