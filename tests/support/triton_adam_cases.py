@@ -46,6 +46,7 @@ CASES = {
     "vector": Case((4500,), {"name": "adam", "weight_decay": 0.1}),
     "vector of 4 bits": Case((4501,), {"state_bits": 4, "weight_decay": 0.1}),
     "part of a vector": Case((9000,), {}, start=301, stop=5000, borders=(301, 5000)),
+    "part between others": Case((9000,), {}, start=301, stop=5000, borders=(100, 301, 5000, 8000)),
     "part of a vector, odd": Case((9000,), {"state_bits": 4}, start=301, stop=5000, borders=(301, 5000)),
     "stochastic": Case((20, 256), {"stochastic_rounding": True, "weight_decay": 0.01}, torch.bfloat16),
     "stochastic part": Case(
