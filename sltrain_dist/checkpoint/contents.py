@@ -29,7 +29,7 @@ _CODES = frozenset({"I8", "U8"})
 class _RunState(BaseModel):
     """The part of state.json that is the same for all runs."""
 
-    counters: dict[str, int | float | None]
+    counters: dict[str, int | float | dict[str, Any] | None]
     data: dict[str, Any]
     rng: list[dict[str, str]]
     supports: str

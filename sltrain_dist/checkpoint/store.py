@@ -118,13 +118,18 @@ class CheckpointStore:
         for problem in problems:
             report(problem)
 
-    def newest(self, report: Report) -> Path | None:
+    def newest(self, report: Report, counts: Callable[[int], bool] = lambda step: True) -> Path | None:
         """Returns the newest undamaged checkpoint, or None if there are none; damaged ones are reported and skipped.
+
+        Args:
+            report: Shows which are damaged.
+            counts: Whether a checkpoint counts, by its number of updates.
 
         Raises:
             CheckpointError: All existing checkpoints are damaged.
         """
         listed = self._together(lambda: list_directories(self._directory) if self._env.is_main else [])[0]
+        listed = [(step, path) for step, path in listed if counts(step)]
         for _, path in reversed(listed):
             problem = self.check(path)
             if problem is None:

@@ -52,6 +52,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
+    yield from _check_spikes(config)
     yield from _check_int8(config)
 
 
@@ -101,6 +102,18 @@ def _check_restarts(config: Config) -> Iterator[tuple[str, str]]:
             "cannot be factors with DeepSpeed, which counts the updates of all sharded parameters together; set it to "
             "all, or parallel.engine=fsdp or ddp",
         )
+
+
+def _check_spikes(config: Config) -> Iterator[tuple[str, str]]:
+    spike, checkpoint = config.train.spike, config.checkpoint
+    if spike == "skip" and config.optim.update == "per_layer":
+        yield (
+            "train.spike",
+            "cannot be skip with optim.update=per_layer, which updates layers before the gradient norm is known; set "
+            "it to rewind or off, or optim.update=whole",
+        )
+    if spike == "rewind" and not (checkpoint.every or checkpoint.keep_every):
+        yield "train.spike", "is rewind, but no checkpoints are made during the run; set checkpoint.every"
 
 
 def _check_size(config: Config) -> Iterator[tuple[str, str]]:
@@ -363,6 +376,11 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
             "reparam.restart_every=0",
             config.reparam.restart_every == 0,
             ("reparam.restart_warmup", "reparam.restart_states"),
+        ),
+        (
+            "train.spike=off",
+            train.spike == "off",
+            ("train.spike_window", "train.spike_threshold", "train.spike_limit"),
         ),
         ("data.batching=pack", config.data.batching == "pack", ("data.truncate",)),
         ("reparam.path=factored", config.reparam.path == "factored", ("reparam.row_block_bytes",)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sltrain_dist.config.paths import expand
 
@@ -359,6 +359,11 @@ PRECISIONS = {
 """Precision by value of `train.dtype`."""
 
 
+def _off(value: object) -> object:
+    """Returns off for false: YAML reads the bare word off as false."""
+    return "off" if value is False else value
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -390,6 +395,20 @@ class TrainConfig(Section):
     once, as plain modules do, which keeps several tensors of tokens x vocabulary."""
     compile: bool = False
     """Whether each decoder layer is compiled separately with torch.compile, before the engine wraps it."""
+    spike: Annotated[Literal["off", "skip", "rewind"], BeforeValidator(_off)] = "off"
+    """What happens after a spike: an update whose loss or gradient norm is not finite, or lies more than
+    spike_threshold spreads above the median of the last spike_window updates. off: a value that is not finite ends the
+    run, others are not noticed. skip: the update is not made, and counts as one; not with optim.update=per_layer, where
+    it is made before its norm is known. rewind: the run goes back to its newest checkpoint at a multiple of
+    checkpoint.every, and goes on with the data behind the spike; before the first such checkpoint, it skips."""
+    spike_window: Annotated[int, Field(ge=16)] = 128
+    """Updates whose losses and gradient norms say what is usual; until there are as many, only values that are not
+    finite are spikes. Skipped updates are not among them."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 8.0
+    """Spreads above the median from which a value is a spike. A spread is 1.4826 times the median absolute deviation,
+    which for normal values is their standard deviation, and at least 1 % of the median."""
+    spike_limit: CountOrZero = 8
+    """Most spikes in a row, without an update beyond the furthest so far; one more ends the run (exit code 4)."""
     sanity_checks: bool = False
     """Whether to check after every update, at some cost, that replicas are in sync, gradients are freed, the learning
     rate is as scheduled, and the supports are unchanged."""

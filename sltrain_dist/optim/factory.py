@@ -89,6 +89,16 @@ def clear_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> N
         state["step"] = 0
 
 
+@torch.no_grad()
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Counts an update that was not made, for Adam's bias correction: a resumed run derives its count from all."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] += 1
+
+
 def master_weights(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
     """Returns the fp32 master weights of a parameter, flat; None if it has none (yet)."""
     masters: torch.Tensor | None = optimizer.state.get(parameter, {}).get(MASTER)

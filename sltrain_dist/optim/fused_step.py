@@ -21,6 +21,7 @@ def fused_step(
     optim: OptimConfig,
     *,
     step: int,
+    number: int,
     lr: float,
     decay: float,
     shared: Tensor | None,
@@ -34,7 +35,8 @@ def fused_step(
         quantizers: Those of the first and the second moment.
         part: Which range of which parameter it is.
         optim: Optimizer settings.
-        step: Number of this update of the parameter, from 1.
+        step: Number of this update since the states were last cleared, from 1.
+        number: Number of this update of the parameter, from 1, which keys stochastic rounding.
         lr: Learning rate.
         decay: Weight decay of the parameter.
         shared: (groups, 2) largest magnitudes of both moments in groups that ranks share, NaN for all others; or None.
@@ -44,7 +46,7 @@ def fused_step(
         state["exp_avg.codes"], state["exp_avg.scales"], state["exp_avg_sq.codes"], state["exp_avg_sq.scales"], shared,
         [table for q in quantizers for table in (q.levels, q.borders, q.table)],
         part.row if part.is_matrix else part.count, 0 if part.is_matrix else part.start % GROUP_SIZES[optim.state_bits],
-        part.start, rounding_key(step, part.name), optim.state_bits,
+        part.start, rounding_key(number, part.name), optim.state_bits,
         [
             optim.beta1, 1 - optim.beta1, optim.beta2, 1 - optim.beta2, (1 - optim.beta2**step) ** -0.5, optim.eps,
             lr / (1 - optim.beta1**step), decay, 1 - lr * decay,

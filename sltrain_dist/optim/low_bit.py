@@ -178,10 +178,11 @@ class LowBitAdam(torch.optim.Optimizer):
         self, parameter: Tensor, state: State, group: dict[str, Any], maxima: Mapping[int, Tensor]
     ) -> None:
         first, second = STATE_NAMES[self._optim.name]
-        shared = None
-        if maxima:
-            shared = torch.full((state[f"{first}.scales"].numel(), 2), torch.nan, device=parameter.device)
-            for number, maximum in maxima.items():
+        groups, shared = state[f"{first}.scales"].numel(), None
+        mine = {number: maximum for number, maximum in maxima.items() if 0 <= number < groups}
+        if mine:
+            shared = torch.full((groups, 2), torch.nan, device=parameter.device)
+            for number, maximum in mine.items():
                 shared[number] = maximum
         assert parameter.grad is not None  # callers skip parameters without a gradient
         fused_step(
@@ -192,6 +193,7 @@ class LowBitAdam(torch.optim.Optimizer):
             self._ranges[parameter],
             self._optim,
             step=state["step"],
+            number=state["step"] + state[CLEARED_AT],
             lr=float(group["lr"]),
             decay=float(group["weight_decay"]),
             shared=shared,

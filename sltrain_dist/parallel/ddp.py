@@ -91,6 +91,11 @@ class DDPEngine:
         if self._in_backward is None:
             self._replicas.update(self._lr)
 
+    def discard(self) -> None:
+        """Frees the gradients without an update."""
+        if self._in_backward is None:
+            self._replicas.discard(self._lr)
+
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Returns the summed loss of a batch."""

@@ -23,8 +23,8 @@ class Engine(Protocol):
     Gradients are *sums* over micro-batches and ranks of `weight` times the summed loss: the training step sets
     `weight` to one over the number of labels of the global batch, so that engines never average.
 
-    An update consists of `begin_update`, one `micro_step` per micro-batch, `clip_gradients` and `update`, in this
-    order. With `optim.update: per_layer` the parameters are updated during the last `micro_step`.
+    An update consists of `begin_update`, one `micro_step` per micro-batch, `clip_gradients` and `update` or
+    `discard`, in this order. With `optim.update: per_layer` the parameters are updated during the last `micro_step`.
     """
 
     @property
@@ -62,6 +62,13 @@ class Engine(Protocol):
 
     def update(self) -> None:
         """Runs the optimizer step, unless per-layer updates have done so, and frees the gradients."""
+        ...
+
+    def discard(self) -> None:
+        """Frees the gradients without an update, in place of `update`; it counts for Adam's bias correction.
+
+        Per-layer updates have been made by then, and stay.
+        """
         ...
 
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -136,6 +136,17 @@ class FSDPEngine:
             return
         self._shards.update(self._lr)
         self._remainder.update(self._lr)
+        self._free_gradients()
+
+    def discard(self) -> None:
+        """Frees the gradients without an update."""
+        if self._in_backward is not None:
+            return
+        self._shards.discard(self._lr)
+        self._remainder.discard(self._lr)
+        self._free_gradients()
+
+    def _free_gradients(self) -> None:
         for _, parameter in self._dtensors:
             parameter.grad = None
 

@@ -16,6 +16,7 @@ from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import (
     adopt_state,
     clear_states,
+    count_step,
     learning_rates,
     make_optimizer,
     master_weights,
@@ -105,6 +106,13 @@ class LocalPieces:
         """Runs the optimizer step and frees the gradients."""
         for optimizer in self._optimizers:
             _step(optimizer, lr)
+
+    def discard(self, lr: float) -> None:
+        """Frees the gradients without an update, which counts as one."""
+        for optimizer in self._optimizers:
+            set_lr(optimizer, lr)
+            count_step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
 
     def step(self, piece: Piece, lr: float) -> None:
         """Updates one piece and frees its gradient (`optim.update: per_layer`); does nothing if it has no optimizer."""

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.factory import adopt_state, clear_states, learning_rates, make_optimizer, set_lr
+from sltrain_dist.optim.factory import adopt_state, clear_states, count_step, learning_rates, make_optimizer, set_lr
 from sltrain_dist.optim.state_layout import STATE_NAMES
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.pieces import (
@@ -187,6 +188,16 @@ class ZeroEngine:
         set_lr(self._optimizer, self._lr)
         self._engine.step()
         self._remainder.update(self._lr)
+
+    def discard(self) -> None:
+        """Runs DeepSpeed's step, which frees the gradients, with an optimizer that only counts it."""
+        set_lr(self._optimizer, self._lr)
+        vars(self._optimizer)["step"] = partial(count_step, self._optimizer)
+        try:
+            self._engine.step()
+        finally:
+            del vars(self._optimizer)["step"]
+        self._remainder.discard(self._lr)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:

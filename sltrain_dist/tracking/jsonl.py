@@ -62,6 +62,18 @@ class JsonLines:
         records = map(json.loads, self._path.read_bytes().splitlines())
         return any(record["step"] == step and key in record for record in records)
 
+    def go_back(self, step: int) -> None:
+        """Drops the lines of updates after `step`, as these updates are repeated.
+
+        Raises:
+            OSError: The file cannot be read or written.
+        """
+        self._file.close()
+        try:
+            _drop_after(self._path, step)
+        finally:
+            self._open()
+
     def sync(self) -> None:
         """Waits until all lines are on disk.
 

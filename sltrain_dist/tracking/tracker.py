@@ -86,6 +86,11 @@ class RunTracker:
         if self._is_main:
             self._console.warn(message)
 
+    def go_back(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after an update to which the run goes back, as a resumed run does."""
+        if self._is_main:
+            self._try_jsonl(lambda: self._jsonl.go_back(step))
+
     def progress(self, step: int, tokens: int, loss: float) -> None:
         """Updates the progress bar; cheap enough for every update.
 

@@ -136,7 +136,7 @@ def build_run(
         with weights_for(config, source, env, run_dir.path / INITIAL_WEIGHTS, say) as read:
             engine = start_engine(config, env, read, 0 if reader is None else reader.step)
     supports = supports_fingerprint(engine.module)
-    state = TrainState() if reader is None else _restore(reader, env)
+    state = TrainState() if reader is None else restore(reader, env)
     if source is not None and source.config().reparam.method == config.reparam.method:
         source.check_supports(supports)
     abandoned = store.abandon_after(state.step)
@@ -347,7 +347,8 @@ def open_initial(
     return reader
 
 
-def _restore(reader: CheckpointReader, env: Environment) -> TrainState:
+def restore(reader: CheckpointReader, env: Environment) -> TrainState:
+    """Restores this process's random-number generators from a checkpoint, and returns its counters."""
     saved = read_saved(reader.state, reader.step, str(reader.path))
     if len(saved.rng) == env.world_size:
         restore_rng(saved.rng[env.rank], env.device)

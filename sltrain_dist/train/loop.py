@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.config.load import to_yaml
 from sltrain_dist.data.loader import merge_states
-from sltrain_dist.errors import ExitCode
+from sltrain_dist.errors import DivergedError, ExitCode
 from sltrain_dist.models.count import model_flops_per_token
-from sltrain_dist.optim.restarts import last_restart, learning_rate_share, restart_is_due
+from sltrain_dist.optim.restarts import last_restart, learning_rate_share, restart_is_due, states_cleared_at
 from sltrain_dist.optim.schedule import learning_rate
 from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.stop import StopAgreed
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
 from sltrain_dist.train.agreement import code_version
-from sltrain_dist.train.build import Run
-from sltrain_dist.train.divergence import check_finite, check_savable, not_learning
+from sltrain_dist.train.build import Run, restore
+from sltrain_dist.train.divergence import check_finite, check_savable, count_spike, find_spike, not_learning, remember
 from sltrain_dist.train.evaluate import evaluate
 from sltrain_dist.train.observers.observer import Update
 from sltrain_dist.train.run_directory import Outcome
@@ -122,10 +124,18 @@ def _update(run: Run, clock: Clock) -> None:
         for observer in run.observers:
             observer.backward_done(engine, update)
         update.grad_norm = engine.clip_gradients()
-        check_finite(update.loss, update.grad_norm, state.step, run.run_dir.checkpoints, config.optim)
-        engine.update()
+        spike = find_spike(state.spikes, update.loss, update.grad_norm, config.train)
+        if spike is None:
+            check_finite(update.loss, update.grad_norm, state.step, run.run_dir.checkpoints, config.optim)
+            engine.update()
+        else:
+            engine.discard()
     watchdog.warmed_up()
-    run.rows, run.loss, state.grad_norm = rows, update.loss, update.grad_norm
+    if spike is None:
+        run.rows, run.loss, state.grad_norm = rows, update.loss, update.grad_norm
+        remember(state.spikes, update.loss, update.grad_norm, step, config.train)
+    elif _answer_spike(run, clock, spike):
+        return
     state.first_loss = update.loss if state.first_loss is None else state.first_loss
     state.advance(update.tokens, config.optim.warmup_steps)
     for observer in run.observers:
@@ -134,6 +144,45 @@ def _update(run: Run, clock: Clock) -> None:
     run.tracker.progress(state.step, state.tokens, update.loss)
     if _due(config.tracking.log_every, state.step) or state.finished(config.train):
         _log(run, clock, loss=update.loss, lr=lr, grad_norm=update.grad_norm)
+
+
+def _answer_spike(run: Run, clock: Clock, spike: str) -> bool:
+    """Counts and reports a spike, and goes back to a checkpoint if the configuration says so and there is one.
+
+    Returns:
+        Whether the run has gone back. If not, the update is skipped.
+
+    Raises:
+        DivergedError: There are too many spikes, or one has been made part of the weights.
+    """
+    config, state = run.config, run.state
+    step = state.step + 1
+    count_spike(state.spikes, spike, step, config.train)
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    path = None
+    if config.train.spike == "rewind":  # not to a checkpoint of a stop, so that a run that was stopped goes back as far
+        path = run.store.newest(run.tracker.warn, lambda saved: _due(every, saved) or _due(keep_every, saved))
+    what = f"update {step} is a spike, number {state.spikes.total} of the run: {spike}"
+    if path is None:
+        if config.optim.update == "per_layer":
+            raise DivergedError(f"{what}; it was made layer by layer, and there is no checkpoint to go back to yet")
+        run.tracker.warn(f"{what}; it is skipped")
+        return False
+    _go_back(run, clock, path)
+    run.tracker.warn(f"{what}; the run goes back to {path}, and on with the data behind it")
+    return True
+
+
+def _go_back(run: Run, clock: Clock, path: Path) -> None:
+    """Sets model, optimizer and counters to those of a checkpoint of this run; the place in the data stays."""
+    state, spikes, reader = run.state, run.state.spikes, CheckpointReader(path)
+    run.engine.load(reader.read, reader.step, partial(states_cleared_at, run.config.reparam, step=reader.step))
+    vars(state).update(vars(restore(reader, run.env)))
+    state.spikes = replace(state.spikes, total=spikes.total, in_row=spikes.in_row, furthest=spikes.furthest)
+    run.tracker.go_back(state.step)
+    evaluated = run.env.on_main(lambda: run.tracker.has_evaluation(state.step))
+    clock.evaluated_step = state.step if evaluated else None
+    clock.logged_step = clock.saved_step = state.step
 
 
 def _restart(run: Run, clock: Clock) -> None:
@@ -177,6 +226,7 @@ def _log(run: Run, clock: Clock, **values: float) -> None:
             "elapsed_s": clock.elapsed_s,
             **({"mfu": utilisation} if utilisation is not None else {}),
             **_restarts(run, clock),
+            **({} if run.config.train.spike == "off" else {"spikes": state.spikes.total}),
             **{name: value for observer in run.observers for name, value in observer.values().items()},
             **_data_faults(run),
         }

@@ -7,7 +7,7 @@ import base64
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,25 @@ _SCHEDULE_KEYS = (
 
 
 @dataclass
+class SpikeHistory:
+    """What is usual in a run, and the spikes so far; see :mod:`sltrain_dist.train.divergence`.
+
+    Attributes:
+        losses: Losses of the last updates that were made, at most `train.spike_window`; empty with `train.spike: off`.
+        norms: Their gradient norms before clipping.
+        total: Number of spikes.
+        in_row: Number of spikes since the furthest update.
+        furthest: Number of the furthest update that was made, which rewinding does not change.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    total: int = 0
+    in_row: int = 0
+    furthest: int = 0
+
+
+@dataclass
 class TrainState:
     """Counters of a run.
 
@@ -46,6 +65,7 @@ class TrainState:
         elapsed_s: Seconds spent, including before the run was resumed.
         grad_norm: Gradient norm of the last update, which per-layer updates clip by; None before the first.
         first_loss: Loss of the first update; None before it.
+        spikes: What is usual, and the spikes so far.
     """
 
     step: int = 0
@@ -54,6 +74,7 @@ class TrainState:
     elapsed_s: float = 0.0
     grad_norm: float | None = None
     first_loss: float | None = None
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)
 
     def advance(self, tokens: int, warmup_steps: int) -> None:
         """Counts one update."""

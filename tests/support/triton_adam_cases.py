@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics import gpu_kernels
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.factory import clear_states
 from sltrain_dist.optim.low_bit import LowBitAdam
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +46,7 @@ CASES = {
     "vector": Case((4500,), {"name": "adam", "weight_decay": 0.1}),
     "vector of 4 bits": Case((4501,), {"state_bits": 4, "weight_decay": 0.1}),
     "part of a vector": Case((9000,), {}, start=301, stop=5000, borders=(301, 5000)),
+    "part between others": Case((9000,), {}, start=301, stop=5000, borders=(100, 301, 5000, 8000)),
     "part of a vector, odd": Case((9000,), {"state_bits": 4}, start=301, stop=5000, borders=(301, 5000)),
     "stochastic": Case((20, 256), {"stochastic_rounding": True, "weight_decay": 0.01}, torch.bfloat16),
     "stochastic part": Case(
@@ -78,6 +80,8 @@ def run(case: Case, monkeypatch: pytest.MonkeyPatch, *, fused: bool) -> dict[str
         gradient.view(-1)[:300] = 0  # a group of zeros
         parameter.grad = gradient.to(DEVICE, case.dtype)
         adam.step()
+        if step == 0:
+            clear_states(adam, parameter)
     assert len(calls) == (STEPS if fused else 0)
     states = {name: value for name, value in adam.state[parameter].items() if isinstance(value, Tensor)}
     return {"parameter": parameter.detach(), **states}
