@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking import positive
-from compare_supports import split_documents, train_tokenizer
 from sentencepiece import SentencePieceProcessor
 
-from sltrain_dist.errors import SltrainError
+from sltrain_dist.data.tokenizer import train_tokenizer
+from sltrain_dist.errors import DataError, SltrainError
 from sltrain_dist.streams import replace_unprintable
 
 REPO = Path(__file__).resolve().parents[1]
@@ -39,6 +39,7 @@ METHODS = {
     "random": ["reparam.support=random"],
     "blocks": ["reparam.support=blocks"],
 }
+HELD_OUT_EVERY = 50
 STOP_S = 30.0
 """Seconds before the end at which runs that are not finished are stopped: they save a checkpoint first."""
 _POLL_S = 0.5
@@ -54,6 +55,18 @@ REHEARSED = [
     "optim.warmup_steps=2", "eval.every=4", "eval.tokens=2000",
 ]  # fmt: skip
 """Sizes of a rehearsal."""
+
+
+def split_documents(files: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns (training, held-out) texts of C4-format files: gzipped, with a JSON object with a `text` on each line."""
+    texts: list[str] = []
+    for file in files:
+        try:
+            with gzip.open(file, "rt", encoding="utf-8") as lines:
+                texts += [json.loads(line)["text"] for line in lines]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not gzipped JSON lines with a `text` each: {error!r}") from None
+    return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
 
 
 def write_texts(files: Iterable[str], directory: Path) -> tuple[Path, Path]:
@@ -175,7 +188,8 @@ def main() -> int:
             train, validation = write_texts(args.text, directory)
             tokenizer = Path(args.tokenizer or directory / "tokenizer.model")
             if not args.tokenizer:
-                train_tokenizer(args.text, args.vocab, tokenizer)
+                texts, _ = split_documents(args.text)
+                train_tokenizer(texts, tokenizer, vocab_size=args.vocab, model_type="bpe")
         except SltrainError as error:
             print(f"error: {error}", file=sys.stderr)
             return int(error.exit_code)

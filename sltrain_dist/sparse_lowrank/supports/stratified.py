@@ -82,7 +82,7 @@ class StratifiedSupport(Support):
         return stratified_key(seed, self.name), 0
 
     def _compute(self, key: int, shift: int) -> None:
-        self.key.fill_(key)
+        self.key.fill_(key % (1 << 32))  # a state dict of another support may have a longer one; it is refused
 
     def columns(self, first: int, last: int) -> Tensor:
         """Returns the columns of rows first … last − 1, int64 (rows, k)."""

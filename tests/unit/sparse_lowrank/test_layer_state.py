@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from io import BytesIO
 from pathlib import Path
@@ -103,8 +104,11 @@ def test_a_seeded_layer_takes_its_own_positions_only(kind: SupportKind, seed_and
 
 
 def test_another_kind_or_size_is_refused_and_changes_no_positions() -> None:
-    saved = RandomSupport(4, 6, 0.5).get_extra_state()
-    for kind in KINDS:
+    of_random = RandomSupport(4, 6, 0.5)
+    for kind, key in itertools.product(KINDS, (5, (1 << 64) - 5)):  # keys of random have 64 bits
+        of_random.keys = key, 0
+        of_random._fill()
+        saved = of_random.get_extra_state()
         layer = make(kind)
         before, state = positions(layer), layer.support.get_extra_state()
         with pytest.raises(ValueError, match="not those of this layer"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch.nn import functional as F
 
 from sltrain_dist.config.load import build_config
@@ -234,7 +235,7 @@ class TestTrainState:
         for tokens in (10, 20, 30):
             state.advance(tokens, warmup_steps=2)
         assert state == TrainState(step=3, tokens=60, warmup_tokens=30)
-        assert TrainState(**state.to_dict()) == state
+        assert TypeAdapter(TrainState).validate_python(state.to_dict()) == state
 
     @pytest.mark.parametrize(("step", "finished"), [(0, False), (9, False), (10, True), (11, True)])
     def test_finished_by_steps(self, step: int, finished: bool) -> None:
