@@ -14,8 +14,8 @@ from sltrain_dist.config.schema import ReparamConfig, SupportKind
 from sltrain_dist.sparse_lowrank.devices import Device, Unit
 from sltrain_dist.sparse_lowrank.sizes import (
     BLOCK_SLICE,
-    FUSED_RANK,
     SLICE,
+    TOKEN_ALIGNMENT,
     nonzeros,
     num_windows,
     position_bytes,
@@ -69,15 +69,12 @@ def low_rank_kernels(m: int, n: int, rank: int, tokens: int, bits: int, device: 
     return [*inner, *outer, Kernel("scale", "copy", 0, 2 * 2 * bits // 8 * tokens * m, 2)]
 
 
-def _product(
-    name: str, tokens: int, p: int, q: int, bits: int, device: Device, *, read: int = 0, aligned: bool = False
-) -> Kernel:
+def _product(name: str, tokens: int, p: int, q: int, bits: int, device: Device, *, read: int = 0) -> Kernel:
     """Returns a product of matrices (tokens, p), (p, q) and (tokens, q), of which two are multiplied to the third.
 
     The tokens may be any dimension that is no row length. `read` are elements of the result that are added to.
-    `aligned` says that rows are, whatever their length.
     """
-    unaligned = not (device.is_cpu or aligned or bits > 16) and (p % 8 > 0 or q % 8 > 0)
+    unaligned = not device.is_cpu and bits <= 16 and (p % 8 > 0 or q % 8 > 0)
     moved = bits // 8 * (tokens * p + p * q + tokens * q + read)
     return Kernel(name, "unaligned" if unaligned else "matrix", 2 * tokens * p * q, moved)
 
@@ -99,7 +96,6 @@ class RouteKernels:
             k = self.nnz // self.m
             self.places = num_windows(self.n, k) * k  # inputs of all windows: some lie in two
             self.runs = len(window_runs(self.m, num_windows(self.n, k), 0))
-        self.blocks_on_gpu = self.support == "blocks" and not device.is_cpu
 
     def materialize(self) -> list[Kernel]:
         """Returns the kernels with W built in both passes, and its dense gradient."""
@@ -125,24 +121,19 @@ class RouteKernels:
         """Returns the kernels with W built in the forward pass, and the backward pass of factored, layer by layer."""
         m, n, r, t = self.m, self.n, self.rank, self.tokens
         one = RouteKernels(self.shape._replace(sharing=1), t, self.bits, self.device)
-        if self.blocks_on_gpu:
-            backward = [*one._align("x", t, n), *one._gpu_inner(), *one._gpu_backward()]
-        else:
-            backward = [*self._scaled("xAᵀ", t, n, r), *one._factored_backward(keeps_arranged=False)]
-        each = [*self._build(), self._product("xWᵀ", t, m, n), *backward]
+        backward = one._factored_backward(keeps_arranged=False)
+        each = [*self._build(), self._product("xWᵀ", t, m, n), *self._scaled("xAᵀ", t, n, r), *backward]
         return [*self.sharing * each, *self._add_dx()]
 
     def factored(self) -> list[Kernel]:
         """Returns the kernels with nothing of the size of W."""
         m, n, r, t, layers = self.m, self.n, self.rank, self.tokens, self.sharing
-        if self.blocks_on_gpu:
-            return [*self._align("x", t, n), *self._gpu_inner(), *self._gpu_outputs(), *self._gpu_backward()]
         return [
             *self._stack_A(),
             *self._scaled("xAᵀ", t, n, layers * r),
             *self._sparse_forward(),
             *layers * [self._product("y + hBᵀ", t, r, m, read=t * m)],
-            *self._factored_backward(keeps_arranged=self.support == "blocks"),
+            *self._factored_backward(keeps_arranged=self.support == "blocks" and self.device.is_cpu),
         ]
 
     def _factored_backward(self, *, keeps_arranged: bool) -> list[Kernel]:
@@ -206,7 +197,10 @@ class RouteKernels:
         if self.support != "blocks":
             x, y = self._transpose("xᵀ", self.n), self._transpose("y", self.m)
             return [x, *layers * [*self._rows_and_columns(), self._bags("xSᵀ", self.m), y]]
-        return [*self._arrange_inputs(), *layers * [self._blocks("xSᵀ", self.runs)]]
+        if self.device.is_cpu:
+            return [*self._arrange_inputs(), *layers * [self._blocks("xSᵀ", self.runs)]]
+        y = self._triton_transpose("y", self.m)
+        return [self._triton_transpose("xᵀ", self.n), *layers * [self._triton("xSᵀ"), y]]
 
     def _sparse_backward(self, keeps_arranged: bool) -> list[Kernel]:
         add = (self.sharing - 1) * [self._pass("add up dxᵀ", self.tokens * self.n)]
@@ -219,11 +213,15 @@ class RouteKernels:
             each = [*places, *places, sorts, *dots, self._bags("gS", self.n)]
             add = 2 * add
             return [self._transpose("xᵀ", self.n), *self.sharing * each, *add, self._transpose("dx", self.n)]
-        arrange = [] if keeps_arranged else self._arrange_inputs()
-        gradients = [self._transpose("gᵀ", self.m)] if self.bits <= 16 else []
-        sums = 1 if self.bits <= 16 else -(-self.tokens // BLOCK_SLICE)
-        products = [self._blocks("gᵀx at positions", self.runs * sums), self._blocks("gS", self.runs)]
-        return [*arrange, *self.sharing * [*gradients, *products, *dV], *add, *self._restore_inputs()]
+        if self.device.is_cpu:
+            arrange = [] if keeps_arranged else self._arrange_inputs()
+            gradients = [self._transpose("gᵀ", self.m)] if self.bits <= 16 else []
+            sums = 1 if self.bits <= 16 else -(-self.tokens // BLOCK_SLICE)
+            products = [self._blocks("gᵀx at positions", self.runs * sums), self._blocks("gS", self.runs)]
+            return [*arrange, *self.sharing * [*gradients, *products, *dV], *add, *self._restore_inputs()]
+        x, g, dx = (self._triton_transpose(*of) for of in (("xᵀ", self.n), ("gᵀ", self.m), ("dx", self.n)))
+        each = [g, self._triton("gᵀx at positions"), self._values("dV", 8, 1), self._triton("gS"), *dV]
+        return [x, *self.sharing * each, *add, dx]
 
     @property
     def _sparse_flops(self) -> int:
@@ -280,53 +278,23 @@ class RouteKernels:
         moved = self.width * (self.tokens * (self.places + self.m) + self.nnz)
         return Kernel(name, "blocks", self._sparse_flops, moved, launches)
 
-    # `blocks` on CUDA: Triton kernels, and copies of matrices whose rows are not aligned.
+    # `blocks` on CUDA: Triton kernels on transposed matrices.
 
-    def _gpu_inner(self) -> list[Kernel]:
-        n, layers_r = self.n, self.sharing * self.rank
-        product = self._product("xAᵀ", self.tokens, n, layers_r, aligned=True)
-        return [*self._stack_A(), *self._align("A", layers_r, n), self._pass("one zero", 1), product]
+    @property
+    def _padded(self) -> int:
+        return -(-self.tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
-    def _gpu_outputs(self) -> list[Kernel]:
-        t, m, r = self.tokens, self.m, self.rank
-        if r <= FUSED_RANK:
-            return self.sharing * [self._triton("hBᵀ + xSᵀ", "fused", t * r + m * r, m * r)]
-        return self.sharing * [self._product("hBᵀ", t, r, m), self._triton("y + xSᵀ", "blocks", t * m)]
+    def _triton_transpose(self, name: str, features: int) -> Kernel:
+        return Kernel(name, "copy", 0, self.width * features * (self.tokens + self._padded), TRITON_LAUNCHES)
 
-    def _gpu_backward(self) -> list[Kernel]:
-        m, n, r, t, layers = self.m, self.n, self.rank, self.tokens, self.sharing
-        if r <= FUSED_RANK:
-            fused = self._triton("qA + gS", "fused", t * r + r * n, r * n)
-            add = self._triton("dx + qA + gS", "fused", t * r + r * n + t * n, r * n)
-            dx = [*layers * self._align("A", r, n), fused, *(layers - 1) * [add]]
-        else:
-            add = self._triton("dx + gS", "blocks", t * n)
-            dx = [*self._stack_A(), self._product("qA", t, layers * r, n), *layers * [add]]
-        dV = [self._pass("dV", 3 * self.nnz)] if self.bits <= 16 else []  # from float32
-        return [
-            *layers * self._align("g", t, m),
-            *layers * [self._product("gB", t, m, r, aligned=True)],
-            *dx,
-            self._product("qᵀx", t, layers * r, n, aligned=True),
-            *self._align("dA", layers * r, n),
-            *layers * [self._triton("gᵀx at positions", "blocks", 0), *dV],
-            *layers * [self._product("gᵀh", t, m, r, aligned=True)],
-        ]
-
-    def _align(self, name: str, rows: int, columns: int) -> list[Kernel]:
-        """Returns the copy of a matrix whose rows are not aligned."""
-        aligned = self.bits > 16 or columns * self.width % 16 == 0
-        return [] if aligned else [self._pass(f"align {name}", 2 * rows * columns)]
-
-    def _triton(self, name: str, unit: Unit, more: int, factor: int = 0) -> Kernel:
-        """Returns a product with S, and with a factor of so many elements; `more` elements move than for S alone."""
-        moved = self.width * (self.tokens * (self.n + self.m) + self.nnz + more)
-        return Kernel(name, unit, 2 * self.tokens * (self.nnz + factor), moved, TRITON_LAUNCHES)
+    def _triton(self, name: str) -> Kernel:
+        moved = self.width * (self._padded * (self.places + self.m) + self.nnz)
+        return Kernel(name, "blocks", 2 * self._padded * self.nnz, moved, TRITON_LAUNCHES)
 
     # Kernels by their size.
 
-    def _product(self, name: str, tokens: int, p: int, q: int, *, read: int = 0, aligned: bool = False) -> Kernel:
-        return _product(name, tokens, p, q, self.bits, self.device, read=read, aligned=aligned)
+    def _product(self, name: str, tokens: int, p: int, q: int, *, read: int = 0) -> Kernel:
+        return _product(name, tokens, p, q, self.bits, self.device, read=read)
 
     def _scaled(self, name: str, tokens: int, p: int, q: int) -> list[Kernel]:
         """Returns a product that is scaled inside, for which a number is written first."""

@@ -9,13 +9,8 @@ from sltrain_dist.config.schema import SupportKind
 
 SLICE = 512
 """Most tokens at a time in products with scattered positions, for 2-byte types; wider types take fewer (cache size)."""
-ROW_ALIGNMENT = 16
-"""On a GPU, rows of the matrices of a factored layer begin at multiples of so many elements: cuBLAS multiplies bf16
-matrices whose rows are not aligned five to seven times as slowly (docs/reports/2026-11-27-h200.md)."""
-FUSED_RANK = 512
-"""Largest rank at which a kernel for `blocks` computes the low-rank product, too. It then need not read and write the
-result once more, but it reaches less of a GPU's matrix rate than a library's product. By the roofline the two take
-equally long at a rank of about 800; not measured."""
+TOKEN_ALIGNMENT = 16
+"""The Triton kernels pad tokens of transposed matrices to a multiple of this, which Triton recognises as aligned."""
 BLOCK_SLICE = 512
 """Tokens that gradients of V are summed over at a time, with `blocks` on the CPU and 4- or 8-byte types: longer sums in
 one product are slower there."""
@@ -98,64 +93,25 @@ def num_windows(n: int, k: int) -> int:
     return -(-n // k)
 
 
-def input_group(n: int, k: int) -> int:
-    """Returns the number of neighbouring inputs that the permutation of `blocks` keeps together.
-
-    The largest power of two that divides k and is at most 16, k/8 and k²/n. 16 values of 2 bytes are a sector of a
-    GPU's memory. The outputs of a run are neighbours and depend on the same k inputs of their layer, so a window of k/g
-    groups in the next layer reaches k²/g inputs of this one: with g ≤ k²/n it can reach all n.
-    """
-    most = min(16, k // 8, k * k // n)
-    return math.gcd(k, 1 << max(0, most.bit_length() - 1))
-
-
 def window_starts(n: int, k: int) -> list[int]:
-    """Returns the first permuted input of every window: spread evenly; the last window ends at n.
-
-    Window i of w starts at g·⌈i(n−k)/(w−1)g⌉, where g is :func:`input_group`, or 1 if that does not divide n.
-    """
-    w, g = num_windows(n, k), window_step(n, k)
-    return [g * -(-i * ((n - k) // g) // (w - 1)) for i in range(w)] if w > 1 else [0]
-
-
-def window_step(n: int, k: int) -> int:
-    """Returns a number of which all windows' starts are multiples: :func:`input_group`, or 1 if that does not divide n.
-
-    If it is the group, a window consists of whole groups.
-    """
-    group = input_group(n, k)
-    return group if n % group == 0 else 1
-
-
-def run_unit(m: int, w: int) -> int:
-    """Returns a number of which all runs' lengths are multiples, but for the last: 64 or 16, or 1 if runs are short.
-
-    Tiles of a GPU's matrix products then seldom lie in two runs.
-    """
-    return next((unit for unit in (64, 16) if m % (unit * w) == 0 or m >= 2 * unit * w), 1)
+    """Returns the first permuted input of every window: ⌈i(n−k)/(w−1)⌉, spread evenly; the last window ends at n."""
+    w = num_windows(n, k)
+    return [-(-i * (n - k) // (w - 1)) for i in range(w)] if w > 1 else [0]
 
 
 def first_output(run: int, m: int, w: int) -> int:
-    """Returns the first output of a run: of ⌈m/u⌉ units of u outputs, w runs take equally many, the first one more."""
-    unit = run_unit(m, w)
-    each, longer = divmod(-(-m // unit), w)
-    return min(m, unit * (run * each + min(run, longer)))
-
-
-def longest_run(m: int, w: int) -> int:
-    """Returns the number of outputs of the longest of w runs."""
-    return first_output(1, m, w)
+    """Returns the first output of a run: m outputs form w runs, of which the first m mod w are longer by one."""
+    each, longer = divmod(m, w)
+    return run * each + min(run, longer)
 
 
 def window_runs(m: int, w: int, shift: int) -> list[tuple[slice, slice, int]]:
     """Returns the runs of outputs, equal ones together: (their windows, all their outputs, outputs per run).
 
-    Run j uses window (j + shift) mod w. Runs differ by one :func:`run_unit`; the last may be shorter. If there are
-    fewer outputs than windows, runs without an output are omitted.
+    Run j, of ⌊m/w⌋ or ⌊m/w⌋ + 1 neighbouring outputs, uses window (j + shift) mod w. If there are fewer outputs than
+    windows, runs without an output are omitted.
     """
-    unit = run_unit(m, w)
-    shorter_last = {w - 1} if m % unit else set()
-    bounds = sorted({0, -(-m // unit) % w, w - shift, w} | shorter_last)
+    bounds = sorted({0, m % w, w - shift, w})
     runs = []
     for first, last in itertools.pairwise(bounds):
         rows = slice(first_output(first, m, w), first_output(last, m, w))

@@ -15,32 +15,18 @@ from sltrain_dist.numerics import gpu_kernels
 from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.kernels import torch_kernels as kernels
 from sltrain_dist.sparse_lowrank.layer import apply_shared
-from sltrain_dist.sparse_lowrank.paths.blocks_on_gpu import aligned_rows
 from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport
 from sltrain_dist.sparse_lowrank.supports.stratified import StratifiedSupport, stratified_column
+from sltrain_dist.sparse_lowrank.supports.support import Products
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Relative errors, ‖out − ref‖ / ‖ref‖; the interpreter truncates what it casts to bf16.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-# (m, n, density, tokens, rank): windows that overlap, uneven and empty windows, one window, tiny sums, primes; windows
-# of groups that divide n (whole) and that do not, and runs of 16 (one of them shorter) that tiles do not divide.
-SHAPES = [
-    (37, 53, 0.1, 19, 4),
-    (3, 37, 0.05, 3, 1),
-    (24, 20, 1.0, 33, 5),
-    (7, 7, 0.01, 1, 2),
-    (70, 83, 0.8, 17, 3),
-    (1, 256, 0.03, 5, 8),
-    (300, 272, 0.23, 21, 20),
-    (200, 261, 0.25, 40, 17),
-]
+# (m, n, density, tokens): windows that overlap, uneven and empty windows, one window, rank-one sums, primes.
+SHAPES = [(37, 53, 0.1, 19), (3, 37, 0.05, 3), (24, 20, 1.0, 33), (7, 7, 0.01, 1), (70, 83, 0.8, 17)]
 # Several tiles, chunks of tokens and steps of every sum; too slow to interpret in number.
-LARGE = (
-    [(70, 83, 0.8, 515, 70), (270, 320, 0.2, 515, 70)]
-    if INTERPRETED
-    else [(1365, 2048, 0.03, 1100, 128), (5461, 2048, 0.03, 8192, 512), (4096, 11008, 0.05, 2048, 1024)]
-)
+LARGE = [(70, 83, 0.8, 515)] if INTERPRETED else [(1365, 2048, 0.03, 1100), (5461, 2048, 0.03, 8192)]
 # To the interpreter, float16 is like float32.
 CASES = [
     (shape, dtype)
@@ -68,77 +54,82 @@ def error(out: Tensor, expected: Tensor) -> float:
     return float((out.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
-def check_blocks(shape: tuple[int, int, float, int, int], dtype: torch.dtype, pitch: int = 0) -> None:
-    """Every product in float64, from the positions alone; with rows `pitch` elements further apart than long."""
-    m, n, density, tokens, rank = shape
+def block_products(support: BlockSupport, V: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    products = support.products(x)
+    assert isinstance(products, kernels.BlockProducts)
+    assert products.step(x) >= len(x)
+    return every_product(products, V, x, g)
+
+
+def every_product(products: Products, V: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, outputs = products.arrange_inputs(x), products.arrange_outputs(g)
+    y = products.multiply(products.weights(V), inputs)
+    dx = products.restore_inputs(products.multiply_transposed(products.transposed_weights(V), outputs))
+    return y, dx, products.sampled(products.sample(products.places(), outputs, inputs))
+
+
+def check_blocks(shape: tuple[int, int, float, int], dtype: torch.dtype) -> None:
+    m, n, density, tokens = shape
     support = BlockSupport(m, n, density, name="a.q", seed=0, device=DEVICE)
-
-    def spread(*shape: int, seed: int) -> Tensor:
-        return made(shape[0], shape[1] + pitch, dtype=dtype, seed=seed)[:, : shape[1]]
-
-    x, g, h = spread(tokens, n, seed=0), spread(tokens, m, seed=1), spread(tokens, rank, seed=2)
-    A, B, V = spread(rank, n, seed=3), made(m, rank, dtype=dtype, seed=4), made(m, support.k, dtype=dtype, seed=5)
+    x, g = made(tokens, n, dtype=dtype, seed=0), made(tokens, m, dtype=dtype, seed=1)
+    V = made(m, support.k, dtype=dtype, seed=2)
+    results = block_products(support, V, x, g)
+    # The definition, in float64, from the positions alone.
     S = torch.zeros(m * n, dtype=torch.float64, device=DEVICE).index_put((support.indices(),), V.double().flatten())
     S = S.view(m, n)
-
-    def results() -> list[Tensor]:
-        out = []
-        for factor in (None, (h, B)):
-            for add in (False, True):
-                y = torch.full((tokens, m + pitch), 0.5 if add else torch.nan, dtype=dtype, device=DEVICE)[:, :m]
-                kernels.add_outputs_(y, x, V, support, factor, add=add)
-                out.append(y)
-        for factor in (None, (h, A)):
-            for add in (False, True):
-                dx = torch.full((tokens, n + pitch), 0.5 if add else torch.nan, dtype=dtype, device=DEVICE)[:, :n]
-                kernels.add_inputs_(dx, g, V, support, factor, add=add)
-                out.append(dx)
-        return [*out, kernels.sum_values(g, x, support)]
-
-    y, dx = x.double() @ S.t(), g.double() @ S
-    hB, hA = h.double() @ B.double().t(), h.double() @ A.double()
-    dV = (g.double().t() @ x.double()).flatten()[support.indices()].view(m, support.k)
-    expected = [y, y + 0.5, y + hB, y + hB + 0.5, dx, dx + 0.5, dx + hA, dx + hA + 0.5, dV]
-    first = results()
-    for out, right in zip(first, expected, strict=True):
-        assert error(out, right) < TOLERANCE[dtype]
+    G = (g.double().t() @ x.double()).flatten()[support.indices()].view(m, support.k)
+    for out, expected in zip(results, (x.double() @ S.t(), g.double() @ S, G), strict=True):
+        assert error(out, expected) < TOLERANCE[dtype]
+    # torch's implementation, in the same type.
+    for out, other in zip(results, every_product(support, V, x, g), strict=True):
+        assert error(out, other) < 2 * TOLERANCE[dtype]
+    for products in (support.products(x), support):
+        total = products.sum_over_tokens(g, products.arrange_inputs(x))
+        assert error(total, g.double().t() @ x.double()) < 2 * TOLERANCE[dtype]
     # No sum depends on the order in which programs happen to run.
-    assert all(torch.equal(a, b) for a, b in zip(first, results(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, block_products(support, V, x, g), strict=True))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_products_of_blocks(shape: tuple[int, int, float, int, int], dtype: torch.dtype) -> None:
+def test_products_of_blocks(shape: tuple[int, int, float, int], dtype: torch.dtype) -> None:
     check_blocks(shape, dtype)
 
 
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_products_of_blocks_over_many_tiles(shape: tuple[int, int, float, int, int]) -> None:
+def test_products_of_blocks_over_many_tiles(shape: tuple[int, int, float, int]) -> None:
     for dtype in [torch.float32] if INTERPRETED else TOLERANCE:
-        check_blocks(shape, dtype, pitch=3)
+        check_blocks(shape, dtype)
 
 
-def test_a_gradient_that_is_not_finite_stays_with_its_tokens() -> None:
-    """Padding must be masked, not multiplied by zero; windows without an output get none."""
+@each_dtype
+def test_transposing_pads_with_zeros_and_back(dtype: torch.dtype) -> None:
+    x = made(67, 71, dtype=dtype, seed=0)
+    x_t = kernels.transpose(x)
+    assert x_t.shape == (71, 80) and torch.equal(x_t[:, :67], x.t()) and not x_t[:, 67:].any()
+    assert torch.equal(kernels.transpose_back(x_t, 67, None, 1), x)
+
+
+def test_a_total_is_added_to() -> None:
+    support = BlockSupport(37, 53, 0.1, name="a.q", seed=0, device=DEVICE)
+    V, g = made(37, support.k, dtype=torch.float32, seed=0), made(19, 37, dtype=torch.float32, seed=1)
+    products = support.products(g)
+    outputs = products.arrange_outputs(g)
+    weights = products.transposed_weights(V)
+    once = products.multiply_transposed(weights, outputs)
+    twice = products.multiply_transposed(weights, outputs, once)
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_window() -> None:
+    """Padding, and outputs of the next run, must be masked, not multiplied by zero."""
     m, n = 3, 37  # 19 windows, of which 16 have no output
     support = BlockSupport(m, n, 0.05, name="a.q", seed=0, device=DEVICE)
-    g = torch.ones(3, m, device=DEVICE)
-    g[1] = float("inf")
-    dx = torch.full((3, n), torch.nan, device=DEVICE)
-    kernels.add_inputs_(dx, g, torch.ones(m, support.k, device=DEVICE), support, None, add=False)
+    g = torch.full((3, m), float("inf"), device=DEVICE)
+    V = torch.ones(m, support.k, device=DEVICE)
+    _, dx, _ = block_products(support, V, torch.ones(3, n, device=DEVICE), g)
     used = torch.zeros(n, dtype=torch.bool, device=DEVICE)
     used[support.indices() % n] = True
-    assert bool(dx[[0, 2]].isfinite().all()) and not bool(dx[1, used].isfinite().any())
-    assert not dx[0, ~used].any()
-
-
-@pytest.mark.parametrize("width", [5, 8, 16, 24])
-@each_dtype
-def test_rows_are_aligned(width: int, dtype: torch.dtype) -> None:
-    x = made(4, width, dtype=dtype, seed=0)
-    out = aligned_rows(x)
-    assert torch.equal(out, x) and out.stride(1) == 1
-    assert out is x if dtype == torch.float32 or width % 8 == 0 else out.stride(0) * dtype.itemsize % 32 == 0
-    assert torch.equal(aligned_rows(x.t()), x.t())
+    assert bool((dx[:, ~used] == 0).all()) and bool((dx[:, used] == float("inf")).all())
 
 
 @each_dtype
@@ -206,14 +197,14 @@ def test_layers_use_the_kernels_and_agree(support: str, path: str, monkeypatch: 
         return [*outputs, x.grad, *(p.grad for layer in layers for p in layer.parameters())]
 
     calls = []
-    for name in ("stratified_add_", "stratified_take", "blocks_outputs_", "blocks_inputs_", "blocks_values"):
+    for name in ("stratified_add_", "stratified_take", "blocks_outputs", "blocks_inputs", "blocks_values"):
         for module in (kernels, __import__("sltrain_dist.sparse_lowrank.supports.stratified", fromlist=["x"])):
             if hasattr(module, name):
                 original = getattr(module, name)
                 monkeypatch.setattr(module, name, lambda *a, o=original, n=name: calls.append(n) or o(*a))
     single = run(torch.float32)
     if support == "blocks" and path == "factored":
-        assert set(calls) == {"blocks_outputs_", "blocks_inputs_", "blocks_values"}
+        assert set(calls) == {"blocks_outputs", "blocks_inputs", "blocks_values"}
     if support == "stratified" and path == "materialize":
         assert {"stratified_add_"} <= set(calls)
     calls.clear()
@@ -240,19 +231,23 @@ def test_compiles_without_graph_breaks() -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        lambda s, x, g, V: torch.library.opcheck(kernels.transpose, (x,)),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_outputs_, (g.clone(), x, V, s.window_inputs, s.shift, x[:, :4], V[:, :4], True)
+            kernels.transpose_back, (kernels.transpose(g), 19, None, s.k)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_inputs_, (x.clone(), g, V, s.window_inputs, s.shift, None, None, False)
+            kernels.blocks_outputs, (kernels.transpose(x), V, s.window_inputs, s.shift)
         ),
         lambda s, x, g, V: torch.library.opcheck(
-            kernels.blocks_values, (g, x, s.window_inputs, s.shift, s.k)
+            kernels.blocks_inputs, (kernels.transpose(g), V, s.windows, s.shift, None)
+        ),
+        lambda s, x, g, V: torch.library.opcheck(
+            kernels.blocks_values, (kernels.transpose(g), kernels.transpose(x), s.window_inputs, s.shift, s.k)
         ),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_add_, (x, V[:19], as_key(7), 0)),
         lambda s, x, g, V: torch.library.opcheck(kernels.stratified_take, (x, 5, as_key(7), 0)),
     ],
-    ids=["outputs", "inputs", "values", "add", "take"],
+    ids=["transpose", "transpose_back", "outputs", "inputs", "values", "add", "take"],
 )  # fmt: skip
 def test_operators_are_declared_as_they_are(case) -> None:
     """Schema, mutation and shapes under FakeTensor, by torch's own check."""
@@ -261,16 +256,10 @@ def test_operators_are_declared_as_they_are(case) -> None:
     case(support, x, g, made(37, support.k, dtype=torch.float32, seed=2))
 
 
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_few_tokens(tokens: int) -> None:
-    layer = SLLinear(53, 37, 4, 0.1, 6, support="blocks", path="factored", name="a.q", seed=0, device=DEVICE)
-    x = torch.ones(tokens, 53, device=DEVICE, requires_grad=True)
-    y = layer(x)
-    y.sum().backward()
-    assert y.shape == (tokens, 37) and x.grad.shape == (tokens, 53)
-    assert bool(layer.V.grad.any()) == (tokens > 0)
-    if tokens == 0:
-        support = layer.support
-        kernels.add_outputs_(y.detach(), x.detach(), layer.V.detach(), support, None, add=False)
-        kernels.add_inputs_(x.detach(), y.detach(), layer.V.detach(), support, None, add=True)
-        assert not kernels.sum_values(y.detach(), x.detach(), support).any()
+def test_no_tokens() -> None:
+    support = BlockSupport(37, 53, 0.1, name="a.q", seed=0, device=DEVICE)
+    y, dx, dV = block_products(
+        support, torch.ones(37, support.k, device=DEVICE), torch.ones(0, 53, device=DEVICE),
+        torch.ones(0, 37, device=DEVICE),
+    )  # fmt: skip
+    assert y.shape == (0, 37) and dx.shape == (0, 53) and not dV.any()

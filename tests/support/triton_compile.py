@@ -1,7 +1,5 @@
 """Compiles every kernel for an H100, which needs no GPU, and prints figures of the code, a line of JSON for each.
 
-    python tests/support/triton_compile.py [--all]      --all: every configuration that tuning chooses from
-
 A script, because Triton must not be in interpreter mode; run by tests/unit/sparse_lowrank/test_triton_kernels.py.
 """
 
@@ -10,67 +8,21 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sltrain_dist.optim.triton_step import low_bit_adam_kernel
-from sltrain_dist.sparse_lowrank.kernels import torch_kernels as launchers
 from sltrain_dist.sparse_lowrank.kernels import triton_kernels as kernels
-from sltrain_dist.sparse_lowrank.sizes import FUSED_RANK, num_windows, run_unit, values_per_row, window_step
 
-LAYERS = {
-    "1b q": (2048, 2048, 512, 0.03),
-    "1b gate": (5461, 2048, 512, 0.03),
-    "1b down": (2048, 5461, 512, 0.03),
-    "7b q": (4096, 4096, 1024, 0.05),
-    "7b gate": (11008, 4096, 1024, 0.05),
-    "7b down": (4096, 11008, 1024, 0.05),
-}
-"""(m, n, rank, density)."""
-TOKENS = 8192
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def row(columns: int) -> int:
-    """Returns the elements from one row to the next, as aligned_rows makes them."""
-    return columns if columns % 8 == 0 else -(-columns // 16) * 16
-
-
-def launches(m: int, n: int, rank: int, density: float, dtype: str) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Yields the three kernels of a layer with the constants of their launches."""
-    k = values_per_row(n, density, "blocks")
-    windows = num_windows(n, k)
-    group = window_step(n, k)
-    usual = {"K": k, "GROUP": group, "UNIT": run_unit(m, windows), "PRECISION": "ieee"}
-    fused = rank <= FUSED_RANK
-    low_rank = {"RANK": rank if fused else 0, "ADD": not fused}
-    x = torch.empty(TOKENS, 0, dtype=TYPES[dtype], device="meta")
-    for name, kernel, features, summed, own in (
-        ("outputs", kernels.outputs_kernel, m, max(k, rank), {"PITCH_X": row(n), "PITCH_H": rank, "PITCH_Y": m}),
-        (
-            "inputs", kernels.inputs_kernel, n, max(-(-m // windows), rank),
-            {"PITCH_G": row(m), "PITCH_Q": rank, "PITCH_A": row(n), "PITCH_X": n},
-        ),
-    ):  # fmt: skip
-        block_t, block, block_k = launchers._tiles(x, features, summed)
-        tile = {"BLOCK_T": block_t, "BLOCK_O" if name == "outputs" else "BLOCK_C": block, "BLOCK_K": block_k}
-        yield name, kernel, {**usual, **low_rank, **own, **tile}
-    plan = launchers.values_plan(TOKENS, m, k, windows, TYPES[dtype])
-    tile = dict(zip(("BLOCK_T", "BLOCK_R", "BLOCK_K"), plan.block, strict=True))
-    yield "values", kernels.values_kernel, {**usual, "PITCH_G": row(m), "PITCH_X": row(n), "R": plan.run, **tile}
-
-
-INDEX = {"window_inputs": "*i32", "partial": "*fp32"}
-SCALARS = ("tokens", "windows", "shift", "m", "n", "chunk", "first", "count", "k")
-STRATIFIED = {"key": "*i64"}
+PRODUCTS = {"R": 171, "K": 168, "PRECISION": "ieee"}
+INDEX = {"places": "*i32", "window_inputs": "*i32", "partial": "*fp32", "key": "*i64"}
+SCALARS = ("tokens", "features", "stride", "windows", "shift", "m", "chunk", "first", "count", "n", "k")
+ALIGNED = ("stride", "chunk")
 ADAM = {
     **{f"{moment}_codes": "*u8" for moment in ("first", "second")},
     **{f"{moment}_table": "*u8" for moment in ("first", "second")},
@@ -87,16 +39,11 @@ def compiled(
     kernel: Any,
     dtype: str,
     constants: dict[str, Any],
-    sizes: dict[str, int],
-    warps: int,
-    stages: int,
     types: dict[str, str] = INDEX,
+    warps: int = 4,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compiles a kernel and returns its registers, spilled bytes, shared memory and instructions.
-
-    `sizes` are the scalar arguments that are known to be multiples of 16 or not, as a launch finds out.
-    """
+    """Compiles a kernel and returns its registers, spilled bytes, shared memory and instructions."""
     function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32" if name in SCALARS else f"*{dtype}")
@@ -109,10 +56,10 @@ def compiled(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or (kind == "i32" and sizes.get(name, 1) % 16 == 0)
+            if kind.startswith("*") or name in ALIGNED
         },
     )
-    options = {"num_warps": warps, "num_stages": stages, **options}
+    options = {"num_warps": warps, "num_stages": 3, **options}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin = Path(folder, "kernel.cubin")
     cubin.write_bytes(result.asm["cubin"])
@@ -122,7 +69,6 @@ def compiled(
     ptx = result.asm["ptx"]
     return {
         "warps": warps,
-        "stages": stages,
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "shared": result.metadata.shared,
@@ -138,33 +84,32 @@ def compiled(
     }
 
 
-def figures(folder: str, every: bool) -> Iterator[dict[str, Any]]:
-    """Yields the figures of the kernels of all layers: by the first configuration of tuning, or by every one."""
-    for layer, shape in LAYERS.items():
-        for dtype in TYPES:
-            for name, kernel, constants in launches(*shape, dtype):
-                sizes = {"tokens": TOKENS, "m": shape[0], "n": shape[1], "chunk": 256}
-                for config in kernel.configs if every else kernel.configs[:1]:
-                    how = config.num_warps, config.num_stages
-                    result = compiled(folder, kernel, dtype, constants, sizes, *how)
-                    yield {"layer": layer, "dtype": dtype, "kernel": name, **result}
-
-
-def main() -> None:
-    with TemporaryDirectory() as folder:
-        for each in figures(folder, every="--all" in sys.argv):
-            print(json.dumps(each))
-        for dtype in TYPES:
-            for scatter in (False, True):
-                constants = {"SCATTER": scatter, "BLOCK": 512}
-                print(json.dumps(compiled(folder, kernels.stratified_kernel, dtype, constants, {}, 4, 3, STRATIFIED)))
-        for bits, size, warps in ((8, 256, 2), (4, 128, 1)):
-            constants = {"SIZE": size, "BITS": bits, "MASTER": False, "SHARED": False}
-            constants |= {"DECAY_GRADIENT": False, "DECAY_VALUE": True, "STOCHASTIC": True}
-            how = {"enable_fp_fusion": False}
-            result = compiled(folder, low_bit_adam_kernel, "bf16", constants, {}, warps, 3, ADAM, **how)
-            print(json.dumps({"step of Adam": bits, **result}))
+def main(folder: str) -> None:
+    for dtype in ("bf16", "fp32"):
+        small = dtype == "fp32"
+        tile = {"BLOCK_T": 64 if small else 128, "BLOCK_R": 32 if small else 64, "BLOCK_K": 32 if small else 64}
+        grad_tile = {"BLOCK_T": 32 if small else 64, "BLOCK_R": 64, "BLOCK_K": 64}
+        launches = [
+            (kernels.outputs_kernel, {**PRODUCTS, **tile}),
+            (kernels.inputs_kernel, {**PRODUCTS, **tile, "ADD": True}),
+            (kernels.values_kernel, {**PRODUCTS, **grad_tile}),
+            (kernels.transpose_kernel, {"BLOCK": 64}),
+            *(
+                (kernels.transpose_back_kernel, {"K": 168, "GATHER": twice, "TWICE": twice, "BLOCK": 64})
+                for twice in (False, True)
+            ),
+            *((kernels.stratified_kernel, {"SCATTER": scatter, "BLOCK": 512}) for scatter in (False, True)),
+        ]
+        for kernel, constants in launches:
+            name = getattr(kernel, "fn", kernel).__name__
+            print(json.dumps({"kernel": name, "dtype": dtype, **compiled(folder, kernel, dtype, constants)}))
+    for bits, size, warps in ((8, 256, 2), (4, 128, 1)):
+        constants = {"SIZE": size, "BITS": bits, "MASTER": False, "SHARED": False}
+        constants |= {"DECAY_GRADIENT": False, "DECAY_VALUE": True, "STOCHASTIC": True}
+        figures = compiled(folder, low_bit_adam_kernel, "bf16", constants, ADAM, warps, enable_fp_fusion=False)
+        print(json.dumps({"kernel": "low_bit_adam_kernel", "dtype": f"bf16, {bits} bits", **figures}))
 
 
 if __name__ == "__main__":
-    main()
+    with TemporaryDirectory() as folder:
+        main(folder)

@@ -2,10 +2,13 @@
 
 :mod:`.torch_kernels` launches the kernels and documents their arguments.
 
-`blocks`. Matrices are read and written as they lie, tokens × features: no transposed or permuted copy is made. The
-inputs of a window are gathered by the loads of the products, and the gradient of the inputs is scattered by their
-stores. Because inputs are permuted in groups of neighbours, an access is of up to 16 bytes. Tiles of the same tokens
-run next to each other, so that the cache serves all windows of a token after the first.
+`blocks`. Reading permuted features of a row-major matrix inside a product would move a 32-byte sector for every 2-byte
+element, and so cost as much as the dense layer (and Triton has no gather from shared memory: its own becomes thousands
+of shuffles). So the products run in transposed form, features × tokens, where permuting is choosing rows and costs
+nothing: it is fused, with every mask and window, into the loads and stores of the product kernels. Transposing is a
+pass at the speed of a copy, once for an input that q, k and v share, and once for a gradient that dx and dV share.
+Transposed matrices have their tokens padded with zeros to a multiple of 16, so that every access but those on the
+row-major side is of 16 bytes, whatever T.
 
 `stratified`. The scatter into W and the gather from its gradient touch about k/n of the matrix; one kernel that hashes
 in registers replaces torch's dozen passes over int64 positions. Fusing it into the product BA would save nothing: the
@@ -49,175 +52,146 @@ def _multiply_add(left, right, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _first_output(run, m, windows, UNIT: tl.constexpr):
+def _first_output(run, m, windows):
     """Returns the first output of a run, as sizes.first_output."""
-    units = (m + UNIT - 1) // UNIT
-    return tl.minimum(m, (run * (units // windows) + tl.minimum(run, units % windows)) * UNIT)
+    return run * (m // windows) + tl.minimum(run, m % windows)
 
 
+@_tuned(["features"], [(4, 1), (8, 1), (2, 1)])
 @triton.jit
-def _run_of(output, m, windows, UNIT: tl.constexpr):
-    """Returns the run of an output."""
-    units = (m + UNIT - 1) // UNIT
-    each = units // windows
-    longer = units % windows
-    unit = output // UNIT
-    after = unit - longer * (each + 1)  # units after the longer runs
-    return tl.where(after < 0, unit // (each + 1), longer + after // tl.maximum(each, 1))
+def transpose_kernel(x, out, tokens, features, stride, BLOCK: tl.constexpr):
+    """Writes x (tokens, features) transposed to out (features, stride), zeros in columns tokens … stride − 1."""
+    tiles = tl.cdiv(features, BLOCK)
+    program = tl.program_id(0)
+    t = (program // tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    c = (program % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    tile = tl.load(x + t[:, None] * features + c, mask=(t < tokens)[:, None] & (c < features), other=0.0)
+    tl.store(out + c[:, None] * stride + t, tl.trans(tile), mask=(c < features)[:, None] & (t < stride))
 
 
+@_tuned(["features"], [(4, 1), (8, 1), (2, 1)])
 @triton.jit
-def _window_start(window, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
-    """Returns the first permuted input of a window, as sizes.window_starts."""
-    gaps = tl.maximum(windows - 1, 1)
-    return (window * ((n - K) // GROUP) + gaps - 1) // gaps * GROUP
+def transpose_back_kernel(
+    source, places, out, tokens, features, stride, windows,
+    K: tl.constexpr, GATHER: tl.constexpr, TWICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes rows of source, transposed, to out (tokens, features): row i for feature i, or with GATHER row places[i].
+
+    TWICE: source holds inputs in overlapping windows; an input that the next window has too becomes the sum.
+    """
+    tiles = tl.cdiv(features, BLOCK)
+    program = tl.program_id(0)
+    t = (program // tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    c = (program % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    place = c
+    if GATHER:
+        place = tl.load(places + c, mask=c < features, other=0).to(tl.int64)
+    tile = tl.load(source + place[:, None] * stride + t, mask=(c < features)[:, None] & (t < stride), other=0.0)
+    if TWICE:
+        # Windows begin at ⌈i(n − K)/(windows − 1)⌉, as sizes.window_starts: finds the input's place in the next one.
+        window = place // K
+        span = features - K
+        start = (window * span + windows - 2) // (windows - 1)
+        following = ((window + 1) * span + windows - 2) // (windows - 1)
+        slot = place - window * K + start - following
+        second = (window + 1) * K + slot
+        both = (c < features) & (window + 1 < windows) & (slot >= 0)
+        more = tl.load(source + second[:, None] * stride + t, mask=both[:, None] & (t < stride), other=0.0)
+        tile = (tile.to(tl.float32) + more.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + t[:, None] * features + c, tl.trans(tile), mask=(t < tokens)[:, None] & (c < features))
 
 
-@triton.jit
-def _last_window(place, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
-    """Returns the last window that contains a permuted input: the last one whose start is not beyond it."""
-    steps = tl.maximum((n - K) // GROUP, 1)
-    return tl.minimum(place // GROUP * (windows - 1) // steps, windows - 1)
-
-
-@triton.jit
-def _first_window(place, n, windows, K: tl.constexpr, GROUP: tl.constexpr):
-    """Returns the first window that contains a permuted input: the first one that ends behind it."""
-    steps = tl.maximum((n - K) // GROUP, 1)
-    start = (tl.maximum(place - K + 1, 0) + GROUP - 1) // GROUP  # the least start that reaches it, in steps
-    return tl.where(start > 0, tl.minimum((start - 1) * (windows - 1) // steps + 1, windows - 1), 0)
-
-
-@triton.jit
-def _load_inputs(pointers, mask, GROUP: tl.constexpr):
-    """Loads numbers of inputs, of which GROUP at a time are neighbours that begin at a multiple of GROUP."""
-    inputs = tl.load(pointers, mask=mask, other=0)
-    if GROUP > 1:
-        inputs = tl.max_contiguous(tl.multiple_of(inputs, GROUP), GROUP)
-    return inputs
-
-
-@_tuned(["m", "n", "K", "RANK"], [(8, 3), (4, 3), (8, 4), (4, 4)])
+@_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
 @triton.jit
 def outputs_kernel(
-    x, V, window_inputs, h, B, y, tokens, m, windows, shift,
-    PITCH_X: tl.constexpr, PITCH_H: tl.constexpr, PITCH_Y: tl.constexpr,
-    K: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """y[t, o] = y[t, o] if ADD + Σ_j h[t, j] · B[o, j] + Σ_c x[t, input c of o's window] · V[o, c]."""
-    blocks = tl.cdiv(m, BLOCK_O)
-    first = tl.program_id(0) % blocks * BLOCK_O
-    o = first + tl.arange(0, BLOCK_O)
-    t = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-    live = t < tokens
-    row = o.to(tl.int64)[None, :]
-
-    total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-    for start in range(0, RANK, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        left = tl.load(h + t * PITCH_H + j, mask=live & (j < RANK), other=0.0)
-        right = tl.load(B + row * RANK + j[:, None], mask=(o < m) & (j < RANK)[:, None], other=0.0)
-        total = _multiply_add(left, right.to(left.dtype), total, PRECISION)
-
-    # Where a tile lies in several runs, its other outputs are multiplied by zeros.
-    last = tl.minimum(first + BLOCK_O, m) - 1
-    for run in range(_run_of(first, m, windows, UNIT), _run_of(last, m, windows, UNIT) + 1):
-        window = (run + shift) % windows
-        used = (o >= _first_output(run, m, windows, UNIT)) & (o < _first_output(run + 1, m, windows, UNIT))
-        for start in range(0, K, BLOCK_K):
-            c = start + tl.arange(0, BLOCK_K)
-            feature = _load_inputs(window_inputs + window * K + c, c < K, GROUP)
-            left = tl.load(x + t * PITCH_X + feature, mask=live & (c < K), other=0.0)
-            right = tl.load(V + row * K + c[:, None], mask=used & (c < K)[:, None], other=0.0)
-            total = _multiply_add(left, right.to(left.dtype), total, PRECISION)
-
-    place = y + t * PITCH_Y + o
-    mask = live & (o < m)
-    if ADD:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, total.to(y.dtype.element_ty), mask=mask)
-
-
-@_tuned(["m", "n", "K", "RANK"], [(8, 3), (4, 3), (8, 4), (4, 4)])
-@triton.jit
-def inputs_kernel(
-    g, V, window_inputs, q, A, dx, tokens, m, n, windows, shift,
-    PITCH_G: tl.constexpr, PITCH_Q: tl.constexpr, PITCH_A: tl.constexpr, PITCH_X: tl.constexpr,
-    K: tl.constexpr, RANK: tl.constexpr, ADD: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dx[t, i] = dx[t, i] if ADD + Σ_j q[t, j] · A[j, i] + Σ_o g[t, o] · V[o, slot of i], for outputs o that use i."""
-    blocks = tl.cdiv(n, BLOCK_C)
-    first = tl.program_id(0) % blocks * BLOCK_C
-    place = first + tl.arange(0, BLOCK_C)  # in the order of the windows
-    t = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-    live = t < tokens
-    held = tl.minimum(place, n - 1)
-    holder = _last_window(held, n, windows, K, GROUP)
-    held += holder * K - _window_start(holder, n, windows, K, GROUP)
-    feature = _load_inputs(window_inputs + held, place < n, GROUP)
-
-    total = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
-    for start in range(0, RANK, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        left = tl.load(q + t * PITCH_Q + j, mask=live & (j < RANK), other=0.0)
-        rows = j.to(tl.int64)[:, None]
-        right = tl.load(A + rows * PITCH_A + feature, mask=(j < RANK)[:, None] & (place < n), other=0.0)
-        total = _multiply_add(left, right.to(left.dtype), total, PRECISION)
-
-    # Windows overlap, and a tile may lie in several: each adds to its own inputs, the others are multiplied by zeros.
-    last = tl.minimum(first + BLOCK_C, n) - 1
-    for window in range(_first_window(first, n, windows, K, GROUP), _last_window(last, n, windows, K, GROUP) + 1):
-        slot = place - _window_start(window, n, windows, K, GROUP)
-        inside = (slot >= 0) & (slot < K) & (place < n)
-        run = (window + windows - shift) % windows
-        begin = tl.multiple_of(_first_output(run, m, windows, UNIT), UNIT)
-        end = _first_output(run + 1, m, windows, UNIT)
-        for start in range(begin, end, BLOCK_K):
-            o = start + tl.arange(0, BLOCK_K)
-            left = tl.load(g + t * PITCH_G + o, mask=live & (o < end), other=0.0)
-            rows = o.to(tl.int64)[:, None]
-            right = tl.load(V + rows * K + slot, mask=(o < end)[:, None] & inside, other=0.0)
-            total = _multiply_add(left, right.to(left.dtype), total, PRECISION)
-
-    target = dx + t * PITCH_X + feature
-    mask = live & (place < n)
-    if ADD:
-        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, total.to(dx.dtype.element_ty), mask=mask)
-
-
-@_tuned(["m", "n", "K"], [(4, 3), (4, 2), (8, 3), (8, 4)])
-@triton.jit
-def values_kernel(
-    g, x, window_inputs, partial, tokens, chunk, m, windows, shift,
-    PITCH_G: tl.constexpr, PITCH_X: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    inputs, values, window_inputs, out, stride, m, windows, shift,
+    R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """partial[part, o, c] = Σ_t g[t, o] · x[t, input c of o's window], over the tokens of a chunk."""
+    """out[o, t] = Σ_c values[o, c] · inputs[input c of o's window, t], for all outputs o."""
+    # Tiles of one window and the same tokens next to each other: they read the same inputs.
+    tiles: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    blocks = tl.cdiv(stride, BLOCK_T)
+    program = tl.program_id(0)
+    run = program // (tiles * blocks)
+    window = (run + shift) % windows
+    t = program // tiles % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    q = _first_output(run, m, windows) + program % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    used = q < _first_output(run + 1, m, windows)
+    o = q.to(tl.int64)[:, None]
+
+    total = tl.zeros([BLOCK_R, BLOCK_T], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        feature = tl.load(window_inputs + window * K + c, mask=c < K, other=0).to(tl.int64)[:, None]
+        x = tl.load(inputs + feature * stride + t, mask=(c < K)[:, None] & (t < stride), other=0.0)
+        v = tl.load(values + o * K + c, mask=used[:, None] & (c < K), other=0.0)
+        total = _multiply_add(v.to(x.dtype), x, total, PRECISION)
+    tl.store(out + o * stride + t, total.to(out.dtype.element_ty), mask=used[:, None] & (t < stride))
+
+
+@_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
+@triton.jit
+def inputs_kernel(
+    grads, values, base, out, stride, m, windows, shift,
+    R: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[i·K + c, t] = base there + Σ_o values[o, c] · grads[o, t], over the outputs o of window i."""
+    tiles: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    blocks = tl.cdiv(stride, BLOCK_T)
+    program = tl.program_id(0)
+    window = program // (tiles * blocks)
+    t = program // tiles % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = program % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    run = (window + windows - shift) % windows
+    first = _first_output(run, m, windows)
+    last = _first_output(run + 1, m, windows)
+
+    total = tl.zeros([BLOCK_K, BLOCK_T], dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        q = first + start + tl.arange(0, BLOCK_R)
+        used = (q < last)[:, None]
+        o = q.to(tl.int64)[:, None]
+        g = tl.load(grads + o * stride + t, mask=used & (t < stride), other=0.0)
+        v = tl.load(values + o * K + c, mask=used & (c < K), other=0.0)
+        total = _multiply_add(tl.trans(v.to(g.dtype)), g, total, PRECISION)
+
+    place = (window * K + c).to(tl.int64)[:, None] * stride + t
+    mask = (c < K)[:, None] & (t < stride)
+    if ADD:
+        total += tl.load(base + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@_tuned(["m", "R", "K"], [(4, 3), (4, 2), (8, 3), (8, 2)])
+@triton.jit
+def values_kernel(
+    grads, inputs, window_inputs, partial, stride, chunk, m, windows, shift,
+    R: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[part, o, c] = Σ_t grads[o, t] · inputs[input c of o's window, t], over the tokens of a chunk."""
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R * tiles_k
     program = tl.program_id(0)
     run = program // tiles % windows
     window = (run + shift) % windows
     part = program // (tiles * windows)
-    begin = tl.multiple_of(_first_output(run, m, windows, UNIT), UNIT)
-    o = begin + program % tiles // tiles_k * BLOCK_R + tl.arange(0, BLOCK_R)
+    q = _first_output(run, m, windows) + program % tiles // tiles_k * BLOCK_R + tl.arange(0, BLOCK_R)
     c = program % tiles % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    used = o < _first_output(run + 1, m, windows, UNIT)
-    feature = _load_inputs(window_inputs + window * K + c, c < K, GROUP)
+    used = q < _first_output(run + 1, m, windows)
+    o = q.to(tl.int64)[:, None]
+    feature = tl.load(window_inputs + window * K + c, mask=c < K, other=0).to(tl.int64)[:, None]
 
     total = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-    for start in range(part * chunk, min(part * chunk + chunk, tokens), BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        left = tl.load(g + t * PITCH_G + o, mask=(t < tokens) & used, other=0.0)
-        right = tl.load(x + t * PITCH_X + feature, mask=(t < tokens) & (c < K), other=0.0)
-        total = _multiply_add(tl.trans(left), right, total, PRECISION)
-    rows = o.to(tl.int64)[:, None]
-    place = partial + part.to(tl.int64) * m * K + rows * K + c
-    tl.store(place, total.to(partial.dtype.element_ty), mask=used[:, None] & (c < K))
+    for start in range(part * chunk, min(part * chunk + chunk, stride), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        g = tl.load(grads + o * stride + t, mask=used[:, None] & (t < stride), other=0.0)
+        x = tl.load(inputs + feature * stride + t, mask=(c < K)[:, None] & (t < stride), other=0.0)
+        total = _multiply_add(g, tl.trans(x), total, PRECISION)
+    place = part.to(tl.int64) * m * K + o * K + c
+    tl.store(partial + place, total.to(partial.dtype.element_ty), mask=used[:, None] & (c < K))
 
 
 @triton.jit

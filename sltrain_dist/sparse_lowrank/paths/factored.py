@@ -12,14 +12,6 @@ from torch.autograd.function import once_differentiable
 from sltrain_dist.numerics.device import in_turn
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.kept import keep
-from sltrain_dist.sparse_lowrank.paths.blocks_on_gpu import (
-    aligned_rows,
-    blocks_input_gradient,
-    blocks_outputs,
-    blocks_values_gradient,
-    runs_on_gpu,
-    sum_over_tokens,
-)
 from sltrain_dist.sparse_lowrank.supports.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +21,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 class Factored(torch.autograd.Function):
     """Applies layers to one input. Saved for the backward pass are x and h = s·xAᵀ of all layers, side by side.
 
-    If all layers arrange x alike and :attr:`Support.keeps_arranged`, the arranged x is saved in its place. The input
+    If all layers arrange x alike and :attr:`Products.keeps_arranged`, the arranged x is saved in its place. The input
     is transposed, and arranged for the sparse products, once; it is multiplied by A of all layers in one product.
 
     Called with (x, supports, scales, B, A, V of the first layer, B, A, V of the second …); returns the outputs, without
@@ -43,7 +35,6 @@ class Factored(torch.autograd.Function):
         ctx: Any, x: Tensor, supports: Sequence[Support], scales: Sequence[float], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         arranged = _arranged(x, supports)
-        x = aligned_rows(x) if runs_on_gpu(x, supports) else x
         outputs, h = keep(lambda: _factored_forward(x, arranged, _by_layer(parameters, x.dtype), supports, scales))
         ctx.supports, ctx.scales, ctx.arranged = supports, scales, arranged is not None
         ctx.save_for_backward(x if arranged is None else arranged, h, *parameters)
@@ -72,12 +63,8 @@ def _factored_forward(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Returns the layers' outputs, (T, m), and h."""
     h = _project_down(x, layers, scales)
-    by_layer = h.split([A.shape[0] for _, A, _ in layers], dim=1)
-    if runs_on_gpu(x, supports):
-        Bs, _, Vs = zip(*layers, strict=True)
-        return blocks_outputs(x, by_layer, Bs, Vs, supports), h
     outputs = _sparse_forward(x, arranged, layers, supports)
-    for y, (B, _, _), h_i in zip(outputs, layers, by_layer, strict=True):
+    for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
         y.addmm_(h_i, B.to(x.dtype).t())
     return tuple(outputs), h
 
@@ -103,32 +90,28 @@ def factored_backward(
         supports: Support of each layer.
         scales: s of each layer.
         needs: Whether the gradients of x, B, A and V are needed.
-        arranged: Whether x is arranged; only where :attr:`Support.keeps_arranged`.
+        arranged: Whether x is arranged; only where :attr:`Products.keeps_arranged`.
 
     Returns:
         dx, and (dB, dA, dV) of each layer; None for what is not needed.
     """
     need_x, need_B, need_A, need_V = needs
+    dtype = x.dtype
     ranks = [A.shape[0] for _, A, _ in layers]
-    nothing: list[Tensor | None] = [None] * len(layers)
-    dAs, dBs, dVs, dx, q = nothing, nothing, nothing, None, None
-    on_gpu = runs_on_gpu(grads[0], supports)
-    if on_gpu:
-        x, grads = aligned_rows(x), [aligned_rows(g) for g in grads]
-    else:
-        dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
+    dAs: list[Tensor | None] = [None] * len(layers)
+    dBs: list[Tensor | None] = [None] * len(layers)
+    dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
     if need_x or need_A:
-        q = _project_up(grads, layers, scales)
-        if on_gpu and need_x:
-            _, As, Vs = zip(*layers, strict=True)
-            dx = blocks_input_gradient(q, grads, As, Vs, supports)
-        elif dx is not None:
-            dx.addmm_(q, _stacked(layers, q.dtype))
+        # q = s·gB, of all layers side by side. Inductor reads the old content even if beta is 0, so it must be zeros.
+        new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
+        q = new(grads[0].shape[0], sum(ranks))
+        for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
+            columns.addmm_(g, B.to(dtype), beta=0, alpha=scale)
+        if dx is not None:
+            dx.addmm_(q, _stacked(layers, dtype))
         if need_A:
-            dA = supports[0].sum_over_tokens(q, x) if arranged else sum_over_tokens(q, x)
+            dA = supports[0].products(grads[0]).sum_over_tokens(q, x) if arranged else torch.mm(q.t(), x)
             dAs = list(dA.split(ranks))
-    if on_gpu and need_V:
-        dVs = [blocks_values_gradient(x, g, support) for g, support in zip(grads, supports, strict=True)]
     if need_B:
         h = _project_down(x, layers, scales) if h is None else h
         dBs = [torch.mm(g.t(), h_i) for g, h_i in zip(grads, h.split(ranks, dim=1), strict=True)]
@@ -139,22 +122,10 @@ def factored_backward(
     return dx, gradients
 
 
-def _project_up(grads: Sequence[Tensor], layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
-    """Returns q = s·gB of all layers side by side, (T, Σr)."""
-    # Inductor reads the old content even if beta is 0, so it must be zeros.
-    new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
-    ranks = [A.shape[0] for _, A, _ in layers]
-    q = new(grads[0].shape[0], sum(ranks))
-    for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
-        columns.addmm_(g, B.to(g.dtype), beta=0, alpha=scale)
-    return q
-
-
 def _arranged(x: Tensor, supports: Sequence[Support]) -> Tensor | None:
     """Returns x as the supports' products arrange it, if all layers arrange it alike and it is saved; else None."""
-    if not supports[0].keeps_arranged or len(_arranged_alike(supports)) > 1 or runs_on_gpu(x, supports):
-        return None
-    return supports[0].arrange_inputs(x)
+    products = supports[0].products(x)
+    return products.arrange_inputs(x) if products.keeps_arranged and len(_arranged_alike(supports)) == 1 else None
 
 
 def _sparse_forward(
@@ -163,7 +134,7 @@ def _sparse_forward(
     """Returns xSᵀ of every layer, (T, m)."""
     outputs: list[Tensor] = []
     for indices in _arranged_alike(supports):
-        products = [supports[i] for i in indices]
+        products = [supports[i].products(x) for i in indices]
         weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(indices, products, strict=True)]
         slices = _slices(x, products[0].step(x))
         if len(slices) == 1:
@@ -195,7 +166,7 @@ def _sparse_backward(
     if not (need_x or need_V):
         return None, [None] * len(layers)
     for indices in _arranged_alike(supports):
-        products = [supports[i] for i in indices]
+        products = [supports[i].products(x) for i in indices]
         lead, numbered = products[0], list(enumerate(zip(indices, products, strict=True)))
         weights = [p.transposed_weights(layers[i][2].to(x.dtype)) if need_x else () for _, (i, p) in numbered]
         places = [p.places() if need_V else () for p in products]
@@ -242,11 +213,9 @@ def _arranged_alike(supports: Sequence[Support]) -> list[list[int]]:
 
 def _project_down(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
     """Returns h = s·xAᵀ of all layers side by side, (T, Σr)."""
-    A = _stacked(layers, x.dtype)
-    A = A if x.stride(0) == x.shape[1] else aligned_rows(A)  # as x
     if len(set(scales)) == 1:
-        return scaled_mm(x, A.t(), scales[0])
-    h = torch.mm(x, A.t())
+        return scaled_mm(x, _stacked(layers, x.dtype).t(), scales[0])
+    h = torch.mm(x, _stacked(layers, x.dtype).t())
     for columns, scale in zip(h.split([A.shape[0] for _, A, _ in layers], dim=1), scales, strict=True):
         columns.mul_(scale)
     return h

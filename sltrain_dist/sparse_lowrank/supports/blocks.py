@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
-from sltrain_dist.numerics.splitmix import key64, splitmix64
-from sltrain_dist.sparse_lowrank.sizes import (
-    BLOCK_SLICE,
-    input_group,
-    num_windows,
-    window_runs,
-    window_starts,
-)
+from sltrain_dist.numerics.gpu_kernels import use_kernels
+from sltrain_dist.numerics.splitmix import key64, permutation
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import BlockProducts
+from sltrain_dist.sparse_lowrank.sizes import BLOCK_SLICE, num_windows, window_runs, window_starts
 from sltrain_dist.sparse_lowrank.supports.support import (
+    Products,
     Support,
     Weights,
     add_to_total,
     flatten_columns,
     to_tokens_first,
 )
+
+Order = Literal["random", "grouped", "strided", "natural"]
+"""How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: sets of 8
+neighbours, in random order. strided: neighbours go to different windows in turn. natural: not permuted."""
+_GROUP = 8
 
 
 def input_key(name: str) -> str:
@@ -42,23 +46,29 @@ def first_window(name: str, windows: int) -> int:
     return key64(0, f"{name.rpartition('.')[2]}.start") * windows >> 64  # far apart for LLaMA's names
 
 
-def permute_groups(key: int, n: int, group: int) -> npt.NDArray[np.int64]:
-    """Returns a permutation of n inputs that keeps groups of neighbours, as the list of the input at each place."""
-    groups = np.arange(n) // group
-    return np.argsort(splitmix64(key, 0, int(groups[-1]) + 1)[groups], kind="stable")
+def make_order(order: Order, key: int, size: int, windows: int) -> npt.NDArray[np.int64]:
+    """Returns a permutation of 0 … size − 1, as the list of the input at each place."""
+    if order == "random":
+        return permutation(key, size)
+    if order == "natural":
+        return np.arange(size)
+    if order == "strided":
+        return np.argsort(np.arange(size) % windows, kind="stable")
+    groups = np.arange(size) // _GROUP
+    return np.argsort(permutation(key, int(groups[-1]) + 1)[groups], kind="stable")
 
 
 class BlockSupport(Support):
     """Dense blocks between windows of permuted inputs and runs of neighbouring outputs.
 
-    The inputs are permuted in groups of neighbours (:func:`~sltrain_dist.sparse_lowrank.sizes.input_group`) and covered
-    by w = ⌈n/k⌉ windows of k inputs, spread evenly, so that an input lies in one or two of them. The outputs, in their
-    own order, form w runs of about m/w (:func:`~sltrain_dist.sparse_lowrank.sizes.first_output`); run j uses window
-    (j + shift) mod w. The product with S is then a batch of w products with (R, k) blocks, whose results are in the
-    order of the outputs. Only the permutation is stored, as lists of places: O(n).
+    The permuted inputs are covered by w = ⌈n/k⌉ windows of k inputs, spread evenly, so that an input lies in one or two
+    of them. The outputs, in their own order, form w runs of R = ⌈m/w⌉ or R − 1; run j uses window (j + shift) mod w.
+    The product with S is then a batch of w products with (R, k) blocks, whose results are in the order of the outputs.
+    Only the permutation is stored, as lists of places: O(n).
 
     Args: as of :class:`Support`, and
         device: Device of the permutation. On "meta", it is computed when memory is allocated (`to_empty`).
+        order: How the permutation is made.
 
     Attributes:
         k: Number of values in each row, the width of a window.
@@ -84,11 +94,13 @@ class BlockSupport(Support):
         seed: int | None = None,
         name: str = "",
         device: torch.device | str | None = None,
+        order: Order = "random",
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
         self.windows = num_windows(n, self.k)
         self._set_runs(first_window(name, self.windows))
+        self.order = order
         places = self.windows * self.k
         sizes = {"window_inputs": places, "input_places": n, "second_places": places - n}
         self._make_buffers(device, {buffer: (size, torch.int32) for buffer, size in sizes.items()})
@@ -103,7 +115,7 @@ class BlockSupport(Support):
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
-        inputs = permute_groups(key, self.n, input_group(self.n, self.k))
+        inputs = make_order(self.order, key, self.n, self.windows)
 
         # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))
@@ -132,13 +144,16 @@ class BlockSupport(Support):
     def shares_inputs(self, other: Support) -> bool:
         if not isinstance(other, BlockSupport):
             return False
-        if (self.n, self.k) != (other.n, other.k):
+        if (self.n, self.k, self.order) != (other.n, other.k, other.order):
             return False
         if torch.compiler.is_compiling():
             # Layers of one seed that are applied together must belong to one module, as in the models: a name or a key
             # in the trace would recompile every decoder layer, up to torch's limit of eight.
             return self.seed is not None and self.seed == other.seed
         return self.keys is not None and other.keys is not None and self.keys[0] == other.keys[0]
+
+    def products(self, x: Tensor) -> Products:
+        return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
     # Arranged inputs are (w, T, k), a view of (T, w·k): the windows of every token side by side, so that features are
     # gathered in one pass. Where :func:`by_features`, they are (w, k, T). Outputs are unchanged, or transposed.

@@ -17,18 +17,13 @@ from sltrain_dist.sparse_lowrank import SLLinear
 from sltrain_dist.sparse_lowrank.layer import SUPPORTS
 from sltrain_dist.sparse_lowrank.sizes import (
     effective_density,
-    first_output,
-    input_group,
-    longest_run,
     nonzeros,
     num_windows,
-    run_unit,
     stored_index_bytes,
     values_per_row,
     window_starts,
-    window_step,
 )
-from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport, first_window, permute_groups
+from sltrain_dist.sparse_lowrank.supports.blocks import BlockSupport, first_window, make_order
 from sltrain_dist.sparse_lowrank.supports.stratified import (
     StratifiedSupport,
     murmur_finalise,
@@ -172,18 +167,13 @@ def test_blocks_are_dense_between_permuted_inputs_and_runs_of_outputs(size: tupl
     for start in starts:
         uses[start : start + k] += 1
     assert set(uses.tolist()) <= {1, 2}
-    inputs = torch.from_numpy(permute_groups(key64(5, f"{NAME.rpartition('.')[0]}.inputs"), n, input_group(n, k)))
+    inputs = torch.from_numpy(make_order("random", key64(5, f"{NAME.rpartition('.')[0]}.inputs"), n, w))
     shift = key64(0, "q_proj.start") * w >> 64
     assert torch.equal(support.window_inputs[support.input_places], torch.arange(n, dtype=torch.int32))
     columns = support.columns(0, m)
-    unit = run_unit(m, w)
-    units, lengths = -(-m // unit), [0] * w
-    for j in range(units):  # the first runs get one more where they cannot all have equally many
-        lengths[j % w] += unit
-    lengths[w - 1 if units >= w else units - 1] -= units * unit - m
-    runs = [j for j, length in enumerate(lengths) for _ in range(length)]
-    assert len(runs) == m and [first_output(j, m, w) for j in range(w)] == [0, *itertools.accumulate(lengths[:-1])]
-    assert longest_run(m, w) == max(lengths)
+    longer = m % w
+    runs = [j for j in range(w) for _ in range(m // w + (j < longer))]
+    assert len(runs) == m
     for output, run in enumerate(runs):
         window = (run + shift) % w
         assert torch.equal(columns[output].long(), inputs[starts[window] : starts[window] + k])
@@ -216,34 +206,16 @@ def test_blocks_permutations_are_uniform() -> None:
     size, draws = 6, 3000
     counts = torch.zeros(size, size, dtype=torch.float64)
     for seed in range(draws):
-        counts[torch.arange(size), torch.from_numpy(permute_groups(key64(seed, "x"), size, 1))] += 1
+        counts[torch.arange(size), torch.from_numpy(make_order("random", key64(seed, "x"), size, 1))] += 1
     # (size − 1)² degrees of freedom, as rows and columns are fixed.
     chi2 = float(((counts - draws / size) ** 2 / (draws / size)).sum())
     assert abs(chi2 - 25) < 5 * 50**0.5
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 100, 300])
-def test_groups_are_permuted_whole(size: int) -> None:
-    for group in (1, 4, 16):
-        order = permute_groups(5, size, group).tolist()
-        assert sorted(order) == list(range(size))
-        broken = [a for a, b in itertools.pairwise(order) if b != a + 1]  # only at the ends of groups
-        assert all((a + 1) % group == 0 or a + 1 == size for a in broken)
-        assert size < 100 or len(broken) > size // group // 2
-
-
-def test_windows_consist_of_groups_of_neighbours() -> None:
-    """A kernel loads a group at once: its inputs are neighbours, and the first is a multiple of the group's size."""
-    for n, density in ((256, 0.125), (768, 0.03), (2048, 0.03), (4096, 0.05), (11008, 0.05), (5461, 0.03)):
-        support = BlockSupport(8, n, density, seed=0, name=NAME)
-        group = window_step(n, support.k)
-        assert group == (1 if n % 2 else input_group(n, support.k)) and support.k % group == 0
-        first = support.window_inputs.view(-1, group)[:, :1]
-        assert torch.equal(support.window_inputs.view(-1, group), first + torch.arange(group, dtype=torch.int32))
-        assert not (first % group).any()
-    assert [input_group(4096, k) for k in (1, 64, 96, 160, 208, 552)] == [1, 1, 2, 4, 8, 8]
-    assert [input_group(256, k) for k in (5, 24, 32, 64, 256)] == [1, 2, 4, 8, 16]
-    assert input_group(8192, 1024) == 16
+@pytest.mark.parametrize("order", ["random", "grouped", "strided", "natural"])
+def test_every_order_is_a_permutation(order: str) -> None:
+    for size in (1, 7, 8, 9, 100):
+        assert sorted(make_order(order, 5, size, 3)) == list(range(size))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -41,24 +41,17 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    """For the layers of 1B and 7B: the tensor cores multiply, and matrices arrive in the background.
-
-    In 7B's layers 16 bytes at once. In 1B's, groups have two inputs, and do not divide the 5461 of down.
-    """
+    """The tensor cores multiply, accesses are of 16 bytes, and no register is spilled."""
     out = run_apart(SUPPORT / "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
     rows = [json.loads(line) for line in out.splitlines()]
-    products = [row for row in rows if "kernel" in row and row["dtype"] == "bf16"]
-    assert len(products) == 18 and len(rows) == 2 * 18 + 4 + 2
+    assert len(rows) == 2 * 8 + 2
     for row in rows:
-        assert row["stack"] <= (0 if row in products else 16), f"registers are spilled: {row}"
-        assert row["shared"] <= SHARED_MEMORY and row["registers"] <= 168
+        assert row["stack"] == 0 and row["shared"] <= SHARED_MEMORY
+        if row["kernel"] in ("outputs_kernel", "inputs_kernel", "values_kernel"):
+            assert (row["wgmma"] > 0) == (row["dtype"] == "bf16")
+            assert row["async16"] + row["load16"] > 0
     for row in rows[-2:]:  # steps of Adam, whose operations must each be rounded by itself
         assert row["fma"] == row["approximate"] == 0
-    for row in products:
-        assert row["wgmma"] >= 4 and row["mma"] == 0
-        assert row["async16"] + row["async_narrow"] >= 8
-        if row["layer"].startswith("7b"):
-            assert row["async16"] >= 8 and row["async_narrow"] <= 3 and row["store16"] >= 8 and row["store2"] == 0
 
 
 def test_cuda_without_triton_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
