@@ -184,6 +184,8 @@ def _until(condition: Callable[[], bool], running: Sequence[subprocess.Popen[byt
         time.sleep(_POLL_S)
         for process in running:
             process.poll()
+    for process in running:  # also of those that had ended before the first wait
+        process.poll()
 
 
 def whole_lines(file: Path) -> int:

@@ -133,10 +133,10 @@ def _update(run: Run, clock: Clock) -> None:
     watchdog.warmed_up()
     if spike is None:
         run.rows, run.loss, state.grad_norm = rows, update.loss, update.grad_norm
+        state.first_loss = update.loss if state.first_loss is None else state.first_loss
         remember(state.spikes, update.loss, update.grad_norm, step, config.train)
     elif _answer_spike(run, clock, spike):
         return
-    state.first_loss = update.loss if state.first_loss is None else state.first_loss
     state.advance(update.tokens, config.optim.warmup_steps)
     for observer in run.observers:
         observer.updated(engine, update, run.tracker)

@@ -31,10 +31,8 @@ from gpu_sets import SETS, nested, rows
 from timed_parts import Job, Part
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of all parts with tiny models on the CPU."""
-    directory = tmp_path_factory.mktemp("rehearsal")
+def rehearse(directory: Path) -> Path:
+    """Runs all parts with tiny models on the CPU, and returns the directory of their results."""
     text, out = directory / "text.json.gz", directory / "out"
     write_shard(text, [words(key64(number, "rehearsal"), 300) for number in range(300)])
     command = ["bash", str(REPO / "tools/gpu_check.sh"), "--out", str(out), "--device", "cpu", "--rehearse"]
@@ -52,66 +50,81 @@ def runs(out: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(out.glob("runs-*.jsonl")) for row in read(file)]
 
 
+def check_every_part_is_done_and_wrote_its_results(rehearsal: Path) -> None:
+    parts = json.loads((rehearsal / "summary.json").read_text())["parts"]
+    assert [part["part"] for part in parts] == ["environment", *gpu_check.PARTS]
+    for part in parts:
+        assert part["status"] == "done" and part["seconds"] <= part["limit_s"]
+        assert all(job["lines"] > 0 and job["exit_status"] == 0 for job in part["jobs"]), part
+        assert part["headlines"]
+    text = (rehearsal / "summary.txt").read_text()
+    assert text.count(": done after ") == len(parts)
+    assert "validation loss after 8 updates: full" in text
+
+
+def check_tests_are_collected(rehearsal: Path) -> None:
+    outcomes = [row for file in rehearsal.glob("tests-*.jsonl") for row in read(file)]
+    assert len(outcomes) >= 80
+    if not torch.cuda.is_available():
+        assert {row["outcome"] for row in outcomes} == {"skipped"}
+
+
+def check_engines_have_the_same_losses(rehearsal: Path) -> None:
+    for dtype in ("bf16", "mixed"):
+        found = [row for row in read(rehearsal / "runs-engines.jsonl") if row["values"]["train.dtype"] == dtype]
+        stages = [row["values"].get("parallel.zero_stage") for row in found]
+        assert stages == [None, None, 1, 2, 3]
+        for row in found:
+            assert row["losses"] == pytest.approx(found[0]["losses"], rel=2e-3), row["values"]
+            assert row["losses"][1] < row["losses"][0] - 0.1
+
+
+def check_the_planner_is_right(rehearsal: Path) -> None:
+    for row in runs(rehearsal):
+        limit = 0.1 if row["values"].get("parallel.zero_stage") or row["set"] == "zero" else 1e-3
+        assert abs(row["error"]) < limit, row
+        assert row["tokens_per_s"] > 0 and row["mfu"] is None
+    sets = {row["set"]: row for row in read(rehearsal / "planner.jsonl")}
+    assert set(sets) == set(SETS)
+    assert all(row["failed"] == 0 and row["rows"] > 0 for row in sets.values())
+    assert abs(sets["ddp"]["error_eager"]["max"]) < 1e-3
+    (drawn,) = read(rehearsal / "planner-random.jsonl")
+    assert abs(drawn["error"]) < 0.05
+
+
+def check_layers_have_ratios_and_kernels(rehearsal: Path) -> None:
+    device, *groups, layer = read(rehearsal / "layer.jsonl")
+    assert all(rate > 0 for rate in device["rates"].values()) and len(groups) == 4
+    for row in (row for group in groups for row in group["methods"]):
+        assert row["ratio"] > 0 and row["kernels_s"] > 0 and row["kernels"]
+        assert sum(kernel["s"] for kernel in row["predicted"]) == pytest.approx(row["predicted_s"] or 0)
+        assert (row["predicted_s"] is None) is (row["method"] == "published")
+    for method in layer["layer"]:
+        each = [row for group in groups for row in group["methods"] if row["method"] == method["method"]]
+        assert method["seconds"] == pytest.approx(sum(row["seconds"] for row in each))
+        assert method["seconds_ratio"] > 0
+
+
+def check_methods_are_compared_after_equal_tokens(rehearsal: Path) -> None:
+    settings, *lines, compared = read(rehearsal / "quality.jsonl")
+    assert "preset=llama_60m" in settings["settings"]
+    assert compared["compared_at_step"] == 8 and set(compared["eval_loss"]) == set(gpu_quality.METHODS)
+    for method, loss in compared["eval_loss"].items():
+        losses = {line["step"]: line["eval_loss"] for line in lines if line["method"] == method}
+        assert loss == losses[8] < losses[0] - 0.5
+    assert len({line["eval_tokens"] for line in lines}) == 1
+
+
 @pytest.mark.slow
-class TestRehearsal:
-    def test_every_part_is_done_and_wrote_its_results(self, rehearsal: Path) -> None:
-        parts = json.loads((rehearsal / "summary.json").read_text())["parts"]
-        assert [part["part"] for part in parts] == ["environment", *gpu_check.PARTS]
-        for part in parts:
-            assert part["status"] == "done" and part["seconds"] <= part["limit_s"]
-            assert all(job["lines"] > 0 and job["exit_status"] == 0 for job in part["jobs"]), part
-            assert part["headlines"]
-        text = (rehearsal / "summary.txt").read_text()
-        assert text.count(": done after ") == len(parts)
-        assert "validation loss after 8 updates: full" in text
-
-    def test_tests_are_collected(self, rehearsal: Path) -> None:
-        outcomes = [row for file in rehearsal.glob("tests-*.jsonl") for row in read(file)]
-        assert len(outcomes) >= 80
-        if not torch.cuda.is_available():
-            assert {row["outcome"] for row in outcomes} == {"skipped"}
-
-    def test_engines_have_the_same_losses(self, rehearsal: Path) -> None:
-        for dtype in ("bf16", "mixed"):
-            found = [row for row in read(rehearsal / "runs-engines.jsonl") if row["values"]["train.dtype"] == dtype]
-            stages = [row["values"].get("parallel.zero_stage") for row in found]
-            assert stages == [None, None, 1, 2, 3]
-            for row in found:
-                assert row["losses"] == pytest.approx(found[0]["losses"], rel=2e-3), row["values"]
-                assert row["losses"][1] < row["losses"][0] - 0.1
-
-    def test_the_planner_is_right(self, rehearsal: Path) -> None:
-        for row in runs(rehearsal):
-            limit = 0.1 if row["values"].get("parallel.zero_stage") or row["set"] == "zero" else 1e-3
-            assert abs(row["error"]) < limit, row
-            assert row["tokens_per_s"] > 0 and row["mfu"] is None
-        sets = {row["set"]: row for row in read(rehearsal / "planner.jsonl")}
-        assert set(sets) == set(SETS)
-        assert all(row["failed"] == 0 and row["rows"] > 0 for row in sets.values())
-        assert abs(sets["ddp"]["error_eager"]["max"]) < 1e-3
-        (drawn,) = read(rehearsal / "planner-random.jsonl")
-        assert abs(drawn["error"]) < 0.05
-
-    def test_layers_have_ratios_and_kernels(self, rehearsal: Path) -> None:
-        device, *groups, layer = read(rehearsal / "layer.jsonl")
-        assert all(rate > 0 for rate in device["rates"].values()) and len(groups) == 4
-        for row in (row for group in groups for row in group["methods"]):
-            assert row["ratio"] > 0 and row["kernels_s"] > 0 and row["kernels"]
-            assert sum(kernel["s"] for kernel in row["predicted"]) == pytest.approx(row["predicted_s"] or 0)
-            assert (row["predicted_s"] is None) is (row["method"] == "published")
-        for method in layer["layer"]:
-            each = [row for group in groups for row in group["methods"] if row["method"] == method["method"]]
-            assert method["seconds"] == pytest.approx(sum(row["seconds"] for row in each))
-            assert method["seconds_ratio"] > 0
-
-    def test_methods_are_compared_after_equal_tokens(self, rehearsal: Path) -> None:
-        settings, *lines, compared = read(rehearsal / "quality.jsonl")
-        assert "preset=llama_60m" in settings["settings"]
-        assert compared["compared_at_step"] == 8 and set(compared["eval_loss"]) == set(gpu_quality.METHODS)
-        for method, loss in compared["eval_loss"].items():
-            losses = {line["step"]: line["eval_loss"] for line in lines if line["method"] == method}
-            assert loss == losses[8] < losses[0] - 0.5
-        assert len({line["eval_tokens"] for line in lines}) == 1
+def test_a_rehearsal(tmp_path: Path) -> None:
+    """One test, because a rehearsal takes a while, and tests that share one could run in two processes."""
+    rehearsal = rehearse(tmp_path)
+    check_every_part_is_done_and_wrote_its_results(rehearsal)
+    check_tests_are_collected(rehearsal)
+    check_engines_have_the_same_losses(rehearsal)
+    check_the_planner_is_right(rehearsal)
+    check_layers_have_ratios_and_kernels(rehearsal)
+    check_methods_are_compared_after_equal_tokens(rehearsal)
 
 
 @pytest.mark.parametrize("name", SETS)
