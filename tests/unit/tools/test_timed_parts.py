@@ -78,7 +78,7 @@ def test_parts_that_all_reach_their_limits_end_in_time(seconds: float, monkeypat
 def test_a_part_that_hangs_is_ended_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timed_parts, "TERM_S", 0.5)
     jobs = (bash("hangs", HANGS), bash("ignores", f"trap '' TERM\n{HANGS}"), bash("ends", 'echo "{}" >>"$0"'))
-    record = run(Part("x", 1, 1, jobs), tmp_path, limit=5.0)
+    record = run(Part("x", 1, 1, jobs), tmp_path, limit=8.0)
     assert record["status"] == "cut off"
     assert [job["cut_off"] for job in record["jobs"]] == [True, True, False]
     assert [job["lines"] for job in record["jobs"]] == [2, 2, 1]
@@ -101,7 +101,7 @@ def test_an_interruption_ends_the_commands(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    signal.setitimer(signal.ITIMER_REAL, 4.0)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(Part("x", 1, 1, (bash("a", HANGS),)), tmp_path)
