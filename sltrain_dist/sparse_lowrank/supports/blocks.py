@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,11 +21,6 @@ from sltrain_dist.sparse_lowrank.supports.support import (
     to_tokens_first,
 )
 
-Order = Literal["random", "grouped", "strided", "natural"]
-"""How the permutation of the inputs is made. random: uniform. The others are for comparisons; grouped: sets of 8
-neighbours, in random order. strided: neighbours go to different windows in turn. natural: not permuted."""
-_GROUP = 8
-
 
 def input_key(name: str) -> str:
     """Returns the name that keys the permutation of a layer's inputs: that of the module which contains the layer.
@@ -46,18 +39,6 @@ def first_window(name: str, windows: int) -> int:
     return key64(0, f"{name.rpartition('.')[2]}.start") * windows >> 64  # far apart for LLaMA's names
 
 
-def make_order(order: Order, key: int, size: int, windows: int) -> npt.NDArray[np.int64]:
-    """Returns a permutation of 0 … size − 1, as the list of the input at each place."""
-    if order == "random":
-        return permutation(key, size)
-    if order == "natural":
-        return np.arange(size)
-    if order == "strided":
-        return np.argsort(np.arange(size) % windows, kind="stable")
-    groups = np.arange(size) // _GROUP
-    return np.argsort(permutation(key, int(groups[-1]) + 1)[groups], kind="stable")
-
-
 class BlockSupport(Support):
     """Dense blocks between windows of permuted inputs and runs of neighbouring outputs.
 
@@ -68,7 +49,6 @@ class BlockSupport(Support):
 
     Args: as of :class:`Support`, and
         device: Device of the permutation. On "meta", it is computed when memory is allocated (`to_empty`).
-        order: How the permutation is made.
 
     Attributes:
         k: Number of values in each row, the width of a window.
@@ -94,13 +74,11 @@ class BlockSupport(Support):
         seed: int | None = None,
         name: str = "",
         device: torch.device | str | None = None,
-        order: Order = "random",
     ) -> None:
         super().__init__(m, n, density, seed=seed, name=name)
         self.k = self.values_shape[1]
         self.windows = num_windows(n, self.k)
         self._set_runs(first_window(name, self.windows))
-        self.order = order
         places = self.windows * self.k
         sizes = {"window_inputs": places, "input_places": n, "second_places": places - n}
         self._make_buffers(device, {buffer: (size, torch.int32) for buffer, size in sizes.items()})
@@ -115,7 +93,7 @@ class BlockSupport(Support):
 
     def _compute(self, key: int, shift: int) -> None:
         self._set_runs(shift)
-        inputs = make_order(self.order, key, self.n, self.windows)
+        inputs = permutation(key, self.n)
 
         # Permuted input at every place of every window; its first occurrence is its place.
         starts = np.asarray(window_starts(self.n, self.k))
@@ -144,7 +122,7 @@ class BlockSupport(Support):
     def shares_inputs(self, other: Support) -> bool:
         if not isinstance(other, BlockSupport):
             return False
-        if (self.n, self.k, self.order) != (other.n, other.k, other.order):
+        if (self.n, self.k) != (other.n, other.k):
             return False
         if torch.compiler.is_compiling():
             # Layers of one seed that are applied together must belong to one module, as in the models: a name or a key
