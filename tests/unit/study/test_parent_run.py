@@ -13,16 +13,13 @@ from sltrain_dist.study.comparison import compare
 from sltrain_dist.study.parent_run import ParentRun
 from sltrain_dist.study.run_study import read_results, write_plots, write_results
 from sltrain_dist.tracking.mlflow import MlflowTracker
+from tests.support.mlflow_environment import restore_at_the_end
 from tests.support.studies import finish, make_study, study_values
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undoes at the end what the tracker sets for its process."""
-    for key, value in module._ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(key, raising=False)
+    restore_at_the_end(monkeypatch)
 
 
 @pytest.mark.slow

@@ -19,15 +19,12 @@ import sltrain_dist.tracking.mlflow as module
 from sltrain_dist.config.run_files import MLFLOW_RUN_ID
 from sltrain_dist.config.schema import TrackingConfig
 from sltrain_dist.tracking.mlflow import Destination, MlflowTracker
+from tests.support.mlflow_environment import restore_at_the_end
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undoes at the end what the tracker sets for its process."""
-    for key, value in module._ENVIRONMENT.items():
-        monkeypatch.setenv(key, value)
-    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(key, raising=False)
+    restore_at_the_end(monkeypatch)
 
 
 @pytest.fixture
