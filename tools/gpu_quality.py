@@ -69,13 +69,11 @@ def split_documents(files: Iterable[str]) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], texts[::HELD_OUT_EVERY]
 
 
-def write_texts(files: Iterable[str], directory: Path) -> tuple[Path, Path]:
-    """Writes the training and the held-out documents, and returns their files."""
-    paths = directory / "train.json.gz", directory / "validation.json.gz"
-    for path, texts in zip(paths, split_documents(files), strict=True):
-        with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as out:
-            out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    return paths
+def write_texts(texts: Iterable[str], path: Path) -> Path:
+    """Writes documents to a file, and returns it."""
+    with gzip.open(path, "wt", encoding="utf-8", compresslevel=1) as out:
+        out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return path
 
 
 class Run:
@@ -185,11 +183,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary, args.out.open("a") as out:
         directory = Path(temporary)
         try:
-            train, validation = write_texts(args.text, directory)
+            training, held_out = split_documents(args.text)
+            train = write_texts(training, directory / "train.json.gz")
+            validation = write_texts(held_out, directory / "validation.json.gz")
             tokenizer = Path(args.tokenizer or directory / "tokenizer.model")
             if not args.tokenizer:
-                texts, _ = split_documents(args.text)
-                train_tokenizer(texts, tokenizer, vocab_size=args.vocab, model_type="bpe")
+                train_tokenizer(training, tokenizer, vocab_size=args.vocab, model_type="bpe")
         except SltrainError as error:
             print(f"error: {error}", file=sys.stderr)
             return int(error.exit_code)

@@ -70,13 +70,10 @@ def rewrite(engine: Engine, groups: Sequence[Group], compute: Compute, env: Envi
         dealt = list(enumerate(groups[first : first + env.world_size]))
         own: Tensor | None = None
         for owner, group in dealt:
-            if owner == env.rank:
-                own = _collect(engine, group, owner, env)
-            else:
-                _collect(engine, group, owner, env)
-        for owner, group in dealt:  # only now, so that the ranks compute at the same time
-            if owner == env.rank and own is not None:
-                _replace(own, group, compute)
+            flat = _collect(engine, group, owner, env)
+            own = flat if owner == env.rank else own
+        if own is not None:  # only now, so that the ranks compute at the same time
+            _replace(own, dealt[env.rank][1], compute)
         for owner, group in dealt:
             _distribute(engine, group, own if owner == env.rank else None, owner, env)
 

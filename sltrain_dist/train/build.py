@@ -36,7 +36,7 @@ from sltrain_dist.parallel.zero import ZeroEngine
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.runtime.stop import StopRequest
 from sltrain_dist.tracking.tracker import RunTracker
-from sltrain_dist.train.agreement import check_agreement
+from sltrain_dist.train.agreement import check_agreement, code_version
 from sltrain_dist.train.device_rows import RowPrefetcher
 from sltrain_dist.train.observers.memory_watch import MemoryWatch
 from sltrain_dist.train.observers.observer import Observer
@@ -97,6 +97,7 @@ class Run:
     """(step, perplexity) of the evaluations by this process."""
 
     def __post_init__(self) -> None:
+        self.code = code_version()  # not when a checkpoint is saved: the files may have changed by then
         self.row_prefetcher = RowPrefetcher(self.loader, self.env.device)
 
 

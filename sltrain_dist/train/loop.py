@@ -21,7 +21,6 @@ from sltrain_dist.parallel.whole_layers import restart
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.stop import StopAgreed
 from sltrain_dist.tracking.meters import Throughput, mfu, peak_flops, peak_memory_bytes
-from sltrain_dist.train.agreement import code_version
 from sltrain_dist.train.build import Run, restore
 from sltrain_dist.train.divergence import check_finite, check_savable, count_spike, find_spike, not_learning, remember
 from sltrain_dist.train.evaluate import evaluate
@@ -64,8 +63,8 @@ def fit(run: Run) -> Outcome:
     """
     state = run.state
     clock = Clock(state.elapsed_s, logged_step=state.step, saved_step=state.step)
-    if state.step and run.env.on_main(lambda: run.tracker.has_evaluation(state.step)):
-        clock.evaluated_step = state.step
+    if state.step:
+        clock.evaluated_step = _evaluated_step(run)
     if state.finished(run.config.train) and not _evaluation_is_due(run, clock):
         return Outcome(ExitCode.DONE, f"nothing left to do: all {state.step} updates are already made", state.step)
     try:
@@ -180,8 +179,7 @@ def _go_back(run: Run, clock: Clock, path: Path) -> None:
     vars(state).update(vars(restore(reader, run.env)))
     state.spikes = replace(state.spikes, total=spikes.total, in_row=spikes.in_row, furthest=spikes.furthest)
     run.tracker.go_back(state.step)
-    evaluated = run.env.on_main(lambda: run.tracker.has_evaluation(state.step))
-    clock.evaluated_step = state.step if evaluated else None
+    clock.evaluated_step = _evaluated_step(run)
     clock.logged_step = clock.saved_step = state.step
 
 
@@ -267,6 +265,12 @@ def _evaluation_is_due(run: Run, clock: Clock) -> bool:
     return run.eval_rows is not None and scheduled and clock.evaluated_step != step
 
 
+def _evaluated_step(run: Run) -> int | None:
+    """Returns the current step if metrics.jsonl has its evaluation, as after a restart; else None."""
+    step = run.state.step
+    return step if run.env.on_main(lambda: run.tracker.has_evaluation(step)) else None
+
+
 def _evaluate(run: Run, clock: Clock) -> None:
     assert run.eval_rows is not None
     with clock.meter.excluded():
@@ -307,7 +311,7 @@ def _save(run: Run, clock: Clock) -> None:
                 "data": merge_states(env.gather(run.row_prefetcher.state_dict())),
                 "rng": env.gather(rng_state(env.device)),
                 "supports": run.supports,
-                "code": code_version(),
+                "code": run.code,
             },
             to_yaml(run.config),
             run.tokenizer,
