@@ -72,6 +72,7 @@ def rewrite(engine: Engine, groups: Sequence[Group], compute: Compute, env: Envi
         for owner, group in dealt:
             flat = _collect(engine, group, owner, env)
             own = flat if owner == env.rank else own
+            del flat  # it would be held while the owners compute
         if own is not None:  # only now, so that the ranks compute at the same time
             _replace(own, dealt[env.rank][1], compute)
         for owner, group in dealt:
