@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sltrain_dist.checkpoint.manifest import TOKENIZER, read_manifest
 from sltrain_dist.checkpoint.reader import CheckpointReader, TensorReader
 from sltrain_dist.checkpoint.store import Report, save_ranges
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import PROJECTED_METHODS, Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.files import make_directory, sha256_of, writing
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
@@ -119,7 +119,7 @@ def _convert_layers(
         mine = names[first + env.rank : first + env.rank + 1]
         for layer in chain.from_iterable(env.together(partial(convert, mine))):
             done.append(layer)
-            if config.reparam.method != "full":  # to a dense weight, the conversion is exact
+            if config.reparam.method not in ("full", *PROJECTED_METHODS):  # to a dense weight, the conversion is exact
                 report(f"{layer.name}: converted with a relative error of {layer.error:.4f}")
     reader.check_supports(join_fingerprints((each.name, each.support) for each in done if each.support is not None))
     report(f"converted {len(done)} linear layers from {before.reparam.method} to {config.reparam.method}")

@@ -55,7 +55,7 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
 
     Raises:
         CheckpointError: The checkpoint is damaged, or this version draws other supports from its seed.
-        ConfigError: The output already exists.
+        ConfigError: The output already exists, or the model is no dense LLaMA (reparam.method=cola).
         StorageError: The output cannot be written; partial output has been removed.
     """
     if output.exists():
@@ -66,6 +66,11 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
         raise CheckpointError(problem)
     reader = CheckpointReader(checkpoint)
     config = reader.config()
+    if config.reparam.method == "cola":
+        raise ConfigError(
+            f"{checkpoint} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
+            "merged into dense weights; export a run of another method"
+        )
     with writing(f"the model {output}"), writing_directory(output) as temporary:
         special_ids = _write_tokenizer(checkpoint, temporary, config)
         parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)

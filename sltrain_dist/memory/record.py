@@ -22,13 +22,14 @@ from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.operators import operators_of
 from sltrain_dist.memory.recording import Parameter, Recording
 from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.models.count import is_factor
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.device import DeviceType, emulate
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.parallel.checkpointing import prepare_layers
-from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
+from sltrain_dist.parallel.placement import Shard, is_sharded
 from sltrain_dist.sparse_lowrank.balance import balanced
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"

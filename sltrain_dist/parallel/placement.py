@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
-from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.models.count import is_factor, parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import decays, shared_groups
 
@@ -23,17 +22,6 @@ _CACHE_SIZE = 256
 
 ZERO_BUCKET = 50_000_000
 """Default of DeepSpeed's bucket size, in values; `parallel.deepspeed` can override it."""
-
-_REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
-
-
-def is_factor(name: str) -> bool:
-    """Whether a parameter belongs to a linear layer that SLTrain replaces, for any method.
-
-    These are B, A, V or a dense weight of attention and MLP. The other parameters (embedding, head, norms) are the
-    dense remainder, which `parallel.shard: factors` replicates on every rank.
-    """
-    return _REPLACED.search(name) is not None
 
 
 def is_sharded(name: str, shard: Shard) -> bool:

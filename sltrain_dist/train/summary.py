@@ -20,6 +20,7 @@ from sltrain_dist.models.count import (
     parameter_shapes,
 )
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import accumulated_gradient_bytes
@@ -52,7 +53,8 @@ def _model(config: Config) -> list[tuple[str, str]]:
     full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
     width = config.train.precision.parameter_bytes
     shapes = parameter_shapes(config.model, config.reparam)
-    states = sum(state_bytes(TensorRange.whole(name, shape), config.optim, width) for name, shape in shapes)
+    optim = optimizer_settings(config)
+    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in shapes)
     kinds = [
         ("embedding, head, norms", counted.remainder),
         ("low-rank factors", counted.factors),

@@ -143,7 +143,7 @@ class TestConfiguration:
         assert "train.stesp" in error
         assert "did you mean train.steps?" in error
 
-    @pytest.mark.parametrize("method", ["relora", "galore"])
+    @pytest.mark.parametrize("method", ["relora"])
     def test_methods_that_only_the_planner_knows(self, tiny: Path, tmp_path: Path, capsys: Output, method: str) -> None:
         (tmp_path / "run").mkdir()
         error = fails(tiny, tmp_path / "run", capsys, 2, f"reparam.method={method}")

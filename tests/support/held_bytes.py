@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import parameter_bytes
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.state_layout import STATE_NAMES, state_bytes
 from sltrain_dist.parallel.placement import (
     fsdp_range,
@@ -42,7 +43,7 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     Padding is included: FSDP2 pads a parameter's rows, ZeRO 1 and 2 pad each flat group to a multiple of twice the
     ranks, and ZeRO 3 pads every parameter to a multiple of the ranks.
     """
-    parallel, optim = config.parallel, config.optim
+    parallel, optim = config.parallel, optimizer_settings(config)
     sharded, remainder = sharded_and_whole(config)
     width = config.train.precision.parameter_bytes
     states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in remainder)

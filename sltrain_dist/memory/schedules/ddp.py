@@ -12,7 +12,8 @@ from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.recording_store import evaluation_requests, restart_requests, step_request
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
+from sltrain_dist.optim.projected.settings import optimizer_settings, projects
+from sltrain_dist.optim.state_layout import GROUP_SIZES, needs_low_bit, stored_states
 
 _IN_FLIGHT_BYTES = 1 << 25
 """Limit of the gradient bytes being all-reduced at a time, as in parallel/per_layer.py."""
@@ -33,6 +34,7 @@ class Timeline:
 
     def __init__(self, config: Config, model: RecordedModel, ranks: int, passes: int, device: DeviceType) -> None:
         self.config, self.model, self.ranks, self.passes, self.device = config, model, ranks, passes, device
+        self.optim = optimizer_settings(config)
         self.width = config.train.precision.parameter_bytes
         self.tokens = config.train.micro_batch * config.data.seq_len
         self.base: dict[str, int] = {}
@@ -97,7 +99,7 @@ class Timeline:
 
     def allocate_states_and_gradients(self) -> None:
         """Counts optimizer states, and the gradients accumulated before the last micro-batch."""
-        optim, on_device = self.config.optim, self.shards_on_device
+        optim, on_device = self.optim, self.shards_on_device
         states, masters = self.holdings.states(optim, self.width, with_sharded=on_device)
         self.add("states", states)
         self.add("master_weights", masters)
@@ -112,11 +114,10 @@ class Timeline:
 
     def scalar_bytes(self) -> int:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
-        optim = self.config.optim
+        optim = self.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        counters = (
-            0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in self.holdings.items)
-        )
+        fused = [item for item in self.holdings.items if not projects(optim, item.range.name)]
+        counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in fused)
         return 8 + 4 * counters
 
     @property
@@ -138,7 +139,7 @@ class Timeline:
         dtype, int8 = self.config.train.precision.parameter, item.parameter.int8
         # With any int8 weight, LowBitAdam steps all parameters (optim/factory.py).
         low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
-        request = step_request(self.config.optim, dtype, item.range, self.device, int8=int8, low_bit=low_bit)
+        request = step_request(self.optim, dtype, item.range, self.device, int8=int8, low_bit=low_bit)
         return request.get().sizes["step"]
 
     # An update
@@ -203,9 +204,10 @@ class Timeline:
     def save(self) -> None:
         """Plays a checkpoint, which copies one tensor at a time to the host, quantized states with a byte per code."""
         self.free_gradients()
-        bits = self.config.optim.state_bits
-        ranges = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
-        codes = (part.count for part in ranges if is_quantized(part.shape, bits))
+        bits = self.optim.state_bits
+        parts = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
+        states = (stored.range for part in parts for stored in stored_states(part, self.optim, self.width))
+        codes = (state.count for state in states if state.name.endswith(".codes"))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
     @property

@@ -130,7 +130,7 @@ def _linear_seconds(
             seconds = route_seconds(shape, tokens, bits=bits, device=DEVICE)[ROUTES.index(route)]
             found.append((route, seconds))
             continue
-        if reparam.method == "lowrank":
+        if reparam.method in ("lowrank", "cola"):
             kernels = low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)
         else:
             kernels = dense_kernels(m, n, tokens, bits, DEVICE)

@@ -332,7 +332,8 @@ class TestMessages:
             ("optim.lr=.nan", "optim.lr = nan: should be a finite number"),
             (
                 "reparam.method=sltran",
-                "'sltran': should be 'sltrain', 'full', 'lowrank', 'relora' or 'galore'; did you mean 'sltrain'?",
+                "'sltran': should be 'sltrain', 'full', 'lowrank', 'cola', 'relora', 'galore', 'apollo' or "
+                "'apollo-mini'; did you mean 'sltrain'?",
             ),
             # sections and values
             ("train=5", "train = 5: this is a section; give it keys with values"),
@@ -415,7 +416,7 @@ class TestMessages:
 
     def test_dense_layers_of_a_dense_method(self) -> None:
         text = message(None, "train.steps=1", "reparam.dense_layers=[0]", "reparam.method=full")
-        assert text.endswith("[0]: is for reparam.method=sltrain or lowrank; set it to [] with full")
+        assert text.endswith("[0]: is for reparam.method=sltrain, lowrank or cola; set it to [] with full")
 
     @pytest.mark.parametrize(
         ("overrides", "text"),
@@ -538,6 +539,13 @@ class TestRules:
                 {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "zero"}},
                 "reparam.restart_states",
             ),
+            ({"reparam": {"method": "galore"}, "parallel": {"engine": "fsdp"}}, "parallel.engine"),
+            ({"reparam": {"method": "apollo"}, "parallel": {"engine": "zero"}}, "parallel.engine"),
+            ({"reparam": {"method": "apollo-mini"}, "optim": {"name": "sgd"}}, "optim.name"),
+            ({"reparam": {"method": "galore"}, "optim": {"name": "adam", "weight_decay": 0.1}}, "optim.weight_decay"),
+            ({"reparam": {"method": "galore"}, "optim": {"master_weights": True}}, "optim.master_weights"),
+            ({"reparam": {"method": "galore", "dense_layers": [0]}}, "reparam.dense_layers"),
+            ({"reparam": {"method": "cola", "restart_every": 5}}, "reparam.restart_every"),
             ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
@@ -581,6 +589,9 @@ class TestRules:
             {"reparam": {"rank": 512}},
             {"reparam": {"rank": 5000, "method": "full"}},
             {"reparam": {"density": 1e-7, "method": "lowrank"}},
+            {"reparam": {"rank": 5000, "method": "apollo-mini"}},
+            {"reparam": {"method": "cola", "dense_layers": [0]}, "parallel": {"engine": "zero"}},
+            {"reparam": {"method": "galore"}, "optim": {"state_bits": 8, "update": "per_layer", "name": "adam"}},
             {"train": {"steps": 10, "micro_batch": 512}},
             {"parallel": {"engine": "fsdp", "accumulate": "local", "replicas": 2, "cpu_offload": True}},
             {"parallel": {"engine": "zero", "zero_stage": 1, "accumulate": "local"}},
@@ -608,6 +619,17 @@ class TestRules:
             (
                 ("reparam.method=lowrank", "reparam.density=0.5"),
                 ["reparam.density has no effect with reparam.method=lowrank"],
+            ),
+            (
+                ("reparam.method=apollo-mini", "reparam.rank=8", "optim.projection_every=5"),
+                ["reparam.rank has no effect with reparam.method=apollo-mini"],
+            ),
+            (
+                ("reparam.method=cola", "reparam.alpha=8.0", "optim.projection_every=5"),
+                [
+                    "reparam.alpha has no effect with reparam.method=cola",
+                    "optim.projection_every has no effect with reparam.method=cola",
+                ],
             ),
             (("parallel.zero_stage=1",), ["parallel.zero_stage has no effect with parallel.engine=ddp"]),
             (("parallel.zero_stage=1", "parallel.engine=zero"), []),

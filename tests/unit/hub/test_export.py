@@ -65,6 +65,13 @@ def test_logits_survive(tmp_path: Path, reparam: dict[str, object], shard_bytes:
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 3
 
 
+def test_cola_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, reparam={"method": "cola"})
+    with pytest.raises(ConfigError, match=r"reparam\.method=cola, whose layers have an activation"):
+        export_dense(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_tied_head_is_exported_once(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, checkpoint = saved(tmp_path, model={"tie_head": True})
