@@ -49,7 +49,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_restarts(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
-    yield from _check_projected(config)
+    yield from _check_baselines(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
@@ -85,11 +85,11 @@ def _check_restarts(config: Config) -> Iterator[tuple[str, str]]:
     reparam, every, method = config.reparam, config.reparam.restart_every, config.reparam.method
     if every == 0:
         return
-    if method not in ("sltrain", "lowrank"):
+    if method not in ("sltrain", "lowrank", "relora"):
         yield (
             "reparam.restart_every",
-            f"needs low-rank factors that are trained, which reparam.method={method} does not have; set it to 0, or "
-            "reparam.method=sltrain or lowrank",
+            f"needs a low-rank product BA, which reparam.method={method} does not have; set it to 0, or "
+            "reparam.method=sltrain, lowrank or relora",
         )
     if reparam.restart_warmup >= every:
         yield (
@@ -201,17 +201,17 @@ def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
             yield "optim.master_weights", f"is not supported with train.dtype=bf16 under DeepSpeed{other}"
 
 
-def _check_projected(config: Config) -> Iterator[tuple[str, str]]:
-    """Refuses settings that the methods with a projected gradient do not support."""
-    method, optim = config.reparam.method, config.optim
-    if method not in PROJECTED_METHODS:
-        return
-    if config.parallel.engine != "ddp":
+def _check_baselines(config: Config) -> Iterator[tuple[str, str]]:
+    """Refuses settings that the methods with a projected gradient, and relora, do not support."""
+    method, optim, engine = config.reparam.method, config.optim, config.parallel.engine
+    if engine != "ddp" and method in ("relora", *PROJECTED_METHODS):
         yield (
             "parallel.engine",
-            f"shards the gradients that reparam.method={method} projects as a whole; set it to ddp, or "
-            "reparam.method=full",
+            f"= {engine} shards the weights, which reparam.method={method} needs as a whole on every rank; set it to "
+            "ddp, or use another method",
         )
+    if method not in PROJECTED_METHODS:
+        return
     if optim.name not in ("adamw", "adam"):
         yield "optim.name", f"must be adamw with reparam.method={method}, which projects Adam's gradient; set it"
     elif optim.name == "adam" and optim.weight_decay > 0:
@@ -355,16 +355,15 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def check_trainable(config: Config) -> None:
-    """Checks that the method can be trained, and is not one that only the planner supports.
+    """Checks that the method can be trained. The paper's accounting does not need this.
 
     Raises:
-        ConfigError: Only the planner supports it.
+        ConfigError: It cannot, for a reason that the message says.
     """
-    method = config.reparam.method
-    if method == "relora":
+    if config.reparam.method == "relora" and config.reparam.restart_every == 0:
         raise ConfigError(
-            f"reparam.method = {method!r} is known to `sltrain plan` only (--accounting paper); set "
-            "reparam.method=sltrain, lowrank or full to train, or to plan a run of sltrain_dist"
+            "reparam.method = 'relora' never merges its factors with reparam.restart_every = 0; set it to the number "
+            "of updates between two merges, such as 1000"
         )
 
 

@@ -106,8 +106,8 @@ class ReparamConfig(Section):
     method: Memory[Method] = "sltrain"
     """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. The others are published
     baselines (docs/recipes.md). cola: B·SiLU(A·x), with no scale. galore, apollo, apollo-mini: dense weights, whose
-    gradient is projected to a low rank (apollo-mini: 1) for the optimizer states. relora (for `sltrain plan` only): a
-    frozen dense weight, and low-rank factors that are merged into it periodically."""
+    gradient is projected to a low rank (apollo-mini: 1) for the optimizer states. relora: a frozen dense weight W plus
+    (alpha/rank)·BA, which is merged into W at every restart."""
     dense_layers: Memory[Annotated[tuple[int, ...], Field(strict=False)]] = ()
     """Decoder layers whose linear layers stay dense, as with method=full, while method is sltrain, lowrank or cola.
     Counted from 0, or from the end with negative numbers: [0, -1] is the first and the last layer."""
@@ -140,7 +140,8 @@ class ReparamConfig(Section):
     restart_every: Memory[CountOrZero] = 0
     """Updates between restarts (arXiv 2505.22922; docs/recipes.md). A restart factors every product BA anew, so that B
     and A share its singular values evenly (B = U√Σ, A = √ΣVᵀ/scale), which leaves W as it is, and clears optimizer
-    states. Needs low-rank factors: method=sltrain or lowrank. 0: no restarts."""
+    states. Needs low-rank factors: method=sltrain or lowrank. With relora, a restart adds the products BA to the frozen
+    weights instead, draws A anew and sets B to 0; it needs restarts. 0: no restarts."""
     restart_warmup: CountOrZero = 0
     """Updates over which the learning rate comes back after a restart: the first has 0.001 of the schedule's rate, and
     this many updates later the rate is the schedule's again. Less than restart_every. 0: the rate does not change."""

@@ -23,6 +23,7 @@ from sltrain_dist.hub.tokenizer_json import write_tokenizer
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.pieces import load_values
+from sltrain_dist.sparse_lowrank.baselines import ReloraLinear
 from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
@@ -116,7 +117,7 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
     model = build_meta_model(config)
     replaced: set[str] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, SLLinear | LowRankLinear):
+        if not isinstance(module, SLLinear | LowRankLinear | ReloraLinear):
             continue
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
         reader.fill(module, name)

@@ -192,11 +192,13 @@ def step_request(
 
 
 def restart_requests(config: Config, device: DeviceType) -> Counter[Request]:
-    """Returns requests for the new factorizations of a restart, and the number of layers of each; empty without."""
+    """Returns requests for the new factorizations, or merges, of a restart, and the number of layers of each; empty
+    without restarts."""
     if config.reparam.restart_every == 0:
         return Counter()
+    method: Method = "relora" if config.reparam.method == "relora" else "sltrain"  # whose restarts are those of lowrank
     return Counter(
-        request("memory.record:record_restart", device, m, n, rank)
+        request("memory.record:record_restart", device, m, n, rank, reparam=ReparamConfig(method=method))
         for (_, (m, rank)), (_, (_, n)) in factor_pairs(config.model, config.reparam)
     )
 

@@ -126,6 +126,16 @@ def is_factor(name: str) -> bool:
     return _REPLACED.search(name) is not None
 
 
+def is_frozen(name: str, reparam: ReparamConfig) -> bool:
+    """Whether a named parameter is not trained: the dense weights of relora, which restarts alone change."""
+    return reparam.method == "relora" and is_factor(name) and name.endswith(".weight")
+
+
+def trained_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[NamedShape]:
+    """Returns (name, shape) of every parameter that has a gradient, in the model's order."""
+    return [(name, shape) for name, shape in parameter_shapes(model, reparam) if not is_frozen(name, reparam)]
+
+
 def factor_pairs(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[NamedShape, NamedShape]]:
     """Returns (name, shape) of B and of A of every linear layer that has a low-rank product, in the model's order."""
     shapes = dict(parameter_shapes(model, reparam))

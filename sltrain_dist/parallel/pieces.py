@@ -150,7 +150,8 @@ class LocalPieces:
         for piece in self.pieces:
             parameter = piece.parameter
             load_values(read, piece.name, parameter, piece.range.start)
-            kept = stored_states(piece.range, self._optim, parameter.element_size()) if step else []
+            has_states = step > 0 and parameter.requires_grad
+            kept = stored_states(piece.range, self._optim, parameter.element_size()) if has_states else []
             ranges = (stored.range for stored in kept)
             states = {part.name: read(f"optim.{piece.name}.{part.name}", part.start, part.count) for part in ranges}
             adopt_state(self._optimizer_of[piece.name], parameter, states, step, cleared_at(piece.name))

@@ -179,6 +179,8 @@ BY_HAND = (
     Case("fsdp", weights="cola", checkpointing="ops", dense_layers=(0,), update="per_layer"),
     *(Case("ddp", weights=method, clip=0.05, accumulation=3) for method in PROJECTED_METHODS),
     Case("ddp", weights="galore", update="per_layer", bits=8),
+    Case("ddp", weights="relora", restart=2, clip=0.05, accumulation=3),
+    Case("ddp", weights="relora", restart=2, cleared="factors", update="per_layer"),
 )
 """What pairs do not cover."""
 
@@ -366,7 +368,7 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
         last = update == case.updates - 1  # the one whose traffic is asked for: to follow it takes time
         if restart_is_due(config.reparam, update):
             evaluate_some(engine, config)
-            restart(engine, config, env)
+            restart(engine, config, env, update // config.reparam.restart_every)
         with TrafficMeter() if last else contextlib.nullcontext() as meter:
             engine.begin_update(config.optim.lr, norms[-1] if norms else None)
             reset = config.data.reset_attention

@@ -80,7 +80,7 @@ class Timeline:
         """Counts parameters, support indices, the rotary table and DDP's buckets."""
         self.add_all(self.holdings.stored_bytes(self.width, with_sharded=self.shards_on_device))
         if self.buckets:
-            self.add("gradients", self.holdings.total_values * self.width)
+            self.add("gradients", self.holdings.trained_values * self.width)
         self.add("index", self.model.index_bytes)
         self.add("dense.rotary", self.model.ends.sizes["buffers"])
 
@@ -116,7 +116,8 @@ class Timeline:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
         optim = self.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        fused = [item for item in self.holdings.items if not projects(optim, item.range.name)]
+        items = self.holdings.items
+        fused = [item for item in items if not item.parameter.frozen and not projects(optim, item.range.name)]
         counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in fused)
         return 8 + 4 * counters
 
@@ -134,7 +135,7 @@ class Timeline:
 
     def step_bytes(self, item: Holding) -> int:
         """Returns the transient bytes of the optimizer step of the rank's part of a parameter."""
-        if not item.range.count:
+        if not item.range.count or item.parameter.frozen:
             return 0
         dtype, int8 = self.config.train.precision.parameter, item.parameter.int8
         # With any int8 weight, LowBitAdam steps all parameters (optim/factory.py).
@@ -176,14 +177,20 @@ class Timeline:
             self.point("update", "made in the backward pass")
             return
         items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        projected = [item for item in items if projects(self.optim, item.parameter.name)]
+        others = [item for item in items if item not in projected]
         if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
             transient = max(
                 sum(item.count * self.step_bytes(item) for item in items if item.sharded is sharded)
                 for sharded in (False, True)
             )
         else:
-            transient = max(map(self.step_bytes, items), default=0)
+            transient = max(map(self.step_bytes, others), default=0)
         self.point("update", "optimizer step", {"temporaries.update": transient})
+        if projected:  # they have an optimizer of their own, before which the gradients of the others are freed
+            if not self.buckets:
+                self.add("gradients", -self.width * sum(item.count * item.values for item in others))
+            self.point("update", "projected step", {"temporaries.update": max(map(self.step_bytes, projected))})
 
     def free_gradients(self) -> None:
         """Frees the gradients after the update."""
@@ -191,7 +198,7 @@ class Timeline:
             self.clear("gradients")
 
     def restart(self) -> None:
-        """Plays a restart, if the run makes any: a rank factors the low-rank products that it owns one at a time.
+        """Plays a restart, if the run makes any: a rank factors or merges the products that it owns one at a time.
 
         Before and after that, ranks send each other the factors of one more layer, which takes less.
         """
@@ -199,13 +206,15 @@ class Timeline:
         requests = restart_requests(self.config, self.device)
         if requests:
             largest = max(request.get().sizes["restart"] for request in requests)
-            self.point("restart", "a low-rank product factored anew", {"temporaries.restart": largest})
+            what = "merged" if self.config.reparam.method == "relora" else "factored anew"
+            self.point("restart", f"a low-rank product {what}", {"temporaries.restart": largest})
 
     def save(self) -> None:
         """Plays a checkpoint, which copies one tensor at a time to the host, quantized states with a byte per code."""
         self.free_gradients()
         bits = self.optim.state_bits
-        parts = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
+        items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        parts = (item.range for item in items if not item.parameter.frozen)
         states = (stored.range for part in parts for stored in stored_states(part, self.optim, self.width))
         codes = (state.count for state in states if state.name.endswith(".codes"))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})

@@ -132,6 +132,9 @@ def _linear_seconds(
             continue
         if reparam.method in ("lowrank", "cola"):
             kernels = low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)
+        elif reparam.method == "relora":  # the frozen weight has no gradient
+            dense = [kernel for kernel in dense_kernels(m, n, tokens, bits, DEVICE) if kernel.name != "gᵀx"]
+            kernels = [*dense, *low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)]
         else:
             kernels = dense_kernels(m, n, tokens, bits, DEVICE)
         found.append((None, kernel_seconds(kernels, bits, DEVICE)))

@@ -280,7 +280,7 @@ def test_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         (["optim.state_bit=8"], "did you mean optim.state_bits?"),
         (["parallel.engine=zero", "optim.update=per_layer"], "set parallel.engine=fsdp or ddp"),
         (["parallel.engine=zero", "--replay"], "zero"),
-        (["reparam.method=relora"], "set reparam.method=sltrain, lowrank or full"),
+        (["reparam.method=relora"], "never merges its factors with reparam.restart_every = 0"),
         (["--save", "rows"], "--save needs --search"),
         (["--vary", "engine"], "--vary needs --search"),
         (["--search", "--vary", "engines"], "--vary 'engines' is neither"),

@@ -532,7 +532,7 @@ class TestRules:
             ({"reparam": {"dense_layers": list(range(8))}}, "reparam.dense_layers"),
             ({"reparam": {"dense_layers": [0], "method": "full"}}, "reparam.dense_layers"),
             ({"reparam": {"restart_every": 5, "method": "full"}}, "reparam.restart_every"),
-            ({"reparam": {"restart_every": 5, "method": "relora"}}, "reparam.restart_every"),
+            ({"reparam": {"restart_every": 5, "method": "relora"}, "parallel": {"engine": "zero"}}, "parallel.engine"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 5}}, "reparam.restart_warmup"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 6}}, "reparam.restart_warmup"),
             (
@@ -590,6 +590,7 @@ class TestRules:
             {"reparam": {"rank": 5000, "method": "full"}},
             {"reparam": {"density": 1e-7, "method": "lowrank"}},
             {"reparam": {"rank": 5000, "method": "apollo-mini"}},
+            {"reparam": {"restart_every": 5, "method": "relora"}},
             {"reparam": {"method": "cola", "dense_layers": [0]}, "parallel": {"engine": "zero"}},
             {"reparam": {"method": "galore"}, "optim": {"state_bits": 8, "update": "per_layer", "name": "adam"}},
             {"train": {"steps": 10, "micro_batch": 512}},

@@ -40,8 +40,8 @@ def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Modul
 
 @pytest.mark.parametrize(
     "reparam",
-    [{"method": "sltrain"}, {"method": "lowrank"}, {"method": "full"}, {"dense_layers": [0, -1]}],
-    ids=["sltrain", "lowrank", "full", "dense layers"],
+    [{"method": "sltrain"}, {"method": "lowrank"}, {"method": "full"}, {"dense_layers": [0, -1]}, {"method": "relora"}],
+    ids=["sltrain", "lowrank", "full", "dense layers", "relora"],
 )
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "many files"])
 def test_logits_survive(tmp_path: Path, reparam: dict[str, object], shard_bytes: int) -> None:

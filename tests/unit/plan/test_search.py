@@ -69,7 +69,7 @@ def test_other_methods(config: Config) -> None:
         "full": 58_073,
         "galore": 58_073,
     }
-    with pytest.raises(ConfigError, match=r"reparam\.method = 'relora' is known to `sltrain plan` only"):
+    with pytest.raises(ConfigError, match=r"reparam\.method = 'relora' never merges"):
         closed_form(changed(config, reparam={"method": "relora"}))
 
 
