@@ -58,6 +58,7 @@ TORCH_FREE = {
     "models.count",
     "optim.schedule",
     "optim.restarts",
+    "optim.projected.settings",
     "optim.state_layout",
     "runtime.launchers",
     "parallel.placement",
