@@ -49,7 +49,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_restarts(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
-    yield from _check_baselines(config)
+    yield from _check_projected(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
@@ -201,15 +201,9 @@ def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
             yield "optim.master_weights", f"is not supported with train.dtype=bf16 under DeepSpeed{other}"
 
 
-def _check_baselines(config: Config) -> Iterator[tuple[str, str]]:
-    """Refuses settings that the methods with a projected gradient, and relora, do not support."""
-    method, optim, engine = config.reparam.method, config.optim, config.parallel.engine
-    if engine != "ddp" and method in ("relora", *PROJECTED_METHODS):
-        yield (
-            "parallel.engine",
-            f"= {engine} shards the weights, which reparam.method={method} needs as a whole on every rank; set it to "
-            "ddp, or use another method",
-        )
+def _check_projected(config: Config) -> Iterator[tuple[str, str]]:
+    """Refuses settings that the methods with a projected gradient do not support."""
+    method, optim = config.reparam.method, config.optim
     if method not in PROJECTED_METHODS:
         return
     if optim.name not in ("adamw", "adam"):
@@ -355,12 +349,18 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def check_trainable(config: Config) -> None:
-    """Checks that the method can be trained. The paper's accounting does not need this.
+    """Checks that the method can be trained with the other settings. The paper's accounting does not depend on these.
 
     Raises:
         ConfigError: It cannot, for a reason that the message says.
     """
-    if config.reparam.method == "relora" and config.reparam.restart_every == 0:
+    method, engine = config.reparam.method, config.parallel.engine
+    if engine != "ddp" and method in ("relora", *PROJECTED_METHODS):
+        raise ConfigError(
+            f"parallel.engine = {engine!r} shards the weights, which reparam.method={method} needs whole on every "
+            "rank; set parallel.engine=ddp, or use another method"
+        )
+    if method == "relora" and config.reparam.restart_every == 0:
         raise ConfigError(
             "reparam.method = 'relora' never merges its factors with reparam.restart_every = 0; set it to the number "
             "of updates between two merges, such as 1000"

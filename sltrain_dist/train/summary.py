@@ -63,7 +63,7 @@ def _model(config: Config) -> list[tuple[str, str]]:
         ("embedding, head, norms", counted.remainder),
         ("low-rank factors", counted.factors),
         ("sparse values", counted.sparse),
-        ("dense weights", counted.dense),
+        ("frozen weights" if config.reparam.method == "relora" else "dense weights", counted.dense),
     ]
     lines = [(kind, format_count(number)) for kind, number in kinds if number]
     if config.reparam.dense_layers:

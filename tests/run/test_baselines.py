@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sltrain_dist.checkpoint.contents import damage
 from tests.support.runs import Corpus, final_tensors, metrics, tiny_config, train_here, trajectory, write_config
 
 STEPS, FIRST = 6, 3
@@ -40,6 +41,7 @@ def test_resumed_equals_uninterrupted(corpus: Corpus, tmp_path: Path, settings: 
     losses = [line["loss"] for line in metrics(whole) if "loss" in line]
     assert len(losses) == STEPS and all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
+    assert damage(whole / "checkpoints" / f"step_{STEPS:08}") is None
     resume = f"checkpoint.resume={whole / 'checkpoints' / f'step_{FIRST:08}'}"
     assert train_here(config, again, *settings, resume) == 0
     assert final_tensors(again) == final_tensors(whole)

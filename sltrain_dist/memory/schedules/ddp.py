@@ -200,7 +200,8 @@ class Timeline:
     def restart(self) -> None:
         """Plays a restart, if the run makes any: a rank factors or merges the products that it owns one at a time.
 
-        Before and after that, ranks send each other the factors of one more layer, which takes less.
+        Before and after that, ranks send each other the factors of one more layer, which takes less (with relora also
+        its frozen weight, which takes 4·r·n bytes more).
         """
         self.free_gradients()
         requests = restart_requests(self.config, self.device)

@@ -147,7 +147,8 @@ def _step_seconds(config: Config, ranks: int) -> float:
     counted = count_parameters(config.model, config.reparam)
     whole = counted.remainder if parallel.shard == "factors" else 0
     shards = 1 if parallel.engine == "ddp" else ranks // parallel.replicas
-    values = whole + (counted.total - whole) / shards
+    trained = counted.total - (counted.dense if config.reparam.method == "relora" else 0)
+    values = whole + (trained - whole) / shards
     if optim.state_bits in (8, 4) or optim.master_weights or (optim.state_bits == 32 and width == 2):
         per_value = LOW_BIT_VALUE_BYTES
     else:

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sltrain_dist.config import schema
 from sltrain_dist.config.load import build_config, load_config, parse_override, run_dir_of, to_yaml
 from sltrain_dist.config.paths import expand, path_option
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.rules import check_fields, micro_batches_per_update, without_effect
+from sltrain_dist.config.rules import check_fields, check_trainable, micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config, ModelConfig
 from sltrain_dist.config.strict_yaml import Dumper, Loader
 from sltrain_dist.errors import ConfigError, ExitCode
@@ -532,15 +533,12 @@ class TestRules:
             ({"reparam": {"dense_layers": list(range(8))}}, "reparam.dense_layers"),
             ({"reparam": {"dense_layers": [0], "method": "full"}}, "reparam.dense_layers"),
             ({"reparam": {"restart_every": 5, "method": "full"}}, "reparam.restart_every"),
-            ({"reparam": {"restart_every": 5, "method": "relora"}, "parallel": {"engine": "zero"}}, "parallel.engine"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 5}}, "reparam.restart_warmup"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 6}}, "reparam.restart_warmup"),
             (
                 {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "zero"}},
                 "reparam.restart_states",
             ),
-            ({"reparam": {"method": "galore"}, "parallel": {"engine": "fsdp"}}, "parallel.engine"),
-            ({"reparam": {"method": "apollo"}, "parallel": {"engine": "zero"}}, "parallel.engine"),
             ({"reparam": {"method": "apollo-mini"}, "optim": {"name": "sgd"}}, "optim.name"),
             ({"reparam": {"method": "galore"}, "optim": {"name": "adam", "weight_decay": 0.1}}, "optim.weight_decay"),
             ({"reparam": {"method": "galore"}, "optim": {"master_weights": True}}, "optim.master_weights"),
@@ -601,6 +599,24 @@ class TestRules:
     )
     def test_kept(self, values: dict[str, Any]) -> None:
         assert list(check_fields(Config.model_validate({"train": {"steps": 10}} | values))) == []
+
+    @pytest.mark.parametrize(
+        ("overrides", "says"),
+        [
+            ("reparam.method=relora", "'relora' never merges its factors with reparam.restart_every = 0"),
+            ("reparam.method=relora reparam.restart_every=5 parallel.engine=zero", "'zero' shards the weights"),
+            ("reparam.method=galore parallel.engine=fsdp", "'fsdp' shards the weights, which reparam.method=galore"),
+            ("reparam.method=apollo-mini parallel.engine=zero", "set parallel.engine=ddp, or use another method"),
+            ("reparam.method=relora reparam.restart_every=5", None),
+            ("reparam.method=galore", None),
+            ("reparam.method=cola parallel.engine=zero", None),
+        ],
+    )
+    def test_methods_that_cannot_be_trained_so(self, overrides: str, says: str | None) -> None:
+        """They are loaded: the paper's accounting has these methods, whatever the engine."""
+        config = load_config(None, ["train.steps=1", *overrides.split()])
+        with nullcontext() if says is None else pytest.raises(ConfigError, match=says):
+            check_trainable(config)
 
     def test_micro_batches_per_update(self) -> None:
         config = load_config(None, ["train.steps=1", "train.micro_batch=8", "train.global_batch=96"])
