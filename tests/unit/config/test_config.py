@@ -424,8 +424,8 @@ class TestMessages:
         [
             (
                 "reparam.restart_every=50 reparam.method=full",
-                "reparam.restart_every = 50: needs low-rank factors that are trained, which reparam.method=full does "
-                "not have; set it to 0, or reparam.method=sltrain or lowrank",
+                "reparam.restart_every = 50: needs a low-rank product BA, which reparam.method=full does not have; set "
+                "it to 0, or reparam.method=sltrain, lowrank or relora",
             ),
             (
                 "reparam.restart_every=50 reparam.restart_warmup=50",
