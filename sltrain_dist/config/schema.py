@@ -485,7 +485,7 @@ class CheckpointConfig(Section):
     run starts from it, and later restarts resume from its own checkpoints."""
     init_from: str | None = None
     """A checkpoint, or a run_dir (its newest one), whose weights a new run starts from, with a new optimizer, schedule,
-    data order and step count. Between the methods full, lowrank and sltrain, the linear layers are converted. A run
+    data order and step count. Between methods, the linear layers are converted (not to or from cola). A run
     that resumes ignores it. Null: random initial values."""
 
 

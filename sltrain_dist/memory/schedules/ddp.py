@@ -215,7 +215,7 @@ class Timeline:
         self.free_gradients()
         bits = self.optim.state_bits
         items = self.holdings.on_device(with_sharded=self.shards_on_device)
-        parts = (item.range for item in items if not item.parameter.frozen)
+        parts = [item.range for item in items if bits in GROUP_SIZES and not item.parameter.frozen]
         states = (stored.range for part in parts for stored in stored_states(part, self.optim, self.width))
         codes = (state.count for state in states if state.name.endswith(".codes"))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
