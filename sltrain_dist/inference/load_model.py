@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.inference.decoding_linear import DecodingLinear
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import plain
@@ -41,13 +42,12 @@ def load_model(
         reader.fill(module, name)
         if isinstance(module, SLLinear):
             supports.append((module.name, module.support.fingerprint()))
-        if isinstance(module, SLLinear | LowRankLinear) and form == "merged":
-            parent, _, key = name.rpartition(".")
-            setattr(model.get_submodule(parent), key, dense_layer(module.dense_weight().to(device, dtype)))
-            continue
         for key, parameter in list(module.named_parameters(recurse=False)):  # also the values of int8 weights
             module.register_parameter(key, nn.Parameter(plain(parameter.detach(), torch.float32), requires_grad=False))
-        module.to(device, dtype)
+        if form == "merged":
+            model.set_submodule(name, in_form(module, form).to(device, dtype))
+        else:
+            model.set_submodule(name, in_form(module.to(device, dtype), form))
     reader.check_supports(join_fingerprints(supports))
     model.model.rotary_emb.to_empty(device=device)
     model.model.rotary_emb.reset_parameters()
@@ -56,8 +56,18 @@ def load_model(
     return model.requires_grad_(False)
 
 
-def dense_layer(weight: Tensor) -> nn.Linear:
-    """Returns a layer without a bias that has this weight (m, n), not a copy of it."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
+def set_form(model: nn.Module, form: Form) -> None:
+    """Brings the linear layers of a model into a form for inference, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SLLinear | LowRankLinear):
+            model.set_submodule(name, in_form(module, form))
+
+
+def in_form(layer: nn.Module, form: Form) -> nn.Module:
+    """Returns a layer that computes the same in a form for inference; `layer` itself if it has nothing to change."""
+    if form == "merged" and isinstance(layer, SLLinear | LowRankLinear):
+        weight = layer.dense_weight()
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        return dense
+    return DecodingLinear(layer) if form == "factored" and isinstance(layer, SLLinear) else layer
