@@ -106,13 +106,11 @@ def generate(
         added = _print_piece if stream else None
         done = continue_texts(model, tokenizer, batch, limits, sampling, first_number=first, text_added=added)
         for number, each in enumerate(done, start=first):
-            if stream:
-                print(flush=True)
-            elif as_json:
+            if as_json:
                 print(json.dumps(_record(each), ensure_ascii=False), flush=True)
-            else:
-                print("\n" * (number > 0) + each.prompt.text + each.text, flush=True)
-            if each.stop == "context" and not as_json:
+                continue
+            print("" if stream else "\n" * (number > 0) + each.prompt.text + each.text, flush=True)
+            if each.stop == "context":
                 print(
                     f"note: prompt {number + 1} is continued by {each.tokens} tokens only, because the model was "
                     f"trained with data.seq_len = {context}",

@@ -23,6 +23,7 @@ from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.sources.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.inference.samples import SamplePrompts
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
@@ -44,7 +45,6 @@ from sltrain_dist.train.observers.observer import Observer
 from sltrain_dist.train.observers.sanity_checks import SanityChecks
 from sltrain_dist.train.observers.traffic_watch import TrafficWatch
 from sltrain_dist.train.run_directory import RunDirectory
-from sltrain_dist.train.samples import SamplePrompts
 from sltrain_dist.train.state import (
     TrainState,
     check_resumable,
