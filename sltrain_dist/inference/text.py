@@ -56,8 +56,8 @@ def encode_prompt(text: str, tokenizer: Tokenizer, context: int, key: str) -> Pr
         raise ConfigError(f"{key} is {text!r}, which has no tokens; begin with at least one word")
     if len(ids) >= context:
         raise ConfigError(
-            f"{key} has {len(ids)} tokens, but the model was trained with data.seq_len = {context}, which a prompt and "
-            f"its continuation must fit into; shorten it to at most {context - 1} tokens"
+            f"{key} has {len(ids)} tokens, but a prompt and its continuation must fit into data.seq_len = {context}, "
+            f"because the model learns no later positions; shorten it to at most {context - 1} tokens"
         )
     return Prompt(text, ids)
 

@@ -135,8 +135,12 @@ class RunTracker:
             self._console.note(f"step {step}  {prompt!r} goes on with {continuation!r}")
         assert self._samples is not None, "the tracker was made without samples"
         written = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in texts]
-        if not self._samples.holds(step, "samples"):
-            self._try(self._samples, lambda file: file.write({"step": step, "samples": written}))
+
+        def write_once(file: JsonLines) -> None:
+            if not file.holds(step, "samples"):
+                file.write({"step": step, "samples": written})
+
+        self._try(self._samples, write_once)
         if self._mlflow is not None:
             self._mlflow.attach(self._samples.path)
 

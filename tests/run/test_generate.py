@@ -77,7 +77,7 @@ def test_the_context_ends_a_continuation(generate: Generate, capsys: pytest.Capt
     [
         ([], 2, "there is nothing to continue; give --prompt TEXT"),
         (["--prompt", ""], 2, "prompt 1 is '', which has no tokens"),
-        (["--prompt", "mani", "--prompt", "bafe " * 30], 2, "prompt 2 has 151 tokens, but the model was trained with"),
+        (["--prompt", "mani", "--prompt", "bafe " * 30], 2, "prompt 2 has 151 tokens, but a prompt and its"),
         (["--prompt", "mani", "--top-p", "0.5"], 2, "--top-p has no effect with --temperature 0"),
         (["--prompt", "mani", "--top-p", "1.5"], 2, "--top-p 1.5 must be above 0 and at most 1"),
         (["--prompt", "mani", "--temperature", "nan"], 2, "--temperature nan must be a number"),

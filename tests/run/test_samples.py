@@ -75,7 +75,10 @@ def test_every_engine_continues_alike(tiny: Path, tmp_path: Path) -> None:
     ("samples", "message"),
     [
         (["mani", ""], "eval.samples[1] is '', which has no tokens"),
-        (["bafe " * 30], "eval.samples[0] has 151 tokens, but the model was trained with data.seq_len = 24"),
+        (
+            ["bafe " * 30],
+            "eval.samples[0] has 151 tokens, but a prompt and its continuation must fit into data.seq_len = 24",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_continued_end_the_start(

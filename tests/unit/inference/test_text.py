@@ -40,7 +40,7 @@ def test_an_incomplete_character_comes_at_the_end(tokenizer: Tokenizer) -> None:
     ("text", "message"),
     [
         ("", "prompt 2 is '', which has no tokens"),
-        ("word " * 8, "prompt 2 has .* tokens, but the model was trained with data.seq_len = 8"),
+        ("word " * 8, "prompt 2 has .* must fit into data.seq_len = 8"),
         ("word \ud800", "prompt 2 is not valid UTF-8"),
     ],
 )
