@@ -421,7 +421,12 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         ("optim.clip=0", optim.clip == 0, ("optim.clip_mode",)),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),
         (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", ("optim.decay_ratio", "optim.decay_type")),
-        ("eval.source=null", config.eval.source is None, ("eval.every", "eval.tokens", "eval.micro_batch")),
+        (
+            "eval.source=null",
+            config.eval.source is None,
+            ("eval.every", "eval.tokens", "eval.micro_batch", "eval.samples", "eval.sample_tokens"),
+        ),
+        ("eval.samples=[]", not config.eval.samples, ("eval.sample_tokens",)),
         (
             "tracking.mlflow=false",
             not tracking.mlflow,

@@ -457,6 +457,12 @@ class EvalConfig(Section):
     """Non-padding tokens to evaluate on, in the order of the files; fewer if the source has fewer."""
     micro_batch: Memory[Amount | None] = None
     """Sequences per rank and forward pass. Null: the value of train.micro_batch."""
+    samples: list[str] = []
+    """Prompts that are continued at every evaluation, always by the most probable token, for a person to read: in the
+    log, in samples.jsonl, and as a file of the MLflow run. Losses do not change."""
+    sample_tokens: PositiveInt = 32
+    """Most tokens of such a continuation; also limited by data.seq_len, which prompt and continuation must fit into.
+    Each token takes a forward pass over the prompts, of which eval.micro_batch are continued together."""
 
 
 class CheckpointConfig(Section):

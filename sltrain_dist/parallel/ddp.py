@@ -101,6 +101,11 @@ class DDPEngine:
         """Returns the summed loss of a batch."""
         return self._module(input_ids, labels, positions)
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        return self._module(input_ids, at=last)
+
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the parameters that this rank saves, with their optimizer states."""
         return self._replicas.saved_ranges()

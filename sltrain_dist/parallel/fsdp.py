@@ -157,6 +157,13 @@ class FSDPEngine:
         self._root.reshard()  # otherwise only a backward pass frees the root's own parameters
         return loss
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        logits = self._model(input_ids, at=last)
+        self._root.reshard()
+        return logits
+
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields this rank's shards, unless another rank saves the same ones, and its share of the remainder."""
         yield from self._shards.saved_ranges()

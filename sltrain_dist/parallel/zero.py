@@ -204,6 +204,11 @@ class ZeroEngine:
         """Returns the summed loss of a batch."""
         return self._engine.module(input_ids, labels, positions)
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        return self._engine.module(input_ids, at=last)
+
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the partitions of this rank with their optimizer states, and its share of the remainder."""
         for fragment in self._fragments():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sltrain_dist.config.rules import micro_batches_per_update
-from sltrain_dist.config.run_files import CHECKPOINTS, METRICS
+from sltrain_dist.config.run_files import CHECKPOINTS, METRICS, SAMPLES
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import (
@@ -186,6 +186,8 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("checkpoints", f"{run_dir / CHECKPOINTS}, {every}at the end"),
         ("metrics", str(run_dir / METRICS)),
     ]
+    if config.eval.samples and config.eval.source is not None:
+        lines.append(("samples", str(run_dir / SAMPLES)))
     if config.tracking.mlflow:
         lines.append(("mlflow", str(Destination.of(config.tracking, run_dir))))
     return lines
@@ -208,6 +210,7 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     else:
         longer = f"{budget}   (the learning rate follows the longer schedule)"
     lines.append(f"train longer:        the same command with {longer}")
+    lines.append(f"try the model:       sltrain generate {shlex.quote(str(run_dir))} --prompt TEXT")
     lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"

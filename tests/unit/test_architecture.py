@@ -27,6 +27,7 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"memory"},
+    {"inference"},
     {"train"},
     {"hub"},
     {"plan"},

@@ -645,6 +645,11 @@ class TestRules:
                 ["train.checkpoint_every has no effect with train.checkpoint_policy=ops"],
             ),
             (("eval.every=5",), ["eval.every has no effect with eval.source=null"]),
+            (("eval.samples=[a]",), ["eval.samples has no effect with eval.source=null"]),
+            (
+                ("eval.sample_tokens=5", "eval.source=embedded"),
+                ["eval.sample_tokens has no effect with eval.samples=[]"],
+            ),
             (("eval.every=5", "eval.source=embedded"), []),
             (("optim.name=sgd", "optim.beta2=0.5"), ["optim.beta2 has no effect with optim.name=sgd"]),
             (
