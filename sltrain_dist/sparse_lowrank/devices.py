@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Unit = Literal["matrix", "unaligned", "blocks", "bags", "dots", "copy", "transpose", "pick"]
+Unit = Literal["matrix", "unaligned", "blocks", "fused", "bags", "dots", "copy", "transpose", "pick"]
 """What runs a kernel.
 
 - matrix: matrix products. unaligned: those on a GPU with rows that do not begin at multiples of 16 bytes.
-- blocks: products with the blocks of the support `blocks`.
+- blocks: products with the blocks of the support `blocks`. fused: the same and a low-rank product in one kernel, on a
+  GPU.
 - bags, dots: weighted sums of scattered rows, and dot products of pairs of them.
 - copy: passes in order, and accesses to scattered values, of which each moves a sector.
 - transpose: torch's copies of the transpose of a few tokens, which stay in the cache. pick: those of all tokens, and
@@ -91,6 +92,7 @@ def _gpu(name: str, bf16: float, fp32: float, bandwidth: float) -> Device:
             "matrix": rates(1),
             "unaligned": rates(0.16, single=1),
             "blocks": rates(0.28),
+            "fused": rates(0.5),
             "bags": rates(UNLIMITED),
             "dots": rates(UNLIMITED),
             "copy": rates(UNLIMITED),
@@ -146,6 +148,7 @@ def _cpu(name: str, matrix: tuple[float, float], blocks: tuple[float, float]) ->
             "matrix": rates((10, 10), matrix),
             "unaligned": rates((10, 10), matrix),
             "blocks": rates((5.3, 3.8), blocks),
+            "fused": rates((5.3, 3.8), blocks),
             "bags": rates((35, 48)),
             "dots": rates((15, 40)),
             "copy": rates((10, 10)),
