@@ -49,7 +49,7 @@ def _tile(size: int, limit: int) -> int:
 def outputs_tile(tokens: int, m: int, k: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Returns the tile of :func:`blocks_outputs` in tokens, outputs, and features that are summed over."""
     # float32 is computed without tensor cores by default, where larger tiles run out of registers.
-    limits = (64, 32, 32) if dtype == torch.float32 else (256 if rank else 128, 128, 64)
+    limits = (64, 32, 32) if dtype == torch.float32 else (128, 128, 64)
     return _tile(tokens, limits[0]), _tile(m, limits[1]), _tile(max(k, rank), limits[2])
 
 
