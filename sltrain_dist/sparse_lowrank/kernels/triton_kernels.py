@@ -173,14 +173,16 @@ def inputs_kernel(
     first = _first_output(run, m, windows)
     last = _first_output(run + 1, m, windows)
 
-    total = tl.zeros([BLOCK_K, BLOCK_T], dtype=tl.float32)
+    # Tokens first, because the first side of a tensor core's tile is at least 64, and windows may be shorter.
+    total = tl.zeros([BLOCK_T, BLOCK_K], dtype=tl.float32)
     for start in range(first // 8 * 8, last, BLOCK_R):
         o = tl.multiple_of(start, 8) + tl.arange(0, BLOCK_R)
         grads = tl.load(g + token * PITCH + o, mask=(token < tokens) & (o < PITCH), other=0.0)
         used = ((o >= first) & (o < last))[:, None]
         v = tl.load(V + o.to(tl.int64)[:, None] * K + c, mask=used & (c < K), other=0.0)
-        total = _multiply_add(tl.trans(v.to(grads.dtype)), tl.trans(grads), total, PRECISION)
+        total = _multiply_add(grads, v.to(grads.dtype), total, PRECISION)
 
+    total = tl.trans(total)
     place = (window * K + c).to(tl.int64)[:, None] * stride + t
     mask = (c < K)[:, None] & (t < stride)
     if ADD:
