@@ -95,14 +95,17 @@ def input_gradient(
         Vs: V of each layer.
         supports: Support of each layer.
     """
-    dx, total, lead = _product(q, A), None, supports[0]
-    for g, V, support in zip(grads, Vs, supports, strict=True):
-        assert isinstance(support, BlockSupport) and isinstance(lead, BlockSupport)
-        if total is not None and not support.shares_inputs(lead):
-            dx, total = restore_inputs(total, dx, lead.input_places, lead.k), None
-        total, lead = blocks_inputs(g, V.contiguous(), support.windows, support.shift, total), support
-    assert total is not None and isinstance(lead, BlockSupport)
-    return restore_inputs(total, dx, lead.input_places, lead.k)
+    dx: Tensor | None = None
+    total: Tensor | None = None
+    for i, (g, V, support) in enumerate(zip(grads, Vs, supports, strict=True)):
+        assert isinstance(support, BlockSupport)
+        total = blocks_inputs(g, V.contiguous(), support.windows, support.shift, total)
+        if i + 1 == len(supports) or not support.shares_inputs(supports[i + 1]):
+            # qA only now: fewer tensors of x's size at once than if it were formed first.
+            dx = restore_inputs(total, _product(q, A) if dx is None else dx, support.input_places, support.k)
+            total = None
+    assert dx is not None
+    return dx
 
 
 def value_gradients(x: Tensor, grads: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor | None]:
