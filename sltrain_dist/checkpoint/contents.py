@@ -16,8 +16,9 @@ from sltrain_dist.config.load import load_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.files import first_problem, open_regular, parse_model, read_model
-from sltrain_dist.models.count import is_int8, parameter_shapes
+from sltrain_dist.models.count import is_frozen, is_int8, parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.state_layout import stored_states
 
 _Shapes = RootModel[dict[str, list[Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]]]]
@@ -173,6 +174,7 @@ def _wrong_tensor(config: Config, tensors: Mapping[str, SavedTensor]) -> str | N
 
 def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...] | None, frozenset[str]]]:
     """Yields (name, shape or None for any, allowed types) of every tensor that a run of this configuration saves."""
+    optim = optimizer_settings(config)
     value_bytes = 2 if config.train.dtype == "bf16" else 4
     for parameter, shape in parameter_shapes(config.model, config.reparam):
         if is_int8(parameter, config.reparam):
@@ -180,6 +182,8 @@ def _expected(config: Config) -> Iterator[tuple[str, tuple[int, ...] | None, fro
             yield f"model.{parameter}.scales", None, _FLOATS
         else:
             yield f"model.{parameter}", shape, _FLOATS
-        for stored in stored_states(TensorRange.whole(parameter, shape), config.optim, value_bytes):
+        if is_frozen(parameter, config.reparam):
+            continue
+        for stored in stored_states(TensorRange.whole(parameter, shape), optim, value_bytes):
             name, kinds = stored.range.name, _CODES if stored.range.name.endswith("codes") else _FLOATS
             yield f"optim.{parameter}.{name}", stored.range.shape, kinds

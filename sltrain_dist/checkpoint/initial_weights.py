@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sltrain_dist.checkpoint.manifest import TOKENIZER, read_manifest
 from sltrain_dist.checkpoint.reader import CheckpointReader, TensorReader
 from sltrain_dist.checkpoint.store import Report, save_ranges
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import PROJECTED_METHODS, Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.files import make_directory, sha256_of, writing
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
@@ -30,6 +30,7 @@ from sltrain_dist.models.count import block_linears
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.parallel.pieces import ReadRange
 from sltrain_dist.runtime.environment import Environment
+from sltrain_dist.sparse_lowrank.baselines import ReloraLinear
 from sltrain_dist.sparse_lowrank.convert import fit, low_rank
 from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
@@ -119,7 +120,7 @@ def _convert_layers(
         mine = names[first + env.rank : first + env.rank + 1]
         for layer in chain.from_iterable(env.together(partial(convert, mine))):
             done.append(layer)
-            if config.reparam.method != "full":  # to a dense weight, the conversion is exact
+            if config.reparam.method not in ("full", "relora", *PROJECTED_METHODS):  # whose dense weights are exact
                 report(f"{layer.name}: converted with a relative error of {layer.error:.4f}")
     reader.check_supports(join_fingerprints((each.name, each.support) for each in done if each.support is not None))
     report(f"converted {len(done)} linear layers from {before.reparam.method} to {config.reparam.method}")
@@ -159,7 +160,7 @@ def _convert(reader: CheckpointReader, name: str, old: nn.Module, new: nn.Module
 
 def _dense(layer: nn.Module) -> Tensor:
     """Returns the weight W, (m, n), of a linear layer of any method."""
-    if isinstance(layer, SLLinear | LowRankLinear):
+    if isinstance(layer, SLLinear | LowRankLinear | ReloraLinear):
         return layer.dense_weight()
     return layer.get_parameter("weight").detach()
 
@@ -177,5 +178,7 @@ def _approximate(layer: nn.Module, W: Tensor) -> None:
         values = dict(zip("BA", low_rank(W, layer.rank, layer.scale), strict=True))
     else:
         values = {"weight": W}
+    if isinstance(layer, ReloraLinear):  # W keeps all of it, and the factors start as in any other run
+        layer.reset_parameters()
     for key, value in values.items():
         layer.get_parameter(key).copy_(value)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.schema import Config, OptimConfig, ParallelConfig
+from sltrain_dist.config.schema import PROJECTED_METHODS, Config, OptimConfig, ParallelConfig
 from sltrain_dist.errors import ConfigError
 
 _MAX_PARAMETERS = 10**14
@@ -28,7 +28,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     if model.num_heads % model.kv_heads:
         yield "model.num_kv_heads", f"does not divide model.num_heads = {model.num_heads}"
     smallest = min(model.hidden_size, model.intermediate_size, model.kv_heads * model.head_dim)
-    if reparam.method != "full" and reparam.rank > smallest:
+    if reparam.method not in ("full", "apollo-mini") and reparam.rank > smallest:
         yield "reparam.rank", f"is larger than the smallest dimension of a replaced layer; at most {smallest}"
     empty_support = reparam.support == "random" and int(reparam.density * model.hidden_size * smallest) < 1
     if reparam.method == "sltrain" and empty_support:  # the other supports have at least one value per row
@@ -49,6 +49,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_restarts(config)
     yield from _check_size(config)
     yield from _check_optimizer(config)
+    yield from _check_projected(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
@@ -65,8 +66,8 @@ def _check_dense_layers(config: Config) -> Iterator[tuple[str, str]]:
     key, listed, layers = "reparam.dense_layers", config.reparam.dense_layers, config.model.num_layers
     outside = [index for index in listed if not -layers <= index < layers]
     twice = [number for number, count in Counter(index % layers for index in listed).items() if count > 1]
-    if listed and config.reparam.method not in ("sltrain", "lowrank"):
-        yield key, f"is for reparam.method=sltrain or lowrank; set it to [] with {config.reparam.method}"
+    if listed and config.reparam.method not in ("sltrain", "lowrank", "cola"):
+        yield key, f"is for reparam.method=sltrain, lowrank or cola; set it to [] with {config.reparam.method}"
     elif outside:
         yield (
             key,
@@ -84,11 +85,11 @@ def _check_restarts(config: Config) -> Iterator[tuple[str, str]]:
     reparam, every, method = config.reparam, config.reparam.restart_every, config.reparam.method
     if every == 0:
         return
-    if method not in ("sltrain", "lowrank"):
+    if method not in ("sltrain", "lowrank", "relora"):
         yield (
             "reparam.restart_every",
-            f"needs low-rank factors that are trained, which reparam.method={method} does not have; set it to 0, or "
-            "reparam.method=sltrain or lowrank",
+            f"needs a low-rank product BA, which reparam.method={method} does not have; set it to 0, or "
+            "reparam.method=sltrain, lowrank or relora",
         )
     if reparam.restart_warmup >= every:
         yield (
@@ -198,6 +199,23 @@ def _check_optimizer(config: Config) -> Iterator[tuple[str, str]]:
             )
         if optim.master_weights and bf16:
             yield "optim.master_weights", f"is not supported with train.dtype=bf16 under DeepSpeed{other}"
+
+
+def _check_projected(config: Config) -> Iterator[tuple[str, str]]:
+    """Refuses settings that the methods with a projected gradient do not support."""
+    method, optim = config.reparam.method, config.optim
+    if method not in PROJECTED_METHODS:
+        return
+    if optim.name not in ("adamw", "adam"):
+        yield "optim.name", f"must be adamw with reparam.method={method}, which projects Adam's gradient; set it"
+    elif optim.name == "adam" and optim.weight_decay > 0:
+        yield (
+            "optim.weight_decay",
+            f"is decoupled in the published code of {method}; set optim.name=adamw, or this to 0",
+        )
+    for key in ("stochastic_rounding", "master_weights"):
+        if getattr(optim, key):
+            yield f"optim.{key}", f"is not supported with reparam.method={method}; set it to false"
 
 
 DEEPSPEED_KEYS: dict[str, str] = {
@@ -331,16 +349,21 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def check_trainable(config: Config) -> None:
-    """Checks that the method can be trained, and is not one that only the planner supports.
+    """Checks that the method can be trained with the other settings. The paper's accounting does not depend on these.
 
     Raises:
-        ConfigError: Only the planner supports it.
+        ConfigError: It cannot, for a reason that the message says.
     """
-    method = config.reparam.method
-    if method in ("relora", "galore"):
+    method, engine = config.reparam.method, config.parallel.engine
+    if engine != "ddp" and method in ("relora", *PROJECTED_METHODS):
         raise ConfigError(
-            f"reparam.method = {method!r} is known to `sltrain plan` only (--accounting paper, --implementation "
-            "reference); set reparam.method=sltrain, lowrank or full to train, or to plan a run of sltrain_dist"
+            f"parallel.engine = {engine!r} shards the weights, which reparam.method={method} needs whole on every "
+            "rank; set parallel.engine=ddp, or use another method"
+        )
+    if method == "relora" and config.reparam.restart_every == 0:
+        raise ConfigError(
+            "reparam.method = 'relora' never merges its factors with reparam.restart_every = 0; set it to the number "
+            "of updates between two merges, such as 1000"
         )
 
 
@@ -369,8 +392,19 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
         ),
         (
             f"reparam.method={config.reparam.method}",
-            config.reparam.method in ("lowrank", "relora", "galore"),
+            config.reparam.method in ("lowrank", "relora"),
             sparse,
+        ),
+        (
+            f"reparam.method={config.reparam.method}",
+            config.reparam.method in ("cola", *PROJECTED_METHODS),
+            ("reparam.alpha", *sparse),
+        ),
+        ("reparam.method=apollo-mini", config.reparam.method == "apollo-mini", ("reparam.rank",)),
+        (
+            f"reparam.method={config.reparam.method}",
+            config.reparam.method not in PROJECTED_METHODS,
+            ("optim.projection_every", "optim.projection_scale"),
         ),
         (
             "reparam.restart_every=0",

@@ -43,7 +43,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 FloatOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 SupportKind = Literal["random", "stratified", "blocks"]
-Method = Literal["sltrain", "full", "lowrank", "relora", "galore"]
+Method = Literal["sltrain", "full", "lowrank", "cola", "relora", "galore", "apollo", "apollo-mini"]
+PROJECTED_METHODS: tuple[Method, ...] = ("galore", "apollo", "apollo-mini")
+"""Methods whose weights are dense, and whose optimizer keeps the moments of a projected gradient."""
 
 
 class Section(BaseModel):
@@ -102,12 +104,13 @@ class ReparamConfig(Section):
     """Parametrization of the linear layers of attention and MLP."""
 
     method: Memory[Method] = "sltrain"
-    """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. For `sltrain plan` only:
-    relora (a frozen dense weight, and low-rank factors that are merged into it periodically) and galore (a dense
-    weight whose gradient is projected to a low rank before the optimizer step)."""
+    """sltrain: W = (alpha/rank)·BA + S. lowrank: without S. full: an ordinary dense weight. The others are published
+    baselines (docs/recipes.md). cola: B·SiLU(A·x), with no scale. galore, apollo, apollo-mini: dense weights, whose
+    gradient is projected to a low rank (apollo-mini: 1) for the optimizer states. relora: a frozen dense weight W plus
+    (alpha/rank)·BA, which is merged into W at every restart."""
     dense_layers: Memory[Annotated[tuple[int, ...], Field(strict=False)]] = ()
-    """Decoder layers whose linear layers stay dense, as with method=full, while method is sltrain or lowrank. Counted
-    from 0, or from the end with negative numbers: [0, -1] is the first and the last layer."""
+    """Decoder layers whose linear layers stay dense, as with method=full, while method is sltrain, lowrank or cola.
+    Counted from 0, or from the end with negative numbers: [0, -1] is the first and the last layer."""
     rank: Memory[Width] = 128
     """r, the inner dimension of B (m, r) and A (r, n)."""
     density: Memory[Annotated[float, Field(gt=0, le=1)]] = 0.03
@@ -137,7 +140,8 @@ class ReparamConfig(Section):
     restart_every: Memory[CountOrZero] = 0
     """Updates between restarts (arXiv 2505.22922; docs/recipes.md). A restart factors every product BA anew, so that B
     and A share its singular values evenly (B = U√Σ, A = √ΣVᵀ/scale), which leaves W as it is, and clears optimizer
-    states. Needs low-rank factors: method=sltrain or lowrank. 0: no restarts."""
+    states. Needs low-rank factors: method=sltrain or lowrank. With relora, a restart adds the products BA to the frozen
+    weights instead, draws A anew and sets B to 0; it needs restarts. 0: no restarts."""
     restart_warmup: CountOrZero = 0
     """Updates over which the learning rate comes back after a restart: the first has 0.001 of the schedule's rate, and
     this many updates later the rate is the schedule's again. Less than restart_every. 0: the rate does not change."""
@@ -230,6 +234,11 @@ class OptimConfig(Section):
     stochastic_rounding: Memory[bool] = False
     """Whether Adam rounds bf16 parameters stochastically (without bias) instead of to the nearest: updates of less
     than half a unit in the last place are not lost, at no cost in memory."""
+    projection_every: PositiveInt = 200
+    """galore, apollo, apollo-mini: updates between two new projections of the gradient."""
+    projection_scale: PositiveFloat | None = None
+    """Factor of the change of the projected matrices, `scale` of the published codes; apollo and apollo-mini use its
+    square root. Null: that of the published pretraining, 0.25 with galore, 1 with apollo and 128 with apollo-mini."""
     master_weights: Memory[bool] = False
     """Whether Adam keeps and updates fp32 copies of bf16 parameters, at 4 bytes per parameter."""
     weight_decay: Memory[FloatOrZero] = 0.0
@@ -482,7 +491,7 @@ class CheckpointConfig(Section):
     run starts from it, and later restarts resume from its own checkpoints."""
     init_from: str | None = None
     """A checkpoint, or a run_dir (its newest one), whose weights a new run starts from, with a new optimizer, schedule,
-    data order and step count. Between the methods full, lowrank and sltrain, the linear layers are converted. A run
+    data order and step count. Between methods, the linear layers are converted (not to or from cola). A run
     that resumes ignores it. Null: random initial values."""
 
 

@@ -21,6 +21,7 @@ from sltrain_dist.hub.tokenizer_json import write_tokenizer
 from sltrain_dist.models.build import build_meta_model, join_fingerprints
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.parallel.pieces import load_values
+from sltrain_dist.sparse_lowrank.baselines import ReloraLinear
 from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
@@ -43,13 +44,18 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
 
     Raises:
         CheckpointError: The checkpoint is damaged, or this version draws other supports from its seed.
-        ConfigError: The output already exists.
+        ConfigError: The output already exists, or the model is no dense LLaMA (reparam.method=cola).
         StorageError: The output cannot be written; partial output has been removed.
     """
     if output.exists():
         raise ConfigError(f"{output} already exists; choose another --output, or remove it")
     reader = open_newest(path)
     config = reader.config()
+    if config.reparam.method == "cola":
+        raise ConfigError(
+            f"{checkpoint} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
+            "merged into dense weights; export a run of another method"
+        )
     with writing(f"the model {output}"), writing_directory(output) as temporary:
         special_ids = _write_tokenizer(reader.tokenizer(), temporary, config)
         parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)
@@ -95,7 +101,7 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
     model = build_meta_model(config)
     replaced: set[str] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, SLLinear | LowRankLinear):
+        if not isinstance(module, SLLinear | LowRankLinear | ReloraLinear):
             continue
         replaced |= {f"{name}.{key}" for key, _ in module.named_parameters()}
         reader.fill(module, name)

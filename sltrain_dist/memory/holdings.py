@@ -66,6 +66,11 @@ class Holdings:
         return sum(item.count * item.parameter.values for item in self.items)
 
     @cached_property
+    def trained_values(self) -> int:
+        """Number of values in the whole model that have gradients."""
+        return sum(item.count * item.parameter.values for item in self.items if not item.parameter.frozen)
+
+    @cached_property
     def sharded_values(self) -> int:
         """Number of values in sharded parameters, over all ranks, without padding."""
         return sum(item.count * item.parameter.values for item in self.sharded)
@@ -116,7 +121,7 @@ class Holdings:
 
     def accumulated_values(self, *, whole: bool, with_sharded: bool) -> int:
         """Returns the number of gradient values between two micro-batches; `whole`: they are reduced after the last."""
-        items = self.on_device(with_sharded=with_sharded)
+        items = [item for item in self.on_device(with_sharded=with_sharded) if not item.parameter.frozen]
         return sum(item.count * (item.parameter.values if whole else item.values) for item in items)
 
     def states(self, optim: OptimConfig, width: int, *, with_sharded: bool) -> tuple[int, int]:
@@ -125,7 +130,7 @@ class Holdings:
         if key not in self._states:
             states = masters = 0
             for item in self.on_device(with_sharded=with_sharded):
-                for stored in stored_states(item.range, optim, width):
+                for stored in () if item.parameter.frozen else stored_states(item.range, optim, width):
                     if stored.range.name == MASTER:
                         masters += item.count * stored.nbytes
                     else:

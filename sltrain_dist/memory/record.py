@@ -22,14 +22,16 @@ from sltrain_dist.memory.events import EventLog
 from sltrain_dist.memory.operators import operators_of
 from sltrain_dist.memory.recording import Parameter, Recording
 from sltrain_dist.models.build import build_meta_model
+from sltrain_dist.models.count import is_factor
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.device import DeviceType, emulate
 from sltrain_dist.numerics.int8_weight import Int8Weight, parts_of
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import make_optimizer
 from sltrain_dist.parallel.checkpointing import prepare_layers
-from sltrain_dist.parallel.placement import Shard, is_factor, is_sharded
+from sltrain_dist.parallel.placement import Shard, is_sharded
 from sltrain_dist.sparse_lowrank.balance import balanced
+from sltrain_dist.sparse_lowrank.baselines import merge
 
 RESIDUAL, RESIDUAL_GRADIENT = "activations.residual", "temporaries.residual"
 """Components of the residual stream between layers, and of its gradient."""
@@ -46,7 +48,8 @@ def fake_model(config: Config) -> LlamaForCausalLM:
     model = build_meta_model(config)
     for module in model.modules():  # to_empty cannot swap fake parameters
         for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+            value = torch.empty_like(parameter, device="cpu")
+            module.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
     model.tie()
@@ -183,23 +186,27 @@ def record_step(
 
 
 def record_restart(config: Config, m: int, n: int, rank: int, device: DeviceType) -> Recording:
-    """Records the new factorization of the low-rank product of an (m, n) layer, as a restart makes it.
+    """Records the new factorization of the low-rank product of an (m, n) layer, or its merge, as a restart makes it.
 
     Args:
-        config: No setting of it matters.
+        config: Configuration with the method: relora merges.
         m: Rows of B.
         n: Columns of A.
         rank: r.
         device: Device whose operators are recorded.
     """
     with by_itself(), FakeTensorMode(), emulate(device):
-        factors = torch.empty(m, rank), torch.empty(rank, n)
-        log = EventLog(device)
-        log.leave_out(factors)
+        factors, weight = (torch.empty(m, rank), torch.empty(rank, n)), torch.empty(m, n)
+        merges, log = config.reparam.method == "relora", EventLog(device)
+        group = (weight, *factors) if merges else factors
+        log.leave_out(group)
         with log:
             log.begin_part("restart")
-            balanced(*factors, 1.0)
-    held = sum(factor.nbytes for factor in factors)  # on the layer's owner, in float32
+            if merges:
+                merge(weight, *factors, 1.0)
+            else:
+                balanced(*factors, 1.0)
+    held = sum(each.nbytes for each in group)  # on the layer's owner, in float32
     return Recording(flops=log.flops, sizes={"restart": held + transient_bytes(log, "restart")})
 
 
@@ -266,7 +273,8 @@ def _watch(log: EventLog, modules: Iterable[tuple[str, nn.Module]], parameters: 
         log.arrives(index, gradient)
 
     for index, (_, parameter) in enumerate(parameters):
-        parameter.register_post_accumulate_grad_hook(partial(arrives, index))
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(partial(arrives, index))
 
 
 def _leave_out(log: EventLog, model: nn.Module, tensors: Iterable[Tensor | None]) -> None:
@@ -287,7 +295,12 @@ def _gather(layer: nn.Module, gathered: Shard | None) -> None:
 def _parameters(named: list[tuple[str, nn.Parameter]], prefix: str = "") -> tuple[Parameter, ...]:
     return tuple(
         Parameter(
-            name, component_of(prefix + name), tuple(p.shape), is_factor(prefix + name), isinstance(p, Int8Weight)
+            name,
+            component_of(prefix + name),
+            tuple(p.shape),
+            is_factor(prefix + name),
+            isinstance(p, Int8Weight),
+            not p.requires_grad,
         )
         for name, p in named
     )

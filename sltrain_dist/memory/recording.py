@@ -71,6 +71,7 @@ class Parameter:
         shape: Its shape.
         replaced: Whether it belongs to a linear layer that SLTrain replaces, whatever the method.
         int8: Whether it is an int8 weight.
+        frozen: Whether it is not trained, and has neither a gradient nor optimizer states.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Parameter:
     shape: tuple[int, ...]
     replaced: bool
     int8: bool
+    frozen: bool = False
 
     @cached_property
     def values(self) -> int:

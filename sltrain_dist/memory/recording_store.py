@@ -39,6 +39,7 @@ from sltrain_dist.memory.recording import Recording, dumps, loads
 from sltrain_dist.models.count import factor_pairs
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import projects
 from sltrain_dist.optim.state_layout import decays
 from sltrain_dist.parallel.placement import Shard
 
@@ -178,21 +179,26 @@ def step_request(
     Args:
         optim: Optimizer settings.
         dtype: Type of the parameter, by its name in torch.
-        part: The part. Its name only determines whether weight decay applies.
+        part: The part. Its name only determines whether weight decay applies, and whether the gradient is projected.
         device: Device whose operators are recorded.
         int8: Whether the parameter is an int8 weight.
         low_bit: Whether the same optimizer also steps int8 weights.
     """
-    part = replace(part, name="weight" if decays(part.name, optim) else "norm")
-    return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=only_memory(optim))
+    if projects(optim, part.name):  # with a new projection, which takes the most
+        part, optim = replace(part, name="mlp.up_proj.weight"), only_memory(optim, projection_every=1)
+    else:
+        part, optim = replace(part, name="weight" if decays(part.name, optim) else "norm"), only_memory(optim)
+    return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=optim)
 
 
 def restart_requests(config: Config, device: DeviceType) -> Counter[Request]:
-    """Returns requests for the new factorizations of a restart, and the number of layers of each; empty without."""
+    """Returns requests for the new factorizations, or merges, of a restart, and the number of layers of each; empty
+    without restarts."""
     if config.reparam.restart_every == 0:
         return Counter()
+    method: Method = "relora" if config.reparam.method == "relora" else "sltrain"  # whose restarts are those of lowrank
     return Counter(
-        request("memory.record:record_restart", device, m, n, rank)
+        request("memory.record:record_restart", device, m, n, rank, reparam=ReparamConfig(method=method))
         for (_, (m, rank)), (_, (_, n)) in factor_pairs(config.model, config.reparam)
     )
 

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.config.rules import check_trainable
-from sltrain_dist.config.schema import Config, Method, ReparamConfig
+from sltrain_dist.config.schema import PROJECTED_METHODS, Config, Method, ReparamConfig
 from sltrain_dist.models.count import is_int8
 from sltrain_dist.models.llama import DenseLinear, LinearFactory, LlamaForCausalLM
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.keyed import Initial
+from sltrain_dist.sparse_lowrank.baselines import ColaLinear, ReloraLinear
 from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 
@@ -32,12 +32,7 @@ def build_model(config: Config, device: torch.device | str = "cpu") -> LlamaForC
 
 
 def build_meta_model(config: Config) -> LlamaForCausalLM:
-    """Builds the model on the meta device, with parameters of the type that `train.dtype` sets.
-
-    Raises:
-        ConfigError: `reparam.method` is one that only the planner supports.
-    """
-    check_trainable(config)
+    """Builds the model on the meta device, with parameters of the type that `train.dtype` sets."""
     with torch.device("meta"):
         factories = [
             linear_factory(config.reparam.method_of(layer, config.model.num_layers), config)
@@ -115,8 +110,13 @@ def linear_factory(method: Method, config: Config) -> LinearFactory:
     reparam, seed = config.reparam, config.seed
 
     def make(in_features: int, out_features: int, name: str) -> nn.Module:
-        if method == "full":
+        if method == "full" or method in PROJECTED_METHODS:
             return DenseLinear(in_features, out_features, name=name, seed=seed, std=config.model.init_std)
+        if method == "cola":
+            return ColaLinear(in_features, out_features, reparam.rank, name=name, seed=seed)
+        if method == "relora":
+            rank, alpha, std = reparam.rank, reparam.alpha, config.model.init_std
+            return ReloraLinear(in_features, out_features, rank, alpha, std=std, name=name, seed=seed)
         if method == "lowrank":
             return LowRankLinear(in_features, out_features, reparam.rank, reparam.alpha, name=name, seed=seed)
         return SLLinear(

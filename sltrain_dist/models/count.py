@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sltrain_dist.config.schema import ModelConfig, ReparamConfig
+from sltrain_dist.config.schema import PROJECTED_METHODS, ModelConfig, ReparamConfig
 from sltrain_dist.numerics.int8_layout import int8_bytes
 from sltrain_dist.sparse_lowrank.sizes import nonzeros, values_shape
+
+_DENSE_METHODS = ("full", *PROJECTED_METHODS)
+_REPLACED = re.compile(r"(?:^|\.)(self_attn|mlp)\.[a-z]+_proj\.")
 
 NamedShape = tuple[str, tuple[int, ...]]
 """Name and shape of a parameter."""
@@ -39,7 +43,8 @@ class ParameterCount:
     sparse: int
     """V of all replaced layers."""
     dense: int
-    """Dense weights of attention and MLP: of `reparam.dense_layers`, or of all layers with full, galore and relora."""
+    """Dense weights of attention and MLP: of `reparam.dense_layers`, or of all layers with full, relora, galore and
+    apollo."""
 
     @property
     def remainder(self) -> int:
@@ -70,11 +75,11 @@ def block_linears(model: ModelConfig) -> tuple[LinearShape, ...]:
 def count_parameters(model: ModelConfig, reparam: ReparamConfig) -> ParameterCount:
     """Counts the parameters of a model (the paper's `base + LR + SP`, or `F` with method full).
 
-    relora has both the frozen dense weights and the factors; galore has the parameters of the full model.
+    relora has both the frozen dense weights and the factors; galore and apollo have the parameters of the full model.
     """
     h, layers, linears = model.hidden_size, model.num_layers, block_linears(model)
     replaced = layers - len(reparam.dense_layers)
-    factored, dense = reparam.method not in ("full", "galore"), reparam.method not in ("sltrain", "lowrank")
+    factored, dense = reparam.method not in _DENSE_METHODS, reparam.method in (*_DENSE_METHODS, "relora")
     return ParameterCount(
         embedding=model.vocab_size * h,
         head=0 if model.tie_head else model.vocab_size * h,
@@ -95,9 +100,9 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[NamedSh
         prefix, method = f"model.layers.{layer}", reparam.method_of(layer, model.num_layers)
         for linear in block_linears(model):
             name, m, n = f"{prefix}.{linear.name}", linear.m, linear.n
-            if method not in ("sltrain", "lowrank"):
+            if method in (*_DENSE_METHODS, "relora"):
                 shapes.append((f"{name}.weight", (m, n)))
-            if method in ("full", "galore"):
+            if method in _DENSE_METHODS:
                 continue
             shapes += [(f"{name}.B", (m, reparam.rank)), (f"{name}.A", (reparam.rank, n))]
             if method == "sltrain":
@@ -107,6 +112,28 @@ def parameter_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[NamedSh
     if not model.tie_head:
         shapes.append(("lm_head.weight", (model.vocab_size, h)))
     return shapes
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter belongs to a linear layer that SLTrain replaces, for any method.
+
+    These are B, A, V or a dense weight of attention and MLP. The other parameters (embedding, head, norms) are the
+    dense remainder, which `parallel.shard: factors` replicates on every rank.
+
+    Args:
+        name: The parameter's name in the model, or in its decoder layer.
+    """
+    return _REPLACED.search(name) is not None
+
+
+def is_frozen(name: str, reparam: ReparamConfig) -> bool:
+    """Whether a named parameter is not trained: the dense weights of relora, which restarts alone change."""
+    return reparam.method == "relora" and is_factor(name) and name.endswith(".weight")
+
+
+def trained_shapes(model: ModelConfig, reparam: ReparamConfig) -> list[NamedShape]:
+    """Returns (name, shape) of every parameter that has a gradient, in the model's order."""
+    return [(name, shape) for name, shape in parameter_shapes(model, reparam) if not is_frozen(name, reparam)]
 
 
 def factor_pairs(model: ModelConfig, reparam: ReparamConfig) -> list[tuple[NamedShape, NamedShape]]:

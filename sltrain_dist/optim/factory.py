@@ -13,10 +13,15 @@ from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.low_bit import CLEARED_AT, AllReduceMax, LowBitAdam
+from sltrain_dist.optim.projected.adam import ProjectedAdam, Share, compute_all
+from sltrain_dist.optim.projected.settings import projects
 from sltrain_dist.optim.state_layout import MASTER, StoredState, adafactor_states, decays, needs_low_bit, stored_states
 
+Named = tuple[str, nn.Parameter]
+"""A parameter and its name."""
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
+
+def parameter_groups(parameters: Iterable[Named], optim: OptimConfig) -> list[dict[str, Any]]:
     """Splits named parameters into groups with and without weight decay. Empty groups are omitted."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -26,31 +31,42 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: Opti
     return [group for group in groups if group["params"]]
 
 
+def by_optimizer(parameters: Iterable[Named], optim: OptimConfig) -> list[list[Named]]:
+    """Splits named parameters by the optimizer that they need: those whose gradient is projected are one part."""
+    named = list(parameters)
+    parts = [[each for each in named if projects(optim, each[0]) is projected] for projected in (False, True)]
+    return [part for part in parts if part]
+
+
 def make_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: Iterable[Named],
     optim: OptimConfig,
     *,
     ranges: Mapping[str, TensorRange] | None = None,
     all_reduce_max: AllReduceMax | None = None,
+    share: Share = compute_all,
 ) -> torch.optim.Optimizer:
     """Creates the optimizer of named parameters: torch's own, wherever it keeps the states in the configured form.
 
     Args:
-        parameters: The parameters to update, all of one type.
+        parameters: The parameters to update, all of one type, and of one part of :func:`by_optimizer`.
         optim: Optimizer settings.
         ranges: Which range of which parameter each tensor is, by name. Those not in it are whole parameters.
         all_reduce_max: See :class:`LowBitAdam`.
+        share: See :class:`ProjectedAdam`.
     """
     named = list(parameters)
     groups = parameter_groups(named, optim)
+    known = ranges or {}
+    by_parameter = {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
+    if projects(optim, named[0][0]):
+        return ProjectedAdam(groups, optim, by_parameter, share)
     if optim.name == "sgd":
         # Torch's own choice, but by the emulated device, if any, instead of the parameters' real one.
         return torch.optim.SGD(groups, lr=optim.lr, foreach=device_type(named[0][1]) == "cuda")
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
-        known = ranges or {}
-        by_parameter = {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
         return LowBitAdam(groups, optim, by_parameter, all_reduce_max)
     make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.

@@ -52,7 +52,7 @@ bytes of transient memory, 32 with stochastic rounding, 36 in int8 weights: at m
 
 
 @dataclass(frozen=True)
-class _Moments:
+class Moments:
     """Both moments of a chunk after this update; flat, float32."""
 
     first: Tensor
@@ -210,9 +210,7 @@ class LowBitAdam(torch.optim.Optimizer):
         optim, step, lr = self._optim, state["step"], float(group["lr"])
         decay = float(group["weight_decay"])
         moments = self._moments(parameter, state, chunk, decay)
-        for i, (key, value) in enumerate(zip(STATE_NAMES[optim.name], (moments.first, moments.second), strict=True)):
-            shared_scales = {number: maximum[i] for number, maximum in maxima.items()}
-            self._write(parameter, state, key, chunk, value, shared_scales)
+        self._write_moments(parameter, state, chunk, moments, maxima)
         # In place: the moments are no longer needed.
         denominator = moments.second.sqrt_().mul_((1 - optim.beta2**step) ** -0.5).add_(optim.eps)
         change = moments.first.div_(denominator).mul_(lr / (1 - optim.beta1**step))
@@ -222,16 +220,36 @@ class LowBitAdam(torch.optim.Optimizer):
         # Rounding is keyed by all updates ever made, so that the random numbers do not repeat after a restart.
         self._store_values(parameter, state, chunk, values - change, step + state[CLEARED_AT])
 
-    def _moments(self, parameter: Tensor, state: State, chunk: UpdateChunk, decay: float) -> _Moments:
+    def _moments(self, parameter: Tensor, state: State, chunk: UpdateChunk, decay: float) -> Moments:
         optim, grad = self._optim, parameter.grad
         assert grad is not None  # callers skip parameters without a gradient
         gradient = grad.reshape(-1)[chunk.start : chunk.stop].float()
         if decay and optim.name == "adam":
             gradient = gradient + self._values(parameter, state, chunk) * decay
+        return self._moments_after(parameter, state, chunk, gradient)
+
+    def _moments_after(self, parameter: Tensor, state: State, chunk: UpdateChunk, gradient: Tensor) -> Moments:
+        """Returns both moments of a chunk after an update by a gradient, flat and float32."""
+        optim = self._optim
         first, second = (self._read(parameter, state, key, chunk) for key in STATE_NAMES[optim.name])
         first.mul_(optim.beta1).add_(gradient * (1 - optim.beta1))
         second.mul_(optim.beta2).add_((gradient * gradient).mul_(1 - optim.beta2))
-        return _Moments(first, second)
+        return Moments(first, second)
+
+    def _write_moments(
+        self,
+        parameter: Tensor,
+        state: State,
+        chunk: UpdateChunk,
+        moments: Moments,
+        maxima: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Stores both moments of a chunk; `maxima` are those of groups that ranks share."""
+        for i, (key, value) in enumerate(
+            zip(STATE_NAMES[self._optim.name], (moments.first, moments.second), strict=True)
+        ):
+            shared_scales = {number: maximum[i] for number, maximum in (maxima or {}).items()}
+            self._write(parameter, state, key, chunk, value, shared_scales)
 
     def _values(self, parameter: Tensor, state: State, chunk: UpdateChunk) -> Tensor:
         """Returns the parameter's values in float32, possibly a view of them."""

@@ -13,6 +13,14 @@ from dataclasses import dataclass, replace
 
 from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import (
+    NORM,
+    PROJECTION,
+    ProjectedOptim,
+    low_shape,
+    projection_shape,
+    projects,
+)
 
 STATE_NAMES: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
@@ -112,6 +120,8 @@ def stored_states(part: TensorRange, optim: OptimConfig, value_bytes: int) -> li
     """
     if optim.name == "adafactor":
         return adafactor_states(part, value_bytes)
+    if projects(optim, part.name):
+        return _projected_states(part, optim, value_bytes)
     states = []
     for key in STATE_NAMES[optim.name]:
         if is_quantized(part.shape, optim.state_bits):
@@ -175,3 +185,13 @@ def adafactor_states(part: TensorRange, value_bytes: int) -> list[StoredState]:
         shapes = {"row_var": (*part.shape[:-1], 1), "col_var": (*part.shape[:-2], 1, part.row)}
     states = [TensorRange.whole(key, shape) for key, shape in shapes.items()]
     return [StoredState(state, value_bytes * state.count) for state in states]
+
+
+def _projected_states(part: TensorRange, optim: ProjectedOptim, value_bytes: int) -> list[StoredState]:
+    """Returns the states of :class:`ProjectedAdam`, which supports whole matrices only."""
+    low = TensorRange.whole("low", low_shape(part.shape, optim.rank))
+    moments = stored_states(low, optim, value_bytes)
+    if optim.method == "galore":
+        projection = TensorRange.whole(PROJECTION, projection_shape(part.shape, optim.rank))
+        return [*moments, StoredState(projection, value_bytes * projection.count)]
+    return [*moments, StoredState(TensorRange.whole(NORM, (1,)), 4)]

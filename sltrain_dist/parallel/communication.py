@@ -13,6 +13,7 @@ from sltrain_dist.parallel.placement import (
     optimizer_groups,
     scale_sync_bytes,
     sharded_and_whole,
+    trained_parameters,
     zero3_values,
     zero12_partition,
 )
@@ -62,7 +63,8 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
     passes = micro_batches_per_update(config, world_size)
     reductions = 1 if parallel.accumulates_locally else passes
     sharded, whole = sharded_and_whole(config)
-    sent = Traffic.of("all_reduce", width * sum(_padded_values(whole, 1)), world_size)
+    trained = trained_parameters(whole, config.reparam)
+    sent = Traffic.of("all_reduce", width * sum(_padded_values(trained, 1)), world_size)
     if parallel.engine == "fsdp":
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if config.optim.passes_twice:

@@ -68,7 +68,7 @@ class InBackward:
 
     def watch_whole(self, pieces: LocalPieces) -> None:
         """Registers hooks that all-reduce the gradients of replicated parameters and update these."""
-        for piece in pieces.pieces:
+        for piece in (piece for piece in pieces.pieces if piece.parameter.requires_grad):
             piece.parameter.register_post_accumulate_grad_hook(partial(self._whole_is_ready, pieces, piece))
 
     def watch_shards(self, pieces: LocalPieces, shards: Iterable[tuple[Piece, Tensor]]) -> None:

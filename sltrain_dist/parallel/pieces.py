@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from sltrain_dist.numerics.keyed import chunks
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.factory import (
     adopt_state,
+    by_optimizer,
     clear_states,
     count_step,
     learning_rates,
@@ -25,6 +27,7 @@ from sltrain_dist.optim.factory import (
     state_tensors,
 )
 from sltrain_dist.optim.low_bit import AllReduceMax
+from sltrain_dist.optim.projected.adam import Job, Share, compute_all
 from sltrain_dist.optim.state_layout import shared_groups, stored_states
 
 SavedRange = tuple[TensorRange, Tensor]
@@ -67,13 +70,22 @@ class Piece:
 class LocalPieces:
     """The pieces of parameters on this rank and their optimizer; with `optim.update: per_layer` one per piece.
 
+    If gradients of some parameters are projected, these have an optimizer of their own.
+
     Args:
         pieces: All pieces of this rank; the attribute `pieces` leaves out empty ones.
         optim: Optimizer settings.
         all_reduce_max: Synchronizes the scales of quantization groups that several ranks share.
+        share: Computes new projections of gradients, each on one of the ranks.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, all_reduce_max: AllReduceMax | None = None) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        optim: OptimConfig,
+        all_reduce_max: AllReduceMax | None = None,
+        share: Share = compute_all,
+    ) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
         # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
@@ -81,9 +93,9 @@ class LocalPieces:
         named = [(piece.name, piece.parameter) for piece in optimized]
         ranges = {piece.name: piece.range for piece in optimized}
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
-        groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
+        groups = by_optimizer(named, optim) if optim.update == "whole" else [[pair] for pair in named]
         self._optimizers = [
-            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max) for group in groups
+            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max, share=share) for group in groups
         ]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
@@ -138,7 +150,8 @@ class LocalPieces:
         for piece in self.pieces:
             parameter = piece.parameter
             load_values(read, piece.name, parameter, piece.range.start)
-            kept = stored_states(piece.range, self._optim, parameter.element_size()) if step else []
+            has_states = step > 0 and parameter.requires_grad
+            kept = stored_states(piece.range, self._optim, parameter.element_size()) if has_states else []
             ranges = (stored.range for stored in kept)
             states = {part.name: read(f"optim.{piece.name}.{part.name}", part.start, part.count) for part in ranges}
             adopt_state(self._optimizer_of[piece.name], parameter, states, step, cleared_at(piece.name))
@@ -193,7 +206,7 @@ class Replicated(LocalPieces):
             Piece(TensorRange.whole(name, tuple(parameter.shape)), parameter, index % world_size == rank)
             for index, (name, parameter) in enumerate(parameters)
         )
-        super().__init__(list(pieces), optim)
+        super().__init__(list(pieces), optim, share=partial(_deal_out, rank, world_size))
 
     def all_reduce(self, scale: float = 1.0) -> None:
         """All-reduces the gradients, in one flat message per data type, and multiplies them by `scale`."""
@@ -210,6 +223,14 @@ class Replicated(LocalPieces):
                 flat.mul_(scale)
             for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
+
+
+def _deal_out(rank: int, world_size: int, jobs: Sequence[Job]) -> None:
+    """Computes tensors, each on one rank, and sends them to all. All ranks pass the same tensors in the same order."""
+    compute_all(jobs[rank::world_size])
+    if world_size > 1:
+        for number, (tensor, _) in enumerate(jobs):
+            dist.broadcast(tensor, number % world_size)
 
 
 def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
-from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.models.count import is_factor, is_frozen, parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.state_layout import decays, shared_groups
 
@@ -23,17 +22,6 @@ _CACHE_SIZE = 256
 
 ZERO_BUCKET = 50_000_000
 """Default of DeepSpeed's bucket size, in values; `parallel.deepspeed` can override it."""
-
-_REPLACED = re.compile(r"\.(self_attn|mlp)\.[a-z]+_proj\.")
-
-
-def is_factor(name: str) -> bool:
-    """Whether a parameter belongs to a linear layer that SLTrain replaces, for any method.
-
-    These are B, A, V or a dense weight of attention and MLP. The other parameters (embedding, head, norms) are the
-    dense remainder, which `parallel.shard: factors` replicates on every rank.
-    """
-    return _REPLACED.search(name) is not None
 
 
 def is_sharded(name: str, shard: Shard) -> bool:
@@ -52,6 +40,11 @@ def _sharded_and_whole(model: ModelConfig, reparam: ReparamConfig, shards: bool,
     sharded = tuple((name, shape) for name, shape in shapes if shards and is_sharded(name, shard))
     sharded_names = {name for name, _ in sharded}
     return sharded, tuple((name, shape) for name, shape in shapes if name not in sharded_names)
+
+
+def trained_parameters(parameters: Named, reparam: ReparamConfig) -> Named:
+    """Returns those parameters that have gradients."""
+    return tuple((name, shape) for name, shape in parameters if not is_frozen(name, reparam))
 
 
 def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[int, ...], ...]]:
@@ -101,7 +94,8 @@ def accumulated_gradient_bytes(config: Config, world_size: int) -> int:
     sharded, remainder = sharded_and_whole(config)
     ranks = 1 if config.parallel.accumulates_locally else world_size // config.parallel.replicas
     values = sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for _, shape in sharded)
-    return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in remainder))
+    trained = trained_parameters(remainder, config.reparam)
+    return config.train.precision.parameter_bytes * (values + sum(math.prod(shape) for _, shape in trained))
 
 
 @lru_cache(maxsize=_CACHE_SIZE)

@@ -22,6 +22,7 @@ from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank.balance import balanced
+from sltrain_dist.sparse_lowrank.baselines import initial_A, merge
 
 Group = Sequence[NamedShape]
 """Parameters that one rank needs whole at the same time."""
@@ -30,19 +31,24 @@ Compute = Callable[..., Sequence[Tensor]]
 """Returns the new values of a group's parameters, each of its parameter's shape, for the old ones in float32."""
 
 
-def restart(engine: Engine, config: Config, env: Environment) -> None:
+def restart(engine: Engine, config: Config, env: Environment, number: int = 1) -> None:
     """Makes a restart between two updates: factors BA of every layer anew, and clears optimizer states.
 
-    W changes by rounding only, and the values of S not at all. `reparam.restart_states` says which states are cleared.
-    All ranks call this.
+    W changes by rounding only, and the values of S not at all. With relora, the products are merged instead.
+    `reparam.restart_states` says which states are cleared. All ranks call this.
 
     Args:
         engine: The engine.
         config: The configuration, whose method has low-rank factors.
         env: The distributed environment.
+        number: Number of the restart in the run, from 1, which keys relora's new values of A.
     """
     reparam = config.reparam
     scale = reparam.alpha / reparam.rank
+    if reparam.method == "relora":
+        _merge(engine, config, env, number)
+        engine.clear_states(partial(clears_states, reparam))
+        return
 
     def refactor(B: Tensor, A: Tensor) -> Sequence[Tensor]:
         watchdog.beat("in a restart, factoring the low-rank products anew")
@@ -50,6 +56,25 @@ def restart(engine: Engine, config: Config, env: Environment) -> None:
 
     rewrite(engine, factor_pairs(config.model, reparam), refactor, env)
     engine.clear_states(partial(clears_states, reparam))
+
+
+def _merge(engine: Engine, config: Config, env: Environment, number: int) -> None:
+    """Adds the low-rank products of relora to the frozen weights, sets B to 0, and draws A anew."""
+    reparam = config.reparam
+    pairs = factor_pairs(config.model, reparam)
+
+    def merge_layer(W: Tensor, B: Tensor, A: Tensor) -> Sequence[Tensor]:
+        watchdog.beat("in a restart, merging the low-rank products")
+        return merge(W, B, A, reparam.alpha / reparam.rank)
+
+    groups = [
+        ((name.removesuffix("B") + "weight", (m, n)), (name, (m, rank)), (A, (rank, n)))
+        for (name, (m, rank)), (A, (_, n)) in pairs
+    ]
+    rewrite(engine, groups, merge_layer, env)
+    for _, (A, (rank, n)) in pairs:
+        drawn = initial_A(n, config.seed, A.removesuffix(".A"), number).read(0, rank * n)
+        engine.set_values(A, drawn.to(env.device))
 
 
 @torch.no_grad()

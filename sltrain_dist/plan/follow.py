@@ -59,7 +59,9 @@ class Follower:
     """
 
     def __init__(self, config: Config, env: Environment, device: DeviceType) -> None:
-        self.config, self.env, self.device, self.log = config, env, device, EventLog(device)
+        optim = config.optim.model_copy(update={"projection_every": 1})  # the second update too makes new projections
+        self.config = config.model_copy(update={"optim": optim})
+        self.env, self.device, self.log = env, device, EventLog(device)
         self._passes, self._pass = 1, 0  # number of forward passes in the last update, and in this one so far
 
     def run(self, model: LlamaForCausalLM, initial: ReadRange | None = None) -> tuple[Point, ...]:

@@ -85,7 +85,7 @@ class SLLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank(rank, out_features, in_features)
+        check_rank(rank, out_features, in_features)
         if support not in SUPPORTS:
             raise ValueError(f"support = {support!r} is unknown; use one of {', '.join(map(repr, SUPPORTS))}")
         if path not in ("auto", "materialize", "factored"):
@@ -255,7 +255,7 @@ class LowRankLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank(rank, out_features, in_features)
+        check_rank(rank, out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.name, self.seed = rank, alpha, name, seed
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
@@ -295,7 +295,8 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}"
 
 
-def _check_rank(rank: int, m: int, n: int) -> None:
+def check_rank(rank: int, m: int, n: int) -> None:
+    """Raises ValueError for a rank that an (m, n) matrix cannot have."""
     if m < 1 or n < 1:
         raise ValueError(f"out_features = {m} and in_features = {n} must be positive")
     if not 1 <= rank <= min(m, n):

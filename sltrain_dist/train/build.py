@@ -28,6 +28,7 @@ from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
 from sltrain_dist.models.llama import LlamaForCausalLM
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.restarts import states_cleared_at
 from sltrain_dist.parallel.checkpointing import prepare_layers
 from sltrain_dist.parallel.ddp import DDPEngine
@@ -242,7 +243,7 @@ def build_engine(model: LlamaForCausalLM, config: Config, env: Environment) -> E
         return ZeroEngine(model, config, env)
     if config.parallel.engine == "fsdp":
         return FSDPEngine(model, config, env)
-    return DDPEngine(model, config.optim, env)
+    return DDPEngine(model, optimizer_settings(config), env)
 
 
 def prepare_corpus(

@@ -186,12 +186,14 @@ def _go_back(run: Run, clock: Clock, path: Path) -> None:
 def _restart(run: Run, clock: Clock) -> None:
     """Makes a restart, and reports how long the slowest rank took."""
     started = time.monotonic()
-    restart(run.engine, run.config, run.env)
+    reparam = run.config.reparam
+    restart(run.engine, run.config, run.env, run.state.step // reparam.restart_every)
     if run.env.device.type == "cuda":
         torch.cuda.synchronize(run.env.device)
     (seconds,) = run.env.max([time.monotonic() - started])
     clock.restart_s += seconds
-    run.tracker.note(f"restart after update {run.state.step}: low-rank products factored anew in {seconds:.2f} s")
+    what = "merged" if reparam.method == "relora" else "factored anew"
+    run.tracker.note(f"restart after update {run.state.step}: low-rank products {what} in {seconds:.2f} s")
 
 
 def _prepare_next(run: Run, clock: Clock) -> None:

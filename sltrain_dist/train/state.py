@@ -232,6 +232,11 @@ def check_weights_fit(before: Config, now: Config, where: str) -> list[str]:
     notes: list[str] = []
     fatal: list[str] = []
     same_method = before.reparam.method == now.reparam.method
+    if not same_method and "cola" in (before.reparam.method, now.reparam.method):
+        raise ConfigError(
+            f"checkpoint.init_from = {where}: it has reparam.method={before.reparam.method}, and a layer of cola has "
+            "no weight that could be converted; set reparam.method as in the checkpoint"
+        )
     fixed = {"model", "reparam" if same_method else "reparam.weight_bits"}
     for key, old, new in changed_settings(before, now.with_supports_of(before)):
         difference = f"{key}: {old!r} in the checkpoint, {new!r} here"

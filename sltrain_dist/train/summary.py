@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +19,10 @@ from sltrain_dist.models.count import (
     factor_pairs,
     parameter_bytes,
     parameter_shapes,
+    trained_shapes,
 )
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.state_layout import state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import accumulated_gradient_bytes
@@ -52,21 +55,24 @@ def _model(config: Config) -> list[tuple[str, str]]:
     full = count_parameters(config.model, config.reparam.model_copy(update={"method": "full"}))
     width = config.train.precision.parameter_bytes
     shapes = parameter_shapes(config.model, config.reparam)
-    states = sum(state_bytes(TensorRange.whole(name, shape), config.optim, width) for name, shape in shapes)
+    optim = optimizer_settings(config)
+    weights = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in shapes)
+    shapes = trained_shapes(config.model, config.reparam)
+    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in shapes)
     kinds = [
         ("embedding, head, norms", counted.remainder),
         ("low-rank factors", counted.factors),
         ("sparse values", counted.sparse),
-        ("dense weights", counted.dense),
+        ("frozen weights" if config.reparam.method == "relora" else "dense weights", counted.dense),
     ]
     lines = [(kind, format_count(number)) for kind, number in kinds if number]
     if config.reparam.dense_layers:
         lines.append(("dense layers", ", ".join(map(str, config.reparam.dense_layers))))
     lines.append(("parameters", f"{format_count(counted.total)}  ({counted.total / full.total:.0%} of full rank)"))
-    weights = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in shapes)
     int8 = "  int8 (experimental), but for embedding and norms" if config.reparam.weight_bits == 8 else ""
     lines.append(("weights", f"{format_bytes(weights)}{int8}"))
-    lines.append(("gradients", f"{format_bytes(width * counted.total)}  before sharding"))
+    trained = sum(math.prod(shape) for _, shape in shapes)
+    lines.append(("gradients", f"{format_bytes(width * trained)}  before sharding"))
     lines.append(("optimizer states", f"{format_bytes(states)}  before sharding"))
     return lines
 
@@ -146,11 +152,10 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
 def _restarts(config: Config) -> str:
     """Says when restarts are made, and what they do."""
     reparam, layers = config.reparam, len(factor_pairs(config.model, config.reparam))
+    what = "merged into their frozen weights" if reparam.method == "relora" else "factored anew"
     which = "all parameters" if reparam.restart_states == "all" else "B and A"
     back = f"; the learning rate comes back over {reparam.restart_warmup} updates" if reparam.restart_warmup else ""
-    return (
-        f"every {reparam.restart_every} updates: {layers} linear layers factored anew, states of {which} cleared{back}"
-    )
+    return f"every {reparam.restart_every} updates: {layers} linear layers {what}, states of {which} cleared{back}"
 
 
 def _per_layer(config: Config, world_size: int, passes: int) -> str:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.rules import micro_batches_per_update
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import PROJECTED_METHODS, Config, SupportKind
 from sltrain_dist.data.stream.rows import mark_first_tokens
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.build import build_model
@@ -88,6 +88,8 @@ class Case:
         restarts (in bf16 one), and two updates after the last."""
         if self.dtype == "bf16":
             return BF16_UPDATES
+        if self.weights in PROJECTED_METHODS:
+            return 4  # with new projections in the first and the third, but not in the last, whose traffic is measured
         return 2 * self.restart + 2 if self.restart else UPDATES
 
     @property
@@ -173,6 +175,12 @@ BY_HAND = (
     *(Case(engine, restart=2, bits=bits, update="per_layer") for engine, bits in (("ddp", 8), ("fsdp", 4))),
     Case("ddp", restart=2, bits=8, weight_bits=8, accumulation=3),
     Case("ddp", restart=2, optimizer="adafactor"),
+    *(Case(engine, weights="cola", clip=0.05, accumulation=3) for engine in ("ddp", "fsdp", "zero2", "zero3")),
+    Case("fsdp", weights="cola", checkpointing="ops", dense_layers=(0,), update="per_layer"),
+    *(Case("ddp", weights=method, clip=0.05, accumulation=3) for method in PROJECTED_METHODS),
+    Case("ddp", weights="galore", update="per_layer", bits=8),
+    Case("ddp", weights="relora", restart=2, clip=0.05, accumulation=3),
+    Case("ddp", weights="relora", restart=2, cleared="factors", update="per_layer"),
 )
 """What pairs do not cover."""
 
@@ -195,7 +203,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
     reparam: dict[str, Any] = {"method": "sltrain", "support": case.weights, "rank": 6, "density": 0.1, "alpha": 12.0}
     reparam |= {"weight_bits": case.weight_bits, "dense_layers": case.dense_layers}
     reparam |= {"restart_every": case.restart, "restart_states": case.cleared}
-    if case.weights in ("full", "lowrank"):
+    if case.weights not in get_args(SupportKind):
         reparam |= {"method": case.weights, "support": "random"}
     recompute: dict[str, Any] = {"activation_checkpointing": case.checkpointing}
     if case.checkpointing in ("blocks", "attention", "ops"):
@@ -217,6 +225,7 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "update": case.update,
                 "clip_mode": case.clip_mode,
                 "state_bits": case.bits,
+                "projection_every": 2,
             },
             "parallel": {
                 "engine": "zero" if zero else case.engine,
@@ -359,7 +368,7 @@ def train(case: Case, env: Environment) -> dict[str, Any]:
         last = update == case.updates - 1  # the one whose traffic is asked for: to follow it takes time
         if restart_is_due(config.reparam, update):
             evaluate_some(engine, config)
-            restart(engine, config, env)
+            restart(engine, config, env, update // config.reparam.restart_every)
         with TrafficMeter() if last else contextlib.nullcontext() as meter:
             engine.begin_update(config.optim.lr, norms[-1] if norms else None)
             reset = config.data.reset_attention

@@ -143,12 +143,10 @@ class TestConfiguration:
         assert "train.stesp" in error
         assert "did you mean train.steps?" in error
 
-    @pytest.mark.parametrize("method", ["relora", "galore"])
-    def test_methods_that_only_the_planner_knows(self, tiny: Path, tmp_path: Path, capsys: Output, method: str) -> None:
+    def test_relora_without_merges(self, tiny: Path, tmp_path: Path, capsys: Output) -> None:
         (tmp_path / "run").mkdir()
-        error = fails(tiny, tmp_path / "run", capsys, 2, f"reparam.method={method}")
-        assert f"reparam.method = '{method}' is known to `sltrain plan` only" in error
-        assert "set reparam.method=sltrain, lowrank or full to train" in error
+        error = fails(tiny, tmp_path / "run", capsys, 2, "reparam.method=relora")
+        assert "reparam.method = 'relora' never merges its factors with reparam.restart_every = 0" in error
 
     def test_no_trace_of_a_run_that_never_was(self, tiny: Path, tmp_path: Path) -> None:
         assert train_here(tiny, tmp_path / "run", "train.stesp=9") == 2

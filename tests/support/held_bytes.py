@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import parameter_bytes
 from sltrain_dist.numerics.tensor_range import TensorRange
+from sltrain_dist.optim.projected.settings import optimizer_settings
 from sltrain_dist.optim.state_layout import STATE_NAMES, state_bytes
 from sltrain_dist.parallel.placement import (
     fsdp_range,
     optimizer_groups,
     sharded_and_whole,
+    trained_parameters,
     zero3_values,
     zero12_gradients,
     zero12_partition,
@@ -42,10 +44,11 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
     Padding is included: FSDP2 pads a parameter's rows, ZeRO 1 and 2 pad each flat group to a multiple of twice the
     ranks, and ZeRO 3 pads every parameter to a multiple of the ranks.
     """
-    parallel, optim = config.parallel, config.optim
+    parallel, optim = config.parallel, optimizer_settings(config)
     sharded, remainder = sharded_and_whole(config)
     width = config.train.precision.parameter_bytes
-    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in remainder)
+    trained = trained_parameters(remainder, config.reparam)
+    states = sum(state_bytes(TensorRange.whole(name, shape), optim, width) for name, shape in trained)
     parts: tuple[int, ...] = (0, 0, 0)
     if parallel.engine == "fsdp":
         ranks = world_size // parallel.replicas
@@ -63,9 +66,9 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
             ]
             parts = tuple(sum(values) for values in zip(*per_group, strict=True))
         states += width * len(STATE_NAMES[optim.name]) * parts[2]
-    whole_values = sum(math.prod(shape) for _, shape in remainder)
+    trained_values = sum(math.prod(shape) for _, shape in trained)
     whole_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
-    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + whole_values)
+    gradients = 0 if optim.update == "per_layer" else width * (parts[1] + trained_values)
     return RankBytes(width * parts[0] + whole_bytes, gradients, states)
 
 

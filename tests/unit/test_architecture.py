@@ -60,6 +60,7 @@ TORCH_FREE = {
     "models.count",
     "optim.schedule",
     "optim.restarts",
+    "optim.projected.settings",
     "optim.state_layout",
     "runtime.launchers",
     "parallel.placement",

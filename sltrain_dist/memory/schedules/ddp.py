@@ -12,7 +12,8 @@ from sltrain_dist.memory.recorded_model import RecordedModel
 from sltrain_dist.memory.recording_store import evaluation_requests, restart_requests, step_request
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
+from sltrain_dist.optim.projected.settings import optimizer_settings, projects
+from sltrain_dist.optim.state_layout import GROUP_SIZES, needs_low_bit, stored_states
 
 _IN_FLIGHT_BYTES = 1 << 25
 """Limit of the gradient bytes being all-reduced at a time, as in parallel/per_layer.py."""
@@ -33,6 +34,7 @@ class Timeline:
 
     def __init__(self, config: Config, model: RecordedModel, ranks: int, passes: int, device: DeviceType) -> None:
         self.config, self.model, self.ranks, self.passes, self.device = config, model, ranks, passes, device
+        self.optim = optimizer_settings(config)
         self.width = config.train.precision.parameter_bytes
         self.tokens = config.train.micro_batch * config.data.seq_len
         self.base: dict[str, int] = {}
@@ -78,7 +80,7 @@ class Timeline:
         """Counts parameters, support indices, the rotary table and DDP's buckets."""
         self.add_all(self.holdings.stored_bytes(self.width, with_sharded=self.shards_on_device))
         if self.buckets:
-            self.add("gradients", self.holdings.total_values * self.width)
+            self.add("gradients", self.holdings.trained_values * self.width)
         self.add("index", self.model.index_bytes)
         self.add("dense.rotary", self.model.ends.sizes["buffers"])
 
@@ -97,7 +99,7 @@ class Timeline:
 
     def allocate_states_and_gradients(self) -> None:
         """Counts optimizer states, and the gradients accumulated before the last micro-batch."""
-        optim, on_device = self.config.optim, self.shards_on_device
+        optim, on_device = self.optim, self.shards_on_device
         states, masters = self.holdings.states(optim, self.width, with_sharded=on_device)
         self.add("states", states)
         self.add("master_weights", masters)
@@ -112,11 +114,11 @@ class Timeline:
 
     def scalar_bytes(self) -> int:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
-        optim = self.config.optim
+        optim = self.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        counters = (
-            0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in self.holdings.items)
-        )
+        items = self.holdings.items
+        fused = [item for item in items if not item.parameter.frozen and not projects(optim, item.range.name)]
+        counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in fused)
         return 8 + 4 * counters
 
     @property
@@ -133,12 +135,12 @@ class Timeline:
 
     def step_bytes(self, item: Holding) -> int:
         """Returns the transient bytes of the optimizer step of the rank's part of a parameter."""
-        if not item.range.count:
+        if not item.range.count or item.parameter.frozen:
             return 0
         dtype, int8 = self.config.train.precision.parameter, item.parameter.int8
         # With any int8 weight, LowBitAdam steps all parameters (optim/factory.py).
         low_bit = int8 or (self.config.optim.update == "whole" and self.config.reparam.weight_bits == 8)
-        request = step_request(self.config.optim, dtype, item.range, self.device, int8=int8, low_bit=low_bit)
+        request = step_request(self.optim, dtype, item.range, self.device, int8=int8, low_bit=low_bit)
         return request.get().sizes["step"]
 
     # An update
@@ -175,14 +177,20 @@ class Timeline:
             self.point("update", "made in the backward pass")
             return
         items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        projected = [item for item in items if projects(self.optim, item.parameter.name)]
+        others = [item for item in items if item not in projected]
         if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
             transient = max(
                 sum(item.count * self.step_bytes(item) for item in items if item.sharded is sharded)
                 for sharded in (False, True)
             )
         else:
-            transient = max(map(self.step_bytes, items), default=0)
+            transient = max(map(self.step_bytes, others), default=0)
         self.point("update", "optimizer step", {"temporaries.update": transient})
+        if projected:  # they have an optimizer of their own, before which the gradients of the others are freed
+            if not self.buckets:
+                self.add("gradients", -self.width * sum(item.count * item.values for item in others))
+            self.point("update", "projected step", {"temporaries.update": max(map(self.step_bytes, projected))})
 
     def free_gradients(self) -> None:
         """Frees the gradients after the update."""
@@ -190,22 +198,26 @@ class Timeline:
             self.clear("gradients")
 
     def restart(self) -> None:
-        """Plays a restart, if the run makes any: a rank factors the low-rank products that it owns one at a time.
+        """Plays a restart, if the run makes any: a rank factors or merges the products that it owns one at a time.
 
-        Before and after that, ranks send each other the factors of one more layer, which takes less.
+        Before and after that, ranks send each other the factors of one more layer, which takes less (with relora also
+        its frozen weight, which takes 4·r·n bytes more).
         """
         self.free_gradients()
         requests = restart_requests(self.config, self.device)
         if requests:
             largest = max(request.get().sizes["restart"] for request in requests)
-            self.point("restart", "a low-rank product factored anew", {"temporaries.restart": largest})
+            what = "merged" if self.config.reparam.method == "relora" else "factored anew"
+            self.point("restart", f"a low-rank product {what}", {"temporaries.restart": largest})
 
     def save(self) -> None:
         """Plays a checkpoint, which copies one tensor at a time to the host, quantized states with a byte per code."""
         self.free_gradients()
-        bits = self.config.optim.state_bits
-        ranges = (item.range for item in self.holdings.on_device(with_sharded=self.shards_on_device))
-        codes = (part.count for part in ranges if is_quantized(part.shape, bits))
+        bits = self.optim.state_bits
+        items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        parts = [item.range for item in items if bits in GROUP_SIZES and not item.parameter.frozen]
+        states = (stored.range for part in parts for stored in stored_states(part, self.optim, self.width))
+        codes = (state.count for state in states if state.name.endswith(".codes"))
         self.point("save", "checkpoint", {"temporaries.codes": max(codes, default=0) * (2 if bits == 4 else 1)})
 
     @property

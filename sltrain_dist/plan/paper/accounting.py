@@ -12,6 +12,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal, get_args
 
 from sltrain_dist.config.schema import ModelConfig, ReparamConfig
+from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.count import block_linears, count_parameters
 
 Method = Literal["full", "lowrank", "relora", "galore", "sltrain"]
@@ -51,13 +52,31 @@ class PaperMemory:
         return self.parameter_gb + self.optimizer_gb
 
 
+def paper_method(reparam: ReparamConfig) -> Method:
+    """Returns the configured method.
+
+    Raises:
+        ConfigError: The paper's table does not have it.
+    """
+    for method in METHODS:
+        if method == reparam.method:
+            return method
+    raise ConfigError(
+        f"reparam.method={reparam.method}: the paper's table has {', '.join(METHODS)} only; set one of them, or plan "
+        "without --accounting paper"
+    )
+
+
 def paper_memory(model: ModelConfig, reparam: ReparamConfig, method: Method | None = None) -> PaperMemory:
     """Computes the memory that the paper states for a model by `method`, or else by that of `reparam`.
 
     The support is assumed to be random, as it is in the paper. With the methods that have `reparam.dense_layers`, whose
     weights are not replaced, these belong to the base like the head.
+
+    Raises:
+        ConfigError: The paper's table does not have the method of `reparam`.
     """
-    method = method or reparam.method
+    method = method or paper_method(reparam)
     if method not in ("sltrain", "lowrank"):
         reparam = reparam.model_copy(update={"dense_layers": ()})
     # All five methods follow from two counts: SLTrain's base, low-rank and sparse parameters, and full-rank parameters.

@@ -48,7 +48,7 @@ def reference_estimate(config: Config) -> Estimate:
 def _check(config: Config) -> None:
     reparam, train, optim, model = config.reparam, config.train, config.optim, config.model
     refused = (
-        ("reparam.method", reparam.method in ("lowrank", "relora"), "full, galore or sltrain"),
+        ("reparam.method", reparam.method not in ("full", "galore", "sltrain"), "full, galore or sltrain"),
         ("reparam.dense_layers", bool(reparam.dense_layers), "[]"),
         ("reparam.support", reparam.method == "sltrain" and reparam.support != "random", "random"),
         ("reparam.weight_bits", reparam.weight_bits != 16, "16"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.result import Point
-from sltrain_dist.plan.paper.accounting import paper_table
+from sltrain_dist.plan.paper.accounting import paper_method, paper_table
 from sltrain_dist.plan.planned_run import PlannedRun, launch_command
 from sltrain_dist.plan.search.combinations import Row, SearchResult
 
@@ -44,7 +44,7 @@ def plan_json(planned: PlannedRun) -> dict[str, Any]:
 
 def accounting_json(config: Config) -> dict[str, Any]:
     """Returns the paper's accounting of a configuration's method, and of all methods for its model."""
-    method = config.reparam.method
+    method = paper_method(config.reparam)
     methods = {
         each.method: {
             "parameter_gb": float(each.parameter_gb),

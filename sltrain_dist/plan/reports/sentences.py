@@ -29,7 +29,7 @@ def describe_run(planned: PlannedRun) -> str:
     if config.preset and all(getattr(model, key) == value for key, value in PRESETS[config.preset]["model"].items()):
         name = config.preset
     method: str = reparam.method
-    if method not in ("full", "galore"):
+    if method not in ("full", "apollo-mini"):
         method += f" r={reparam.rank}"
     if method.startswith("sltrain"):
         method += f" δ={reparam.density:g} {reparam.support}"

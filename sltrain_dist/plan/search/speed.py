@@ -130,8 +130,11 @@ def _linear_seconds(
             seconds = route_seconds(shape, tokens, bits=bits, device=DEVICE)[ROUTES.index(route)]
             found.append((route, seconds))
             continue
-        if reparam.method == "lowrank":
+        if reparam.method in ("lowrank", "cola"):
             kernels = low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)
+        elif reparam.method == "relora":  # the frozen weight has no gradient
+            dense = [kernel for kernel in dense_kernels(m, n, tokens, bits, DEVICE) if kernel.name != "gᵀx"]
+            kernels = [*dense, *low_rank_kernels(m, n, reparam.rank, tokens, bits, DEVICE)]
         else:
             kernels = dense_kernels(m, n, tokens, bits, DEVICE)
         found.append((None, kernel_seconds(kernels, bits, DEVICE)))
@@ -144,7 +147,8 @@ def _step_seconds(config: Config, ranks: int) -> float:
     counted = count_parameters(config.model, config.reparam)
     whole = counted.remainder if parallel.shard == "factors" else 0
     shards = 1 if parallel.engine == "ddp" else ranks // parallel.replicas
-    values = whole + (counted.total - whole) / shards
+    trained = counted.total - (counted.dense if config.reparam.method == "relora" else 0)
+    values = whole + (trained - whole) / shards
     if optim.state_bits in (8, 4) or optim.master_weights or (optim.state_bits == 32 and width == 2):
         per_value = LOW_BIT_VALUE_BYTES
     else:

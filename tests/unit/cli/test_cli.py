@@ -69,7 +69,11 @@ def _without_torch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     [
         (TRAIN, ["--config", "nofile.yaml"], "nofile.yaml: cannot read the configuration"),
         (TRAIN, ["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
-        ([PRETRAIN], ["--config", "{config}", "reparam.method=galore"], "is known to `sltrain plan` only"),
+        (
+            [PRETRAIN],
+            ["--config", "{config}", "reparam.method=relora"],
+            "set parallel.engine=ddp, or use another",
+        ),
         ([PRETRAIN], ["--config", "{config}", "run_dir=$NOT_SET/x"], "the environment variable NOT_SET is not set"),
         (PLAN, ["--config", "{config}", "train.stepz=1"], "did you mean train.steps?"),
     ],

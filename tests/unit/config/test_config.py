@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sltrain_dist.config import schema
 from sltrain_dist.config.load import build_config, load_config, parse_override, run_dir_of, to_yaml
 from sltrain_dist.config.paths import expand, path_option
 from sltrain_dist.config.presets import PRESETS
-from sltrain_dist.config.rules import check_fields, micro_batches_per_update, without_effect
+from sltrain_dist.config.rules import check_fields, check_trainable, micro_batches_per_update, without_effect
 from sltrain_dist.config.schema import Config, ModelConfig
 from sltrain_dist.config.strict_yaml import Dumper, Loader
 from sltrain_dist.errors import ConfigError, ExitCode
@@ -332,7 +333,8 @@ class TestMessages:
             ("optim.lr=.nan", "optim.lr = nan: should be a finite number"),
             (
                 "reparam.method=sltran",
-                "'sltran': should be 'sltrain', 'full', 'lowrank', 'relora' or 'galore'; did you mean 'sltrain'?",
+                "'sltran': should be 'sltrain', 'full', 'lowrank', 'cola', 'relora', 'galore', 'apollo' or "
+                "'apollo-mini'; did you mean 'sltrain'?",
             ),
             # sections and values
             ("train=5", "train = 5: this is a section; give it keys with values"),
@@ -415,15 +417,15 @@ class TestMessages:
 
     def test_dense_layers_of_a_dense_method(self) -> None:
         text = message(None, "train.steps=1", "reparam.dense_layers=[0]", "reparam.method=full")
-        assert text.endswith("[0]: is for reparam.method=sltrain or lowrank; set it to [] with full")
+        assert text.endswith("[0]: is for reparam.method=sltrain, lowrank or cola; set it to [] with full")
 
     @pytest.mark.parametrize(
         ("overrides", "text"),
         [
             (
                 "reparam.restart_every=50 reparam.method=full",
-                "reparam.restart_every = 50: needs low-rank factors that are trained, which reparam.method=full does "
-                "not have; set it to 0, or reparam.method=sltrain or lowrank",
+                "reparam.restart_every = 50: needs a low-rank product BA, which reparam.method=full does not have; set "
+                "it to 0, or reparam.method=sltrain, lowrank or relora",
             ),
             (
                 "reparam.restart_every=50 reparam.restart_warmup=50",
@@ -531,13 +533,17 @@ class TestRules:
             ({"reparam": {"dense_layers": list(range(8))}}, "reparam.dense_layers"),
             ({"reparam": {"dense_layers": [0], "method": "full"}}, "reparam.dense_layers"),
             ({"reparam": {"restart_every": 5, "method": "full"}}, "reparam.restart_every"),
-            ({"reparam": {"restart_every": 5, "method": "relora"}}, "reparam.restart_every"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 5}}, "reparam.restart_warmup"),
             ({"reparam": {"restart_every": 5, "restart_warmup": 6}}, "reparam.restart_warmup"),
             (
                 {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "zero"}},
                 "reparam.restart_states",
             ),
+            ({"reparam": {"method": "apollo-mini"}, "optim": {"name": "sgd"}}, "optim.name"),
+            ({"reparam": {"method": "galore"}, "optim": {"name": "adam", "weight_decay": 0.1}}, "optim.weight_decay"),
+            ({"reparam": {"method": "galore"}, "optim": {"master_weights": True}}, "optim.master_weights"),
+            ({"reparam": {"method": "galore", "dense_layers": [0]}}, "reparam.dense_layers"),
+            ({"reparam": {"method": "cola", "restart_every": 5}}, "reparam.restart_every"),
             ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
@@ -581,6 +587,10 @@ class TestRules:
             {"reparam": {"rank": 512}},
             {"reparam": {"rank": 5000, "method": "full"}},
             {"reparam": {"density": 1e-7, "method": "lowrank"}},
+            {"reparam": {"rank": 5000, "method": "apollo-mini"}},
+            {"reparam": {"restart_every": 5, "method": "relora"}},
+            {"reparam": {"method": "cola", "dense_layers": [0]}, "parallel": {"engine": "zero"}},
+            {"reparam": {"method": "galore"}, "optim": {"state_bits": 8, "update": "per_layer", "name": "adam"}},
             {"train": {"steps": 10, "micro_batch": 512}},
             {"parallel": {"engine": "fsdp", "accumulate": "local", "replicas": 2, "cpu_offload": True}},
             {"parallel": {"engine": "zero", "zero_stage": 1, "accumulate": "local"}},
@@ -589,6 +599,24 @@ class TestRules:
     )
     def test_kept(self, values: dict[str, Any]) -> None:
         assert list(check_fields(Config.model_validate({"train": {"steps": 10}} | values))) == []
+
+    @pytest.mark.parametrize(
+        ("overrides", "says"),
+        [
+            ("reparam.method=relora", "'relora' never merges its factors with reparam.restart_every = 0"),
+            ("reparam.method=relora reparam.restart_every=5 parallel.engine=zero", "'zero' shards the weights"),
+            ("reparam.method=galore parallel.engine=fsdp", "'fsdp' shards the weights, which reparam.method=galore"),
+            ("reparam.method=apollo-mini parallel.engine=zero", "set parallel.engine=ddp, or use another method"),
+            ("reparam.method=relora reparam.restart_every=5", None),
+            ("reparam.method=galore", None),
+            ("reparam.method=cola parallel.engine=zero", None),
+        ],
+    )
+    def test_methods_that_cannot_be_trained_so(self, overrides: str, says: str | None) -> None:
+        """They are loaded: the paper's accounting has these methods, whatever the engine."""
+        config = load_config(None, ["train.steps=1", *overrides.split()])
+        with nullcontext() if says is None else pytest.raises(ConfigError, match=says):
+            check_trainable(config)
 
     def test_micro_batches_per_update(self) -> None:
         config = load_config(None, ["train.steps=1", "train.micro_batch=8", "train.global_batch=96"])
@@ -608,6 +636,17 @@ class TestRules:
             (
                 ("reparam.method=lowrank", "reparam.density=0.5"),
                 ["reparam.density has no effect with reparam.method=lowrank"],
+            ),
+            (
+                ("reparam.method=apollo-mini", "reparam.rank=8", "optim.projection_every=5"),
+                ["reparam.rank has no effect with reparam.method=apollo-mini"],
+            ),
+            (
+                ("reparam.method=cola", "reparam.alpha=8.0", "optim.projection_every=5"),
+                [
+                    "reparam.alpha has no effect with reparam.method=cola",
+                    "optim.projection_every has no effect with reparam.method=cola",
+                ],
             ),
             (("parallel.zero_stage=1",), ["parallel.zero_stage has no effect with parallel.engine=ddp"]),
             (("parallel.zero_stage=1", "parallel.engine=zero"), []),

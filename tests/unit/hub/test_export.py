@@ -48,8 +48,8 @@ def saved(
 
 @pytest.mark.parametrize(
     "reparam",
-    [{"method": "sltrain"}, {"method": "lowrank"}, {"method": "full"}, {"dense_layers": [0, -1]}],
-    ids=["sltrain", "lowrank", "full", "dense layers"],
+    [{"method": "sltrain"}, {"method": "lowrank"}, {"method": "full"}, {"dense_layers": [0, -1]}, {"method": "relora"}],
+    ids=["sltrain", "lowrank", "full", "dense layers", "relora"],
 )
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "many files"])
 def test_logits_survive(tmp_path: Path, reparam: dict[str, object], shard_bytes: int) -> None:
@@ -71,6 +71,13 @@ def test_logits_survive(tmp_path: Path, reparam: dict[str, object], shard_bytes:
     )
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) == 1 if shard_bytes == 10**9 else len(files) > 3
+
+
+def test_cola_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, reparam={"method": "cola"})
+    with pytest.raises(ConfigError, match=r"reparam\.method=cola, whose layers have an activation"):
+        export_dense(tmp_path / "run", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_tied_head_is_exported_once(tmp_path: Path) -> None:

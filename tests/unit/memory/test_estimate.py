@@ -74,6 +74,18 @@ class TestExact:
             assert found["states"] + found.get("master_weights", 0) == rank_bytes(config, 2, 0).states
             assert ("master_weights" in found) is masters
 
+    @pytest.mark.parametrize("method", ["cola", "relora", "galore", "apollo", "apollo-mini"])
+    def test_baselines(self, method: str) -> None:
+        """Frozen weights have neither gradients nor states, and states of projected gradients other shapes."""
+        reparam = {"method": method, "restart_every": 9 if method == "relora" else 0}
+        config = config_of({"reparam": reparam, "train": {"global_batch": 4}})
+        for ranks in (1, 2):
+            points = [point.groups() for point in estimate(config, ranks=ranks).timeline if point.phase == "update"]
+            expected = rank_bytes(config, ranks, 0)
+            assert points[0]["states"] == expected.states
+            assert points[0]["gradients"] == expected.gradients
+        assert estimate(config).parameters == sum(p.numel() for p in build_meta_model(config).parameters())
+
     @pytest.mark.parametrize("support", ["random", "stratified", "blocks"])
     def test_the_index(self, support: str) -> None:
         config = config_of({"reparam": {"support": support}})
@@ -158,6 +170,16 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         merged(_DENSE_LAYERS, {"parallel": {"accumulate": "local", "reshard_after_forward": False}}),
     ),
+    "relora": (1, {"reparam": {"method": "relora", "restart_every": 9}, "train": {"global_batch": 4}}),
+    "galore, ddp, per layer": (
+        2,
+        {
+            "reparam": {"method": "galore"},
+            "optim": {"update": "per_layer", "state_bits": 8},
+            "train": {"global_batch": 4},
+        },
+    ),
+    "apollo": (1, {"reparam": {"method": "apollo"}, "optim": {"state_bits": 32}}),
     "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
 """(ranks, values): engines' schedules. What is recorded is compared by tests/unit/memory/test_record.py."""

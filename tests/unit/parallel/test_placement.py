@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.models.build import build_meta_model
-from sltrain_dist.models.count import count_parameters, parameter_shapes
+from sltrain_dist.models.count import count_parameters, is_factor, parameter_shapes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
-from sltrain_dist.parallel.placement import fsdp_rows, is_factor
+from sltrain_dist.parallel.placement import fsdp_rows
 from tests.support.held_bytes import rank_bytes
 
 REMAINDER, FACTORS = 32_776_704, 10_753_128

@@ -16,8 +16,8 @@ from sltrain_dist.config.load import build_config
 from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.events import EventLog
 from sltrain_dist.models.build import build_model, sparse_layers
+from sltrain_dist.models.count import is_factor
 from sltrain_dist.models.loss import IGNORE
-from sltrain_dist.parallel.placement import is_factor
 from sltrain_dist.plan.paper.published import as_published, published_model
 from sltrain_dist.plan.paper.published_optimizers import Adam8bit, GaLore, make_optimizer
 from sltrain_dist.plan.paper.reference import reference_estimate

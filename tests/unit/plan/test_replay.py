@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"activation_checkpointing": "selective", "checkpoint_policy": "attention", "loss_chunk_tokens": 7},
         "optim": {"master_weights": True, "state_bits": 4},
     },
+    "galore": {"reparam": {"method": "galore"}, "train": {"global_batch": 4}, "optim": {"state_bits": 8}},
     "full rank": {
         "reparam": {"method": "full"},
         "train": {"dtype": "fp32", "loss_chunk_tokens": 0},

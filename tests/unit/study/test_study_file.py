@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"arms": {"a": {"seed": 1}}}, (), "arm a: seed is set by seeds and tuning_seed"),
     ({"arms": {"a": {"reparam.rank": 64}}}, (), "arm a: reparam.rank = 64: is larger than the smallest dimension"),
     ({"arms": {"a": {"reparam": 3}}}, (), "arm a: reparam = 3: this is a section"),
-    ({"arms": {"a": {"reparam.method": "galore"}}}, (), "arm a: reparam.method = 'galore' is known to `sltrain plan`"),
+    ({"arms": {"a": {"reparam.method": "relora"}}}, (), "arm a: reparam.method = 'relora' never merges"),
     ({"arms": {"a": {}, "b": {"data": {"seq_len": 48}}}}, (), "arm b: data.seq_len = 48, but 24 in arm a"),
     ({"arms": {"a": {}, "b": {"eval.tokens": 9}}}, (), "arm b: eval.tokens = 9, but 10000000 in arm a"),
     ({"arms": {"a": {}, "b": {"train.global_batch": 4}}}, (), "on the same batches"),

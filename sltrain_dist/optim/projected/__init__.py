@@ -1,0 +1,1 @@
+"""Adam on gradients that are projected to a low rank: GaLore and APOLLO."""
