@@ -12,8 +12,19 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.low_bit import CLEARED_AT, AllReduceMax, LowBitAdam
-from sltrain_dist.optim.state_layout import MASTER, StoredState, adafactor_states, decays, needs_low_bit, stored_states
+from sltrain_dist.optim.low_bit import AllReduceMax, LowBitAdam
+from sltrain_dist.optim.low_bit_states import CLEARED_AT, LowBitOptimizer
+from sltrain_dist.optim.matrix.jobs import WholeMatrices
+from sltrain_dist.optim.matrix.optimizer import MatrixOptimizer
+from sltrain_dist.optim.state_layout import (
+    MASTER,
+    StoredState,
+    adafactor_states,
+    decays,
+    is_orthogonalized,
+    needs_low_bit,
+    stored_states,
+)
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
@@ -32,29 +43,44 @@ def make_optimizer(
     *,
     ranges: Mapping[str, TensorRange] | None = None,
     all_reduce_max: AllReduceMax | None = None,
+    whole_matrices: WholeMatrices | None = None,
 ) -> torch.optim.Optimizer:
     """Creates the optimizer of named parameters: torch's own, wherever it keeps the states in the configured form.
 
     Args:
-        parameters: The parameters to update, all of one type.
+        parameters: The parameters to update, all of one type. `optim.factors` updates either all of them or none.
         optim: Optimizer settings.
         ranges: Which range of which parameter each tensor is, by name. Those not in it are whole parameters.
         all_reduce_max: See :class:`LowBitAdam`.
+        whole_matrices: See :class:`MatrixOptimizer`, which requires it.
+
+    Raises:
+        ValueError: An argument that the optimizer requires is missing, or some of the parameters need another one.
     """
     named = list(parameters)
     groups = parameter_groups(named, optim)
+    orthogonalized = {is_orthogonalized(name, optim) for name, _ in named}
+    if True in orthogonalized:
+        if False in orthogonalized or whole_matrices is None:
+            raise ValueError(f"optim.factors={optim.factors}: pass whole_matrices, and no other parameters with them")
+        return MatrixOptimizer(groups, optim, _ranges_by_parameter(named, ranges), whole_matrices)
     if optim.name == "sgd":
         # Torch's own choice, but by the emulated device, if any, instead of the parameters' real one.
         return torch.optim.SGD(groups, lr=optim.lr, foreach=device_type(named[0][1]) == "cuda")
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
-        known = ranges or {}
-        by_parameter = {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
-        return LowBitAdam(groups, optim, by_parameter, all_reduce_max)
+        return LowBitAdam(groups, optim, _ranges_by_parameter(named, ranges), all_reduce_max)
     make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.
     return make(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def _ranges_by_parameter(
+    named: Iterable[tuple[str, nn.Parameter]], ranges: Mapping[str, TensorRange] | None
+) -> dict[nn.Parameter, TensorRange]:
+    known = ranges or {}
+    return {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -84,7 +110,7 @@ def clear_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> N
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and key != MASTER:
             value.zero_()
-    if isinstance(optimizer, LowBitAdam) and state:
+    if isinstance(optimizer, LowBitOptimizer) and state:
         state[CLEARED_AT] += state["step"]
         state["step"] = 0
 
@@ -112,7 +138,7 @@ def saved_states(
     states = state_tensors(optimizer, parameter)
     for stored in stored_states(part, optim, parameter.element_size()) if states else ():
         name, _, form = stored.range.name.partition(".")
-        if form == "codes" and isinstance(optimizer, LowBitAdam):
+        if form == "codes" and isinstance(optimizer, LowBitOptimizer):
             yield stored, optimizer.codes(parameter, name)
         else:
             yield stored, states[stored.range.name].detach().reshape(-1)[stored.skip :]
@@ -138,7 +164,7 @@ def adopt_state(
     if not states:
         return
     device = parameter.device
-    if isinstance(optimizer, LowBitAdam):
+    if isinstance(optimizer, LowBitOptimizer):
         state = optimizer.state[parameter] = optimizer.make_state(parameter)
         state["step"], state[CLEARED_AT] = step - cleared_at, cleared_at
         for key, values in states.items():

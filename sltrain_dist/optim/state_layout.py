@@ -22,6 +22,12 @@ STATE_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Optimizer states that have one value per value of the parameter, by optimizer name."""
 
+UNSIGNED = ("exp_avg_sq",)
+"""States that are never negative."""
+
+MOMENTUM = "momentum_buffer"
+"""The only state of `optim.factors`: muon and spectron, under torch's name of it."""
+
 MASTER = "master"
 """Name of the state that holds a parameter's fp32 master weights."""
 
@@ -35,6 +41,23 @@ GROUP_SIZES = {8: 256, 4: 128}
 def decays(name: str, optim: OptimConfig) -> bool:
     """Returns whether weight decay applies to a named parameter: never to norms and embeddings."""
     return optim.weight_decay > 0 and "norm" not in name and "embed_tokens" not in name
+
+
+def is_orthogonalized(name: str, optim: OptimConfig) -> bool:
+    """Returns whether `optim.factors` updates a named parameter, instead of the optimizer of all others.
+
+    muon updates every matrix of a linear layer of attention and MLP: B, A and dense weights. spectron updates pairs of
+    B and A only.
+    """
+    layer, _, last = name.rpartition(".")
+    if optim.factors == "muon" and last == "weight":
+        return layer.endswith("_proj")
+    return optim.factors != "adam" and last in ("B", "A")
+
+
+def state_names(name: str, optim: OptimConfig) -> tuple[str, ...]:
+    """Returns the states of a named parameter that have one value per value of it."""
+    return (MOMENTUM,) if is_orthogonalized(name, optim) else STATE_NAMES[optim.name]
 
 
 def is_quantized(shape: tuple[int, ...], state_bits: int) -> bool:
@@ -113,7 +136,7 @@ def stored_states(part: TensorRange, optim: OptimConfig, value_bytes: int) -> li
     if optim.name == "adafactor":
         return adafactor_states(part, value_bytes)
     states = []
-    for key in STATE_NAMES[optim.name]:
+    for key in state_names(part.name, optim):
         if is_quantized(part.shape, optim.state_bits):
             states += _quantized_states(key, part, optim.state_bits)
         else:

@@ -25,7 +25,8 @@ from sltrain_dist.optim.factory import (
     state_tensors,
 )
 from sltrain_dist.optim.low_bit import AllReduceMax
-from sltrain_dist.optim.state_layout import shared_groups, stored_states
+from sltrain_dist.optim.matrix.jobs import WholeMatrices
+from sltrain_dist.optim.state_layout import is_orthogonalized, shared_groups, stored_states
 
 SavedRange = tuple[TensorRange, Tensor]
 """A range of a tensor under its engine-neutral name, "model.<parameter>" or "optim.<parameter>.<state>", and its
@@ -65,25 +66,35 @@ class Piece:
 
 
 class LocalPieces:
-    """The pieces of parameters on this rank and their optimizer; with `optim.update: per_layer` one per piece.
+    """The pieces of parameters on this rank and their optimizer; with `optim.update: per_layer` one per piece, and with
+    `optim.factors` another one for the matrices.
 
     Args:
         pieces: All pieces of this rank; the attribute `pieces` leaves out empty ones.
         optim: Optimizer settings.
         all_reduce_max: Synchronizes the scales of quantization groups that several ranks share.
+        whole_matrices: How the optimizer of `optim.factors` reaches whole matrices.
     """
 
-    def __init__(self, pieces: Sequence[Piece], optim: OptimConfig, all_reduce_max: AllReduceMax | None = None) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        optim: OptimConfig,
+        all_reduce_max: AllReduceMax | None = None,
+        whole_matrices: WholeMatrices | None = None,
+    ) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
-        # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
-        optimized = [p for p in pieces if p.parameter.numel() or shared_groups(p.range, optim.state_bits)]
+        optimized = [piece for piece in pieces if piece.parameter.numel() or _has_collectives(piece, optim)]
         named = [(piece.name, piece.parameter) for piece in optimized]
         ranges = {piece.name: piece.range for piece in optimized}
+        # The matrices first: their update takes more memory, and frees their gradients for the others'.
+        kinds = [[pair for pair in named if is_orthogonalized(pair[0], optim) is kind] for kind in (True, False)]
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
-        groups = [named] if named and optim.update == "whole" else [[pair] for pair in named]
+        groups = [kind for kind in kinds if kind] if optim.update == "whole" else [[pair] for pair in named]
         self._optimizers = [
-            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max) for group in groups
+            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max, whole_matrices=whole_matrices)
+            for group in groups
         ]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
@@ -183,17 +194,23 @@ class Replicated(LocalPieces):
         optim: Optimizer settings.
         rank: This rank, which saves every world_size-th parameter.
         world_size: Number of ranks.
+        whole_matrices: See :class:`LocalPieces`.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig, rank: int, world_size: int
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        optim: OptimConfig,
+        rank: int,
+        world_size: int,
+        whole_matrices: WholeMatrices | None = None,
     ) -> None:
         self.world_size = world_size
         pieces = (
             Piece(TensorRange.whole(name, tuple(parameter.shape)), parameter, index % world_size == rank)
             for index, (name, parameter) in enumerate(parameters)
         )
-        super().__init__(list(pieces), optim)
+        super().__init__(list(pieces), optim, whole_matrices=whole_matrices)
 
     def all_reduce(self, scale: float = 1.0) -> None:
         """All-reduces the gradients, in one flat message per data type, and multiplies them by `scale`."""
@@ -210,6 +227,11 @@ class Replicated(LocalPieces):
                 flat.mul_(scale)
             for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
+
+
+def _has_collectives(piece: Piece, optim: OptimConfig) -> bool:
+    """Returns whether the update of a piece is a collective, in which a rank without values of it takes part too."""
+    return is_orthogonalized(piece.name, optim) or bool(shared_groups(piece.range, optim.state_bits))
 
 
 def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:

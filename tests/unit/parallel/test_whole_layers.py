@@ -194,7 +194,7 @@ def resumed(config: Config, saved: dict[str, Tensor], step: int) -> Training:
 def test_random_numbers_do_not_repeat_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding is keyed by the count of all updates, not by that of Adam's bias correction."""
     keys: list[int] = []
-    monkeypatch.setattr("sltrain_dist.optim.low_bit.rounding_key", lambda step, name: keys.append(step) or step)
+    monkeypatch.setattr("sltrain_dist.optim.low_bit_states.rounding_key", lambda step, name: keys.append(step) or step)
     training = Training(config_of(train={"dtype": "bf16"}, optim={"stochastic_rounding": True})).update(2)
     restart(training.engine, training.config, SINGLE)
     training.update(2)
