@@ -9,10 +9,16 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, Played, play, use_in_flight
 from sltrain_dist.memory.recorded_model import RecordedModel
-from sltrain_dist.memory.recording_store import evaluation_requests, restart_requests, step_request
+from sltrain_dist.memory.recording_store import (
+    Request,
+    evaluation_requests,
+    matrix_job_request,
+    restart_requests,
+    step_request,
+)
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
-from sltrain_dist.optim.state_layout import GROUP_SIZES, is_quantized, needs_low_bit
+from sltrain_dist.optim.state_layout import GROUP_SIZES, is_orthogonalized, is_quantized, needs_low_bit
 
 _IN_FLIGHT_BYTES = 1 << 25
 """Limit of the gradient bytes being all-reduced at a time, as in parallel/per_layer.py."""
@@ -114,9 +120,8 @@ class Timeline:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
         optim = self.config.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        counters = (
-            0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in self.holdings.items)
-        )
+        counted = (item.count for item in self.holdings.items if not is_orthogonalized(item.parameter.name, optim))
+        counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(counted)
         return 8 + 4 * counters
 
     @property
@@ -174,7 +179,9 @@ class Timeline:
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
-        items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        if self.config.optim.factors != "adam":
+            self.orthogonalize()
+        items = self.other_items
         if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
             transient = max(
                 sum(item.count * self.step_bytes(item) for item in items if item.sharded is sharded)
@@ -183,6 +190,52 @@ class Timeline:
         else:
             transient = max(map(self.step_bytes, items), default=0)
         self.point("update", "optimizer step", {"temporaries.update": transient})
+
+    @property
+    def other_items(self) -> tuple[Holding, ...]:
+        """The parts on the device of parameters that `optim.name` updates, not `optim.factors`."""
+        items, optim = self.holdings.on_device(with_sharded=self.shards_on_device), self.config.optim
+        return tuple(item for item in items if not is_orthogonalized(item.parameter.name, optim))
+
+    def orthogonalize(self) -> None:
+        """Plays the update of `optim.factors`, of the parameters whose gradients are freed first.
+
+        Jobs are dealt out to the ranks in turn (parallel/whole_layers.py: deal). A rank holds the tensors of the job
+        that it owns while it sends and receives those of the others.
+        """
+        jobs = self.matrix_jobs()
+        held = 0
+        for first in range(0, len(jobs), self.ranks):
+            own, *others = (job.get().sizes for job in jobs[first : first + self.ranks])  # of rank 0
+            held = max(held, own["inputs"] + max(own[part] for part in ("collect", "compute", "deliver")))
+            for other in others:
+                received = max(other["inputs"] + other["collect"], other["results"] + other["deliver"])
+                held = max(held, own["inputs"] + received)
+        self.point("update", "momentum orthogonalized", {"temporaries.update": held})
+        if not self.buckets and self.frees_matrix_gradients:
+            items = self.holdings.on_device(with_sharded=self.shards_on_device)
+            freed = {item for item in items if item not in self.other_items}
+            self.add("gradients", -self.width * sum(item.count * item.values for item in freed))
+
+    def matrix_jobs(self) -> list[Request]:
+        """Returns the jobs of `optim.factors` in the order in which they are dealt out."""
+        optim, dtype = self.config.optim, self.config.train.precision.parameter
+        of_kind = []
+        for kind in range(len(self.model.layer_parameters)):
+            parts = [
+                item.range
+                for item in self.holdings.items
+                if item.kind == kind and is_orthogonalized(item.parameter.name, optim)
+            ]
+            size = 2 if optim.factors == "spectron" else 1
+            jobs = [parts[first : first + size] for first in range(0, len(parts), size)]
+            of_kind.append([matrix_job_request(optim, dtype, job, self.device) for job in jobs])
+        return [job for kind in self.model.kinds for job in of_kind[kind]]
+
+    @property
+    def frees_matrix_gradients(self) -> bool:
+        """Whether the gradients of matrices are freed before the other parameters are updated."""
+        return True
 
     def free_gradients(self) -> None:
         """Frees the gradients after the update."""

@@ -18,7 +18,8 @@ class MatrixJob:
         collect: Writes this rank's ranges of the tensors. Takes the tensors flat, in float32, filled with zeros.
         compute: Replaces the first `outputs` tensors by the results, in place. Takes the whole tensors in their shapes;
             called on one rank only.
-        deliver: Uses the results. Takes the first `outputs` tensors, flat and whole; called on every rank.
+        deliver: Uses the results, and may overwrite them. Takes the first `outputs` tensors, flat and whole; called on
+            every rank.
     """
 
     shapes: tuple[tuple[int, ...], ...]

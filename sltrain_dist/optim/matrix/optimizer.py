@@ -124,7 +124,7 @@ class MatrixOptimizer(LowBitOptimizer):
         """Updates the momentum of a chunk, and returns what is orthogonalized of it, before it is quantized."""
         momentum, state, gradient = self._optim.momentum, self.state[parameter], parameter.grad
         assert gradient is not None  # callers skip parameters without a gradient
-        new = gradient.reshape(-1)[chunk.start : chunk.stop].float() * (1 - momentum)
+        new = gradient.reshape(-1)[chunk.start : chunk.stop].to(torch.float32, copy=True).mul_(1 - momentum)
         average = self._read(parameter, state, MOMENTUM, chunk).mul_(momentum).add_(new)
         self._write(parameter, state, MOMENTUM, chunk, average, {})
         return average.mul_(momentum).add_(new) if self._optim.factors == "muon" else average
@@ -142,14 +142,13 @@ class MatrixOptimizer(LowBitOptimizer):
             matrix.copy_(orthogonalize(matrix, self._dtype)).mul_(step)
 
     def _deliver(self, parameters: Sequence[nn.Parameter], rate: float, changes: Sequence[Tensor]) -> None:
-        """Applies weight decay, and −lr·`rate` times the whole changes, to this rank's values."""
+        """Applies weight decay, and −lr·`rate` times the whole changes (overwritten), to this rank's values."""
         for parameter, change in zip(parameters, changes, strict=True):
             if parameter.grad is None:
                 continue
             start, state, group = self._ranges[parameter].start, self.state[parameter], self._group_of[parameter]
             lr = float(group["lr"]) * self._optim.factors_lr_ratio
             for chunk in self._chunks(parameter):
-                mine = change[start + chunk.start : start + chunk.stop].to(parameter.device)
+                mine = change[start + chunk.start : start + chunk.stop].mul_(lr * rate).to(parameter.device)
                 values = self._values(parameter, state, chunk) * (1 - lr * float(group["weight_decay"]))
-                new = values - mine * (lr * rate)
-                self._store_values(parameter, state, chunk, new, state["step"] + state[CLEARED_AT])
+                self._store_values(parameter, state, chunk, values.sub_(mine), state["step"] + state[CLEARED_AT])
