@@ -71,10 +71,11 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     weights, expected = comparable(got["weights"], case), comparable(want["weights"], case)
     assert weights.keys() == expected.keys()
     exact = case.optimizer == "sgd" and case.dtype == "fp32"
+    orthogonalized = case.factors != "adam" and fine  # unlike Adam, blind to the size of single gradients
     for name, weight in expected.items():
         error = float((weights[name] - weight).norm() / weight.norm())
         turned = 4 if case.restart else 1  # Adam treats each value by itself, so turned factors get other updates
-        assert error <= (1e-6 if exact else turned * of_weights), name
+        assert error <= (1e-6 if exact else 3e-6 if orthogonalized else turned * of_weights), name
 
 
 def comparable(weights: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:
@@ -128,7 +129,7 @@ def test_sends_what_the_closed_form_says(trained: dict[int, dict[str, Any]], ran
         assert sent["all_gather"] == expected.all_gather
     assert sent["reduce_scatter"] == expected.reduce_scatter
     assert expected.all_reduce <= sent["all_reduce"] <= expected.all_reduce + numbers
-    assert sent["other"] == 0
+    assert sent["other"] == expected.other
 
 
 @pytest.mark.parametrize("case", PER_LAYER, ids=lambda case: case.name)
