@@ -224,12 +224,6 @@ def _check_factors(config: Config) -> Iterator[tuple[str, str]]:
             f"cannot be per_layer with optim.factors={optim.factors}, whose update needs whole matrices of all ranks; "
             f"set it to whole{to_adam}",
         )
-    if config.parallel.engine == "zero":
-        yield (
-            "parallel.engine",
-            f"cannot be zero with optim.factors={optim.factors}, because DeepSpeed updates flat partitions, not "
-            f"matrices; set it to fsdp or ddp{to_adam}",
-        )
 
 
 DEEPSPEED_KEYS: dict[str, str] = {

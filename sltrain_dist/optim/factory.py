@@ -17,6 +17,7 @@ from sltrain_dist.optim.low_bit_states import CLEARED_AT, LowBitOptimizer
 from sltrain_dist.optim.matrix.jobs import WholeMatrices
 from sltrain_dist.optim.matrix.optimizer import MatrixOptimizer
 from sltrain_dist.optim.state_layout import (
+    GROUP_KINDS,
     MASTER,
     StoredState,
     adafactor_states,
@@ -28,13 +29,17 @@ from sltrain_dist.optim.state_layout import (
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits named parameters into groups with and without weight decay. Empty groups are omitted."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Splits named parameters into groups with and without weight decay, and those that `optim.factors` updates from
+    all others. Empty groups are omitted.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {kind: [] for kind in GROUP_KINDS}
     for name, parameter in parameters:
-        (decay if decays(name, optim) else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        groups[is_orthogonalized(name, optim), decays(name, optim)].append(parameter)
+    return [
+        {"params": group, "weight_decay": optim.weight_decay if decay else 0.0}
+        for (_, decay), group in groups.items()
+        if group
+    ]
 
 
 def make_optimizer(

@@ -55,6 +55,10 @@ def is_orthogonalized(name: str, optim: OptimConfig) -> bool:
     return optim.factors != "adam" and last in ("B", "A")
 
 
+GROUP_KINDS = tuple((orthogonalized, decay) for orthogonalized in (False, True) for decay in (True, False))
+"""Kinds of parameter groups, in their order: (whether `optim.factors` updates them, whether they decay)."""
+
+
 def state_names(name: str, optim: OptimConfig) -> tuple[str, ...]:
     """Returns the states of a named parameter that have one value per value of it."""
     return (MOMENTUM,) if is_orthogonalized(name, optim) else STATE_NAMES[optim.name]
@@ -93,8 +97,11 @@ class UpdateChunk:
 
 
 def update_chunks(part: TensorRange, group_size: int, most: int) -> Iterator[UpdateChunk]:
-    """Yields chunks that cover a range and end between groups, of at most `most` values but at least a row or group."""
-    if part.is_matrix:
+    """Yields chunks that cover a range and end between groups, of at most `most` values but at least a row or group.
+
+    A range of a matrix may begin and end within a row if `group_size` is 1, so that there are no groups.
+    """
+    if part.is_matrix and part.start % part.row == 0 and part.count % part.row == 0:
         row, rows = part.row, part.count // part.row
         per_chunk, groups = max(1, most // row), -(-row // group_size)
         for first in range(0, rows, per_chunk):

@@ -103,7 +103,8 @@ def _whole_matrix_traffic(config: Config, world_size: int) -> Traffic:
     The ranks send what they hold of the averaged gradients to the rank that orthogonalizes them, with spectron also of
     B and A, and get the results. Under ddp, each rank has all values.
     """
-    optim, copies = config.optim, config.parallel.replicas if config.parallel.engine == "fsdp" else world_size
+    optim, parallel = config.optim, config.parallel
+    copies = world_size if parallel.engine == "ddp" else parallel.replicas
     values = sum(
         math.prod(shape)
         for name, shape in parameter_shapes(config.model, config.reparam)

@@ -184,6 +184,12 @@ BY_HAND = (
     Case("fsdp", factors="spectron", restart=2, cleared="factors"),
     *(Case(engine, factors="muon", dtype="bf16", accumulation=3, chunk=5) for engine in ("ddp", "fsdp")),
     Case("fsdp", factors="spectron", dtype="mixed"),
+    Case("zero1", factors="muon", accumulation=3, clip=0.05),
+    Case("zero2", factors="spectron", dense_layers=(0,), shard="all"),
+    Case("zero2", factors="muon", weights="full", offload=True),
+    Case("zero3", factors="muon", weights="full", shard="all", clip=0.05),
+    Case("zero3", factors="spectron", restart=2, accumulation=3),
+    Case("zero3", factors="muon", dtype="bf16", accumulation=3, chunk=5),
 )
 """What pairs do not cover."""
 
