@@ -181,6 +181,7 @@ class Timeline:
             return
         if self.config.optim.factors != "adam":
             self.orthogonalize()
+            self.free_matrix_gradients()
         items = self.other_items
         if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
             transient = max(
@@ -197,8 +198,8 @@ class Timeline:
         items, optim = self.holdings.on_device(with_sharded=self.shards_on_device), self.config.optim
         return tuple(item for item in items if not is_orthogonalized(item.parameter.name, optim))
 
-    def orthogonalize(self) -> None:
-        """Plays the update of `optim.factors`, of the parameters whose gradients are freed first.
+    def orthogonalize(self, beside: int = 0) -> None:
+        """Plays the update of `optim.factors`, while `beside` more bytes are live.
 
         Jobs are dealt out to the ranks in turn (parallel/whole_layers.py: deal). A rank holds the tensors of the job
         that it owns while it sends and receives those of the others.
@@ -211,11 +212,7 @@ class Timeline:
             for other in others:
                 received = max(other["inputs"] + other["collect"], other["results"] + other["deliver"])
                 held = max(held, own["inputs"] + received)
-        self.point("update", "momentum orthogonalized", {"temporaries.update": held})
-        if not self.buckets and self.frees_matrix_gradients:
-            items = self.holdings.on_device(with_sharded=self.shards_on_device)
-            freed = {item for item in items if item not in self.other_items}
-            self.add("gradients", -self.width * sum(item.count * item.values for item in freed))
+        self.point("update", "momentum orthogonalized", {"temporaries.update": beside + held})
 
     def matrix_jobs(self) -> list[Request]:
         """Returns the jobs of `optim.factors` in the order in which they are dealt out."""
@@ -232,10 +229,11 @@ class Timeline:
             of_kind.append([matrix_job_request(optim, dtype, job, self.device) for job in jobs])
         return [job for kind in self.model.kinds for job in of_kind[kind]]
 
-    @property
-    def frees_matrix_gradients(self) -> bool:
-        """Whether the gradients of matrices are freed before the other parameters are updated."""
-        return True
+    def free_matrix_gradients(self) -> None:
+        """Frees the gradients of matrices, before the other parameters are updated."""
+        if not self.buckets:
+            freed = (item for item in self.holdings.items if item not in self.other_items)
+            self.add("gradients", -self.width * sum(item.count * item.values for item in freed))
 
     def free_gradients(self) -> None:
         """Frees the gradients after the update."""

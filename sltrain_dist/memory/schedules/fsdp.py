@@ -185,10 +185,8 @@ class FsdpTimeline(Timeline):
             return self.gradients
         return self.unsharded(self.width)
 
-    @property
-    def frees_matrix_gradients(self) -> bool:
-        """No: FSDP2's own parameters refer to the gradients of the shards until all are updated."""
-        return False
+    def free_matrix_gradients(self) -> None:
+        """Does nothing: FSDP2's own parameters refer to the gradients of the shards until all are updated."""
 
     def unsharded(self, width: int) -> Gradients:
         """Returns how gradients are handled before they are sharded: kept, or added to earlier ones of their type."""
