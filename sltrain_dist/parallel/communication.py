@@ -104,6 +104,8 @@ def _whole_matrix_traffic(config: Config, world_size: int) -> Traffic:
     B and A, and get the results. Under ddp, each rank has all values.
     """
     optim, parallel = config.optim, config.parallel
+    if optim.factors == "adam":
+        return Traffic()
     copies = world_size if parallel.engine == "ddp" else parallel.replicas
     values = sum(
         math.prod(shape)

@@ -65,17 +65,20 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     got, want = trained[ranks][case.name], single(case.reference)
     fine = case.dtype == "fp32" and case.bits >= 16 and case.weight_bits == 16
     of_losses, of_norms, of_weights = FINE if fine else COARSE
+    orthogonalized = case.factors != "adam" and fine
+    if orthogonalized:  # which does not amplify the rounding of small gradients, as Adam does
+        of_losses, of_weights = 1e-6, 3e-6
     assert got["replicas_equal"]
     assert got["losses"] == pytest.approx(want["losses"], rel=of_losses)
     assert got["norms"] == pytest.approx(want["norms"], rel=of_norms)
     weights, expected = comparable(got["weights"], case), comparable(want["weights"], case)
     assert weights.keys() == expected.keys()
     exact = case.optimizer == "sgd" and case.dtype == "fp32"
-    orthogonalized = case.factors != "adam" and fine  # unlike Adam, blind to the size of single gradients
     for name, weight in expected.items():
         error = float((weights[name] - weight).norm() / weight.norm())
-        turned = 4 if case.restart else 1  # Adam treats each value by itself, so turned factors get other updates
-        assert error <= (1e-6 if exact else 3e-6 if orthogonalized else turned * of_weights), name
+        # Adam treats each value by itself, so turned factors get other updates.
+        turned = 4 if case.restart and not orthogonalized else 1
+        assert error <= (1e-6 if exact else turned * of_weights), name
 
 
 def comparable(weights: dict[str, torch.Tensor], case: Case) -> dict[str, torch.Tensor]:

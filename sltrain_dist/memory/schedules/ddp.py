@@ -232,7 +232,8 @@ class Timeline:
     def free_matrix_gradients(self) -> None:
         """Frees the gradients of matrices, before the other parameters are updated."""
         if not self.buckets:
-            freed = (item for item in self.holdings.items if item not in self.other_items)
+            items, optim = self.holdings.items, self.config.optim
+            freed = (item for item in items if is_orthogonalized(item.parameter.name, optim))
             self.add("gradients", -self.width * sum(item.count * item.values for item in freed))
 
     def free_gradients(self) -> None:
