@@ -149,8 +149,7 @@ class ZeroEngine:
         whole = whole_matrices(model, env, copies=1)
         self._matrices = list(self._matrix_partitions(config.optim, whole))
         self._matrix_names = {name for name in self._shapes if is_orthogonalized(name, config.optim)}
-        if self._matrices:
-            vars(self._optimizer)["step"] = self._step_partition
+        self._set_step()
 
     @property
     def module(self) -> nn.Module:
@@ -187,17 +186,19 @@ class ZeroEngine:
     def discard(self) -> None:
         """Runs DeepSpeed's step, which frees the gradients, with an optimizer that only counts it."""
         set_lr(self._optimizer, self._lr)
-        before = vars(self._optimizer).get("step")
         vars(self._optimizer)["step"] = partial(count_step, self._optimizer)
         try:
             self._engine.step()
         finally:
-            if before is None:
-                del vars(self._optimizer)["step"]
-            else:
-                vars(self._optimizer)["step"] = before
+            self._set_step()
         for pieces in self._local_pieces:
             pieces.discard(self._lr)
+
+    def _set_step(self) -> None:
+        """Makes DeepSpeed call :meth:`_step_partition` if there are matrices, and else torch's own step."""
+        vars(self._optimizer).pop("step", None)
+        if self._matrices:
+            vars(self._optimizer)["step"] = self._step_partition
 
     def _step_partition(self) -> None:
         """Steps the partition whose turn it is: DeepSpeed shows its optimizer one at a time."""

@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sltrain_dist.config.load import build_config, merged
 from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.models.count import parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim import low_bit_states, state_layout
 from sltrain_dist.optim.factory import adopt_state, clear_states, make_optimizer, saved_states, set_lr
 from sltrain_dist.optim.matrix.jobs import WholeMatrices
 from sltrain_dist.optim.matrix.spectrum import orthogonalize
 from sltrain_dist.parallel.whole_layers import deal
+from sltrain_dist.train.step import forward_backward
 from tests.support.ranks import SINGLE
+from tests.unit.parallel.test_per_layer import Training, config_of, rows_of
 
 SHAPES = {"up_proj.B": (44, 6), "up_proj.A": (6, 32), "down_proj.B": (32, 6), "down_proj.A": (6, 44)}
 
@@ -216,3 +220,34 @@ class TestRefused:
     def test_other_parameters_with_them(self) -> None:
         with pytest.raises(ValueError, match="no other parameters with them"):
             optimizer_of({"up_proj.B": nn.Parameter(torch.zeros(7, 2)), "norm.weight": nn.Parameter(torch.zeros(7))})
+
+
+@pytest.mark.parametrize("factors", ["muon", "spectron"])
+def test_a_discarded_update_leaves_no_trace(factors: str) -> None:
+    """Momentum is not biased, so that it has no count of updates that could go on."""
+    training = Training(config_of(factors=factors, newton_schulz="fp32")).update(2)
+    before = training.saved()
+    training.engine.begin_update(training.config.optim.lr, training.norm)
+    forward_backward(training.engine, rows_of(7), training.config.train.micro_batch, SINGLE)
+    training.engine.discard()
+    after = training.saved()
+    assert before.keys() == after.keys()
+    assert any(name.endswith("B.momentum_buffer") for name in after)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_matrices_of_each_method() -> None:
+    """With full, muon updates dense weights of attention and MLP, but no embedding and no head."""
+    for values, endings in (
+        ({"reparam": {"method": "full"}}, {"_proj.weight"}),
+        ({}, {"_proj.B", "_proj.A"}),
+        ({"reparam": {"dense_layers": [0]}}, {"_proj.B", "_proj.A", "_proj.weight"}),
+    ):
+        config = build_config(merged(config_of().model_dump(), {"optim": {"factors": "muon"}, **values}))
+        saved = Training(config).update().saved()
+        orthogonalized = {name.removeprefix("optim.").removesuffix(".momentum_buffer") for name in saved
+                          if name.endswith(".momentum_buffer")}  # fmt: skip
+        named = dict(parameter_shapes(config.model, config.reparam))
+        expected = {name for name in named if name.endswith(tuple(endings))}
+        assert orthogonalized == expected
+        assert all(f"optim.{name}.exp_avg" in saved for name in named.keys() - expected)
