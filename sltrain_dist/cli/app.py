@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sltrain_dist.cli.curve import curve
 from sltrain_dist.cli.export import export
 from sltrain_dist.cli.plan import plan
 from sltrain_dist.cli.prepare import prepare_data, prepare_text, prepare_tokens
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables truncate option names on a narrow terminal
 )
-for _command in (train, study, plan, prepare_text, prepare_tokens, train_tokenizer, export, verify):
+for _command in (train, curve, study, plan, prepare_text, prepare_tokens, train_tokenizer, export, verify):
     app.command(_command.__name__.replace("_", "-"))(_command)
 _pass_through = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("prepare-data", hidden=True, context_settings=_pass_through)(prepare_data)

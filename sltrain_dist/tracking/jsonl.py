@@ -7,8 +7,23 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from sltrain_dist.errors import DataError
 from sltrain_dist.files import has_its_name, make_directory, sync_path, write_whole
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of a metrics.jsonl, parsed. A line that a run is writing may be incomplete.
+
+    Raises:
+        DataError: A line is damaged.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error})") from None
 
 
 class JsonLines:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sltrain_dist.checkpoint.initial_weights import check_tokenizer, weights_for
 from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.checkpoint.store import CheckpointStore, undamaged_checkpoint
+from sltrain_dist.config.differences import flatten
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.config.run_files import INITIAL_WEIGHTS
 from sltrain_dist.config.schema import Config
@@ -48,7 +49,6 @@ from sltrain_dist.train.state import (
     check_resumable,
     check_schedule,
     check_weights_fit,
-    flatten,
     read_saved,
     restore_rng,
 )

@@ -44,6 +44,7 @@ TORCH_FREE = {
     "config.run_files",
     "config.strict_yaml",
     "config.schema",
+    "config.differences",
     "config.presets",
     "config.load",
     "config.rules",
