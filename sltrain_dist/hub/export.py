@@ -53,7 +53,7 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
     config = reader.config()
     if config.reparam.method == "cola":
         raise ConfigError(
-            f"{checkpoint} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
+            f"{reader.path} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
             "merged into dense weights; export a run of another method"
         )
     with writing(f"the model {output}"), writing_directory(output) as temporary:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.sparse_lowrank.layer import SLLinear
+from sltrain_dist.sparse_lowrank.paths.blocks_on_gpu import layer_outputs, runs_on_gpu
 from sltrain_dist.sparse_lowrank.paths.factored import scaled_mm
 
 _FEW_TOKENS = 64
@@ -30,9 +31,8 @@ class DecodingLinear(nn.Module):
         super().__init__()
         assert layer.bias is None
         self.layer = layer
-        one_token = layer.V.new_empty(1, layer.in_features)
         with torch.no_grad():
-            weights = layer.support.products(one_token).weights(layer.V.detach())
+            weights = layer.support.weights(layer.V.detach())
         self._count = len(weights)
         for index, weight in enumerate(weights):
             self.register_buffer(f"weights_{index}", weight, persistent=False)
@@ -42,9 +42,11 @@ class DecodingLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if not 0 < len(flat) <= _FEW_TOKENS:
             return self.layer(x)
-        layer = self.layer
-        products = layer.support.products(flat)
-        weights = tuple(self.get_buffer(f"weights_{index}") for index in range(self._count))
-        y = products.multiply(weights, products.arrange_inputs(flat))
-        y.addmm_(scaled_mm(flat, layer.A.t(), layer.scale), layer.B.t())
+        layer, support = self.layer, self.layer.support
+        h = scaled_mm(flat, layer.A.t(), layer.scale)
+        if runs_on_gpu(flat, [support]):
+            (y,) = layer_outputs(flat, [h], [layer.B], [layer.V], [support])
+        else:
+            weights = tuple(self.get_buffer(f"weights_{index}") for index in range(self._count))
+            y = support.multiply(weights, support.arrange_inputs(flat)).addmm_(h, layer.B.t())
         return y.view(*x.shape[:-1], y.shape[-1])

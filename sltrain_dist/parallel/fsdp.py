@@ -29,6 +29,7 @@ from sltrain_dist.parallel.pieces import (
     never_cleared,
 )
 from sltrain_dist.parallel.placement import fsdp_range, is_sharded
+from sltrain_dist.parallel.whole_layers import whole_matrices
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -74,7 +75,8 @@ class FSDPEngine:
             if local.numel() != part.count:
                 raise AssertionError(f"{name}: FSDP2 has {local.numel()} values here, fsdp_range() says {part.count}")
             pieces.append(Piece(part, _leaf(local), env.rank < ranks))
-        self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks)
+        whole = whole_matrices(model, env, copies=self._copies)
+        self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks, whole_matrices=whole)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._lr, self._clip = config.optim.lr, config.optim.clip

@@ -21,7 +21,15 @@ from sltrain_dist.files import first_problem
 from sltrain_dist.optim.schedule import Progress, is_decaying
 
 _FIXED_SECTIONS = ("model", "reparam")
-_FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
+_FIXED_KEYS = (
+    "seed",
+    "train.global_batch",
+    "train.dtype",
+    "optim.name",
+    "optim.factors",
+    "optim.state_bits",
+    "optim.master_weights",
+)
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Keys of `data` are not listed: the loader's cursor contains a fingerprint of the data order and checks it."""
 _OF_TRAINING = ("reparam.restart_every", "reparam.restart_warmup", "reparam.restart_states")

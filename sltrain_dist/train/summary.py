@@ -23,7 +23,7 @@ from sltrain_dist.models.count import (
 )
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.projected.settings import optimizer_settings
-from sltrain_dist.optim.state_layout import state_bytes
+from sltrain_dist.optim.state_layout import is_orthogonalized, state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.runtime.environment import Environment
@@ -144,9 +144,21 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
         ("optimizer", f"{optim.name}, lr {optim.lr:g} ({schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        *([("matrices", _matrices(config))] if optim.factors != "adam" else []),
         *([("restarts", _restarts(config))] if config.reparam.restart_every else []),
         *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
+
+
+def _matrices(config: Config) -> str:
+    """Says which optimizer updates which matrices, and how."""
+    optim = config.optim
+    named = parameter_shapes(config.model, config.reparam)
+    number = sum(is_orthogonalized(name, optim) for name, _ in named)
+    return (
+        f"{number} by {optim.factors}, lr {optim.lr * optim.factors_lr_ratio:g} scaled by {optim.factors_scale}, "
+        f"momentum {optim.momentum:g}, orthogonalized in {optim.newton_schulz}"
+    )
 
 
 def _restarts(config: Config) -> str:

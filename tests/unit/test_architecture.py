@@ -113,6 +113,7 @@ PLANNING_WITH_TORCH = {
     "memory.events",
     "memory.operators",
     "memory.record",
+    "memory.record_matrices",
 }
 """The rest of the planner runs on login nodes."""
 TORCH_FREE |= {
