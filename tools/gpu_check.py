@@ -77,10 +77,13 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
         return (runs(name, *sized("--updates 6", few)),)
 
     triton = "tests/gpu/test_triton_gpu.py"
-    checks = (
+    on_gpu = (
         tests("operator", "tests/gpu", f"--ignore={triton}"),
         tests("blocks", triton, "-k", "products_of_blocks"),
         tests("triton", triton, "-k", "not products_of_blocks"),
+    )
+    checks = (
+        *((tests("all", "tests/gpu"),) if args.rehearse else on_gpu),  # without a GPU, all are skipped
         runs("engines", "--beside", *sized("", "--updates 2")),
         *(runs(name, "--beside", *sized("", few)) for name in ("ddp", "compiled", "fsdp", "zero")),
     )

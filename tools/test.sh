@@ -18,13 +18,18 @@ if [ "${1-}" = --fast ]; then
 elif [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# Whole runs and ranks wait a lot, for each other and for faults, and so run beside the unit tests; one after the other,
-# because two torchruns that start at once may choose the same port.
+# Whole runs and ranks wait a lot, for each other and for faults, and so run beside the unit tests. Whole runs go one
+# after the other, because two torchruns that start at once may choose the same port.
 status=0
-beside="$(mktemp)"
-trap 'rm -f "$beside"' EXIT
-python -m pytest tests/run tests/distributed tests/gpu >"$beside" 2>&1 &
+beside="$(mktemp -d)"
+trap 'rm -rf "$beside"' EXIT
+python -m pytest tests/run >"$beside/run" 2>&1 &
+runs=$!
+python -m pytest tests/distributed tests/gpu >"$beside/ranks" 2>&1 &
+ranks=$!
 "${unit[@]}" || status=$?
-wait $! || status=$?
-cat "$beside"
+wait "$ranks" || status=$?
+cat "$beside/ranks"
+wait "$runs" || status=$?
+cat "$beside/run"
 exit "$status"

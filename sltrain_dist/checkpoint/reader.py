@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.checkpoint.contents import TensorFiles, read_state
-from sltrain_dist.checkpoint.manifest import CONFIG, read_manifest
+from sltrain_dist.checkpoint.contents import TensorFiles, damage, read_state
+from sltrain_dist.checkpoint.manifest import CONFIG, TOKENIZER, list_checkpoints, read_manifest
 from sltrain_dist.config.load import load_config
+from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.parallel.pieces import load_values
@@ -82,6 +83,16 @@ class CheckpointReader(TensorReader):
         except ConfigError as error:
             raise CheckpointError(f"{self.path / CONFIG} cannot be read: {error}") from None
 
+    def tokenizer(self) -> Path:
+        """Returns the path of the tokenizer that was saved with the weights.
+
+        Raises:
+            CheckpointError: The checkpoint has none.
+        """
+        if not (self.path / TOKENIZER).is_file():
+            raise CheckpointError(f"{self.path} was saved without its tokenizer")
+        return self.path / TOKENIZER
+
     def check_supports(self, fingerprint: str) -> None:
         """Checks that a model has the supports that the values of S in the checkpoint belong to.
 
@@ -108,3 +119,20 @@ class CheckpointReader(TensorReader):
         layer.to_empty(device="cpu").float()
         for key, parameter in layer.named_parameters():
             load_values(self.read, f"{name}.{key}", parameter)
+
+
+def open_newest(path: Path) -> CheckpointReader:
+    """Opens a checkpoint after comparing its files with their hashes.
+
+    Args:
+        path: The checkpoint, or a run directory (its newest checkpoint).
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is damaged.
+    """
+    kept = list_checkpoints(path / CHECKPOINTS)
+    checkpoint = kept[-1][1] if kept else path
+    problem = damage(checkpoint)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return CheckpointReader(checkpoint)

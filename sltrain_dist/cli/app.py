@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from sltrain_dist.cli.curve import curve
 from sltrain_dist.cli.export import export
+from sltrain_dist.cli.generate import generate
 from sltrain_dist.cli.plan import plan
 from sltrain_dist.cli.prepare import prepare_data, prepare_text, prepare_tokens
 from sltrain_dist.cli.study import study
@@ -26,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's tables truncate option names on a narrow terminal
 )
-for _command in (train, study, plan, prepare_text, prepare_tokens, train_tokenizer, export, verify):
+_COMMANDS = (train, curve, study, plan, prepare_text, prepare_tokens, train_tokenizer, export, generate, verify)
+for _command in _COMMANDS:
     app.command(_command.__name__.replace("_", "-"))(_command)
 _pass_through = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command("prepare-data", hidden=True, context_settings=_pass_through)(prepare_data)

@@ -14,7 +14,7 @@ from sltrain_dist.tracking.progress import status_line
 
 
 class Dtype(StrEnum):
-    """Type of the exported weights."""
+    """Type of weights."""
 
     bf16 = "bf16"
     fp32 = "fp32"

@@ -50,6 +50,7 @@ def check_fields(config: Config) -> Iterator[tuple[str, str]]:
     yield from _check_size(config)
     yield from _check_optimizer(config)
     yield from _check_projected(config)
+    yield from _check_factors(config)
     yield from _check_data(config)
     yield from _check_parallel(config)
     yield from _check_per_layer(config)
@@ -163,6 +164,7 @@ def _check_int8(config: Config) -> Iterator[tuple[str, str]]:
         (config.reparam.method != "sltrain", "need reparam.method=sltrain; set it"),
         (config.parallel.engine != "ddp", "are replicated on every rank; set parallel.engine=ddp"),
         (optim.name not in ("adamw", "adam"), "need Adam, whose update rounds them; set optim.name=adamw or adam"),
+        (optim.factors != "adam", "need Adam, whose update rounds them; set optim.factors=adam"),
         (optim.master_weights, "have no fp32 copies; set optim.master_weights=false"),
         (train.dtype == "mixed", "replace the fp32 parameters of mixed precision; set train.dtype=bf16 or fp32"),
         (train.compile, "cannot be traced by torch.compile; set train.compile=false"),
@@ -216,6 +218,30 @@ def _check_projected(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("stochastic_rounding", "master_weights"):
         if getattr(optim, key):
             yield f"optim.{key}", f"is not supported with reparam.method={method}; set it to false"
+
+
+def _check_factors(config: Config) -> Iterator[tuple[str, str]]:
+    """Refuses settings that `optim.factors: muon` or `spectron` does not support."""
+    optim, method = config.optim, config.reparam.method
+    if optim.factors == "adam":
+        return
+    to_adam = ", or optim.factors=adam"
+    if method not in ("sltrain", "lowrank", "full"):
+        yield "optim.factors", f"is not supported with reparam.method={method}; set it to adam"
+    elif optim.factors == "spectron" and method == "full":
+        yield (
+            "optim.factors",
+            "spectron updates pairs of B and A, which reparam.method=full does not have; set it to muon or adam, or "
+            "reparam.method=sltrain or lowrank",
+        )
+    if optim.name not in ("adamw", "adam"):
+        yield "optim.name", f"must be adamw or adam with optim.factors={optim.factors}; set it{to_adam}"
+    if optim.update == "per_layer":
+        yield (
+            "optim.update",
+            f"cannot be per_layer with optim.factors={optim.factors}, whose update needs whole matrices of all ranks; "
+            f"set it to whole{to_adam}",
+        )
 
 
 DEEPSPEED_KEYS: dict[str, str] = {
@@ -451,11 +477,21 @@ def _idle(config: Config) -> Iterator[tuple[str, str]]:
             train.dtype != "bf16",
             ("optim.stochastic_rounding", "optim.master_weights"),
         ),
+        (
+            "optim.factors=adam",
+            optim.factors == "adam",
+            ("optim.factors_lr_ratio", "optim.factors_scale", "optim.momentum", "optim.newton_schulz"),
+        ),
         ("optim.update=whole", optim.update == "whole", ("optim.per_layer_accumulation", "optim.clip_mode")),
         ("optim.clip=0", optim.clip == 0, ("optim.clip_mode",)),
         ("optim.schedule=constant", optim.schedule == "constant", ("optim.min_lr_ratio",)),
         (f"optim.schedule={optim.schedule}", optim.schedule != "wsd", ("optim.decay_ratio", "optim.decay_type")),
-        ("eval.source=null", config.eval.source is None, ("eval.every", "eval.tokens", "eval.micro_batch")),
+        (
+            "eval.source=null",
+            config.eval.source is None,
+            ("eval.every", "eval.tokens", "eval.micro_batch", "eval.samples", "eval.sample_tokens"),
+        ),
+        ("eval.samples=[]", not config.eval.samples, ("eval.sample_tokens",)),
         (
             "tracking.mlflow=false",
             not tracking.mlflow,

@@ -10,4 +10,5 @@ METRICS = "metrics.jsonl"  # training and evaluation lines
 MLFLOW_ARTIFACTS = "mlartifacts"  # without a tracking server
 MLFLOW_DATABASE = "mlflow.db"  # without a tracking server
 MLFLOW_RUN_ID = "mlflow_run_id"  # for resuming
+SAMPLES = "samples.jsonl"  # continuations of eval.samples
 STOP = "STOP"  # made by users, to stop the run

@@ -244,6 +244,21 @@ class OptimConfig(Section):
     weight_decay: Memory[FloatOrZero] = 0.0
     """Weight decay: decoupled with adamw and adafactor, otherwise added to the gradient. Never applied to norms and
     embeddings."""
+    factors: Memory[Literal["adam", "muon", "spectron"]] = "adam"
+    """Optimizer of the matrices of attention and MLP; adamw or adam updates everything else (docs/recipes.md). adam:
+    the same as everything else. muon: B, A and dense weights follow their orthogonalized momentum, one state instead of
+    Adam's two. spectron: so do pairs of B and A, by a step that bounds the change of their product."""
+    factors_lr_ratio: PositiveFloat = 1.0
+    """muon, spectron: learning rate of these matrices as a multiple of optim.lr and its schedule."""
+    factors_scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """muon, spectron: what the learning rate is multiplied by. match_rms_adamw: 0.2·√max(m, n), which makes a learning
+    rate for AdamW suitable (arXiv 2502.16982). original: what the optimizer's authors use; √max(1, m/n) for an (m, n)
+    matrix with muon, and 1 with spectron."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """muon, spectron: decay rate of the momentum, which is an average of the gradients."""
+    newton_schulz: Memory[Literal["bf16", "fp32"]] = "bf16"
+    """muon, spectron: type of the matrix products that orthogonalize. bf16 is faster. fp32 gives the same updates with
+    any engine, to about 1e-6."""
     clip: FloatOrZero = 0.0
     """Maximum global gradient norm; gradients with a larger norm are scaled down to it. 0: no clipping."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -466,6 +481,12 @@ class EvalConfig(Section):
     """Non-padding tokens to evaluate on, in the order of the files; fewer if the source has fewer."""
     micro_batch: Memory[Amount | None] = None
     """Sequences per rank and forward pass. Null: the value of train.micro_batch."""
+    samples: list[str] = []
+    """Prompts that are continued at every evaluation, always by the most probable token, for a person to read: in the
+    log, in samples.jsonl, and as a file of the MLflow run. Losses do not change."""
+    sample_tokens: PositiveInt = 32
+    """Most tokens of such a continuation; also limited by data.seq_len, which prompt and continuation must fit into.
+    Each token takes a forward pass over the prompts, of which eval.micro_batch are continued together."""
 
 
 class CheckpointConfig(Section):

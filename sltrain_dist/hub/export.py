@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sltrain_dist.checkpoint.contents import damage
-from sltrain_dist.checkpoint.manifest import TOKENIZER, list_checkpoints
-from sltrain_dist.checkpoint.reader import CheckpointReader
+from sltrain_dist.checkpoint.manifest import TOKENIZER
+from sltrain_dist.checkpoint.reader import CheckpointReader, open_newest
 from sltrain_dist.checkpoint.store import save_tensors
-from sltrain_dist.config.run_files import CHECKPOINTS
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import CheckpointError, ConfigError, DataError
 from sltrain_dist.files import writing, writing_directory
@@ -28,16 +26,6 @@ from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Returns `path` if it is a checkpoint, or the newest checkpoint of the run directory `path`.
-
-    Raises:
-        CheckpointError: The run directory cannot be read.
-    """
-    kept = list_checkpoints(path / CHECKPOINTS)
-    return kept[-1][1] if kept else path
 
 
 def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: int = _SHARD_BYTES) -> int:
@@ -61,19 +49,15 @@ def export_dense(path: Path, output: Path, *, dtype: str = "bf16", shard_bytes: 
     """
     if output.exists():
         raise ConfigError(f"{output} already exists; choose another --output, or remove it")
-    checkpoint = find_checkpoint(path)
-    problem = damage(checkpoint)
-    if problem is not None:
-        raise CheckpointError(problem)
-    reader = CheckpointReader(checkpoint)
+    reader = open_newest(path)
     config = reader.config()
     if config.reparam.method == "cola":
         raise ConfigError(
-            f"{checkpoint} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
+            f"{reader.path} has reparam.method=cola, whose layers have an activation between two factors and cannot be "
             "merged into dense weights; export a run of another method"
         )
     with writing(f"the model {output}"), writing_directory(output) as temporary:
-        special_ids = _write_tokenizer(checkpoint, temporary, config)
+        special_ids = _write_tokenizer(reader.tokenizer(), temporary, config)
         parameters = _write_tensors(temporary, reader, config, _DTYPES[dtype], shard_bytes)
         hugging_face = _hugging_face_config(config, dtype) | special_ids
         (temporary / "config.json").write_text(json.dumps(hugging_face, indent=2) + "\n")
@@ -133,12 +117,9 @@ def _dense_tensors(reader: CheckpointReader, config: Config) -> Iterator[tuple[s
             yield name, plain(whole.detach(), torch.float32).float()
 
 
-def _write_tokenizer(checkpoint: Path, directory: Path, config: Config) -> dict[str, int | None]:
+def _write_tokenizer(model: Path, directory: Path, config: Config) -> dict[str, int | None]:
     """Writes the tokenizer's files and returns its special token ids. Missing ones are None, so that Hugging Face does
     not use LLaMA's defaults."""
-    model = checkpoint / TOKENIZER
-    if not model.is_file():
-        raise CheckpointError(f"{checkpoint} was saved without its tokenizer")
     shutil.copyfile(model, directory / TOKENIZER)
     try:
         return write_tokenizer(model, directory, max_length=config.data.seq_len)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry
 
-import sltrain_dist.sparse_lowrank.kernels.torch_kernels  # noqa: F401  registers operators
 from sltrain_dist.config.schema import Config
 from sltrain_dist.numerics.device import DeviceType, emulate
+from sltrain_dist.sparse_lowrank.kernels.torch_kernels import values_plan  # the import registers the operators
 
 aten, sltrain_ops = torch.ops.aten, torch.ops.sltrain
 
@@ -50,12 +50,19 @@ def _svd(matrix: Tensor, *args: Any, **kwargs: Any) -> int:
     return matrix.nbytes
 
 
+def _blocks_partial_sums(g: Tensor, inputs: Tensor, places: Tensor, shift: int, m: int, k: int) -> int:
+    """Returns the bytes of the sums of chunks of tokens, where there are several."""
+    plan = values_plan(g.shape[0], m, k, places.numel() // k, g.dtype)
+    return 4 * plan.chunks * m * k if plan.chunks > 1 else 0
+
+
 SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _flash_backward,
     aten._linalg_svd.default: _svd,
+    sltrain_ops.blocks_values.default: _blocks_partial_sums,
 }
-"""Bytes that operators allocate on CUDA while they run, beyond their results. Not counted: partial sums of
-`kernels.blocks_values`, at most 512 tiles of 64×64 in float32 (8.4 MB), and workspaces of the matrix libraries."""
+"""Bytes that operators allocate on CUDA while they run, beyond their results. Not counted: workspaces of the matrix
+libraries."""
 
 
 def _attention(query: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -69,12 +76,19 @@ def _attention_backward(grad: Tensor, query: Tensor, *args: Any, **kwargs: Any) 
     return _attention(query) * 5 // 2
 
 
-def _blocks(features: Tensor, V: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * V.numel() * features.shape[1]
+def _blocks_outputs(
+    inputs: Tensor, V: Tensor, places: Tensor, shift: int, tokens: int, h: Tensor | None, B: Tensor | None,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    return 2 * tokens * (V.numel() + (0 if B is None else B.numel()))
 
 
-def _blocks_values(grads: Tensor, inputs: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
-    return 2 * out_val.numel() * grads.shape[1]
+def _blocks_inputs(g: Tensor, V: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * V.numel() * g.shape[0]
+
+
+def _blocks_values(g: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * out_val.numel() * g.shape[0]
 
 
 def _weighted_sums(rows: Tensor, which: Tensor, *args: Any, **kwargs: Any) -> int:
@@ -106,8 +120,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten.baddbmm_: baddbmm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    sltrain_ops.blocks_outputs: _blocks,
-    sltrain_ops.blocks_inputs: _blocks,
+    sltrain_ops.blocks_outputs: _blocks_outputs,
+    sltrain_ops.blocks_inputs: _blocks_inputs,
     sltrain_ops.blocks_values: _blocks_values,
     aten._embedding_bag: _weighted_sums,
     aten._embedding_bag_forward_only: _weighted_sums,

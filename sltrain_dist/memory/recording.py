@@ -101,7 +101,8 @@ class Recording:
         flops: Floating-point operations of all passes.
         sizes: Other bytes: "buffers" (support indices of a layer, or the rotary table), "step" (transient bytes of an
             optimizer step, beyond parameter, gradient and states), "restart" (of a layer's new factorization, with its
-            factors in float32), and states by component.
+            factors in float32), and states by component. Of a job of `optim.factors`: "inputs" and "results" (its
+            whole tensors), and the transient bytes of "collect", "compute" and "deliver" beyond these.
     """
 
     passes: dict[str, Pass] = field(default_factory=dict)

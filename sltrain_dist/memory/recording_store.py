@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
@@ -189,6 +189,15 @@ def step_request(
     else:
         part, optim = replace(part, name="weight" if decays(part.name, optim) else "norm"), only_memory(optim)
     return request("memory.record:record_step", device, dtype, part, int8, low_bit, optim=optim)
+
+
+def matrix_job_request(optim: OptimConfig, dtype: str, parts: Sequence[TensorRange], device: DeviceType) -> Request:
+    """Returns the request for a job of `optim.factors`, see :func:`sltrain_dist.memory.record_matrices`.
+
+    Of the names of the parts, only the last components matter, such as "B" of "mlp.up_proj.B".
+    """
+    parts = tuple(replace(part, name=f"any_proj.{part.name.rpartition('.')[2]}") for part in parts)
+    return request("memory.record_matrices:record_matrix_job", device, dtype, parts, optim=only_memory(optim))
 
 
 def restart_requests(config: Config, device: DeviceType) -> Counter[Request]:

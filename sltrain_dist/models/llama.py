@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from sltrain_dist.config.schema import ModelConfig
 from sltrain_dist.models.elementwise import rms_norm, rotate
+from sltrain_dist.models.kv_cache import KVCache
 from sltrain_dist.models.loss import chunked_cross_entropy_sum, cross_entropy_sum
 from sltrain_dist.numerics.int8_weight import dequantized
 from sltrain_dist.numerics.keyed import Initial
@@ -17,6 +19,9 @@ from sltrain_dist.sparse_lowrank.layer import apply_shared
 
 LinearFactory = Callable[[int, int, str], nn.Module]
 """Creates a linear layer from (in_features, out_features, name)."""
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Returns the attention of rotated queries and keys, and values, each (batch, heads, length, head_dim)."""
 
 
 class RMSNorm(nn.Module):
@@ -178,10 +183,13 @@ class Attention(nn.Module):
         self.v_proj = linear(config.hidden_size, kv_size, f"{name}.v_proj")
         self.o_proj = linear(config.hidden_size, config.hidden_size, f"{name}.o_proj")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
         """Maps (batch, length, hidden) to the same shape. A position attends to itself and to all earlier ones.
 
-        `mask`, if given, says which positions it attends to instead; see :func:`document_mask`.
+        `mask`, if given, says which positions it attends to instead; see :func:`document_mask`. `attend`, if given,
+        computes the attention, also over tokens that are not in x; see :class:`KVCache`.
         """
         batch, length, _ = x.shape
         q, k, v = (
@@ -189,12 +197,16 @@ class Attention(nn.Module):
             for y in apply_shared((self.q_proj, self.k_proj, self.v_proj), x)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = self._attend(q, k, v, mask) if attend is None else attend(q, k, v)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the attention among the tokens of x alone, as in training."""
         if mask is not None and self.grouped:
             # CUDA has no fused attention for grouped heads with a mask; the unfused one takes length² values per head.
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         grouped = self.grouped and mask is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -222,9 +234,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (batch, length, hidden) to the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, attend: Attend | None = None
+    ) -> Tensor:
+        """Maps (batch, length, hidden) to the same shape; `mask` and `attend` as of :class:`Attention`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -242,10 +256,14 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta, seq_len)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Maps token ids (batch, length) to hidden states (batch, length, hidden)."""
         x = self.embed_tokens(input_ids)
-        cos, sin = self.rotary_emb(input_ids.shape[1], x.dtype, positions)
+        cos, sin = self.rotary_emb(input_ids.shape[1], x.dtype, positions if cache is None else cache.positions)
+        if cache is not None:
+            for number, layer in enumerate(self.layers):
+                x = layer(x, cos, sin, attend=partial(cache.attend, number))
+            return self.norm(x)
         mask = None
         if positions is not None:
             device = x.device.type
@@ -296,8 +314,16 @@ class LlamaForCausalLM(nn.Module):
         if self.config.tie_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """Predicts the next token at every position.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        at: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Predicts the next token at every position, or at one position of each row.
 
         Args:
             input_ids: (batch, length), int64.
@@ -305,10 +331,16 @@ class LlamaForCausalLM(nn.Module):
                 nothing is predicted.
             positions: (batch, length), int64: each token's position in its document, if several documents share a row;
                 see :func:`document_mask`. None: a row is one document.
+            at: (batch,), int64: the only position of each row whose logits are computed. Not with labels.
+            cache: Keys and values of earlier tokens, to which those of these tokens are added. Not with positions.
 
         Returns:
-            Logits (batch, length, vocabulary) without labels; with labels, the summed loss, a float32 scalar.
+            Logits (batch, length, vocabulary) without labels, or (batch, vocabulary) with `at`; with labels, the summed
+            loss, a float32 scalar.
         """
         # Not around the call: DeepSpeed disables a caller's autocast, and every engine must compute alike.
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.lm_head(self.model(input_ids, positions), labels)
+            hidden = self.model(input_ids, positions, cache)
+            if at is not None:
+                hidden = hidden[torch.arange(len(at), device=at.device), at]
+            return self.lm_head(hidden, labels)

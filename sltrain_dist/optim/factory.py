@@ -12,29 +12,51 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.numerics.device import device_type
 from sltrain_dist.numerics.int8_weight import Int8Weight
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.low_bit import CLEARED_AT, AllReduceMax, LowBitAdam
+from sltrain_dist.optim.low_bit import AllReduceMax, LowBitAdam
+from sltrain_dist.optim.low_bit_states import CLEARED_AT, LowBitOptimizer
+from sltrain_dist.optim.matrix.jobs import WholeMatrices
+from sltrain_dist.optim.matrix.optimizer import MatrixOptimizer
 from sltrain_dist.optim.projected.adam import ProjectedAdam, Share, compute_all
 from sltrain_dist.optim.projected.settings import projects
-from sltrain_dist.optim.state_layout import MASTER, StoredState, adafactor_states, decays, needs_low_bit, stored_states
+from sltrain_dist.optim.state_layout import (
+    GROUP_KINDS,
+    MASTER,
+    StoredState,
+    adafactor_states,
+    decays,
+    is_orthogonalized,
+    needs_low_bit,
+    stored_states,
+)
 
 Named = tuple[str, nn.Parameter]
 """A parameter and its name."""
 
 
 def parameter_groups(parameters: Iterable[Named], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Splits named parameters into groups with and without weight decay. Empty groups are omitted."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Splits named parameters into groups with and without weight decay, and those that `optim.factors` updates from
+    all others. Empty groups are omitted.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {kind: [] for kind in GROUP_KINDS}
     for name, parameter in parameters:
-        (decay if decays(name, optim) else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        groups[is_orthogonalized(name, optim), decays(name, optim)].append(parameter)
+    return [
+        {"params": group, "weight_decay": optim.weight_decay if decay else 0.0}
+        for (_, decay), group in groups.items()
+        if group
+    ]
 
 
 def by_optimizer(parameters: Iterable[Named], optim: OptimConfig) -> list[list[Named]]:
-    """Splits named parameters by the optimizer that they need: those whose gradient is projected are one part."""
-    named = list(parameters)
-    parts = [[each for each in named if projects(optim, each[0]) is projected] for projected in (False, True)]
+    """Splits named parameters by the optimizer that they need: the matrices that `optim.factors` updates, those whose
+    gradient is projected, and all others. Empty parts are omitted.
+
+    The matrices of `optim.factors` are the first: their update takes more memory, and frees their gradients for the
+    others'.
+    """
+    parts: tuple[list[Named], ...] = ([], [], [])
+    for name, parameter in parameters:
+        parts[0 if is_orthogonalized(name, optim) else 2 if projects(optim, name) else 1].append((name, parameter))
     return [part for part in parts if part]
 
 
@@ -45,6 +67,7 @@ def make_optimizer(
     ranges: Mapping[str, TensorRange] | None = None,
     all_reduce_max: AllReduceMax | None = None,
     share: Share = compute_all,
+    whole_matrices: WholeMatrices | None = None,
 ) -> torch.optim.Optimizer:
     """Creates the optimizer of named parameters: torch's own, wherever it keeps the states in the configured form.
 
@@ -54,23 +77,38 @@ def make_optimizer(
         ranges: Which range of which parameter each tensor is, by name. Those not in it are whole parameters.
         all_reduce_max: See :class:`LowBitAdam`.
         share: See :class:`ProjectedAdam`.
+        whole_matrices: See :class:`MatrixOptimizer`, which requires it.
+
+    Raises:
+        ValueError: An argument that the optimizer requires is missing, or some of the parameters need another one.
     """
     named = list(parameters)
     groups = parameter_groups(named, optim)
-    known = ranges or {}
-    by_parameter = {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
+    if len(by_optimizer(named, optim)) != 1:
+        raise ValueError("the parameters need several optimizers: pass one part of by_optimizer")
+    if is_orthogonalized(named[0][0], optim):
+        if whole_matrices is None:
+            raise ValueError(f"optim.factors={optim.factors}: pass whole_matrices")
+        return MatrixOptimizer(groups, optim, _ranges_by_parameter(named, ranges), whole_matrices)
     if projects(optim, named[0][0]):
-        return ProjectedAdam(groups, optim, by_parameter, share)
+        return ProjectedAdam(groups, optim, _ranges_by_parameter(named, ranges), share)
     if optim.name == "sgd":
         # Torch's own choice, but by the emulated device, if any, instead of the parameters' real one.
         return torch.optim.SGD(groups, lr=optim.lr, foreach=device_type(named[0][1]) == "cuda")
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
     if needs_low_bit(optim, named[0][1].element_size()) or any(isinstance(p, Int8Weight) for _, p in named):
-        return LowBitAdam(groups, optim, by_parameter, all_reduce_max)
+        return LowBitAdam(groups, optim, _ranges_by_parameter(named, ranges), all_reduce_max)
     make = torch.optim.Adam if optim.name == "adam" else torch.optim.AdamW
     # One fused kernel per step: no parameter-sized temporaries, unlike the multi-tensor implementation.
     return make(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def _ranges_by_parameter(
+    named: Iterable[tuple[str, nn.Parameter]], ranges: Mapping[str, TensorRange] | None
+) -> dict[nn.Parameter, TensorRange]:
+    known = ranges or {}
+    return {p: known.get(name) or TensorRange.whole(name, tuple(p.shape)) for name, p in named}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -100,7 +138,7 @@ def clear_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> N
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and key != MASTER:
             value.zero_()
-    if isinstance(optimizer, LowBitAdam) and state:
+    if isinstance(optimizer, LowBitOptimizer) and state:
         state[CLEARED_AT] += state["step"]
         state["step"] = 0
 
@@ -128,7 +166,7 @@ def saved_states(
     states = state_tensors(optimizer, parameter)
     for stored in stored_states(part, optim, parameter.element_size()) if states else ():
         name, _, form = stored.range.name.partition(".")
-        if form == "codes" and isinstance(optimizer, LowBitAdam):
+        if form == "codes" and isinstance(optimizer, LowBitOptimizer):
             yield stored, optimizer.codes(parameter, name)
         else:
             yield stored, states[stored.range.name].detach().reshape(-1)[stored.skip :]
@@ -154,7 +192,7 @@ def adopt_state(
     if not states:
         return
     device = parameter.device
-    if isinstance(optimizer, LowBitAdam):
+    if isinstance(optimizer, LowBitOptimizer):
         state = optimizer.state[parameter] = optimizer.make_state(parameter)
         state["step"], state[CLEARED_AT] = step - cleared_at, cleared_at
         for key, values in states.items():

@@ -30,6 +30,12 @@ STATE_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Optimizer states that have one value per value of the parameter, by optimizer name."""
 
+UNSIGNED = ("exp_avg_sq",)
+"""States that are never negative."""
+
+MOMENTUM = "momentum_buffer"
+"""The only state of `optim.factors`: muon and spectron, under torch's name of it."""
+
 MASTER = "master"
 """Name of the state that holds a parameter's fp32 master weights."""
 
@@ -43,6 +49,27 @@ GROUP_SIZES = {8: 256, 4: 128}
 def decays(name: str, optim: OptimConfig) -> bool:
     """Returns whether weight decay applies to a named parameter: never to norms and embeddings."""
     return optim.weight_decay > 0 and "norm" not in name and "embed_tokens" not in name
+
+
+def is_orthogonalized(name: str, optim: OptimConfig) -> bool:
+    """Returns whether `optim.factors` updates a named parameter, instead of the optimizer of all others.
+
+    muon updates every matrix of a linear layer of attention and MLP: B, A and dense weights. spectron updates pairs of
+    B and A only.
+    """
+    layer, _, last = name.rpartition(".")
+    if optim.factors == "muon" and last == "weight":
+        return layer.endswith("_proj")
+    return optim.factors != "adam" and last in ("B", "A")
+
+
+GROUP_KINDS = tuple((orthogonalized, decay) for orthogonalized in (False, True) for decay in (True, False))
+"""Kinds of parameter groups, in their order: (whether `optim.factors` updates them, whether they decay)."""
+
+
+def state_names(name: str, optim: OptimConfig) -> tuple[str, ...]:
+    """Returns the states of a named parameter that have one value per value of it."""
+    return (MOMENTUM,) if is_orthogonalized(name, optim) else STATE_NAMES[optim.name]
 
 
 def is_quantized(shape: tuple[int, ...], state_bits: int) -> bool:
@@ -78,8 +105,11 @@ class UpdateChunk:
 
 
 def update_chunks(part: TensorRange, group_size: int, most: int) -> Iterator[UpdateChunk]:
-    """Yields chunks that cover a range and end between groups, of at most `most` values but at least a row or group."""
-    if part.is_matrix:
+    """Yields chunks that cover a range and end between groups, of at most `most` values but at least a row or group.
+
+    A range of a matrix may begin and end within a row if `group_size` is 1, so that there are no groups.
+    """
+    if part.is_matrix and part.start % part.row == 0 and part.count % part.row == 0:
         row, rows = part.row, part.count // part.row
         per_chunk, groups = max(1, most // row), -(-row // group_size)
         for first in range(0, rows, per_chunk):
@@ -123,7 +153,7 @@ def stored_states(part: TensorRange, optim: OptimConfig, value_bytes: int) -> li
     if projects(optim, part.name):
         return _projected_states(part, optim, value_bytes)
     states = []
-    for key in STATE_NAMES[optim.name]:
+    for key in state_names(part.name, optim):
         if is_quantized(part.shape, optim.state_bits):
             states += _quantized_states(key, part, optim.state_bits)
         else:

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config
+from sltrain_dist.models.count import parameter_shapes
+from sltrain_dist.optim.state_layout import is_orthogonalized
 from sltrain_dist.parallel.placement import (
     Named,
     optimizer_groups,
@@ -69,6 +71,7 @@ def update_traffic(config: Config, world_size: int) -> Traffic:
         sent += _fsdp_traffic(sharded, config, world_size, passes, reductions)
     if config.optim.passes_twice:
         sent += sent
+    sent += _whole_matrix_traffic(config, world_size)
     if parallel.engine == "fsdp":
         return sent + Traffic.of("all_reduce", scale_sync_bytes(config, world_size), world_size)
     if parallel.engine == "zero" and parallel.zero_stage == 3:
@@ -94,6 +97,25 @@ def _fsdp_traffic(sharded: Named, config: Config, world_size: int, passes: int, 
     reduced = reductions * width * (layers + root)
     sent = Traffic.of("all_gather", gathered, ranks) + Traffic.of("reduce_scatter", reduced, ranks)
     return sent + Traffic.of("all_reduce", reduced / ranks, parallel.replicas)
+
+
+def _whole_matrix_traffic(config: Config, world_size: int) -> Traffic:
+    """Returns what the optimizer of `optim.factors` sends, in float32 (parallel/whole_layers.py: deal).
+
+    The ranks send what they hold of the averaged gradients to the rank that orthogonalizes them, with spectron also of
+    B and A, and get the results. Under ddp, each rank has all values.
+    """
+    optim, parallel = config.optim, config.parallel
+    if optim.factors == "adam":
+        return Traffic()
+    copies = world_size if parallel.engine == "ddp" else parallel.replicas
+    values = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(config.model, config.reparam)
+        if is_orthogonalized(name, optim)
+    )
+    collected = values * (2 if optim.factors == "spectron" else 1) if world_size > copies else 0
+    return Traffic.of("other", 4 * (collected + values), world_size)
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ from sltrain_dist.numerics.int8_weight import parts_of
 from sltrain_dist.parallel.engine import Kind, backward_of, scale_down, squared_norm
 from sltrain_dist.parallel.per_layer import InBackward
 from sltrain_dist.parallel.pieces import ClearedAt, ReadRange, Replicated, SavedRange, never_cleared
+from sltrain_dist.parallel.whole_layers import whole_matrices
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -36,7 +37,8 @@ class DDPEngine:
         self._env = env
         self._module = model
         self._lr, self._clip = optim.lr, optim.clip
-        self._replicas = Replicated(list(model.named_parameters()), optim, env.rank, env.world_size)
+        whole = whole_matrices(model, env, copies=env.world_size)
+        self._replicas = Replicated(list(model.named_parameters()), optim, env.rank, env.world_size, whole)
         self._in_backward: InBackward | None = None
         self._ddp: DistributedDataParallel | None = None
         if optim.update == "per_layer":
@@ -100,6 +102,11 @@ class DDPEngine:
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Returns the summed loss of a batch."""
         return self._module(input_ids, labels, positions)
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        return self._module(input_ids, at=last)
 
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the parameters that this rank saves, with their optimizer states."""

@@ -75,6 +75,18 @@ class Engine(Protocol):
         """Returns the summed loss of a batch, without gradients. All ranks must call it equally often."""
         ...
 
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row, without gradients. All ranks must call it equally often.
+
+        Args:
+            input_ids: (batch, length), int64. What follows a row's token `last` has no effect.
+            last: (batch,), int64.
+
+        Returns:
+            (batch, vocabulary).
+        """
+        ...
+
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the parts of parameters and optimizer states that this rank saves; all ranks together save all."""
         ...

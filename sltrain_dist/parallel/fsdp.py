@@ -29,6 +29,7 @@ from sltrain_dist.parallel.pieces import (
     never_cleared,
 )
 from sltrain_dist.parallel.placement import fsdp_range, is_sharded
+from sltrain_dist.parallel.whole_layers import whole_matrices
 from sltrain_dist.runtime.environment import Environment
 
 
@@ -74,7 +75,8 @@ class FSDPEngine:
             if local.numel() != part.count:
                 raise AssertionError(f"{name}: FSDP2 has {local.numel()} values here, fsdp_range() says {part.count}")
             pieces.append(Piece(part, _leaf(local), env.rank < ranks))
-        self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks)
+        whole = whole_matrices(model, env, copies=self._copies)
+        self._shards = LocalPieces(pieces, config.optim, self._max_over_ranks, whole_matrices=whole)
         self._leaves = {piece.name: piece.parameter for piece in self._shards.pieces}
         self._remainder = Replicated(remainder, config.optim, env.rank, env.world_size)
         self._lr, self._clip = config.optim.lr, config.optim.clip
@@ -156,6 +158,13 @@ class FSDPEngine:
         loss = self._model(input_ids, labels, positions)
         self._root.reshard()  # otherwise only a backward pass frees the root's own parameters
         return loss
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        logits = self._model(input_ids, at=last)
+        self._root.reshard()
+        return logits
 
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields this rank's shards, unless another rank saves the same ones, and its share of the remainder."""

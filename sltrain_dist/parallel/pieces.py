@@ -27,8 +27,9 @@ from sltrain_dist.optim.factory import (
     state_tensors,
 )
 from sltrain_dist.optim.low_bit import AllReduceMax
+from sltrain_dist.optim.matrix.jobs import WholeMatrices
 from sltrain_dist.optim.projected.adam import Job, Share, compute_all
-from sltrain_dist.optim.state_layout import shared_groups, stored_states
+from sltrain_dist.optim.state_layout import is_orthogonalized, shared_groups, stored_states
 
 SavedRange = tuple[TensorRange, Tensor]
 """A range of a tensor under its engine-neutral name, "model.<parameter>" or "optim.<parameter>.<state>", and its
@@ -70,13 +71,14 @@ class Piece:
 class LocalPieces:
     """The pieces of parameters on this rank and their optimizer; with `optim.update: per_layer` one per piece.
 
-    If gradients of some parameters are projected, these have an optimizer of their own.
+    Matrices that `optim.factors` updates, and those whose gradient is projected, have an optimizer of their own.
 
     Args:
         pieces: All pieces of this rank; the attribute `pieces` leaves out empty ones.
         optim: Optimizer settings.
         all_reduce_max: Synchronizes the scales of quantization groups that several ranks share.
         share: Computes new projections of gradients, each on one of the ranks.
+        whole_matrices: How the optimizer of `optim.factors` reaches whole matrices.
     """
 
     def __init__(
@@ -85,17 +87,20 @@ class LocalPieces:
         optim: OptimConfig,
         all_reduce_max: AllReduceMax | None = None,
         share: Share = compute_all,
+        whole_matrices: WholeMatrices | None = None,
     ) -> None:
         self.pieces = [piece for piece in pieces if piece.parameter.numel()]
         self._optim = optim
-        # Synchronizing scales is a collective: a rank without values of such a parameter takes part too.
-        optimized = [p for p in pieces if p.parameter.numel() or shared_groups(p.range, optim.state_bits)]
+        optimized = [piece for piece in pieces if piece.parameter.numel() or _has_collectives(piece, optim)]
         named = [(piece.name, piece.parameter) for piece in optimized]
         ranges = {piece.name: piece.range for piece in optimized}
         # There may be no pieces: with more ranks than rows, or with a remainder that is sharded.
         groups = by_optimizer(named, optim) if optim.update == "whole" else [[pair] for pair in named]
         self._optimizers = [
-            make_optimizer(group, optim, ranges=ranges, all_reduce_max=all_reduce_max, share=share) for group in groups
+            make_optimizer(
+                group, optim, ranges=ranges, all_reduce_max=all_reduce_max, share=share, whole_matrices=whole_matrices
+            )
+            for group in groups
         ]
         self._optimizer_of = {
             name: optimizer for group, optimizer in zip(groups, self._optimizers, strict=True) for name, _ in group
@@ -196,17 +201,24 @@ class Replicated(LocalPieces):
         optim: Optimizer settings.
         rank: This rank, which saves every world_size-th parameter.
         world_size: Number of ranks.
+        whole_matrices: See :class:`LocalPieces`.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], optim: OptimConfig, rank: int, world_size: int
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        optim: OptimConfig,
+        rank: int,
+        world_size: int,
+        whole_matrices: WholeMatrices | None = None,
     ) -> None:
         self.world_size = world_size
         pieces = (
             Piece(TensorRange.whole(name, tuple(parameter.shape)), parameter, index % world_size == rank)
             for index, (name, parameter) in enumerate(parameters)
         )
-        super().__init__(list(pieces), optim, share=partial(_deal_out, rank, world_size))
+        share = partial(_deal_out, rank, world_size)
+        super().__init__(list(pieces), optim, share=share, whole_matrices=whole_matrices)
 
     def all_reduce(self, scale: float = 1.0) -> None:
         """All-reduces the gradients, in one flat message per data type, and multiplies them by `scale`."""
@@ -231,6 +243,11 @@ def _deal_out(rank: int, world_size: int, jobs: Sequence[Job]) -> None:
     if world_size > 1:
         for number, (tensor, _) in enumerate(jobs):
             dist.broadcast(tensor, number % world_size)
+
+
+def _has_collectives(piece: Piece, optim: OptimConfig) -> bool:
+    """Returns whether the update of a piece is a collective, in which a rank without values of it takes part too."""
+    return is_orthogonalized(piece.name, optim) or bool(shared_groups(piece.range, optim.state_bits))
 
 
 def _step(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 from sltrain_dist.config.schema import Config, ModelConfig, OptimConfig, ReparamConfig
 from sltrain_dist.models.count import is_factor, is_frozen, parameter_shapes
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.state_layout import decays, shared_groups
+from sltrain_dist.optim.state_layout import GROUP_KINDS, decays, is_orthogonalized, shared_groups
 
 Shard = Literal["factors", "all"]
 """Which parameters an engine shards; see `parallel.shard`."""
@@ -49,9 +49,13 @@ def trained_parameters(parameters: Named, reparam: ReparamConfig) -> Named:
 
 def optimizer_groups(parameters: Named, optim: OptimConfig) -> list[tuple[tuple[int, ...], ...]]:
     """Returns the shapes in each non-empty parameter group, which ZeRO 1 and 2 flatten separately."""
-    if optim.weight_decay == 0:
+    if optim.weight_decay == 0 and optim.factors == "adam":
         return [tuple(shape for _, shape in parameters)] if parameters else []
-    groups = [tuple(shape for name, shape in parameters if decays(name, optim) is kind) for kind in (True, False)]
+    kinds = [(is_orthogonalized(name, optim), decays(name, optim)) for name, _ in parameters]
+    groups = [
+        tuple(shape for (_, shape), kind in zip(parameters, kinds, strict=True) if kind == group)
+        for group in GROUP_KINDS
+    ]
     return [group for group in groups if group]
 
 

@@ -1,8 +1,9 @@
-"""Whole tensors of a layer on one rank, under any engine: computed with there, and sent back. Restarts use this.
+"""Whole tensors of a layer on one rank, under any engine: computed with there, and sent back. Restarts use this, and
+the optimizers of `optim.factors`.
 
-Groups of parameters that belong together, such as B and A of a layer, are dealt out to the ranks in turn. The ranks
-that hold ranges of a group send them to its owner, which alone computes the new values and sends them to all. So every
-rank gets the same bits, and the work is divided by the number of ranks.
+Jobs that need tensors that belong together, such as B and A of a layer, are dealt out to the ranks in turn. The ranks
+that hold ranges of the tensors send them to the job's owner, which alone computes with them and sends the results to
+all. So every rank gets the same bits, and the work is divided by the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import NamedShape, factor_pairs
+from sltrain_dist.optim.matrix.jobs import MatrixJob, WholeMatrices
 from sltrain_dist.optim.restarts import clears_states
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.runtime import watchdog
 from sltrain_dist.runtime.environment import Environment
 from sltrain_dist.sparse_lowrank.balance import balanced
 from sltrain_dist.sparse_lowrank.baselines import initial_A, merge
+from sltrain_dist.sparse_lowrank.layer import LowRankLinear, SLLinear
 
 Group = Sequence[NamedShape]
 """Parameters that one rank needs whole at the same time."""
@@ -81,8 +84,7 @@ def _merge(engine: Engine, config: Config, env: Environment, number: int) -> Non
 def rewrite(engine: Engine, groups: Sequence[Group], compute: Compute, env: Environment) -> None:
     """Replaces the values of groups of parameters by what one rank computes from each whole group.
 
-    All ranks call this, with the same groups in the same order. At a time, a rank holds the group that it owns and one
-    that it sends or receives, in float32.
+    All ranks call this, with the same groups in the same order.
 
     Args:
         engine: The engine, between two updates.
@@ -90,50 +92,97 @@ def rewrite(engine: Engine, groups: Sequence[Group], compute: Compute, env: Envi
         compute: Computes the new values, on the group's owner alone.
         env: The distributed environment.
     """
+
+    def collect(group: Group, flat: Sequence[Tensor]) -> None:
+        for (name, _), whole in zip(group, flat, strict=True):
+            for part, values in engine.held_ranges(name):
+                whole[part.start : part.stop] = values
+
+    def replace(wholes: Sequence[Tensor]) -> None:
+        for whole, new in zip(wholes, compute(*wholes), strict=True):
+            whole.copy_(new)
+
+    def distribute(group: Group, flat: Sequence[Tensor]) -> None:
+        for (name, _), values in zip(group, flat, strict=True):
+            engine.set_values(name, values)
+
     engine.free_gathered()
-    for first in range(0, len(groups), env.world_size):
-        dealt = list(enumerate(groups[first : first + env.world_size]))
+    jobs = [
+        MatrixJob(
+            tuple(shape for _, shape in group), len(group), partial(collect, group), replace, partial(distribute, group)
+        )
+        for group in groups
+    ]
+    deal(jobs, env)
+
+
+def whole_matrices(model: nn.Module, env: Environment, *, copies: int) -> WholeMatrices:
+    """Returns how an optimizer of this engine's ranks reaches whole matrices.
+
+    Args:
+        model: The model.
+        env: The distributed environment.
+        copies: See :func:`deal`.
+    """
+    layers = (module for module in model.modules() if isinstance(module, SLLinear | LowRankLinear))
+    scale = next((layer.alpha / layer.rank for layer in layers), 1.0)  # the same in all layers
+    return WholeMatrices(partial(deal, env=env, copies=copies), scale)
+
+
+def deal(jobs: Sequence[MatrixJob], env: Environment, *, copies: int = 1) -> None:
+    """Makes jobs, each on one rank.
+
+    All ranks call this, with the same jobs in the same order. At a time, a rank holds the tensors of the job that it
+    owns and of one that it sends or receives, in float32.
+
+    Args:
+        jobs: The jobs.
+        env: The distributed environment.
+        copies: Number of groups of ranks that each collect all values. With as many as ranks, nothing needs to be sent
+            to a job's owner.
+    """
+    ranks = env.world_size
+    for first in range(0, len(jobs), ranks):
+        dealt = list(enumerate(jobs[first : first + ranks]))
         own: Tensor | None = None
-        for owner, group in dealt:
-            flat = _collect(engine, group, owner, env)
+        for owner, job in dealt:
+            flat = _collect(job, owner, env, copies)
             own = flat if owner == env.rank else own
             del flat  # it would be held while the owners compute
         if own is not None:  # only now, so that the ranks compute at the same time
-            _replace(own, dealt[env.rank][1], compute)
-        for owner, group in dealt:
-            _distribute(engine, group, own if owner == env.rank else None, owner, env)
+            job = dealt[env.rank][1]
+            job.compute([values.view(shape) for values, shape in zip(_split(own, job.shapes), job.shapes, strict=True)])
+        for owner, job in dealt:
+            _deliver(job, own if owner == env.rank else None, owner, env)
 
 
-def _collect(engine: Engine, group: Group, owner: int, env: Environment) -> Tensor:
-    """Returns the values of a group's parameters one after the other, flat, in float32; complete on the owner alone."""
-    flat = _empty(group, env).zero_()
-    for (name, _), whole in zip(group, _split(flat, group), strict=True):
-        for part, values in engine.held_ranges(name):
-            whole[part.start : part.stop] = values
-    if env.world_size > 1:
+def _collect(job: MatrixJob, owner: int, env: Environment, copies: int) -> Tensor:
+    """Returns the tensors of a job one after the other, flat, in float32; complete on the owner alone."""
+    flat = _empty(job.shapes, env).zero_()
+    job.collect(_split(flat, job.shapes))
+    if env.world_size > copies:
+        if env.rank >= env.world_size // copies:
+            flat.zero_()  # a rank of the first group has the same values
         dist.reduce(flat, owner)  # exact: one rank has each value, and all others have 0
     return flat
 
 
-def _replace(flat: Tensor, group: Group, compute: Compute) -> None:
-    """Replaces the values of a group by the computed ones, in place."""
-    wholes = [values.view(shape) for values, (_, shape) in zip(_split(flat, group), group, strict=True)]
-    for whole, new in zip(wholes, compute(*wholes), strict=True):
-        whole.copy_(new)
-
-
-def _distribute(engine: Engine, group: Group, own: Tensor | None, owner: int, env: Environment) -> None:
-    """Sends a group's values from its owner, which passes them as `own`, and sets what each rank holds of them."""
-    flat = _empty(group, env) if own is None else own
+def _deliver(job: MatrixJob, own: Tensor | None, owner: int, env: Environment) -> None:
+    """Sends a job's results from its owner, which passes its tensors as `own`, and uses them."""
+    shapes = job.shapes[: job.outputs]
+    results = _empty(shapes, env) if own is None else own[: _values(shapes)]
     if env.world_size > 1:
-        dist.broadcast(flat, owner)
-    for (name, _), values in zip(group, _split(flat, group), strict=True):
-        engine.set_values(name, values)
+        dist.broadcast(results, owner)
+    job.deliver(_split(results, shapes))
 
 
-def _split(flat: Tensor, group: Group) -> Sequence[Tensor]:
-    return flat.split([prod(shape) for _, shape in group])
+def _split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor]:
+    return flat.split([prod(shape) for shape in shapes])
 
 
-def _empty(group: Group, env: Environment) -> Tensor:
-    return torch.empty(sum(prod(shape) for _, shape in group), dtype=torch.float32, device=env.device)
+def _values(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(prod(shape) for shape in shapes)
+
+
+def _empty(shapes: Sequence[tuple[int, ...]], env: Environment) -> Tensor:
+    return torch.empty(_values(shapes), dtype=torch.float32, device=env.device)

@@ -13,17 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.config.load import merged
-from sltrain_dist.config.rules import micro_batches_per_update
-from sltrain_dist.config.schema import Config
+from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.models.llama import LlamaForCausalLM
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.factory import adopt_state, clear_states, count_step, learning_rates, make_optimizer, set_lr
-from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.optim.factory import (
+    adopt_state,
+    clear_states,
+    count_step,
+    learning_rates,
+    make_optimizer,
+    parameter_groups,
+    set_lr,
+)
+from sltrain_dist.optim.matrix.jobs import WholeMatrices
+from sltrain_dist.optim.state_layout import STATE_NAMES, is_orthogonalized
 from sltrain_dist.parallel.engine import Kind, clip_shards
 from sltrain_dist.parallel.pieces import (
     ClearedAt,
+    LocalPieces,
+    Piece,
     ReadRange,
     Replicated,
     SavedRange,
@@ -31,64 +40,16 @@ from sltrain_dist.parallel.pieces import (
     never_cleared,
     read_into,
 )
-from sltrain_dist.parallel.placement import ZERO_BUCKET, is_sharded
-from sltrain_dist.parallel.zero_start import FlatGroup, give_flat_memory, partition_by_layer, use_flat_memory
+from sltrain_dist.parallel.placement import is_sharded
+from sltrain_dist.parallel.whole_layers import whole_matrices
+from sltrain_dist.parallel.zero_start import (
+    FlatGroup,
+    deepspeed_config,
+    give_flat_memory,
+    partition_by_layer,
+    use_flat_memory,
+)
 from sltrain_dist.runtime.environment import Environment
-
-
-def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration, derived from ours, with all relevant settings made explicit.
-
-    Args:
-        config: The configuration. The keys of `parallel.deepspeed` are merged last; config/rules.py has refused those
-            that are derived from other settings.
-        world_size: Number of ranks.
-        sharded_numel: Number of values in the parameters that DeepSpeed manages.
-    """
-    train, parallel = config.train, config.parallel
-    bucket = min(ZERO_BUCKET, sharded_numel)
-    zero: dict[str, Any] = {
-        "stage": parallel.zero_stage,
-        "overlap_comm": False,
-        # In values. The default of 5e8 would allocate 1 GB in bf16 even for the smallest model.
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket + bucket % 2,  # must be even
-    }
-    if parallel.zero_stage == 3:
-        layer = -(-sharded_numel // config.model.num_layers)
-        zero |= {
-            # The default keeps a billion gathered parameters, which would leave all presets but 7B unsharded.
-            "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * layer,
-            "stage3_prefetch_bucket_size": parallel.prefetch_blocks * layer,
-            "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": 0,  # shard small parameters too
-        }
-    elif not parallel.cpu_offload:  # offload requires DeepSpeed's norm
-        zero["compute_grad_norm"] = False  # it would leave out the remainder; we compute the norm before the step
-    if parallel.cpu_offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    values: dict[str, Any] = {
-        "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": micro_batches_per_update(config, world_size),
-        "gradient_allreduce_op": "mean" if parallel.zero_stage == 3 else "sum",  # stage 3 does not support sums
-        "gradient_clipping": 0.0,  # we clip over all parameters; DeepSpeed 0.19 clips at 1.0 by default
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-        "steps_per_print": 1 << 62,
-        "wall_clock_breakdown": False,
-    }
-    if train.precision.parameter == "bfloat16":
-        values["bf16"] = {
-            "enabled": True,
-            # Pure bf16, as with the other engines: no fp32 master weights, states in bf16.
-            "bf16_master_weights_and_grads": True,
-            "bf16_optimizer_states": True,
-            "check_grad_overflow": False,  # the training loop checks the norm before the update
-        }
-        values["data_types"] = {"grad_accum_dtype": "bf16"}
-    return merged(values, parallel.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -104,11 +65,37 @@ class _Fragment:
         return flat.detach()[self.offset : self.offset + self.range.count]
 
 
+@dataclass(frozen=True)
+class _MatrixPartition:
+    """This rank's ranges of the matrices in one of DeepSpeed's flat partitions, which `optim.factors` updates.
+
+    Attributes:
+        flat: The partition.
+        fragments: The ranges of matrices in it.
+        pieces: The same ranges, in the same memory, with their optimizer.
+    """
+
+    flat: Tensor
+    fragments: list[_Fragment]
+    pieces: LocalPieces
+
+    def update(self, lr: float) -> None:
+        """Updates the matrices by the gradient of the partition."""
+        gradient = self.flat.grad
+        assert gradient is not None  # set by DeepSpeed
+        for fragment, piece in zip(self.fragments, self.pieces.pieces, strict=True):
+            piece.parameter.grad = fragment.of(gradient)
+        self.pieces.update(lr)
+
+
 class ZeroEngine:
     """The `zero` engine: DeepSpeed shards the optimizer states (stage 1), the gradients (2) and the parameters (3).
 
     With `parallel.shard: factors`, DeepSpeed manages only the factors. The gradients of the dense remainder are
     accumulated locally and all-reduced once per update, and its optimizer states are replicated on every rank.
+
+    With `optim.factors`, the matrices have partitions of their own. When DeepSpeed steps one of these, the matrices'
+    optimizer updates its values, in place of the optimizer of the others.
 
     Args:
         model: The model, identical on every rank. For a model on the meta device, each rank allocates only what it
@@ -141,7 +128,10 @@ class ZeroEngine:
             self._remainder = Replicated(
                 [(n, p) for n, p in named if n not in self._shapes], config.optim, env.rank, env.world_size
             )
-            self._optimizer = make_optimizer(self._sharded, config.optim)
+            self._optimizer = make_optimizer(self._sharded, config.optim.model_copy(update={"factors": "adam"}))
+            self._optimizer.param_groups.clear()
+            for group in parameter_groups(self._sharded, config.optim):
+                self._optimizer.add_param_group(group)
             with use_flat_memory(deepspeed, flat):
                 self._engine, self._zero, _, _ = deepspeed.initialize(
                     model=model,
@@ -156,6 +146,10 @@ class ZeroEngine:
             raise ConfigError(
                 f"parallel.deepspeed = {config.parallel.deepspeed}: refused by DeepSpeed: {error}"
             ) from error
+        whole = whole_matrices(model, env, copies=1)
+        self._matrices = list(self._matrix_partitions(config.optim, whole))
+        self._matrix_names = {name for name in self._shapes if is_orthogonalized(name, config.optim)}
+        self._set_step()
 
     @property
     def module(self) -> nn.Module:
@@ -196,46 +190,69 @@ class ZeroEngine:
         try:
             self._engine.step()
         finally:
-            del vars(self._optimizer)["step"]
-        self._remainder.discard(self._lr)
+            self._set_step()
+        for pieces in self._local_pieces:
+            pieces.discard(self._lr)
+
+    def _set_step(self) -> None:
+        """Makes DeepSpeed call :meth:`_step_partition` if there are matrices, and else torch's own step."""
+        vars(self._optimizer).pop("step", None)
+        if self._matrices:
+            vars(self._optimizer)["step"] = self._step_partition
+
+    def _step_partition(self) -> None:
+        """Steps the partition whose turn it is: DeepSpeed shows its optimizer one at a time."""
+        (flat,) = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+        for matrices in self._matrices:
+            if matrices.flat is flat:
+                matrices.update(self._lr)
+                return
+        type(self._optimizer).step(self._optimizer)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Returns the summed loss of a batch."""
         return self._engine.module(input_ids, labels, positions)
 
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Returns the logits of one token in each row."""
+        return self._engine.module(input_ids, at=last)
+
     def saved_ranges(self) -> Iterator[SavedRange]:
         """Yields the partitions of this rank with their optimizer states, and its share of the remainder."""
-        for fragment in self._fragments():
+        for fragment in self._other_fragments():
             part, states = fragment.range, self._optimizer.state.get(fragment.flat, {})
             yield replace(part, name=f"model.{part.name}"), fragment.of(fragment.flat)
             for key in self._state_names:
                 if key in states:
                     yield replace(part, name=f"optim.{part.name}.{key}"), fragment.of(states[key])
-        yield from self._remainder.saved_ranges()
+        for pieces in self._local_pieces:
+            yield from pieces.saved_ranges()
 
     def load(self, read: ReadRange, step: int, cleared_at: ClearedAt = never_cleared) -> None:
         """Loads weights, and this rank's partitions of master weights and states; also used for initial values."""
         if self._stage < 3:  # every rank has all weights, also those that others update
             for name, parameter in self._sharded:
                 load_values(read, name, parameter)
-        flats = self._flats()
+        flats = [flat for flat in self._flats() if all(flat is not matrices.flat for matrices in self._matrices)]
         kept = self._state_names if step else ()
         states = [{key: torch.zeros_like(flat.detach()) for key in kept} for flat in flats]
         by_flat = {id(flat): state for flat, state in zip(flats, states, strict=True)}
-        for fragment in self._fragments():
+        for fragment in self._other_fragments():
             part, state = fragment.range, by_flat[id(fragment.flat)]
             read_into(fragment.of(fragment.flat), read, f"model.{part.name}", part.start)
             for key in kept:
                 read_into(fragment.of(state[key]), read, f"optim.{part.name}.{key}", part.start)
+        for pieces in self._local_pieces:
+            pieces.load(read, step, cleared_at)
         if self._stage == 3:
-            for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, flats, strict=True):
+            for shards, flat in zip(self._zero.fp16_partitioned_groups_flat, self._flats(), strict=True):
                 shards.data.copy_(flat.data)
         if step:
             (all_cleared_at,) = {cleared_at(name) for name in self._shapes}  # they share a count of updates
             for flat, state in zip(flats, states, strict=True):
                 adopt_state(self._optimizer, flat, state, step, all_cleared_at)
-        self._remainder.load(read, step, cleared_at)
 
     def free_gathered(self) -> None:
         """Frees layers that stage 3 has gathered, or is gathering ahead."""
@@ -268,7 +285,8 @@ class ZeroEngine:
             raise AssertionError("DeepSpeed counts the updates of all sharded parameters together")
         for flat in self._flats() if True in sharded else ():
             clear_states(self._optimizer, flat)
-        self._remainder.clear_states(chosen)
+        for pieces in self._local_pieces:
+            pieces.clear_states(chosen)
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """Returns weights, master weights and partitions, without DeepSpeed's communication buckets."""
@@ -283,18 +301,55 @@ class ZeroEngine:
         return {
             "parameters": [*parameters, *flats, *(piece.parameter for piece in self._remainder.pieces)],
             "gradients": [g for g in (*gradients, *self._remainder.gradients()) if g is not None],
-            "states": [*(s[k] for s in states for k in self._state_names if k in s), *self._remainder.states()],
+            "states": [
+                *(s[k] for s in states for k in self._state_names if k in s),
+                *(state for pieces in self._local_pieces for state in pieces.states()),
+            ],
         }
 
     def learning_rates(self) -> list[float]:
         """Returns the learning rates of the optimizers of shards and remainder."""
-        return [*learning_rates(self._optimizer), *self._remainder.learning_rates()]
+        return [
+            *learning_rates(self._optimizer),
+            *(rate for pieces in self._local_pieces for rate in pieces.learning_rates()),
+        ]
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the parameters of the remainder, and in stages 1 and 2 all other weights."""
         yield from ((piece.name, piece.parameter.detach()) for piece in self._remainder.pieces)
         if self._stage < 3:
             yield from ((name, parameter.detach()) for name, parameter in self._sharded)
+
+    @property
+    def _local_pieces(self) -> list[LocalPieces]:
+        """What optimizers of ours update: matrices, and the remainder."""
+        return [*(matrices.pieces for matrices in self._matrices), self._remainder]
+
+    def _matrix_partitions(self, optim: OptimConfig, whole: WholeMatrices) -> Iterator[_MatrixPartition]:
+        """Yields the partitions of matrices that `optim.factors` updates, with the optimizer of each."""
+        names = {id(parameter): name for name, parameter in self._sharded}
+        held = {fragment.range.name: fragment for fragment in self._fragments()}
+        groups = self._zero.fp16_groups if self._stage == 3 else self._zero.bit16_groups
+        for group, flat in zip(groups, self._flats(), strict=True):
+            in_group = [names[id(parameter)] for parameter in group]
+            if not is_orthogonalized(in_group[0], optim):
+                continue
+            if optim.factors == "spectron" and len(in_group) % 2:
+                raise ConfigError(
+                    f"parallel.deepspeed: zero_optimization.sub_group_size separates {in_group[-1]} from its partner, "
+                    "but optim.factors=spectron updates B and A together; increase it, or use muon"
+                )
+            pieces = []
+            for name in in_group:  # empty ones too: every rank takes part in every update
+                part = held[name].range if name in held else TensorRange(name, self._shapes[name], 0, 0)
+                values = held[name].of(flat) if name in held else flat.detach()[:0]
+                pieces.append(Piece(part, nn.Parameter(values), saved=True))
+            fragments = [held[name] for name in in_group if name in held]
+            yield _MatrixPartition(flat, fragments, LocalPieces(pieces, optim, whole_matrices=whole))
+
+    def _other_fragments(self) -> Iterator[_Fragment]:
+        """Yields the ranges of the sharded parameters that DeepSpeed's optimizer updates."""
+        return (fragment for fragment in self._fragments() if fragment.range.name not in self._matrix_names)
 
     def _flats(self) -> list[Tensor]:
         """Returns this rank's flat partitions, which the optimizer updates."""

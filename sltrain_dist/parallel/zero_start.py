@@ -1,4 +1,5 @@
-"""Memory-efficient start of ZeRO: a meta model is allocated with only the memory that its stage keeps.
+"""What DeepSpeed is told at the start of ZeRO, and a memory-efficient start: a meta model is allocated with only the
+memory that its stage keeps.
 
 By default DeepSpeed shards a whole model. In stages 1 and 2 it copies the parameters into flat buffers, so that they
 exist twice for a time; in stage 3 every rank allocates all of them first.
@@ -15,12 +16,69 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sltrain_dist.config.schema import OptimConfig
+from sltrain_dist.config.load import merged
+from sltrain_dist.config.rules import micro_batches_per_update
+from sltrain_dist.config.schema import Config, OptimConfig
 from sltrain_dist.models.build import give_memory, materialise
 from sltrain_dist.models.llama import DecoderLayer, LlamaForCausalLM
 from sltrain_dist.optim.factory import parameter_groups
-from sltrain_dist.parallel.placement import zero12_partition
+from sltrain_dist.parallel.placement import ZERO_BUCKET, zero12_partition
 from sltrain_dist.runtime.environment import Environment
+
+
+def deepspeed_config(config: Config, world_size: int, sharded_numel: int) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration, derived from ours, with all relevant settings made explicit.
+
+    Args:
+        config: The configuration. The keys of `parallel.deepspeed` are merged last; config/rules.py has refused those
+            that are derived from other settings.
+        world_size: Number of ranks.
+        sharded_numel: Number of values in the parameters that DeepSpeed manages.
+    """
+    train, parallel = config.train, config.parallel
+    bucket = min(ZERO_BUCKET, sharded_numel)
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": False,
+        # In values. The default of 5e8 would allocate 1 GB in bf16 even for the smallest model.
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,  # must be even
+    }
+    if parallel.zero_stage == 3:
+        layer = -(-sharded_numel // config.model.num_layers)
+        zero |= {
+            # The default keeps a billion gathered parameters, which would leave all presets but 7B unsharded.
+            "stage3_max_live_parameters": (1 + parallel.prefetch_blocks) * layer,
+            "stage3_prefetch_bucket_size": parallel.prefetch_blocks * layer,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,  # shard small parameters too
+        }
+    elif not parallel.cpu_offload:  # offload requires DeepSpeed's norm
+        zero["compute_grad_norm"] = False  # it would leave out the remainder; we compute the norm before the step
+    if parallel.cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    values: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": micro_batches_per_update(config, world_size),
+        "gradient_allreduce_op": "mean" if parallel.zero_stage == 3 else "sum",  # stage 3 does not support sums
+        "gradient_clipping": 0.0,  # we clip over all parameters; DeepSpeed 0.19 clips at 1.0 by default
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "steps_per_print": 1 << 62,
+        "wall_clock_breakdown": False,
+    }
+    if train.precision.parameter == "bfloat16":
+        values["bf16"] = {
+            "enabled": True,
+            # Pure bf16, as with the other engines: no fp32 master weights, states in bf16.
+            "bf16_master_weights_and_grads": True,
+            "bf16_optimizer_states": True,
+            "check_grad_overflow": False,  # the training loop checks the norm before the update
+        }
+        values["data_types"] = {"grad_accum_dtype": "bf16"}
+    return merged(values, parallel.deepspeed)
 
 
 class FlatGroup(NamedTuple):

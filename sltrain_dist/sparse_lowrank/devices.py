@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Unit = Literal["matrix", "unaligned", "blocks", "bags", "dots", "copy", "transpose", "pick"]
+Unit = Literal["matrix", "unaligned", "blocks", "fused", "bags", "dots", "copy", "transpose", "pick"]
 """What runs a kernel.
 
 - matrix: matrix products. unaligned: those on a GPU with rows that do not begin at multiples of 16 bytes.
-- blocks: products with the blocks of the support `blocks`.
+- blocks: products with the blocks of the support `blocks`. fused: the same and a low-rank product in one kernel, on a
+  GPU.
 - bags, dots: weighted sums of scattered rows, and dot products of pairs of them.
 - copy: passes in order, and accesses to scattered values, of which each moves a sector.
 - transpose: torch's copies of the transpose of a few tokens, which stay in the cache. pick: those of all tokens, and
@@ -68,9 +69,10 @@ def _gpu(name: str, bf16: float, fp32: float, bandwidth: float) -> Device:
         bandwidth: TB/s of the memory.
     """
     # Shares on an H200, from roofline.json and kernels.json of its report. Products: 770 to 800 TFLOP/s of 989 (bf16)
-    # and 49 of 67 (fp32). Copies: 4.0 to 4.2 TB/s of 4.8. Unaligned products: 80 to 150 TFLOP/s. The three kernels of
-    # `blocks` on layers of 7B: 184 to 290 TFLOP/s; in float32, without tensor cores, the share is assumed. torch's
-    # transposes: 0.6 TB/s. Gathers along features: 0.7 to 1.0 TB/s.
+    # and 49 of 67 (fp32). Copies: 4.0 to 4.2 TB/s of 4.8. Unaligned products: 80 to 150 TFLOP/s. Three earlier kernels
+    # of `blocks` on layers of 7B: 184 to 290 TFLOP/s. The share of those that include a low-rank product is assumed, as
+    # are both shares in float32, without tensor cores. torch's transposes: 0.6 TB/s. Gathers along features: 0.7 to
+    # 1.0 TB/s.
     peak = {16: 0.80 * bf16 * 1e12, 32: 0.73 * fp32 * 1e12}
     memory = 0.86 * bandwidth * 1e12
 
@@ -91,6 +93,7 @@ def _gpu(name: str, bf16: float, fp32: float, bandwidth: float) -> Device:
             "matrix": rates(1),
             "unaligned": rates(0.16, single=1),
             "blocks": rates(0.28),
+            "fused": rates(0.5),
             "bags": rates(UNLIMITED),
             "dots": rates(UNLIMITED),
             "copy": rates(UNLIMITED),
@@ -120,8 +123,9 @@ GPUS = {
 
 ROUTE_GPU = GPUS["H200"]
 """The GPU by which routes are chosen on every GPU, so that a plan and its run agree, and ranks or resumed runs on other
-GPUs do, too. It is the one that was measured. By the model, that costs a decoder layer of the presets 0.5 % of its time
-on average on an A100, H100 (SXM) or RTX 4090, and 6 % at most (22 % on an H100 PCIe, 33 % on an RTX 3090)."""
+GPUs do, too. It is the one that was measured. By the model, that costs a decoder layer of the presets with `blocks` in
+bf16 0.2 % of its time on average on an A100, H100 (SXM) or RTX 4090, and 4 % at most (12 % on an H100 PCIe, 6 % on an
+RTX 3090)."""
 
 
 def _cpu(name: str, matrix: tuple[float, float], blocks: tuple[float, float]) -> Device:
@@ -146,6 +150,7 @@ def _cpu(name: str, matrix: tuple[float, float], blocks: tuple[float, float]) ->
             "matrix": rates((10, 10), matrix),
             "unaligned": rates((10, 10), matrix),
             "blocks": rates((5.3, 3.8), blocks),
+            "fused": rates((5.3, 3.8), blocks),
             "bags": rates((35, 48)),
             "dots": rates((15, 40)),
             "copy": rates((10, 10)),

@@ -16,9 +16,11 @@ from sltrain_dist.sparse_lowrank.sizes import (
     BLOCK_SLICE,
     SLICE,
     TOKEN_ALIGNMENT,
+    is_fused,
     nonzeros,
     num_windows,
     position_bytes,
+    rows_are_aligned,
     window_runs,
 )
 
@@ -69,12 +71,15 @@ def low_rank_kernels(m: int, n: int, rank: int, tokens: int, bits: int, device: 
     return [*inner, *outer, Kernel("scale", "copy", 0, 2 * 2 * bits // 8 * tokens * m, 2)]
 
 
-def _product(name: str, tokens: int, p: int, q: int, bits: int, device: Device, *, read: int = 0) -> Kernel:
+def _product(
+    name: str, tokens: int, p: int, q: int, bits: int, device: Device, *, read: int = 0, aligned: bool = False
+) -> Kernel:
     """Returns a product of matrices (tokens, p), (p, q) and (tokens, q), of which two are multiplied to the third.
 
     The tokens may be any dimension that is no row length. `read` are elements of the result that are added to.
+    `aligned` says that rows are, whatever their length.
     """
-    unaligned = not device.is_cpu and bits <= 16 and (p % 8 > 0 or q % 8 > 0)
+    unaligned = not (device.is_cpu or aligned or (rows_are_aligned(p, bits) and rows_are_aligned(q, bits)))
     moved = bits // 8 * (tokens * p + p * q + tokens * q + read)
     return Kernel(name, "unaligned" if unaligned else "matrix", 2 * tokens * p * q, moved)
 
@@ -96,6 +101,7 @@ class RouteKernels:
             k = self.nnz // self.m
             self.places = num_windows(self.n, k) * k  # inputs of all windows: some lie in two
             self.runs = len(window_runs(self.m, num_windows(self.n, k), 0))
+        self.blocks_on_gpu = self.support == "blocks" and not device.is_cpu
 
     def materialize(self) -> list[Kernel]:
         """Returns the kernels with W built in both passes, and its dense gradient."""
@@ -121,19 +127,24 @@ class RouteKernels:
         """Returns the kernels with W built in the forward pass, and the backward pass of factored, layer by layer."""
         m, n, r, t = self.m, self.n, self.rank, self.tokens
         one = RouteKernels(self.shape._replace(sharing=1), t, self.bits, self.device)
-        backward = one._factored_backward(keeps_arranged=False)
-        each = [*self._build(), self._product("xWᵀ", t, m, n), *self._scaled("xAᵀ", t, n, r), *backward]
+        if self.blocks_on_gpu:
+            backward = [*one._align("x", t, n), *one._gpu_inner(), *one._gpu_backward()]
+        else:
+            backward = [*self._scaled("xAᵀ", t, n, r), *one._factored_backward(keeps_arranged=False)]
+        each = [*self._build(), self._product("xWᵀ", t, m, n), *backward]
         return [*self.sharing * each, *self._add_dx()]
 
     def factored(self) -> list[Kernel]:
         """Returns the kernels with nothing of the size of W."""
         m, n, r, t, layers = self.m, self.n, self.rank, self.tokens, self.sharing
+        if self.blocks_on_gpu:
+            return [*self._align("x", t, n), *self._gpu_inner(), *self._gpu_outputs(), *self._gpu_backward()]
         return [
             *self._stack_A(),
             *self._scaled("xAᵀ", t, n, layers * r),
             *self._sparse_forward(),
             *layers * [self._product("y + hBᵀ", t, r, m, read=t * m)],
-            *self._factored_backward(keeps_arranged=self.support == "blocks" and self.device.is_cpu),
+            *self._factored_backward(keeps_arranged=self.support == "blocks"),
         ]
 
     def _factored_backward(self, *, keeps_arranged: bool) -> list[Kernel]:
@@ -197,10 +208,7 @@ class RouteKernels:
         if self.support != "blocks":
             x, y = self._transpose("xᵀ", self.n), self._transpose("y", self.m)
             return [x, *layers * [*self._rows_and_columns(), self._bags("xSᵀ", self.m), y]]
-        if self.device.is_cpu:
-            return [*self._arrange_inputs(), *layers * [self._blocks("xSᵀ", self.runs)]]
-        y = self._triton_transpose("y", self.m)
-        return [self._triton_transpose("xᵀ", self.n), *layers * [self._triton("xSᵀ"), y]]
+        return [*self._arrange_inputs(), *layers * [self._blocks("xSᵀ", self.runs)]]
 
     def _sparse_backward(self, keeps_arranged: bool) -> list[Kernel]:
         add = (self.sharing - 1) * [self._pass("add up dxᵀ", self.tokens * self.n)]
@@ -213,15 +221,11 @@ class RouteKernels:
             each = [*places, *places, sorts, *dots, self._bags("gS", self.n)]
             add = 2 * add
             return [self._transpose("xᵀ", self.n), *self.sharing * each, *add, self._transpose("dx", self.n)]
-        if self.device.is_cpu:
-            arrange = [] if keeps_arranged else self._arrange_inputs()
-            gradients = [self._transpose("gᵀ", self.m)] if self.bits <= 16 else []
-            sums = 1 if self.bits <= 16 else -(-self.tokens // BLOCK_SLICE)
-            products = [self._blocks("gᵀx at positions", self.runs * sums), self._blocks("gS", self.runs)]
-            return [*arrange, *self.sharing * [*gradients, *products, *dV], *add, *self._restore_inputs()]
-        x, g, dx = (self._triton_transpose(*of) for of in (("xᵀ", self.n), ("gᵀ", self.m), ("dx", self.n)))
-        each = [g, self._triton("gᵀx at positions"), self._values("dV", 8, 1), self._triton("gS"), *dV]
-        return [x, *self.sharing * each, *add, dx]
+        arrange = [] if keeps_arranged else self._arrange_inputs()
+        gradients = [self._transpose("gᵀ", self.m)] if self.bits <= 16 else []
+        sums = 1 if self.bits <= 16 else -(-self.tokens // BLOCK_SLICE)
+        products = [self._blocks("gᵀx at positions", self.runs * sums), self._blocks("gS", self.runs)]
+        return [*arrange, *self.sharing * [*gradients, *products, *dV], *add, *self._restore_inputs()]
 
     @property
     def _sparse_flops(self) -> int:
@@ -278,23 +282,65 @@ class RouteKernels:
         moved = self.width * (self.tokens * (self.places + self.m) + self.nnz)
         return Kernel(name, "blocks", self._sparse_flops, moved, launches)
 
-    # `blocks` on CUDA: Triton kernels on transposed matrices.
+    # `blocks` on CUDA: Triton kernels with transposed inputs, and copies of matrices whose rows are not aligned.
+
+    def _gpu_inner(self) -> list[Kernel]:
+        n, rows = self.n, self.sharing * self.rank
+        product = self._product("xAᵀ", self.tokens, n, rows, aligned=True)
+        return [*self._stack_A(), *self._align("A", rows, n), self._pass("one zero", 1), product]
+
+    def _gpu_outputs(self) -> list[Kernel]:
+        t, m, r = self.tokens, self.m, self.rank
+        if is_fused(m, r, self.bits):
+            each = [self._triton("hBᵀ + xSᵀ", "fused", m * r, t * r + m * r)]
+        else:
+            each = [self._triton("xSᵀ"), self._product("y + hBᵀ", t, r, m, read=t * m)]
+        return [self._transpose_inputs(), *self.sharing * each]
+
+    def _gpu_backward(self) -> list[Kernel]:
+        m, n, r, t, layers = self.m, self.n, self.rank, self.tokens, self.sharing
+        places = self._padded * self.places
+        dV = [self._pass("dV", 3 * self.nnz)] if self.bits <= 16 else []  # from float32
+        return [
+            *layers * self._align("g", t, m),
+            self._transpose_inputs(),
+            *layers * [self._triton("gᵀx at positions"), self._values("dV", 8, 1), *dV],
+            *layers * [self._product("gB", t, m, r, aligned=True)],
+            *self._stack_A(),
+            *self._align("A", layers * r, n),
+            self._product("qA", t, layers * r, n, aligned=True),
+            self._triton("gS"),
+            *(layers - 1) * [self._triton("dxᵀ + gS", "blocks", 0, places)],
+            self._pass("dx + qA", places + 2 * t * n, TRITON_LAUNCHES),
+            self._product("qᵀx", t, layers * r, n, aligned=True),
+            *self._compact("dA", layers * r, n),
+            *layers * [self._product("gᵀh", t, m, r, aligned=True)],
+        ]
 
     @property
     def _padded(self) -> int:
         return -(-self.tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
-    def _triton_transpose(self, name: str, features: int) -> Kernel:
-        return Kernel(name, "copy", 0, self.width * features * (self.tokens + self._padded), TRITON_LAUNCHES)
+    def _align(self, name: str, rows: int, columns: int) -> list[Kernel]:
+        """Returns the copy of a matrix whose rows are not aligned, and the zeros that fill its rows up."""
+        return [] if rows_are_aligned(columns, self.bits) else [self._pass(f"align {name}", 2 * rows * columns, 2)]
 
-    def _triton(self, name: str) -> Kernel:
-        moved = self.width * (self._padded * (self.places + self.m) + self.nnz)
-        return Kernel(name, "blocks", 2 * self._padded * self.nnz, moved, TRITON_LAUNCHES)
+    def _compact(self, name: str, rows: int, columns: int) -> list[Kernel]:
+        """Returns the copy of a matrix from aligned rows to rows one after another."""
+        return [] if rows_are_aligned(columns, self.bits) else [self._pass(f"compact {name}", 2 * rows * columns)]
+
+    def _transpose_inputs(self) -> Kernel:
+        return self._pass("xᵀ", self.n * (self.tokens + self._padded), TRITON_LAUNCHES)
+
+    def _triton(self, name: str, unit: Unit = "blocks", factor: int = 0, more: int = 0) -> Kernel:
+        """Returns a product with S, and with a factor of so many elements; `more` elements move than for S alone."""
+        moved = self.width * (self._padded * self.places + self.tokens * self.m + self.nnz + more)
+        return Kernel(name, unit, 2 * self.tokens * (self.nnz + factor), moved, TRITON_LAUNCHES)
 
     # Kernels by their size.
 
-    def _product(self, name: str, tokens: int, p: int, q: int, *, read: int = 0) -> Kernel:
-        return _product(name, tokens, p, q, self.bits, self.device, read=read)
+    def _product(self, name: str, tokens: int, p: int, q: int, *, read: int = 0, aligned: bool = False) -> Kernel:
+        return _product(name, tokens, p, q, self.bits, self.device, read=read, aligned=aligned)
 
     def _scaled(self, name: str, tokens: int, p: int, q: int) -> list[Kernel]:
         """Returns a product that is scaled inside, for which a number is written first."""

@@ -11,6 +11,12 @@ SLICE = 512
 """Most tokens at a time in products with scattered positions, for 2-byte types; wider types take fewer (cache size)."""
 TOKEN_ALIGNMENT = 16
 """The Triton kernels pad tokens of transposed matrices to a multiple of this, which Triton recognises as aligned."""
+ROW_ALIGNMENT = 16
+"""Elements of which a row of an aligned matrix is a multiple. cuBLAS multiplies 2-byte matrices whose rows do not begin
+at multiples of 16 bytes five to seven times as slowly (docs/reports/2026-11-27-h200.md). With 16 elements, rows begin
+at sectors of a GPU's memory, too."""
+FUSED_RANK = 256
+"""Largest rank at which a kernel for `blocks` always computes the low-rank product, too: see :func:`is_fused`."""
 BLOCK_SLICE = 512
 """Tokens that gradients of V are summed over at a time, with `blocks` on the CPU and 4- or 8-byte types: longer sums in
 one product are slower there."""
@@ -81,6 +87,26 @@ def stored_index_bytes(m: int, n: int, density: float, support: SupportKind) -> 
         return 0
     k = values_per_row(n, density, support)
     return 8 * num_windows(n, k) * k  # w·k window inputs, n first places and w·k − n second places
+
+
+def is_fused(m: int, rank: int, bits: int) -> bool:
+    """Returns whether, on a GPU, one kernel computes the outputs of `blocks`, with the low-rank product in it.
+
+    The outputs are then written once, but the kernel reaches less of the matrix rate than a library's product. By the
+    cost model, the two take equally long at a rank of about :data:`FUSED_RANK`. A library's product is much slower
+    where rows of outputs are not aligned, and float32 leaves no time to gain, because its products take longer.
+
+    Args:
+        m: Number of outputs.
+        rank: r.
+        bits: Bits of the type that is computed in.
+    """
+    return bits <= 16 and (rank <= FUSED_RANK or not rows_are_aligned(m, bits))
+
+
+def rows_are_aligned(columns: int, bits: int) -> bool:
+    """Returns whether the rows of a contiguous matrix begin at multiples of 16 bytes, or need not on a GPU."""
+    return bits > 16 or columns * bits % 128 == 0
 
 
 def stratum_start(j: int, n: int, k: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+from sltrain_dist.config.differences import changed_settings
 from sltrain_dist.config.rules import check_ranks, check_trainable
-from sltrain_dist.config.schema import Config, Section
+from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 
 _SAME_SECTIONS = ("data", "eval")
@@ -34,25 +35,12 @@ def check_arms(arms: Mapping[str, Config], shortest: int) -> None:
             _check_evaluation(config, shortest)
         except ConfigError as error:
             raise ConfigError(f"arm {arm}: {error}") from None
-        for key, ours, theirs in differing_settings(common, config):
+        for key, ours, theirs in changed_settings(common, config):
             if (key.partition(".")[0] in _SAME_SECTIONS and key not in HARMLESS) or key in _SAME_KEYS:
                 raise ConfigError(
                     f"arm {arm}: {key} = {theirs!r}, but {ours!r} in arm {first}: all arms must be trained on the "
                     "same batches and evaluated on the same tokens; set it in base"
                 )
-
-
-def differing_settings(before: Config, now: Config) -> Iterator[tuple[str, object, object]]:
-    """Yields (dotted key, old value, new value) of all settings that differ."""
-    for section in Config.model_fields:
-        old, new = getattr(before, section), getattr(now, section)
-        if not isinstance(old, Section):
-            if old != new:
-                yield section, old, new
-            continue
-        for key in type(old).model_fields:
-            if getattr(old, key) != getattr(new, key):
-                yield f"{section}.{key}", getattr(old, key), getattr(new, key)
 
 
 def _check_evaluation(config: Config, shortest: int) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from sltrain_dist.study.agenda import Results
 from sltrain_dist.study.comparison import ArmResult, reported_results
 from sltrain_dist.study.study_file import Study
 from sltrain_dist.study.trial_result import TrialStatus, metric_lines
+from sltrain_dist.tracking.figures import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Colour = tuple[float, float, float, float]
@@ -59,7 +58,7 @@ def loss_curve(study: Study, arm: str, budget: int, results: Results) -> Curve |
 def draw_losses(study: Study, results: Results) -> bytes:
     """Draws the training loss by tokens (left) and by time (right), one row per budget; returns a PNG file."""
     budgets, colours = study.file.budgets, _colours(study)
-    figure, grid = _figure(len(budgets), 2)
+    figure, grid = new_figure(len(budgets), 2)
     for budget, (by_tokens, by_time) in zip(budgets, grid, strict=True):
         tops = []
         for arm in study.file.arms:
@@ -76,13 +75,13 @@ def draw_losses(study: Study, results: Results) -> bytes:
             if tops:
                 axes.set_ylim(top=max(tops))
     _add_legend(figure)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_memory(study: Study, arms: Sequence[ArmResult]) -> bytes:
     """Draws validation perplexity (mean and range over seeds) by observed memory, one panel per budget, as a PNG."""
     budgets, colours = study.file.budgets, _colours(study)
-    figure, grid = _figure(len(budgets), 1)
+    figure, grid = new_figure(len(budgets), 1)
     for budget, (axes,) in zip(budgets, grid, strict=True):
         for arm in arms:
             if arm.budget != budget or arm.perplexity is None or arm.memory_bytes is None:
@@ -92,7 +91,7 @@ def draw_memory(study: Study, arms: Sequence[ArmResult]) -> bytes:
             axes.errorbar(arm.memory_bytes / 1e6, mean, yerr=ranges, fmt="o", capsize=3, color=colour, label=arm.arm)
         axes.set(xlabel="peak memory, MB", ylabel="validation perplexity", title=f"{budget:,} tokens")
     _add_legend(figure)
-    return _png(figure)
+    return png(figure)
 
 
 def _colours(study: Study) -> dict[str, Colour]:
@@ -110,19 +109,3 @@ def _add_legend(figure: Figure) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
     figure.legend(handles=list(shown.values()), labels=list(shown), loc="outside right upper", frameon=False)
-
-
-def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.figure import Figure  # slow to import; without pyplot, which would choose a backend for windows
-
-    figure = Figure(figsize=(5.5 * columns + 2, 4.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid.tolist()
-
-
-def _png(figure: Figure) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=160)
-    return file.getvalue()

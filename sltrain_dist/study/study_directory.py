@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from sltrain_dist.config import strict_yaml
+from sltrain_dist.config.differences import changed_settings
 from sltrain_dist.config.load import build_config, read_mapping
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.files import failing_as, lock, make_directory, write_whole
-from sltrain_dist.study.fairness import HARMLESS, differing_settings
+from sltrain_dist.study.fairness import HARMLESS
 from sltrain_dist.study.study_file import Study
 
 RECORD = "study.yaml"
@@ -94,6 +95,6 @@ def check_same_study(study: Study) -> dict[str, Any]:
 
 def _differences(values: dict[str, Any], now: Config, path: Any) -> Iterator[tuple[str, object, object]]:
     before = build_config(values, {"": str(path)})
-    for key, old, new in differing_settings(before, now):
+    for key, old, new in changed_settings(before, now):
         if key not in _FREE and not key.startswith("tracking."):
             yield key, old, new

@@ -15,6 +15,7 @@ from sltrain_dist.config.run_files import EXIT, METRICS
 from sltrain_dist.errors import DataError, ExitCode
 from sltrain_dist.models.count import count_parameters
 from sltrain_dist.study.study_file import Trial
+from sltrain_dist.tracking.jsonl import read_records
 
 
 class TrialStatus(StrEnum):
@@ -114,13 +115,12 @@ def metric_lines(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line is damaged.
     """
-    path = run_dir / METRICS
     try:
-        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        return read_records(run_dir / METRICS)
     except FileNotFoundError:
         return []
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); delete {run_dir}, so that the trial is run again") from None
+    except DataError as error:
+        raise DataError(f"{error}; delete {run_dir}, so that the trial is run again") from None
 
 
 def check_same_evaluation(results: Iterable[TrialResult]) -> None:

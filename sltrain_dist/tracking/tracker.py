@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sltrain_dist.config.run_files import LOG, METRICS
+from sltrain_dist.config.run_files import LOG, METRICS, SAMPLES
 from sltrain_dist.config.schema import TrackingConfig
 from sltrain_dist.files import writing
 from sltrain_dist.tracking.console import Console, Screen, Sections, Value
@@ -28,6 +28,7 @@ class RunTracker:
         total_tokens: Length of the run in tokens, used if `total_steps` is None.
         is_main: Whether this is the rank that reports.
         resumed_step: The update after which the run resumes; 0 for a new run.
+        with_samples: Whether there will be samples.
         screen: Console to print to; None: standard output.
         clock: A monotonic clock in seconds, for the remaining time.
 
@@ -45,6 +46,7 @@ class RunTracker:
         total_tokens: int | None,
         is_main: bool,
         resumed_step: int = 0,
+        with_samples: bool = False,
         screen: Screen | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -54,7 +56,7 @@ class RunTracker:
         self._by_tokens = total_steps is None
         total = total_tokens if total_steps is None else total_steps
         self._eta = Eta(total, clock) if total is not None else None
-        self._jsonl_failed = False
+        self._failed: list[JsonLines] = []
         with writing(f"run_dir = {run_dir}"):
             run_dir.mkdir(parents=True, exist_ok=True)
             self._console = Console(
@@ -65,6 +67,7 @@ class RunTracker:
                 screen=screen,
             )
             self._jsonl = JsonLines(run_dir / METRICS, resumed_step, self.warn)
+            self._samples = JsonLines(run_dir / SAMPLES, resumed_step, self.warn) if with_samples else None
         self._mlflow = (
             MlflowTracker(tracking, run_dir, config_flat, resumed_step=resumed_step, warn=self.warn)
             if tracking.mlflow
@@ -89,7 +92,7 @@ class RunTracker:
     def go_back(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after an update to which the run goes back, as a resumed run does."""
         if self._is_main:
-            self._try_jsonl(lambda: self._jsonl.go_back(step))
+            self._with_files(lambda file: file.go_back(step))
 
     def progress(self, step: int, tokens: int, loss: float) -> None:
         """Updates the progress bar; cheap enough for every update.
@@ -121,6 +124,26 @@ class RunTracker:
             self._record(record)
             self._console.evaluation(record)
 
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Records the continuations of prompts after an update, as (prompt, continuation); before its evaluation line.
+
+        An evaluation that was interrupted is repeated, and may have recorded them already.
+        """
+        if not self._is_main:
+            return
+        for prompt, continuation in texts:
+            self._console.note(f"step {step}  {prompt!r} goes on with {continuation!r}")
+        assert self._samples is not None, "the tracker was made without samples"
+        written = [{"prompt": prompt, "continuation": continuation} for prompt, continuation in texts]
+
+        def write_once(file: JsonLines) -> None:
+            if not file.holds(step, "samples"):
+                file.write({"step": step, "samples": written})
+
+        self._try(self._samples, write_once)
+        if self._mlflow is not None:
+            self._mlflow.attach(self._samples.path)
+
     def has_evaluation(self, step: int) -> bool:
         """Returns whether metrics.jsonl has an evaluation after this update, from which the run was resumed."""
         return self._is_main and self._jsonl.holds(step, "eval_loss")
@@ -131,13 +154,13 @@ class RunTracker:
             where = self._mlflow.close(status) if self._mlflow is not None else None
             if where is not None and status == "FINISHED":
                 self._console.note(f"look at the run:     {where}")
-            self._try_jsonl(self._jsonl.close)
+            self._with_files(JsonLines.close)
             self._console.close()
 
     def sync(self) -> None:
         """Waits until all lines so far are on disk; call it before a checkpoint, whose updates must not lack lines."""
         if self._is_main:
-            self._try_jsonl(self._jsonl.sync)
+            self._with_files(JsonLines.sync)
             self._console.sync()
 
     @property
@@ -145,7 +168,7 @@ class RunTracker:
         return self._eta.seconds if self._eta is not None else None
 
     def _record(self, record: Mapping[str, Value]) -> None:
-        self._try_jsonl(lambda: self._jsonl.write(record))
+        self._try(self._jsonl, lambda file: file.write(record))
         step = record["step"]
         assert isinstance(step, int)
         if self._mlflow is not None:
@@ -153,11 +176,15 @@ class RunTracker:
             known.pop("step")
             self._mlflow.log(step, known)
 
-    def _try_jsonl(self, write: Callable[[], None]) -> None:
-        """Calls `write`; warns once if lines could not be written."""
+    def _with_files(self, act: Callable[[JsonLines], None]) -> None:
+        for file in filter(None, (self._jsonl, self._samples)):
+            self._try(file, act)
+
+    def _try(self, file: JsonLines, act: Callable[[JsonLines], None]) -> None:
+        """Calls `act`; warns once for each file if lines could not be written."""
         try:
-            write()
+            act(file)
         except OSError as error:
-            if not self._jsonl_failed:
-                self.warn(f"lines are missing from metrics.jsonl: {error}")
-                self._jsonl_failed = True
+            if file not in self._failed:
+                self.warn(f"lines are missing from {file.path.name}: {error}")
+                self._failed.append(file)

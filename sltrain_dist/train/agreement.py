@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from sltrain_dist import __version__
+from sltrain_dist.config.differences import flatten
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ConfigError
 from sltrain_dist.runtime.environment import Environment
-from sltrain_dist.train.state import flatten
 
 
 def run_identity(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sltrain_dist.checkpoint.initial_weights import check_tokenizer, weights_for
 from sltrain_dist.checkpoint.reader import CheckpointReader
 from sltrain_dist.checkpoint.store import CheckpointStore, undamaged_checkpoint
+from sltrain_dist.config.differences import flatten
 from sltrain_dist.config.rules import micro_batches_per_update, without_effect
 from sltrain_dist.config.run_files import INITIAL_WEIGHTS
 from sltrain_dist.config.schema import Config
@@ -22,6 +23,7 @@ from sltrain_dist.data.sources.retry import Fetcher, RetryPolicy
 from sltrain_dist.data.sources.token_shards import count_shards
 from sltrain_dist.data.tokenizer import Tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError
+from sltrain_dist.inference.samples import SamplePrompts
 from sltrain_dist.memory.estimate import estimate
 from sltrain_dist.memory.result import Estimate
 from sltrain_dist.models.build import build_meta_model, build_model, initial_values, supports_fingerprint
@@ -49,7 +51,6 @@ from sltrain_dist.train.state import (
     check_resumable,
     check_schedule,
     check_weights_fit,
-    flatten,
     read_saved,
     restore_rng,
 )
@@ -89,6 +90,7 @@ class Run:
     tracker: RunTracker
     stop: StopRequest
     supports: str
+    samples: SamplePrompts | None
     observers: Sequence[Observer]
     rows: Rows | None = None
     """This rank's rows of the last update; None before the first."""
@@ -119,6 +121,7 @@ def build_run(
     """
     micro_batches_per_update(config, env.world_size)
     corpus = prepare_corpus(config, env, say)
+    samples = SamplePrompts(config, corpus.tokenizer) if config.eval.samples and corpus.eval_rows is not None else None
     store = CheckpointStore(run_dir.checkpoints, env, config.checkpoint.keep, config.checkpoint.keep_every)
     store.recover(say)
     reader = open_checkpoint(config, env, store, say)
@@ -164,6 +167,7 @@ def build_run(
         total_tokens=config.train.tokens,
         is_main=env.is_main,
         resumed_step=state.step,
+        with_samples=samples is not None,
     )
     env.on_main(lambda: run_dir.write_config(config))
     memory = MemoryWatch(config, env, predict)
@@ -197,6 +201,7 @@ def build_run(
         tracker=tracker,
         stop=stop,
         supports=supports,
+        samples=samples,
         observers=observers,
     )
 

@@ -284,6 +284,9 @@ def _evaluate(run: Run, clock: Clock) -> None:
             reset_attention=run.config.data.reset_attention,
             before_batch=partial(_check_stop, run),
         )
+        if run.samples is not None:
+            texts = run.samples.continued(run.engine, run.env, before_pass=partial(_check_stop, run))
+            run.tracker.samples(run.state.step, texts)
     clock.evaluated_step = run.state.step
     run.perplexities.append((run.state.step, result.perplexity))
     run.tracker.evaluation(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _CLEANUP_S = 15.0
 """Time limit for the end of a failed process of several, since the file system or a tracking server may be lost."""
+
+_PATIENCE_S = 10.0
+"""Time that the main rank has to report an error of the start, before another rank reports its own."""
 
 
 def pretrain(config_path: str, overrides: Sequence[str] = ()) -> ExitCode:
@@ -181,15 +185,12 @@ def _report(
     run_dir: RunDirectory | None, config_path: str, overrides: Sequence[str], outcome: Outcome, details: str
 ) -> None:
     """Writes exit.json, and prints an error; if all ranks have the same error, only one of them prints it."""
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     recorded: str | None = None
     try:
         if run_dir is None:
             named = run_dir_of(config_path, overrides)
-            if named is not None and is_main:
-                RunDirectory(Path(named)).write_failed_start(outcome)
-            recorded = None if is_main else outcome.reason
-        elif _failed(outcome) or is_main:
+            recorded = _report_failed_start(None if named is None else RunDirectory(Path(named)), outcome)
+        elif _failed(outcome) or _is_main():
             recorded = run_dir.write_outcome(outcome)
     except OSError as error:
         print(f"error: exit.json could not be written: {error}", file=sys.stderr, flush=True)
@@ -197,6 +198,25 @@ def _report(
         if recorded is None:  # otherwise this failure is a consequence of another rank's
             print(details, end="", file=sys.stderr)
         print(f"error: {outcome.reason}", file=sys.stderr, flush=True)
+
+
+def _report_failed_start(run_dir: RunDirectory | None, outcome: Outcome) -> str | None:
+    """Writes exit.json before the ranks have met. Returns the reason in it if the main rank has written it.
+
+    Usually all ranks have the same error, and the main rank reports it. The others wait for that: launchers end all
+    ranks when they see the first of them end, and the main rank might not have come to its report yet.
+    """
+    if not _is_main():
+        time.sleep(_PATIENCE_S)  # until then, the launcher has usually ended this process
+        if run_dir is not None and run_dir.recorded_reason() == outcome.reason:
+            return outcome.reason
+    if run_dir is not None:
+        run_dir.write_failed_start(outcome)
+    return None
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _has_peers() -> bool:

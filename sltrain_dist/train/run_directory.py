@@ -119,15 +119,20 @@ class RunDirectory:
             The reason that another rank has recorded, or None if this one was written.
         """
         with _exclusively(self._exit):
-            present = _read(self._exit)
-            if present.get("code") is not None:  # from this run, since claim() has replaced that of earlier runs
-                return str(present.get("reason"))
+            present = self.recorded_reason()
+            if present is not None:  # from this run, since claim() has replaced that of earlier runs
+                return present
             self._write(outcome.code, outcome.reason, outcome.step)
             return None
 
+    def recorded_reason(self) -> str | None:
+        """Returns the reason in exit.json why a run has ended; None if there is none."""
+        present = _read(self._exit)
+        return None if present.get("code") is None else str(present.get("reason"))
+
     def write_failed_start(self, outcome: Outcome) -> None:
         """Records that a run could not start, unless another one is in progress in the directory."""
-        # A rank that cannot lock the directory ends without a word, and torchrun then ends the rank that writes.
+        # A rank that cannot lock the directory does not write, and when it ends, torchrun ends the rank that writes.
         allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
             if self.path.is_dir() and self._lock():

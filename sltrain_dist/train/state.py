@@ -6,13 +6,14 @@ import ast
 import base64
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
 
+from sltrain_dist.config.differences import changed_settings
 from sltrain_dist.config.rules import idle_keys
 from sltrain_dist.config.schema import Config, TrainConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
@@ -20,7 +21,15 @@ from sltrain_dist.files import first_problem
 from sltrain_dist.optim.schedule import Progress, is_decaying
 
 _FIXED_SECTIONS = ("model", "reparam")
-_FIXED_KEYS = ("seed", "train.global_batch", "train.dtype", "optim.name", "optim.state_bits", "optim.master_weights")
+_FIXED_KEYS = (
+    "seed",
+    "train.global_batch",
+    "train.dtype",
+    "optim.name",
+    "optim.factors",
+    "optim.state_bits",
+    "optim.master_weights",
+)
 _FREE_KEYS = ("reparam.path", "reparam.row_block_bytes")
 """Keys of `data` are not listed: the loader's cursor contains a fingerprint of the data order and checks it."""
 _OF_TRAINING = ("reparam.restart_every", "reparam.restart_warmup", "reparam.restart_states")
@@ -159,16 +168,6 @@ def restore_rng(state: Mapping[str, str], device: torch.device) -> None:
         raise CheckpointError(f"the checkpoint's random-number states cannot be read: {error!r}") from None
 
 
-def changed_settings(before: Config, now: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted key, old value, new value) of all settings that differ."""
-    old, new = flatten(before.model_dump()), flatten(now.model_dump())
-    if old["reparam.support_seed"] != new["reparam.support_seed"]:  # null stands for a seed, perhaps for the same one
-        old["reparam.support_seed"], new["reparam.support_seed"] = before.support_seed, now.support_seed
-    for key in new:
-        if old.get(key) != new[key]:
-            yield key, old.get(key), new[key]
-
-
 def check_resumable(before: Config, now: Config, where: str) -> list[str]:
     """Checks that a checkpoint can be resumed with the current configuration.
 
@@ -264,17 +263,6 @@ def check_weights_fit(before: Config, now: Config, where: str) -> list[str]:
             "the checkpoint, or start without checkpoint.init_from"
         )
     return notes
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Converts nested mappings to a single one with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _encode(tensor: torch.Tensor) -> str:

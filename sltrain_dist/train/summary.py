@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sltrain_dist.config.rules import micro_batches_per_update
-from sltrain_dist.config.run_files import CHECKPOINTS, METRICS
+from sltrain_dist.config.run_files import CHECKPOINTS, METRICS, SAMPLES
 from sltrain_dist.config.schema import Config
 from sltrain_dist.errors import ExitCode
 from sltrain_dist.models.count import (
@@ -23,7 +23,7 @@ from sltrain_dist.models.count import (
 )
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.projected.settings import optimizer_settings
-from sltrain_dist.optim.state_layout import state_bytes
+from sltrain_dist.optim.state_layout import is_orthogonalized, state_bytes
 from sltrain_dist.parallel.communication import Traffic, update_traffic
 from sltrain_dist.parallel.placement import accumulated_gradient_bytes
 from sltrain_dist.runtime.environment import Environment
@@ -144,9 +144,21 @@ def _training(config: Config, env: Environment, resumed_step: int) -> list[tuple
             + (f", gradients {waiting} between them" if passes > 1 and env.world_size > 1 else ""),
         ),
         ("optimizer", f"{optim.name}, lr {optim.lr:g} ({schedule}, {optim.warmup_steps} warm-up), {clip}"),
+        *([("matrices", _matrices(config))] if optim.factors != "adam" else []),
         *([("restarts", _restarts(config))] if config.reparam.restart_every else []),
         *([("per-layer updates", _per_layer(config, env.world_size, passes))] if optim.update == "per_layer" else []),
     ]
+
+
+def _matrices(config: Config) -> str:
+    """Says which optimizer updates which matrices, and how."""
+    optim = config.optim
+    named = parameter_shapes(config.model, config.reparam)
+    number = sum(is_orthogonalized(name, optim) for name, _ in named)
+    return (
+        f"{number} by {optim.factors}, lr {optim.lr * optim.factors_lr_ratio:g} scaled by {optim.factors_scale}, "
+        f"momentum {optim.momentum:g}, orthogonalized in {optim.newton_schulz}"
+    )
 
 
 def _restarts(config: Config) -> str:
@@ -191,6 +203,8 @@ def _outputs(config: Config, run_dir: Path) -> list[tuple[str, str]]:
         ("checkpoints", f"{run_dir / CHECKPOINTS}, {every}at the end"),
         ("metrics", str(run_dir / METRICS)),
     ]
+    if config.eval.samples and config.eval.source is not None:
+        lines.append(("samples", str(run_dir / SAMPLES)))
     if config.tracking.mlflow:
         lines.append(("mlflow", str(Destination.of(config.tracking, run_dir))))
     return lines
@@ -213,6 +227,7 @@ def closing_lines(config: Config, run_dir: Path, outcome: Outcome, perplexities:
     else:
         longer = f"{budget}   (the learning rate follows the longer schedule)"
     lines.append(f"train longer:        the same command with {longer}")
+    lines.append(f"try the model:       sltrain generate {shlex.quote(str(run_dir))} --prompt TEXT")
     lines.append(f"use the model:       sltrain export {shlex.quote(str(run_dir))} --output DIR")
     lines.append(
         "plan a 7B run:       sltrain plan --config configs/llama_7b.yaml --ranks 8 --device-memory 24GiB --search"

@@ -75,6 +75,8 @@ class Case:
     """Updates between restarts."""
     cleared: str = "all"
     """Parameters whose states a restart clears."""
+    factors: str = "adam"
+    """The optimizer of matrices; Newton–Schulz in fp32."""
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ class Case:
     def reference(self) -> Case:
         """The single-process training that it must agree with."""
         same = {"weights", "tied", "clip", "optimizer", "dtype", "bits", "packed", "weight_bits", "dense_layers"}
-        same |= {"restart", "cleared"}
+        same |= {"restart", "cleared", "factors"}
         if self.update == "per_layer" and self.clip > 0 and self.clip_mode != "two_pass":
             same |= {"update", "clip_mode"}  # which clip by another norm than this update's
         return Case(**{name: value for name, value in asdict(self).items() if name in same})
@@ -181,6 +183,21 @@ BY_HAND = (
     Case("ddp", weights="galore", update="per_layer", bits=8),
     Case("ddp", weights="relora", restart=2, clip=0.05, accumulation=3),
     Case("ddp", weights="relora", restart=2, cleared="factors", update="per_layer"),
+    Case("ddp", factors="muon", accumulation=3, clip=0.05),
+    Case("ddp", factors="spectron", dense_layers=(0,)),
+    Case("fsdp", factors="muon", dense_layers=(0,), accumulation=3, clip=0.05),
+    Case("fsdp", factors="muon", weights="full", shard="all", tied=True),
+    Case("fsdp", factors="muon", bits=8, offload=True),
+    Case("fsdp", factors="spectron", weights="lowrank", accumulation=3, replicas=2),
+    Case("fsdp", factors="spectron", restart=2, cleared="factors"),
+    *(Case(engine, factors="muon", dtype="bf16", accumulation=3, chunk=5) for engine in ("ddp", "fsdp")),
+    Case("fsdp", factors="spectron", dtype="mixed"),
+    Case("zero1", factors="muon", accumulation=3, clip=0.05),
+    Case("zero2", factors="spectron", dense_layers=(0,), shard="all"),
+    Case("zero2", factors="muon", weights="full", offload=True),
+    Case("zero3", factors="muon", weights="full", shard="all", clip=0.05),
+    Case("zero3", factors="spectron", restart=2, accumulation=3),
+    Case("zero3", factors="muon", dtype="bf16", accumulation=3, chunk=5),
 )
 """What pairs do not cover."""
 
@@ -226,6 +243,8 @@ def config_of(case: Case, ranks: int = 1) -> Config:
                 "clip_mode": case.clip_mode,
                 "state_bits": case.bits,
                 "projection_every": 2,
+                "factors": case.factors,
+                "newton_schulz": "fp32" if case.factors != "adam" else "bf16",
             },
             "parallel": {
                 "engine": "zero" if zero else case.engine,

@@ -56,6 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
     "zero 1": _case(parallel={"engine": "zero", "zero_stage": 1}),
     "zero 2, all": _case(reparam={"restart_every": 9}, parallel={"engine": "zero", "zero_stage": 2, "shard": "all"}),
     "zero 3": _case(reparam={"restart_every": 9}, parallel={"engine": "zero", "zero_stage": 3}),
+    "zero 1, muon": _case(optim={"factors": "muon"}, parallel={"engine": "zero", "zero_stage": 1}),
+    "zero 3, spectron": _case(
+        reparam={"rank": 32},
+        optim={"factors": "spectron", "newton_schulz": "fp32"},
+        parallel={"engine": "zero", "zero_stage": 3},
+    ),
     "zero 3, dense layer": _case(
         model={"num_layers": 4}, reparam={"dense_layers": [1]}, parallel={"engine": "zero", "zero_stage": 3}
     ),

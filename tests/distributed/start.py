@@ -51,6 +51,9 @@ CASES = (
     Case("zero3", shard="all", tied=True, dtype="bf16"),
     Case("zero3", offload=True, dtype="mixed", weights="lowrank"),
     Case("ddp", weight_bits=8, bits=8, tied=True),
+    Case("fsdp", factors="muon", bits=8),
+    Case("zero2", factors="muon", weights="full", dtype="bf16"),
+    Case("zero3", factors="spectron", shard="all"),
 )
 
 

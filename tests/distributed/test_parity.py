@@ -65,6 +65,9 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     got, want = trained[ranks][case.name], single(case.reference)
     fine = case.dtype == "fp32" and case.bits >= 16 and case.weight_bits == 16
     of_losses, of_norms, of_weights = FINE if fine else COARSE
+    orthogonalized = case.factors != "adam" and fine
+    if orthogonalized:  # which does not amplify the rounding of small gradients, as Adam does
+        of_losses, of_weights = 1e-6, 3e-6
     assert got["replicas_equal"]
     assert got["losses"] == pytest.approx(want["losses"], rel=of_losses)
     assert got["norms"] == pytest.approx(want["norms"], rel=of_norms)
@@ -73,7 +76,8 @@ def test_equals_single_process(trained: dict[int, dict[str, Any]], ranks: int, c
     exact = case.optimizer == "sgd" and case.dtype == "fp32"
     for name, weight in expected.items():
         error = float((weights[name] - weight).norm() / weight.norm())
-        turned = 4 if case.restart else 1  # Adam treats each value by itself, so turned factors get other updates
+        # Adam treats each value by itself, so turned factors get other updates.
+        turned = 4 if case.restart and not orthogonalized else 1
         assert error <= (1e-6 if exact else turned * of_weights), name
 
 
@@ -128,7 +132,7 @@ def test_sends_what_the_closed_form_says(trained: dict[int, dict[str, Any]], ran
         assert sent["all_gather"] == expected.all_gather
     assert sent["reduce_scatter"] == expected.reduce_scatter
     assert expected.all_reduce <= sent["all_reduce"] <= expected.all_reduce + numbers
-    assert sent["other"] == 0
+    assert sent["other"] == expected.other
 
 
 @pytest.mark.parametrize("case", PER_LAYER, ids=lambda case: case.name)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import whole_run
+from tests.distributed.launch import launch
 from tests.support.runs import (
     Corpus,
     final_tensors,
@@ -16,7 +18,6 @@ from tests.support.runs import (
     metrics,
     python,
     tiny_config,
-    torchrun,
     train_here,
     trajectory,
     write_config,
@@ -94,10 +95,8 @@ def test_killed_after_a_restart(config: Path, uninterrupted: Path, tmp_path: Pat
 
 def test_another_number_of_ranks_and_another_engine_go_on(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / "step_00000003"
-    with torchrun(
-        config, tmp_path / "two", f"checkpoint.resume={checkpoint}", "parallel.engine=fsdp", "checkpoint.every=0"
-    ) as process:
-        assert process.wait() == 0, process.stderr
+    overrides = (f"checkpoint.resume={checkpoint}", "parallel.engine=fsdp", "checkpoint.every=0")
+    launch(whole_run, config, tmp_path / "two", *overrides, ranks=[2])
     for mine, theirs in zip(trajectory(tmp_path / "two")[-4:], trajectory(uninterrupted)[-4:], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
         if "loss" in mine:

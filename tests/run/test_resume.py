@@ -27,12 +27,12 @@ STEPS = 80
 EVERY = 20
 
 
-def configuration(corpus: Corpus, batching: str, update: str) -> dict[str, Any]:
+def configuration(corpus: Corpus, batching: str, optim: dict[str, Any]) -> dict[str, Any]:
     """Three epochs and more, with rows that a worker prepares ahead, and two micro-batches per update."""
     return tiny_config(
         corpus,
         data={"batching": batching, "reset_attention": batching == "pack", "workers": 1},
-        optim={"update": update},
+        optim=optim,
         train={"steps": STEPS},
         eval={"every": 10},
         checkpoint={"every": EVERY},
@@ -54,12 +54,14 @@ def stop_early(config: Path, run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batching", "update", "first_stopped"), [("pad", "whole", True), ("pack", "per_layer", False)]
+    ("batching", "optim", "first_stopped"),
+    [("pad", {"factors": "spectron"}, True), ("pack", {"update": "per_layer"}, False)],
+    ids=["spectron", "per-layer"],
 )
 def test_stopped_killed_and_resumed_equals_uninterrupted(
-    corpus: Corpus, tmp_path: Path, batching: str, update: str, first_stopped: bool
+    corpus: Corpus, tmp_path: Path, batching: str, optim: dict[str, Any], first_stopped: bool
 ) -> None:
-    config = write_config(tmp_path / "config.yaml", configuration(corpus, batching, update))
+    config = write_config(tmp_path / "config.yaml", configuration(corpus, batching, optim))
     run_dir, uninterrupted = tmp_path / "broken", tmp_path / "whole"
     if first_stopped:
         stop_early(config, run_dir)

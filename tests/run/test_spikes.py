@@ -14,13 +14,14 @@ import pytest
 from sltrain_dist.parallel.engine import Engine
 from sltrain_dist.train import loop
 from sltrain_dist.train.step import Rows, forward_backward
+from tests.distributed import whole_run
+from tests.distributed.launch import launch_each
 from tests.support.runs import (
     Corpus,
     final_tensors,
     metrics,
     outcome,
     tiny_config,
-    torchrun,
     train_here,
     write_config,
 )
@@ -154,18 +155,30 @@ def test_per_layer_updates_are_rewound_or_refused(
     assert "no checkpoint to go back to yet" in outcome(tmp_path / "early")["reason"]
 
 
+ENGINES = {"fsdp": "rewind", "zero1": "skip", "zero3": "rewind"}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each engine, and with the configuration of each answer."""
+    folder = tmp_path_factory.mktemp("engines")
+    runs = []
+    for engine, spike in ENGINES.items():
+        train = {"spike": spike, "spike_threshold": {"skip": 0.5, "rewind": 1.8}[spike]}
+        config = written(corpus, folder / spike, train=train)
+        name, stage = engine[:4], engine[4:] or "1"
+        overrides = (f"parallel.engine={name}", *([f"parallel.zero_stage={stage}"] if name == "zero" else []))
+        runs.append((config, folder / engine, *overrides))
+    launch_each(whole_run, runs, ranks=[2])
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "spike"), [("fsdp", "rewind"), ("zero1", "skip"), ("zero3", "rewind")])
-def test_every_engine_answers_alike(corpus: Corpus, tmp_path: Path, engine: str, spike: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_answers_alike(on_two_ranks: Path, tmp_path: Path, engine: str) -> None:
     """On two ranks, as in one process."""
-    threshold = {"skip": 0.5, "rewind": 1.8}[spike]
-    config = written(corpus, tmp_path, train={"spike": spike, "spike_threshold": threshold})
-    assert train_here(config, tmp_path / "one") == 0
-    name, stage = engine[:4], engine[4:] or "1"
-    overrides = (f"parallel.engine={name}", *([f"parallel.zero_stage={stage}"] if name == "zero" else []))
-    with torchrun(config, tmp_path / "two", *overrides) as process:
-        assert process.wait() == 0, process.stderr
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert train_here(on_two_ranks / ENGINES[engine] / "config.yaml", tmp_path / "one") == 0
+    one, two = numbers(tmp_path / "one"), numbers(on_two_ranks / engine)
     assert one[-1][-1] >= 1
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, rel=1e-4)

@@ -10,7 +10,7 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.models.count import parameter_bytes
 from sltrain_dist.numerics.tensor_range import TensorRange
 from sltrain_dist.optim.projected.settings import optimizer_settings
-from sltrain_dist.optim.state_layout import STATE_NAMES, state_bytes
+from sltrain_dist.optim.state_layout import MOMENTUM, STATE_NAMES, is_orthogonalized, state_bytes
 from sltrain_dist.parallel.placement import (
     fsdp_range,
     optimizer_groups,
@@ -65,11 +65,27 @@ def rank_bytes(config: Config, world_size: int, rank: int) -> RankBytes:
                 for group in optimizer_groups(sharded, optim)
             ]
             parts = tuple(sum(values) for values in zip(*per_group, strict=True))
-        states += width * len(STATE_NAMES[optim.name]) * parts[2]
+        states += width * _zero_state_values(config, world_size, rank)
     trained_values = sum(math.prod(shape) for _, shape in trained)
     whole_bytes = sum(parameter_bytes(name, shape, config.reparam, width) for name, shape in remainder)
     gradients = 0 if optim.update == "per_layer" else width * (parts[1] + trained_values)
     return RankBytes(width * parts[0] + whole_bytes, gradients, states)
+
+
+def _zero_state_values(config: Config, ranks: int, rank: int) -> int:
+    """Values of optimizer states of sharded parameters: of Adam for whole partitions, of matrices without padding."""
+    optim, sharded = config.optim, sharded_and_whole(config)[0]
+    others = tuple((name, shape) for name, shape in sharded if not is_orthogonalized(name, optim))
+    matrices = [shape for name, shape in sharded if is_orthogonalized(name, optim)]
+    per_value = len(STATE_NAMES[optim.name]), len([MOMENTUM])
+    if config.parallel.zero_stage == 3:
+        sizes = [(math.prod(shape), -(-math.prod(shape) // ranks)) for shape in matrices]
+        mine = sum(max(0, min(each, size - rank * each)) for size, each in sizes)
+        return per_value[0] * zero3_values(others, ranks, offload=False)[2] + per_value[1] * mine
+    total, each = zero12_partition(matrices, ranks)
+    mine = max(0, min(each, total - rank * each))
+    parts = sum(zero12_partition(group, ranks)[1] for group in optimizer_groups(others, optim))
+    return per_value[0] * parts + per_value[1] * mine
 
 
 def _zero12_values(shapes: Sequence[tuple[int, ...]], ranks: int, rank: int, offload: bool) -> tuple[int, ...]:

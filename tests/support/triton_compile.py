@@ -1,28 +1,64 @@
 """Compiles every kernel for an H100, which needs no GPU, and prints figures of the code, a line of JSON for each.
 
+    python tests/support/triton_compile.py [--all]      --all: the products by every configuration of tuning
+
 A script, because Triton must not be in interpreter mode; run by tests/unit/sparse_lowrank/test_triton_kernels.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sltrain_dist.optim.triton_step import low_bit_adam_kernel
+from sltrain_dist.sparse_lowrank.kernels import torch_kernels as launchers
 from sltrain_dist.sparse_lowrank.kernels import triton_kernels as kernels
+from sltrain_dist.sparse_lowrank.sizes import ROW_ALIGNMENT, is_fused, num_windows, rows_are_aligned, values_per_row
 
-PRODUCTS = {"R": 171, "K": 168, "PRECISION": "ieee"}
-INDEX = {"places": "*i32", "window_inputs": "*i32", "partial": "*fp32", "key": "*i64"}
-SCALARS = ("tokens", "features", "stride", "windows", "shift", "m", "chunk", "first", "count", "n", "k")
-ALIGNED = ("stride", "chunk")
+LAYERS = {
+    "130m q": (768, 768, 256, 0.03, ("bf16",)),
+    "1b q": (2048, 2048, 512, 0.03, ("bf16",)),
+    "1b gate": (5461, 2048, 512, 0.03, ("bf16", "fp32")),
+    "1b down": (2048, 5461, 512, 0.03, ("bf16",)),
+    "7b q": (4096, 4096, 1024, 0.05, ("bf16", "fp32")),
+    "7b down": (4096, 11008, 1024, 0.05, ("bf16",)),
+}
+"""(m, n, rank, density, types)."""
+TOKENS = 8192
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def launches(m: int, n: int, rank: int, density: float, dtype: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yields the three products of a layer with the constants of their launches."""
+    k, bits, of = values_per_row(n, density, "blocks"), 8 * TYPES[dtype].itemsize, TYPES[dtype]
+    windows = num_windows(n, k)
+    pitch = m if rows_are_aligned(m, bits) else -(-m // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    usual = {"K": k, "PRECISION": "ieee"}
+    rank = rank if is_fused(m, rank, bits) else 0
+    tile = dict(zip(("BLOCK_T", "BLOCK_O", "BLOCK_K"), launchers.outputs_tile(TOKENS, m, k, rank, of), strict=True))
+    yield kernels.outputs_kernel, {**usual, "PITCH_H": 2 * rank, "RANK": rank, **tile}
+    tile = dict(zip(TILE, launchers.inputs_tile(TOKENS, m, k, windows, of), strict=True))
+    yield kernels.inputs_kernel, {**usual, "PITCH": pitch, "ADD": True, **tile}
+    tile = dict(zip(TILE, launchers.values_plan(TOKENS, m, k, windows, of).tile, strict=True))
+    yield kernels.values_kernel, {**usual, "PITCH": pitch, "R": launchers.longest_load(m, windows), **tile}
+
+
+TILE = ("BLOCK_T", "BLOCK_R", "BLOCK_K")
+INDEX = {"window_inputs": "*i32", "places": "*i32", "partial": "*fp32"}
+SCALARS = ("tokens", "features", "pitch", "stride", "windows", "shift", "m", "n", "chunk", "first", "count", "k")
+STRATIFIED = {"key": "*i64"}
 ADAM = {
     **{f"{moment}_codes": "*u8" for moment in ("first", "second")},
     **{f"{moment}_table": "*u8" for moment in ("first", "second")},
@@ -39,11 +75,16 @@ def compiled(
     kernel: Any,
     dtype: str,
     constants: dict[str, Any],
+    sizes: dict[str, int],
+    warps: int,
+    stages: int,
     types: dict[str, str] = INDEX,
-    warps: int = 4,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compiles a kernel and returns its registers, spilled bytes, shared memory and instructions."""
+    """Compiles a kernel and returns its registers, spilled bytes, shared memory and instructions.
+
+    `sizes` are the scalar arguments that are known to be multiples of 16 or not, as a launch finds out.
+    """
     function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32" if name in SCALARS else f"*{dtype}")
@@ -56,10 +97,10 @@ def compiled(
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or name in ALIGNED
+            if kind.startswith("*") or (kind == "i32" and sizes.get(name, 1) % 16 == 0)
         },
     )
-    options = {"num_warps": warps, "num_stages": 3, **options}
+    options = {"num_warps": warps, "num_stages": stages, **options}
     result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     cubin = Path(folder, "kernel.cubin")
     cubin.write_bytes(result.asm["cubin"])
@@ -69,6 +110,7 @@ def compiled(
     ptx = result.asm["ptx"]
     return {
         "warps": warps,
+        "stages": stages,
         "registers": int(found["REG"]),
         "stack": int(found["STACK"]),
         "shared": result.metadata.shared,
@@ -84,32 +126,46 @@ def compiled(
     }
 
 
-def main(folder: str) -> None:
-    for dtype in ("bf16", "fp32"):
-        small = dtype == "fp32"
-        tile = {"BLOCK_T": 64 if small else 128, "BLOCK_R": 32 if small else 64, "BLOCK_K": 32 if small else 64}
-        grad_tile = {"BLOCK_T": 32 if small else 64, "BLOCK_R": 64, "BLOCK_K": 64}
-        launches = [
-            (kernels.outputs_kernel, {**PRODUCTS, **tile}),
-            (kernels.inputs_kernel, {**PRODUCTS, **tile, "ADD": True}),
-            (kernels.values_kernel, {**PRODUCTS, **grad_tile}),
-            (kernels.transpose_kernel, {"BLOCK": 64}),
-            *(
-                (kernels.transpose_back_kernel, {"K": 168, "GATHER": twice, "TWICE": twice, "BLOCK": 64})
-                for twice in (False, True)
-            ),
-            *((kernels.stratified_kernel, {"SCATTER": scatter, "BLOCK": 512}) for scatter in (False, True)),
-        ]
-        for kernel, constants in launches:
-            name = getattr(kernel, "fn", kernel).__name__
-            print(json.dumps({"kernel": name, "dtype": dtype, **compiled(folder, kernel, dtype, constants)}))
+def products(folder: str, every: bool) -> Iterator[dict[str, Any]]:
+    """Yields the figures of the products of all layers: by the first configuration of tuning, or by every one."""
+    for layer, (m, n, rank, density, types) in LAYERS.items():
+        for dtype in types:
+            for kernel, constants in launches(m, n, rank, density, dtype):
+                sizes = {"tokens": TOKENS, "stride": TOKENS, "m": m, "chunk": 256}
+                for config in kernel.configs if every else kernel.configs[:1]:
+                    how = config.num_warps, config.num_stages
+                    result = compiled(folder, kernel, dtype, constants, sizes, *how)
+                    yield {"layer": layer, "dtype": dtype, "kernel": kernel.fn.__name__, **result}
+
+
+def passes(folder: str) -> Iterator[dict[str, Any]]:
+    """Yields the figures of the other kernels; those that transpose, with rows of 2048 and of 5461 features."""
+    for dtype in TYPES:
+        for features in (2048, 5461):
+            pitch = features if features % 8 == 0 else -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+            sizes = {"tokens": TOKENS, "stride": TOKENS, "features": features, "pitch": pitch}
+            for kernel, constants in (
+                (kernels.transpose_kernel, {"BLOCK": 64}),
+                (kernels.restore_kernel, {"K": 64, "TWICE": True, "BLOCK": 64}),
+            ):
+                result = compiled(folder, kernel, dtype, constants, sizes, 4, 1)
+                yield {"features": features, "dtype": dtype, "kernel": kernel.fn.__name__, **result}
+        for scatter in (False, True):
+            constants = {"SCATTER": scatter, "BLOCK": 512}
+            result = compiled(folder, kernels.stratified_kernel, dtype, constants, {}, 4, 3, STRATIFIED)
+            yield {"dtype": dtype, "kernel": "stratified_kernel", **result}
     for bits, size, warps in ((8, 256, 2), (4, 128, 1)):
         constants = {"SIZE": size, "BITS": bits, "MASTER": False, "SHARED": False}
         constants |= {"DECAY_GRADIENT": False, "DECAY_VALUE": True, "STOCHASTIC": True}
-        figures = compiled(folder, low_bit_adam_kernel, "bf16", constants, ADAM, warps, enable_fp_fusion=False)
-        print(json.dumps({"kernel": "low_bit_adam_kernel", "dtype": f"bf16, {bits} bits", **figures}))
+        result = compiled(folder, low_bit_adam_kernel, "bf16", constants, {}, warps, 3, ADAM, enable_fp_fusion=False)
+        yield {"dtype": f"bf16, {bits} bits", "kernel": "low_bit_adam_kernel", **result}
+
+
+def main() -> None:
+    with TemporaryDirectory() as folder:
+        for each in itertools.chain(products(folder, every="--all" in sys.argv), passes(folder)):
+            print(json.dumps(each))
 
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as folder:
-        main(folder)
+    main()

@@ -27,6 +27,7 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"memory"},
+    {"inference"},
     {"train"},
     {"hub"},
     {"plan"},
@@ -44,6 +45,7 @@ TORCH_FREE = {
     "config.run_files",
     "config.strict_yaml",
     "config.schema",
+    "config.differences",
     "config.presets",
     "config.load",
     "config.rules",
@@ -111,6 +113,7 @@ PLANNING_WITH_TORCH = {
     "memory.events",
     "memory.operators",
     "memory.record",
+    "memory.record_matrices",
 }
 """The rest of the planner runs on login nodes."""
 TORCH_FREE |= {

@@ -9,11 +9,22 @@ from sltrain_dist.config.schema import Config
 from sltrain_dist.memory.holdings import Holding, Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, Played, play, use_in_flight
 from sltrain_dist.memory.recorded_model import RecordedModel
-from sltrain_dist.memory.recording_store import evaluation_requests, restart_requests, step_request
+from sltrain_dist.memory.recording_store import (
+    Request,
+    evaluation_requests,
+    matrix_job_request,
+    restart_requests,
+    step_request,
+)
 from sltrain_dist.memory.result import Phase, Point
 from sltrain_dist.numerics.device import DeviceType
 from sltrain_dist.optim.projected.settings import optimizer_settings, projects
-from sltrain_dist.optim.state_layout import GROUP_SIZES, needs_low_bit, stored_states
+from sltrain_dist.optim.state_layout import (
+    GROUP_SIZES,
+    is_orthogonalized,
+    needs_low_bit,
+    stored_states,
+)
 
 _IN_FLIGHT_BYTES = 1 << 25
 """Limit of the gradient bytes being all-reduced at a time, as in parallel/per_layer.py."""
@@ -116,8 +127,8 @@ class Timeline:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
         optim = self.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        items = self.holdings.items
-        fused = [item for item in items if not item.parameter.frozen and not projects(optim, item.range.name)]
+        names = ((item.parameter.name, item) for item in self.holdings.items if not item.parameter.frozen)
+        fused = (item for name, item in names if not projects(optim, name) and not is_orthogonalized(name, optim))
         counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in fused)
         return 8 + 4 * counters
 
@@ -176,7 +187,10 @@ class Timeline:
         if self.config.optim.update == "per_layer":
             self.point("update", "made in the backward pass")
             return
-        items = self.holdings.on_device(with_sharded=self.shards_on_device)
+        if self.config.optim.factors != "adam":
+            self.orthogonalize()
+            self.free_matrix_gradients()
+        items = self.other_items
         projected = [item for item in items if projects(self.optim, item.parameter.name)]
         others = [item for item in items if item not in projected]
         if self.config.optim.name == "sgd":  # torch's multi-tensor step takes all parameters of an optimizer together
@@ -191,6 +205,50 @@ class Timeline:
             if not self.buckets:
                 self.add("gradients", -self.width * sum(item.count * item.values for item in others))
             self.point("update", "projected step", {"temporaries.update": max(map(self.step_bytes, projected))})
+
+    @property
+    def other_items(self) -> tuple[Holding, ...]:
+        """The parts on the device of parameters that `optim.name` updates, not `optim.factors`."""
+        items, optim = self.holdings.on_device(with_sharded=self.shards_on_device), self.config.optim
+        return tuple(item for item in items if not is_orthogonalized(item.parameter.name, optim))
+
+    def orthogonalize(self, beside: int = 0) -> None:
+        """Plays the update of `optim.factors`, while `beside` more bytes are live.
+
+        Jobs are dealt out to the ranks in turn (parallel/whole_layers.py: deal). A rank holds the tensors of the job
+        that it owns while it sends and receives those of the others.
+        """
+        jobs = self.matrix_jobs()
+        held = 0
+        for first in range(0, len(jobs), self.ranks):
+            own, *others = (job.get().sizes for job in jobs[first : first + self.ranks])  # of rank 0
+            held = max(held, own["inputs"] + max(own[part] for part in ("collect", "compute", "deliver")))
+            for other in others:
+                received = max(other["inputs"] + other["collect"], other["results"] + other["deliver"])
+                held = max(held, own["inputs"] + received)
+        self.point("update", "momentum orthogonalized", {"temporaries.update": beside + held})
+
+    def matrix_jobs(self) -> list[Request]:
+        """Returns the jobs of `optim.factors` in the order in which they are dealt out."""
+        optim, dtype = self.config.optim, self.config.train.precision.parameter
+        of_kind = []
+        for kind in range(len(self.model.layer_parameters)):
+            parts = [
+                item.range
+                for item in self.holdings.items
+                if item.kind == kind and is_orthogonalized(item.parameter.name, optim)
+            ]
+            size = 2 if optim.factors == "spectron" else 1
+            jobs = [parts[first : first + size] for first in range(0, len(parts), size)]
+            of_kind.append([matrix_job_request(optim, dtype, job, self.device) for job in jobs])
+        return [job for kind in self.model.kinds for job in of_kind[kind]]
+
+    def free_matrix_gradients(self) -> None:
+        """Frees the gradients of matrices, before the other parameters are updated."""
+        if not self.buckets:
+            items, optim = self.holdings.items, self.config.optim
+            freed = (item for item in items if is_orthogonalized(item.parameter.name, optim))
+            self.add("gradients", -self.width * sum(item.count * item.values for item in freed))
 
     def free_gradients(self) -> None:
         """Frees the gradients after the update."""

@@ -185,6 +185,9 @@ class FsdpTimeline(Timeline):
             return self.gradients
         return self.unsharded(self.width)
 
+    def free_matrix_gradients(self) -> None:
+        """Does nothing: FSDP2's own parameters refer to the gradients of the shards until all are updated."""
+
     def unsharded(self, width: int) -> Gradients:
         """Returns how gradients are handled before they are sharded: kept, or added to earlier ones of their type."""
         accumulates = self.passes > 1 and self.accumulates_whole

@@ -9,13 +9,14 @@ the update.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import cached_property
 
 from sltrain_dist.memory.holdings import Holdings, holdings_of
 from sltrain_dist.memory.ledger import Gradients, play
 from sltrain_dist.memory.schedules.ddp import Timeline
-from sltrain_dist.optim.state_layout import STATE_NAMES
+from sltrain_dist.optim.state_layout import STATE_NAMES, is_orthogonalized
 from sltrain_dist.parallel.placement import (
     ZERO_BUCKET,
     Named,
@@ -79,6 +80,19 @@ class ZeroTimeline(Timeline):
         return max(map(sum, zip(*by_rank, strict=True)))
 
     @property
+    def state_values(self) -> int:
+        """Number of values of the optimizer states in a rank's partitions: of matrices without their padding."""
+        optim = self.config.optim
+        matrices = tuple((name, shape) for name, shape in self.sharded if is_orthogonalized(name, optim))
+        values = sum(math.prod(shape) for _, shape in matrices)
+        if self.stage == 3:
+            of_matrices = padded = zero3_values(matrices, self.ranks, offload=False)[2]
+        else:
+            padded = sum(zero12_partition(group, self.ranks)[1] for group in optimizer_groups(matrices, optim))
+            of_matrices = min(padded, values)
+        return len(STATE_NAMES[optim.name]) * (self.part - padded) + of_matrices
+
+    @property
     def bucket(self) -> int:
         """Number of values in the bucket."""
         settings = self.config.parallel.deepspeed.get("zero_optimization", {})
@@ -131,7 +145,7 @@ class ZeroTimeline(Timeline):
             self.add(FLAT, self.holdings.largest_sharded * width if self.stage < 3 else 0)
         else:
             self.add(FLAT, self.part * width)  # the flat copy that the optimizer steps
-            self.add("states", self.part * width * len(STATE_NAMES[optim.name]))
+            self.add("states", self.state_values * width)
         if self.stage == 1 and self.passes > 1:
             self.add(BUCKET, self.bucket * width)  # until the end of the update's last micro-batch
         if self.stage == 3:
@@ -265,6 +279,8 @@ class ZeroTimeline(Timeline):
         self.add("batch", -self.batch_bytes(self.tokens))
         copied = 0 if self.offload else self.width * max(self._partitions())
         self.point("update", "gradients of a partition in one piece", {"temporaries.update": copied})
+        if self.config.optim.factors != "adam":
+            self.orthogonalize(beside=copied)
         self.clear("gradients")
         self.add("gradients", self.part * self.width if self.stage == 3 and not self.offload else 0)
 

@@ -40,7 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim.low_bit import LowBitAdam, State
+from sltrain_dist.optim.low_bit import LowBitAdam
+from sltrain_dist.optim.low_bit_states import State
 from sltrain_dist.optim.projected.projection import gaussian_projection, principal_projection, project, project_back
 from sltrain_dist.optim.projected.settings import NORM, PROJECTION, ProjectedOptim, low_shape, projection_shape
 

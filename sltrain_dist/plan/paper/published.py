@@ -63,7 +63,7 @@ def as_published(model: LlamaForCausalLM, config: Config) -> LlamaForCausalLM:
     return model
 
 
-def _decoder(self: LlamaModel, input_ids: Tensor, positions: None = None) -> Tensor:
+def _decoder(self: LlamaModel, input_ids: Tensor, positions: None = None, cache: None = None) -> Tensor:
     batch, length = input_ids.shape
     x = self.embed_tokens(input_ids)
     mask = x.new_zeros(batch, 1, length, length)  # causal and padding mask; passed to all layers, which do not use it
@@ -78,7 +78,9 @@ def _norm(self: RMSNorm, x: Tensor) -> Tensor:
     return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(self.weight.dtype)
 
 
-def _attention(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+def _attention(
+    self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: None = None
+) -> Tensor:
     """Computes causal attention unfused, as torch's scaled_dot_product_attention does with the math backend."""
     batch, length, width = x.shape
     q, k, v = (

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from sltrain_dist.config.rules import micro_batches_per_update
 from sltrain_dist.config.schema import Config, ModelConfig, ReparamConfig
-from sltrain_dist.models.count import block_linears, count_parameters
+from sltrain_dist.models.count import block_linears, count_parameters, parameter_shapes
+from sltrain_dist.optim.state_layout import is_orthogonalized
 from sltrain_dist.sparse_lowrank.cost import ROUTES, Route, choose_route, kernel_seconds, route_seconds
 from sltrain_dist.sparse_lowrank.devices import ROUTE_GPU
 from sltrain_dist.sparse_lowrank.route_kernels import Kernel, LayerShape, dense_kernels, low_rank_kernels
@@ -149,6 +150,7 @@ def _step_seconds(config: Config, ranks: int) -> float:
     shards = 1 if parallel.engine == "ddp" else ranks // parallel.replicas
     trained = counted.total - (counted.dense if config.reparam.method == "relora" else 0)
     values = whole + (trained - whole) / shards
+    orthogonalizing = _orthogonalizing_seconds(config) / ranks
     if optim.state_bits in (8, 4) or optim.master_weights or (optim.state_bits == 32 and width == 2):
         per_value = LOW_BIT_VALUE_BYTES
     else:
@@ -156,4 +158,21 @@ def _step_seconds(config: Config, ranks: int) -> float:
     seconds = values * per_value / DEVICE.rate("copy", 16).bandwidth
     if parallel.cpu_offload:  # copies gradients to the host and parameters back; the host's memory limits the step
         seconds += values * 2 * width / HOST_BANDWIDTH + values * per_value / HOST_BANDWIDTH
+    return seconds + orthogonalizing
+
+
+def _orthogonalizing_seconds(config: Config) -> float:
+    """Returns the seconds in which one rank would orthogonalize all matrices of `optim.factors`.
+
+    Each of five iterations multiplies an (a, b) matrix, a ≤ b, twice by its a × a Gram matrix, and squares that.
+    """
+    optim, seconds = config.optim, 0.0
+    if optim.factors == "adam":
+        return 0.0
+    bits = 16 if optim.newton_schulz == "bf16" else 32
+    for name, shape in parameter_shapes(config.model, config.reparam):
+        if is_orthogonalized(name, optim):
+            a, b = min(shape), max(shape)
+            kernel = Kernel("matrix", "matrix", 2 * (2 * a * a * b + a**3), bits // 8 * 4 * (a * b + a * a), 3)
+            seconds += 5 * kernel_seconds([kernel], bits, DEVICE)
     return seconds

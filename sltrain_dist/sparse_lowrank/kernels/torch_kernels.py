@@ -8,89 +8,17 @@ and float32; float64 on CUDA uses torch's implementation.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sltrain_dist.sparse_lowrank.sizes import TOKEN_ALIGNMENT
 
-Weights = tuple[Tensor, ...]
-"""The same as `Weights` in supports/support.py, which this module cannot import: supports import it."""
-
 _PROGRAMS = 512
 """Number of programs that fill a large GPU. A constant, so that the order of sums does not depend on the device."""
 _TRANSPOSE_BLOCK = 64
 _SCATTER_BLOCK = 512
-
-
-class Windows(Protocol):
-    """The attributes of a BlockSupport that the products need."""
-
-    k: int
-    windows: int
-    shift: int
-    window_inputs: Tensor
-    input_places: Tensor
-
-
-class BlockProducts:
-    """Products with the S of a BlockSupport by the Triton kernels, in place of the support's own.
-
-    Arranged matrices are transposed, (features, T'), where T' is T padded to a multiple of 16.
-
-    Args:
-        support: The positions.
-        tokens: T.
-    """
-
-    def __init__(self, support: Windows, tokens: int) -> None:
-        self.support, self.tokens = support, tokens
-
-    keeps_arranged = False
-
-    def step(self, x: Tensor) -> int:
-        return max(1, self.tokens)
-
-    def weights(self, V: Tensor) -> Weights:
-        return (V.contiguous(),)
-
-    def transposed_weights(self, V: Tensor) -> Weights:
-        return (V.contiguous(),)
-
-    def places(self) -> Weights:
-        return ()
-
-    def arrange_inputs(self, x: Tensor) -> Tensor:
-        return transpose(x.contiguous())
-
-    def arrange_outputs(self, g: Tensor) -> Tensor:
-        return transpose(g.contiguous())
-
-    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
-        x = transpose_back(arranged, self.tokens, self.support.input_places, self.support.k)
-        return x if out is None else out.copy_(x)
-
-    def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
-        return torch.mm(inputs[:, : self.tokens], q).t()
-
-    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
-        s = self.support
-        y = blocks_outputs(inputs, weights[0], s.window_inputs, s.shift)
-        y = transpose_back(y, self.tokens, None, s.k)
-        return y if out is None else out.copy_(y)
-
-    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
-        s = self.support
-        return blocks_inputs(outputs, weights[0], s.windows, s.shift, total)
-
-    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
-        s = self.support
-        dV = blocks_values(outputs, inputs, s.window_inputs, s.shift, s.k)
-        return dV if total is None else total.add_(dV)
-
-    def sampled(self, total: Tensor) -> Tensor:
-        return total
 
 
 def _kernels() -> ModuleType:
@@ -103,22 +31,69 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tile_limits(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Returns the largest tiles: in tokens, in features of the result, and in features that are summed over."""
-    # float32 is computed without tensor cores by default, where larger tiles run out of registers.
-    return (64, 32, 32) if dtype == torch.float32 else (128, 64, 64)
-
-
 def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _tile(size: int, limit: int) -> int:
-    return max(16, min(limit, 1 << (size - 1).bit_length()))
+    """Returns a power of two from 16 to `limit`, also a power of two, that covers `size` in few tiles.
+
+    The largest, unless half of it covers the size with much less padding.
+    """
+    tile = max(16, min(limit, 1 << (size - 1).bit_length()))
+    if tile < 128 or 4 * _cdiv(size, tile) * tile <= 5 * _cdiv(size, tile // 2) * tile // 2:
+        return tile
+    return tile // 2
 
 
-def _padded(tokens: int) -> int:
-    return -(-tokens // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
+def outputs_tile(tokens: int, m: int, k: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns the tile of :func:`blocks_outputs` in tokens, outputs, and features that are summed over."""
+    # float32 is computed without tensor cores by default, where larger tiles run out of registers.
+    limits = (64, 32, 32) if dtype == torch.float32 else (128, 128, 64)
+    return _tile(tokens, limits[0]), _tile(m, limits[1]), _tile(max(k, rank), limits[2])
+
+
+def inputs_tile(tokens: int, m: int, k: int, windows: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns the tile of :func:`blocks_inputs` in tokens, outputs that are summed over, and inputs of a window."""
+    limits = (64, 32, 32) if dtype == torch.float32 else (128, 64, 128)
+    return _tile(tokens, limits[0]), _tile(longest_load(m, windows), limits[1]), _tile(k, limits[2])
+
+
+class ValuesPlan(NamedTuple):
+    """How :func:`blocks_values` sums: the tile in tokens, outputs and inputs of a window, the tiles, and the chunks.
+
+    Each of the `chunks` of `chunk` tokens has a sum (m, k) of its own in float32.
+    """
+
+    tile: tuple[int, int, int]
+    tiles: int
+    chunk: int
+    chunks: int
+
+
+def values_plan(tokens: int, m: int, k: int, windows: int, dtype: torch.dtype) -> ValuesPlan:
+    """Returns how gradients of V are summed over T > 0 tokens.
+
+    As many chunks as fill a GPU, of at least 256 tokens, and of whole tiles.
+    """
+    stride, run = padded_tokens(tokens), longest_load(m, windows)
+    limits = (32, 64, 64) if dtype == torch.float32 else (64, 128, 64)
+    tile = _tile(stride, limits[0]), _tile(run, limits[1]), _tile(k, limits[2])
+    tiles = _cdiv(run, tile[1]) * _cdiv(k, tile[2]) * windows
+    wanted = max(1, min(_PROGRAMS // tiles, stride // 256))
+    chunk = _cdiv(_cdiv(stride, wanted), tile[0]) * tile[0]
+    return ValuesPlan(tile, tiles, chunk, _cdiv(stride, chunk))
+
+
+def longest_load(m: int, windows: int) -> int:
+    """Returns the most outputs between the multiple of 8 in front of a run and the run's end."""
+    run = _cdiv(m, windows)
+    return run if m % windows == 0 and run % 8 == 0 else run + 7
+
+
+def padded_tokens(tokens: int) -> int:
+    """Returns T', the tokens of transposed matrices: T, padded to a multiple of 16."""
+    return _cdiv(tokens, TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
 
 @torch.library.custom_op("sltrain::transpose", mutates_args=())
@@ -126,95 +101,103 @@ def transpose(x: Tensor) -> Tensor:
     """Transposes a matrix whose rows are tokens, and pads the tokens with zeros to a multiple of 16.
 
     Args:
-        x: (T, features), contiguous; bf16, fp16 or fp32, like all matrices here.
+        x: (T, features), with contiguous rows; bf16, fp16 or fp32, like all matrices here.
 
     Returns:
         (features, T').
     """
     tokens, features = x.shape
-    out = x.new_empty(features, _padded(tokens))
+    out = x.new_empty(features, padded_tokens(tokens))
     if out.numel():
         grid = (_cdiv(out.shape[1], _TRANSPOSE_BLOCK) * _cdiv(features, _TRANSPOSE_BLOCK),)
         with torch.cuda.device_of(x):
-            _kernels().transpose_kernel[grid](x, out, tokens, features, out.shape[1], BLOCK=_TRANSPOSE_BLOCK)
+            _kernels().transpose_kernel[grid](
+                x, out, tokens, features, x.stride(0), out.shape[1], BLOCK=_TRANSPOSE_BLOCK
+            )
     return out
 
 
 @transpose.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], _padded(x.shape[0]))
+    return x.new_empty(x.shape[1], padded_tokens(x.shape[0]))
 
 
-@torch.library.custom_op("sltrain::transpose_back", mutates_args=())
-def transpose_back(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
-    """Inverts :func:`transpose`; with places, also restores the order of the inputs from that of the windows.
+@torch.library.custom_op("sltrain::restore_inputs", mutates_args=())
+def restore_inputs(source: Tensor, base: Tensor, places: Tensor, k: int) -> Tensor:
+    """Transposes inputs back from the order of the windows, and adds them to a matrix.
 
     Args:
-        source: (features, T'), or with places (w·k, T'); contiguous.
-        tokens: T.
+        source: (w·k, T'), contiguous, such as of :func:`blocks_inputs`.
+        base: (T, n), with contiguous rows: what to add to.
         places: (n,) int32, the `input_places` of a BlockSupport; an input that lies in two windows becomes their sum.
         k: Number of inputs of a window.
 
     Returns:
-        (T, features), or with places (T, n).
+        (T, n), new and contiguous.
     """
-    rows, stride = source.shape
-    features = rows if places is None else places.numel()
+    (rows, stride), (tokens, features) = source.shape, base.shape
     out = source.new_empty(tokens, features)
     if out.numel():
         grid = (_cdiv(tokens, _TRANSPOSE_BLOCK) * _cdiv(features, _TRANSPOSE_BLOCK),)
         with torch.cuda.device_of(source):
-            _kernels().transpose_back_kernel[grid](
-                source, source if places is None else places, out, tokens, features, stride, rows // k,
-                K=k, GATHER=places is not None, TWICE=rows > features, BLOCK=_TRANSPOSE_BLOCK,
+            _kernels().restore_kernel[grid](
+                source, places, base, out, tokens, features, base.stride(0), stride, rows // k,
+                K=k, TWICE=rows > features, BLOCK=_TRANSPOSE_BLOCK,
             )  # fmt: skip
     return out
 
 
-@transpose_back.register_fake
-def _(source: Tensor, tokens: int, places: Tensor | None, k: int) -> Tensor:
-    return source.new_empty(tokens, source.shape[0] if places is None else places.numel())
+@restore_inputs.register_fake
+def _(source: Tensor, base: Tensor, places: Tensor, k: int) -> Tensor:
+    return source.new_empty(base.shape)
 
 
 @torch.library.custom_op("sltrain::blocks_outputs", mutates_args=())
-def blocks_outputs(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
-    """Computes S·xᵀ for the support `blocks`.
+def blocks_outputs(
+    inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int, tokens: int, h: Tensor | None, B: Tensor | None
+) -> Tensor:
+    """Computes x·Sᵀ + h·Bᵀ for the support `blocks`.
 
     Args:
         inputs: xᵀ, (n, T'), from :func:`transpose`.
-        V: (m, k), contiguous; cast to the type of the inputs tile by tile.
+        V: (m, k), contiguous; cast to the type of the inputs tile by tile, as B is.
         window_inputs: (w·k,) int32, of the BlockSupport.
         shift: Of the BlockSupport.
+        tokens: T.
+        h: (T, r), with contiguous rows; or None, as B, for x·Sᵀ alone.
+        B: (m, r), contiguous.
 
     Returns:
-        (m, T').
+        (T, m).
     """
-    (m, k), stride = V.shape, inputs.shape[1]
+    (m, k), stride, rank = V.shape, inputs.shape[1], 0 if B is None else B.shape[1]
     windows = window_inputs.numel() // k
-    rows = _cdiv(m, windows)
-    out = inputs.new_empty(m, stride)
+    out = inputs.new_empty(tokens, m)
     if out.numel():
-        t, result, summed = _tile_limits(inputs.dtype)
-        block_t, block_r = _tile(stride, t), _tile(rows, result)
+        block_t, block_o, block_k = outputs_tile(tokens, m, k, rank, inputs.dtype)
         with torch.cuda.device_of(inputs):
-            _kernels().outputs_kernel[(_cdiv(rows, block_r) * _cdiv(stride, block_t) * windows,)](
-                inputs, V, window_inputs, out, stride, m, windows, shift,
-                R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=_tile(k, summed),
+            _kernels().outputs_kernel[(_cdiv(m, block_o) * _cdiv(tokens, block_t),)](
+                inputs, V, window_inputs, inputs if h is None else h, V if B is None else B, out,
+                tokens, stride, m, windows, shift,
+                PITCH_H=0 if h is None else h.stride(0), K=k, RANK=rank, PRECISION=_precision(),
+                BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_K=block_k,
             )  # fmt: skip
     return out
 
 
 @blocks_outputs.register_fake
-def _(inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int) -> Tensor:
-    return inputs.new_empty(V.shape[0], inputs.shape[1])
+def _(
+    inputs: Tensor, V: Tensor, window_inputs: Tensor, shift: int, tokens: int, h: Tensor | None, B: Tensor | None
+) -> Tensor:
+    return inputs.new_empty(tokens, V.shape[0])
 
 
 @torch.library.custom_op("sltrain::blocks_inputs", mutates_args=())
-def blocks_inputs(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
-    """Computes Sᵀ·gᵀ for the support `blocks`, in the order of its windows: for :func:`transpose_back` with places.
+def blocks_inputs(g: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
+    """Computes (g·S)ᵀ for the support `blocks`, in the order of its windows: for :func:`restore_inputs`.
 
     Args:
-        grads: gᵀ, (m, T'), from :func:`transpose`.
+        g: (T, m), contiguous; or (T, columns) with zeros behind the first m columns.
         V: (m, k), contiguous; cast to the type of the gradients tile by tile.
         windows: w.
         shift: Of the BlockSupport.
@@ -223,64 +206,57 @@ def blocks_inputs(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tens
     Returns:
         (w·k, T').
     """
-    (m, k), stride = V.shape, grads.shape[1]
-    rows = _cdiv(m, windows)
-    out = grads.new_empty(windows * k, stride)
+    (m, k), (tokens, columns) = V.shape, g.shape
+    stride = padded_tokens(tokens)
+    out = g.new_empty(windows * k, stride)
     if out.numel():
-        t, result, summed = _tile_limits(grads.dtype)
-        block_t, block_k = _tile(stride, t), _tile(k, result)
-        with torch.cuda.device_of(grads):
-            _kernels().inputs_kernel[(_cdiv(k, block_k) * _cdiv(stride, block_t) * windows,)](
-                grads, V, out if base is None else base, out, stride, m, windows, shift,
-                R=rows, K=k, ADD=base is not None, PRECISION=_precision(),
-                BLOCK_T=block_t, BLOCK_R=_tile(rows, summed), BLOCK_K=block_k,
+        block_t, block_r, block_k = inputs_tile(tokens, m, k, windows, g.dtype)
+        with torch.cuda.device_of(g):
+            _kernels().inputs_kernel[(_cdiv(k, block_k) * windows * _cdiv(stride, block_t),)](
+                g, V, out if base is None else base, out, tokens, stride, m, windows, shift,
+                PITCH=columns, K=k, ADD=base is not None, PRECISION=_precision(),
+                BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=block_k,
             )  # fmt: skip
     return out
 
 
 @blocks_inputs.register_fake
-def _(grads: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
-    return grads.new_empty(windows * V.shape[1], grads.shape[1])
+def _(g: Tensor, V: Tensor, windows: int, shift: int, base: Tensor | None) -> Tensor:
+    return g.new_empty(windows * V.shape[1], padded_tokens(g.shape[0]))
 
 
 @torch.library.custom_op("sltrain::blocks_values", mutates_args=())
-def blocks_values(grads: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
+def blocks_values(g: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, m: int, k: int) -> Tensor:
     """Computes gᵀx at the positions of the support `blocks`: the gradient of V.
 
     Args:
-        grads: gᵀ, (m, T'), from :func:`transpose`.
+        g: (T, m), contiguous; or (T, columns) with zeros behind the first m columns.
         inputs: xᵀ, (n, T'), from :func:`transpose`.
         window_inputs: (w·k,) int32, of the BlockSupport.
         shift: Of the BlockSupport.
+        m: Number of outputs.
         k: Number of values in a row.
 
     Returns:
         (m, k), float32, summed over the tokens of each chunk, then over the chunks.
     """
-    m, stride = grads.shape
-    windows = window_inputs.numel() // k
-    rows = _cdiv(m, windows)
-    if stride == 0:
-        return grads.new_zeros(m, k, dtype=torch.float32)
-    most = 32 if grads.dtype == torch.float32 else 64  # as in _tile_limits
-    block_t, block_r, block_k = _tile(stride, most), _tile(rows, 64), _tile(k, 64)
-    tiles = _cdiv(rows, block_r) * _cdiv(k, block_k) * windows
-    # As many chunks as fill the device, of at least 256 tokens, and of whole tiles.
-    wanted = max(1, min(_PROGRAMS // tiles, stride // 256))
-    chunk = _cdiv(_cdiv(stride, wanted), block_t) * block_t
-    chunks = _cdiv(stride, chunk)
-    partial = grads.new_empty(chunks, m, k, dtype=torch.float32)
-    with torch.cuda.device_of(grads):
+    (tokens, columns), stride, windows = g.shape, inputs.shape[1], window_inputs.numel() // k
+    if tokens == 0:
+        return g.new_zeros(m, k, dtype=torch.float32)
+    (block_t, block_r, block_k), tiles, chunk, chunks = values_plan(tokens, m, k, windows, g.dtype)
+    partial = g.new_empty(chunks, m, k, dtype=torch.float32)
+    with torch.cuda.device_of(g):
         _kernels().values_kernel[(tiles * chunks,)](
-            grads, inputs, window_inputs, partial, stride, chunk, m, windows, shift,
-            R=rows, K=k, PRECISION=_precision(), BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=block_k,
+            g, inputs, window_inputs, partial, tokens, stride, chunk, m, windows, shift,
+            PITCH=columns, R=longest_load(m, windows), K=k, PRECISION=_precision(),
+            BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_K=block_k,
         )  # fmt: skip
     return partial.view(m, k) if chunks == 1 else partial.sum(0)
 
 
 @blocks_values.register_fake
-def _(grads: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, k: int) -> Tensor:
-    return grads.new_empty(grads.shape[0], k, dtype=torch.float32)
+def _(g: Tensor, inputs: Tensor, window_inputs: Tensor, shift: int, m: int, k: int) -> Tensor:
+    return g.new_empty(m, k, dtype=torch.float32)
 
 
 @torch.library.custom_op("sltrain::stratified_add_", mutates_args=("W",))

@@ -12,6 +12,14 @@ from torch.autograd.function import once_differentiable
 from sltrain_dist.numerics.device import in_turn
 from sltrain_dist.numerics.int8_weight import plain
 from sltrain_dist.sparse_lowrank.kept import keep
+from sltrain_dist.sparse_lowrank.paths.blocks_on_gpu import (
+    align_rows,
+    input_gradient,
+    layer_outputs,
+    runs_on_gpu,
+    sum_over_tokens,
+    value_gradients,
+)
 from sltrain_dist.sparse_lowrank.supports.support import Support
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -21,8 +29,9 @@ Factors = tuple[Tensor, Tensor, Tensor]
 class Factored(torch.autograd.Function):
     """Applies layers to one input. Saved for the backward pass are x and h = s·xAᵀ of all layers, side by side.
 
-    If all layers arrange x alike and :attr:`Products.keeps_arranged`, the arranged x is saved in its place. The input
-    is transposed, and arranged for the sparse products, once; it is multiplied by A of all layers in one product.
+    If all layers arrange x alike and :attr:`Support.keeps_arranged`, the arranged x is saved in its place. The input
+    is transposed, and arranged for the sparse products, once; it is multiplied by A of all layers in one product. With
+    `blocks` on a GPU, what is saved of x is :func:`align_rows` of it.
 
     Called with (x, supports, scales, B, A, V of the first layer, B, A, V of the second …); returns the outputs, without
     biases, as a tuple.
@@ -35,9 +44,13 @@ class Factored(torch.autograd.Function):
         ctx: Any, x: Tensor, supports: Sequence[Support], scales: Sequence[float], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         arranged = _arranged(x, supports)
+        saved = x if arranged is None else arranged
+        if runs_on_gpu(x, supports):
+            saved = align_rows(x)
+            x = saved[:, : x.shape[1]]
         outputs, h = keep(lambda: _factored_forward(x, arranged, _by_layer(parameters, x.dtype), supports, scales))
         ctx.supports, ctx.scales, ctx.arranged = supports, scales, arranged is not None
-        ctx.save_for_backward(x if arranged is None else arranged, h, *parameters)
+        ctx.save_for_backward(saved, h, *parameters)
         return tuple(differentiable(y) for y in outputs)
 
     @staticmethod
@@ -62,9 +75,14 @@ def _factored_forward(
     x: Tensor, arranged: Tensor | None, layers: Sequence[Factors], supports: Sequence[Support], scales: Sequence[float]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Returns the layers' outputs, (T, m), and h."""
-    h = _project_down(x, layers, scales)
+    on_gpu = runs_on_gpu(x, supports)
+    h = _project_down(x, layers, scales, on_gpu=on_gpu)
+    by_layer = h.split([A.shape[0] for _, A, _ in layers], dim=1)
+    if on_gpu:
+        Bs, _, Vs = zip(*layers, strict=True)
+        return layer_outputs(x, by_layer, Bs, Vs, supports), h
     outputs = _sparse_forward(x, arranged, layers, supports)
-    for y, (B, _, _), h_i in zip(outputs, layers, h.split([A.shape[0] for _, A, _ in layers], dim=1), strict=True):
+    for y, (B, _, _), h_i in zip(outputs, layers, by_layer, strict=True):
         y.addmm_(h_i, B.to(x.dtype).t())
     return tuple(outputs), h
 
@@ -83,37 +101,47 @@ def factored_backward(
     """Computes the gradients of x, B, A and V, without anything of the size of W.
 
     Args:
-        x: (T, n); or, if `arranged`, as the supports' products arrange it.
+        x: (T, n); or, if `arranged`, as the supports arrange it; or :func:`align_rows` of it.
         h: s·xAᵀ of all layers side by side, or None if the forward pass did not form it.
         grads: Gradients of each layer's output, (T, m).
         layers: B, A and V of each layer.
         supports: Support of each layer.
         scales: s of each layer.
         needs: Whether the gradients of x, B, A and V are needed.
-        arranged: Whether x is arranged; only where :attr:`Products.keeps_arranged`.
+        arranged: Whether x is arranged; only where :attr:`Support.keeps_arranged`.
 
     Returns:
         dx, and (dB, dA, dV) of each layer; None for what is not needed.
     """
     need_x, need_B, need_A, need_V = needs
-    dtype = x.dtype
     ranks = [A.shape[0] for _, A, _ in layers]
     dAs: list[Tensor | None] = [None] * len(layers)
     dBs: list[Tensor | None] = [None] * len(layers)
-    dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
+    dVs: list[Tensor | None] = [None] * len(layers)
+    dx: Tensor | None = None
+    aligned: list[Tensor] = []
+    if on_gpu := runs_on_gpu(grads[0], supports):
+        x, aligned = align_rows(x)[:, : supports[0].n], [align_rows(g) for g in grads]
+        grads = [g[:, : support.m] for g, support in zip(aligned, supports, strict=True)]
+        if need_V:
+            dVs = value_gradients(x, aligned, supports)
+    else:
+        dx, dVs = _sparse_backward(x, grads, layers, supports, need_x, need_V, arranged=arranged)
     if need_x or need_A:
-        # q = s·gB, of all layers side by side. Inductor reads the old content even if beta is 0, so it must be zeros.
-        new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
-        q = new(grads[0].shape[0], sum(ranks))
-        for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
-            columns.addmm_(g, B.to(dtype), beta=0, alpha=scale)
-        if dx is not None:
-            dx.addmm_(q, _stacked(layers, dtype))
+        q = _project_up(grads, layers, scales)
+        if need_x and on_gpu:
+            A, Vs = _stacked(layers, q.dtype, on_gpu=True), [V for _, _, V in layers]
+            dx = input_gradient(q, A, aligned, Vs, supports)
+        elif dx is not None:
+            dx.addmm_(q, _stacked(layers, q.dtype))
         if need_A:
-            dA = supports[0].products(grads[0]).sum_over_tokens(q, x) if arranged else torch.mm(q.t(), x)
+            if arranged:
+                dA = supports[0].sum_over_tokens(q, x)
+            else:
+                dA = sum_over_tokens(q, x) if on_gpu else torch.mm(q.t(), x)
             dAs = list(dA.split(ranks))
     if need_B:
-        h = _project_down(x, layers, scales) if h is None else h
+        h = _project_down(x, layers, scales, on_gpu=on_gpu) if h is None else h
         dBs = [torch.mm(g.t(), h_i) for g, h_i in zip(grads, h.split(ranks, dim=1), strict=True)]
     gradients = [
         tuple(None if d is None else d.to(parameter.dtype) for d, parameter in zip(of_layer, layer, strict=True))
@@ -123,9 +151,10 @@ def factored_backward(
 
 
 def _arranged(x: Tensor, supports: Sequence[Support]) -> Tensor | None:
-    """Returns x as the supports' products arrange it, if all layers arrange it alike and it is saved; else None."""
-    products = supports[0].products(x)
-    return products.arrange_inputs(x) if products.keeps_arranged and len(_arranged_alike(supports)) == 1 else None
+    """Returns x as the supports arrange it, if all layers arrange it alike and it is saved; else None."""
+    if not supports[0].keeps_arranged or len(_arranged_alike(supports)) > 1 or runs_on_gpu(x, supports):
+        return None
+    return supports[0].arrange_inputs(x)
 
 
 def _sparse_forward(
@@ -134,7 +163,7 @@ def _sparse_forward(
     """Returns xSᵀ of every layer, (T, m)."""
     outputs: list[Tensor] = []
     for indices in _arranged_alike(supports):
-        products = [supports[i].products(x) for i in indices]
+        products = [supports[i] for i in indices]
         weights = [product.weights(layers[i][2].to(x.dtype)) for i, product in zip(indices, products, strict=True)]
         slices = _slices(x, products[0].step(x))
         if len(slices) == 1:
@@ -166,7 +195,7 @@ def _sparse_backward(
     if not (need_x or need_V):
         return None, [None] * len(layers)
     for indices in _arranged_alike(supports):
-        products = [supports[i].products(x) for i in indices]
+        products = [supports[i] for i in indices]
         lead, numbered = products[0], list(enumerate(zip(indices, products, strict=True)))
         weights = [p.transposed_weights(layers[i][2].to(x.dtype)) if need_x else () for _, (i, p) in numbered]
         places = [p.places() if need_V else () for p in products]
@@ -211,11 +240,23 @@ def _arranged_alike(supports: Sequence[Support]) -> list[list[int]]:
     return alike
 
 
-def _project_down(x: Tensor, layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
+def _project_up(grads: Sequence[Tensor], layers: Sequence[Factors], scales: Sequence[float]) -> Tensor:
+    """Returns q = s·gB of all layers side by side, (T, Σr)."""
+    # Inductor reads the old content even if beta is 0, so it must be zeros.
+    new = grads[0].new_zeros if torch.compiler.is_compiling() else grads[0].new_empty
+    ranks = [A.shape[0] for _, A, _ in layers]
+    q = new(grads[0].shape[0], sum(ranks))
+    for columns, g, (B, _, _), scale in zip(q.split(ranks, dim=1), grads, layers, scales, strict=True):
+        columns.addmm_(g, B.to(g.dtype), beta=0, alpha=scale)
+    return q
+
+
+def _project_down(x: Tensor, layers: Sequence[Factors], scales: Sequence[float], *, on_gpu: bool) -> Tensor:
     """Returns h = s·xAᵀ of all layers side by side, (T, Σr)."""
+    A = _stacked(layers, x.dtype, on_gpu=on_gpu)
     if len(set(scales)) == 1:
-        return scaled_mm(x, _stacked(layers, x.dtype).t(), scales[0])
-    h = torch.mm(x, _stacked(layers, x.dtype).t())
+        return scaled_mm(x, A.t(), scales[0])
+    h = torch.mm(x, A.t())
     for columns, scale in zip(h.split([A.shape[0] for _, A, _ in layers], dim=1), scales, strict=True):
         columns.mul_(scale)
     return h
@@ -235,6 +276,7 @@ def scaled_mm(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=scale)
 
 
-def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> Tensor:
-    """Returns A of all layers, one below the other."""
-    return layers[0][1].to(dtype) if len(layers) == 1 else torch.cat([A.to(dtype) for _, A, _ in layers])
+def _stacked(layers: Sequence[Factors], dtype: torch.dtype, *, on_gpu: bool = False) -> Tensor:
+    """Returns A of all layers, one below the other; with `on_gpu` a view in rows as of :func:`align_rows`."""
+    A = layers[0][1].to(dtype) if len(layers) == 1 else torch.cat([A.to(dtype) for _, A, _ in layers])
+    return align_rows(A)[:, : A.shape[1]] if on_gpu else A

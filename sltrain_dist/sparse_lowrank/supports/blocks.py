@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from sltrain_dist.numerics.device import device_type
-from sltrain_dist.numerics.gpu_kernels import use_kernels
 from sltrain_dist.numerics.splitmix import key64, permutation
-from sltrain_dist.sparse_lowrank.kernels.torch_kernels import BlockProducts
 from sltrain_dist.sparse_lowrank.sizes import BLOCK_SLICE, num_windows, window_runs, window_starts
 from sltrain_dist.sparse_lowrank.supports.support import (
-    Products,
     Support,
     Weights,
     add_to_total,
@@ -129,9 +126,6 @@ class BlockSupport(Support):
             # in the trace would recompile every decoder layer, up to torch's limit of eight.
             return self.seed is not None and self.seed == other.seed
         return self.keys is not None and other.keys is not None and self.keys[0] == other.keys[0]
-
-    def products(self, x: Tensor) -> Products:
-        return BlockProducts(self, x.shape[0]) if use_kernels(x) else self
 
     # Arranged inputs are (w, T, k), a view of (T, w·k): the windows of every token side by side, so that features are
     # gathered in one pass. Where :func:`by_features`, they are (w, k, T). Outputs are unchanged, or transposed.

@@ -14,7 +14,7 @@ import hashlib
 import struct
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,56 +34,6 @@ Weights = tuple[Tensor, ...]
 """What a product needs of the positions and values, computed once per call for all slices of its tokens."""
 
 
-class Products(Protocol):
-    """Products with S on the device of one call: a support's own, or those of kernels.
-
-    With scattered positions, tokens are processed in slices, so that arranged tensors are small and stay in the cache.
-    *Arranged* inputs and outputs, and sums of them, are tensors whose layout only the implementation knows.
-
-    Attributes:
-        keeps_arranged: Whether the arranged inputs of all tokens are saved for the backward pass instead of x, so that
-            they are not arranged again.
-    """
-
-    keeps_arranged: bool
-
-    def step(self, x: Tensor) -> int:
-        """Returns the number of tokens in a slice of inputs x."""
-
-    def weights(self, V: Tensor) -> Weights:
-        """Returns what :meth:`multiply` needs of the positions and values."""
-
-    def transposed_weights(self, V: Tensor) -> Weights:
-        """Returns what :meth:`multiply_transposed` needs of the positions and values."""
-
-    def places(self) -> Weights:
-        """Returns what :meth:`sample` needs of the positions."""
-
-    def arrange_inputs(self, x: Tensor) -> Tensor:
-        """Returns inputs x (T, n) in arranged form."""
-
-    def arrange_outputs(self, g: Tensor) -> Tensor:
-        """Returns outputs or their gradients g (T, m) in arranged form."""
-
-    def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
-        """Applies the transpose of :meth:`arrange_inputs`: (T, n), each input's values added up; in `out` or new."""
-
-    def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
-        """Returns qᵀx, (r, n), for q (T, r) and arranged inputs; only where :attr:`keeps_arranged`."""
-
-    def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
-        """Returns xSᵀ, (T, m), for arranged inputs; in `out` or new."""
-
-    def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
-        """Returns gS for arranged outputs, plus `total`, which may be overwritten; for :meth:`restore_inputs`."""
-
-    def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
-        """Returns gᵀx at the positions, plus `total`, which may be overwritten; for :meth:`sampled`."""
-
-    def sampled(self, total: Tensor) -> Tensor:
-        """Returns the gradient of V, in its shape, from the total over all slices."""
-
-
 class Support(nn.Module):
     """The positions of S in an (m, n) weight: the base class of all supports.
 
@@ -100,6 +50,8 @@ class Support(nn.Module):
         values_shape: Shape of V: (nnz,) for random, else (m, k), where V[i] belongs to output i.
         keys: The numbers that the positions are computed from: a key, and for `blocks` the first window. None on the
             meta device if the seed is None, until :meth:`reset` or a state dict sets them.
+        keeps_arranged: Whether the arranged inputs of all tokens are saved for the backward pass instead of x, so that
+            they are not arranged again.
         filled: Whether the positions may be used. False after `to_empty` has allocated a support whose keys are None.
 
     Raises:
@@ -179,10 +131,6 @@ class Support(nn.Module):
         """Returns whether :meth:`arrange_inputs` gives the same for both supports."""
         return self.n == other.n and other.kind != "blocks"
 
-    def products(self, x: Tensor) -> Products:
-        """Returns the implementation of the products with S for an input x (T, n)."""
-        return self
-
     def add_to_rows_(self, W: Tensor, V: Tensor, first: int, last: int) -> None:
         """Adds rows first … last − 1 of S to the same rows of a weight, W (last − first, n), in place."""
         # index_add_ takes int32 positions as they are: neither W nor the positions are copied.
@@ -193,44 +141,57 @@ class Support(nn.Module):
         """Returns a matrix's entries at the positions in rows first … last − 1, which are G (last − first, n); flat."""
         return G.view(-1).index_select(0, self.row_positions(first, last))
 
-    # The methods of :class:`Products`, for scattered positions.
+    # Products with S, here for scattered positions: tokens are processed in slices, so that arranged tensors are small
+    # and stay in the cache. *Arranged* inputs and outputs, and sums of them, are tensors whose layout only the support
+    # knows.
 
     def step(self, x: Tensor) -> int:
+        """Returns the number of tokens in a slice of inputs x."""
         return 2 * SLICE // max(2, x.dtype.itemsize)
 
     def weights(self, V: Tensor) -> Weights:
+        """Returns what :meth:`multiply` needs of the positions and values."""
         rows, columns = self._rows_and_columns()
         return columns, _first_of_each(rows, self.m), V.reshape(-1)
 
     def transposed_weights(self, V: Tensor) -> Weights:
+        """Returns what :meth:`multiply_transposed` needs of the positions and values."""
         rows, columns = self._rows_and_columns()
         columns, order = columns.sort(stable=True)
         return rows.index_select(0, order), _first_of_each(columns, self.n), V.reshape(-1).index_select(0, order)
 
     def places(self) -> Weights:
+        """Returns what :meth:`sample` needs of the positions."""
         rows, columns = self._rows_and_columns()
         return rows, columns, _first_of_each(rows, self.m)
 
     def arrange_inputs(self, x: Tensor) -> Tensor:
+        """Returns inputs x (T, n) in arranged form."""
         return x.t().contiguous()
 
     def arrange_outputs(self, g: Tensor) -> Tensor:
+        """Returns outputs or their gradients g (T, m) in arranged form."""
         return g.t().contiguous()
 
     def restore_inputs(self, arranged: Tensor, out: Tensor | None = None) -> Tensor:
+        """Applies the transpose of :meth:`arrange_inputs`: (T, n), each input's values added up; in `out` or new."""
         return to_tokens_first(arranged, out)
 
     def sum_over_tokens(self, q: Tensor, inputs: Tensor) -> Tensor:
+        """Returns qᵀx, (r, n), for q (T, r) and arranged inputs; only where :attr:`keeps_arranged`."""
         return torch.mm(inputs, q).t()
 
     def multiply(self, weights: Weights, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns xSᵀ, (T, m), for arranged inputs; in `out` or new."""
         return to_tokens_first(_sum_rows(inputs, *weights), out)
 
     def multiply_transposed(self, weights: Weights, outputs: Tensor, total: Tensor | None = None) -> Tensor:
+        """Returns gS for arranged outputs, plus `total`, which may be overwritten; for :meth:`restore_inputs`."""
         part = _sum_rows(outputs, *weights)
         return part if total is None else total.add_(part)
 
     def sample(self, places: Weights, outputs: Tensor, inputs: Tensor, total: Tensor | None = None) -> Tensor:
+        """Returns gᵀx at the positions, plus `total`, which may be overwritten; for :meth:`sampled`."""
         rows, columns, offsets = places
         if device_type(outputs) == "cuda" and outputs.dtype.itemsize == 2:
             # CUDA's operator supports neither bf16 nor fp16; the slice of tokens is small.
@@ -240,6 +201,7 @@ class Support(nn.Module):
         return add_to_total(total, dots)
 
     def sampled(self, total: Tensor) -> Tensor:
+        """Returns the gradient of V, in its shape, from the total over all slices."""
         return total.view(self.values_shape)
 
     def extra_repr(self) -> str:

@@ -442,6 +442,12 @@ class TestMessages:
     def test_restarts(self, overrides: str, text: str) -> None:
         assert message(None, "train.steps=100", *overrides.split()) == f"command line: {text}"
 
+    def test_factors_without_pairs(self) -> None:
+        assert message(None, "train.steps=100", "optim.factors=spectron", "reparam.method=full") == (
+            "command line: optim.factors = 'spectron': spectron updates pairs of B and A, which reparam.method=full "
+            "does not have; set it to muon or adam, or reparam.method=sltrain or lowrank"
+        )
+
     def test_long_values_are_cut(self) -> None:
         assert len(message(None, "train.steps=1", f"train.dtype={'x' * 5000}")) < 250
 
@@ -544,6 +550,11 @@ class TestRules:
             ({"reparam": {"method": "galore"}, "optim": {"master_weights": True}}, "optim.master_weights"),
             ({"reparam": {"method": "galore", "dense_layers": [0]}}, "reparam.dense_layers"),
             ({"reparam": {"method": "cola", "restart_every": 5}}, "reparam.restart_every"),
+            ({"reparam": {"method": "full"}, "optim": {"factors": "spectron"}}, "optim.factors"),
+            ({"reparam": {"method": "relora"}, "optim": {"factors": "muon"}}, "optim.factors"),
+            ({"optim": {"factors": "muon", "name": "sgd"}}, "optim.name"),
+            ({"optim": {"factors": "spectron", "update": "per_layer"}}, "optim.update"),
+            ({"optim": {"factors": "muon"}, "reparam": {"weight_bits": 8}}, "reparam.weight_bits"),
             ({"train": {"steps": 1, "tokens": 1}}, "train.steps"),
             ({"train": {}}, "train.steps"),
             ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps"),
@@ -582,6 +593,8 @@ class TestRules:
             {"reparam": {"restart_every": 5, "restart_warmup": 4, "method": "lowrank"}, "parallel": {"engine": "zero"}},
             {"reparam": {"restart_every": 5, "restart_states": "factors"}, "parallel": {"engine": "fsdp"}},
             {"reparam": {"restart_every": 5, "weight_bits": 8, "dense_layers": [0]}, "optim": {"warmup_steps": 7}},
+            {"reparam": {"method": "full"}, "optim": {"factors": "muon", "name": "adam"}},
+            {"optim": {"factors": "spectron", "state_bits": 4}, "parallel": {"engine": "fsdp", "cpu_offload": True}},
             {"optim": {"schedule": "wsd", "warmup_steps": 1, "decay_ratio": 1.0}},
             {"optim": {"schedule": "wsd", "warmup_steps": 99, "decay_ratio": 0.5}, "train": {"tokens": 10}},
             {"reparam": {"rank": 512}},
@@ -684,6 +697,11 @@ class TestRules:
                 ["train.checkpoint_every has no effect with train.checkpoint_policy=ops"],
             ),
             (("eval.every=5",), ["eval.every has no effect with eval.source=null"]),
+            (("eval.samples=[a]",), ["eval.samples has no effect with eval.source=null"]),
+            (
+                ("eval.sample_tokens=5", "eval.source=embedded"),
+                ["eval.sample_tokens has no effect with eval.samples=[]"],
+            ),
             (("eval.every=5", "eval.source=embedded"), []),
             (("optim.name=sgd", "optim.beta2=0.5"), ["optim.beta2 has no effect with optim.name=sgd"]),
             (
@@ -695,6 +713,14 @@ class TestRules:
                 [f"optim.{key} has no effect with optim.schedule=linear" for key in ("decay_ratio", "decay_type")],
             ),
             (("optim.schedule=wsd", "optim.decay_ratio=0.1", "optim.decay_type=linear"), []),
+            (
+                ("optim.factors_lr_ratio=2", "optim.momentum=0.9", "optim.newton_schulz=fp32"),
+                [
+                    f"optim.{key} has no effect with optim.factors=adam"
+                    for key in ("factors_lr_ratio", "momentum", "newton_schulz")
+                ],
+            ),
+            (("optim.factors=muon", "optim.factors_lr_ratio=2", "optim.momentum=0.9"), []),
             (
                 ("preset=llama_7b", "reparam.method=full", "reparam.rank=8"),
                 ["reparam.rank has no effect with reparam.method=full"],

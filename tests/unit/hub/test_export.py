@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sltrain_dist.checkpoint import store
 from sltrain_dist.checkpoint.manifest import MANIFEST, file_entry, write_manifest
 from sltrain_dist.checkpoint.store import CheckpointStore
 from sltrain_dist.config.load import to_yaml
+from sltrain_dist.config.schema import Config
 from sltrain_dist.data.tokenizer import Tokenizer, train_tokenizer
 from sltrain_dist.errors import CheckpointError, ConfigError, StorageError
 from sltrain_dist.hub.export import export_dense
@@ -27,10 +29,16 @@ from tests.unit.models.test_model import small, tokens, warmed
 ENV = Environment(0, 1, 0, torch.device("cpu"))
 
 
-def saved(tmp_path: Path, **sections: dict[str, object]) -> tuple[torch.nn.Module, Path]:
-    config = small(**sections, optim={"name": "sgd"})  # which has no states that an update would have to make
-    model = warmed(config)
+def saved(
+    tmp_path: Path, build: Callable[[Config], torch.nn.Module] = warmed, **sections: dict[str, object]
+) -> tuple[torch.nn.Module, Path]:
+    config = small(**{"optim": {"name": "sgd"}, **sections})  # which has no states that an update would have to make
+    model = build(config)
     engine = DDPEngine(model, config.optim, ENV)
+    if config.optim.name != "sgd":
+        engine.begin_update(0.01, None)
+        engine.micro_step(tokens(config), tokens(config), 0.1, last=True)
+        engine.update()
     state = {"counters": {"step": 3}, "data": {}, "rng": [], "supports": supports_fingerprint(model)}
     checkpoints = CheckpointStore(tmp_path / "run" / "checkpoints", ENV, keep=2)
     tokenizer = tmp_path / "tokenizer.model"

@@ -180,6 +180,48 @@ COMPARED: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "apollo": (1, {"reparam": {"method": "apollo"}, "optim": {"state_bits": 32}}),
+    "muon of dense layers, fp32": (
+        1,
+        {
+            "reparam": {"method": "full"},
+            "optim": {"factors": "muon", "newton_schulz": "fp32"},
+            "train": {"dtype": "fp32"},
+        },
+    ),
+    "ddp, muon": (
+        2,
+        {
+            "reparam": {"dense_layers": [0]},
+            "optim": {"factors": "muon", "stochastic_rounding": True},
+            "train": {"global_batch": 4},
+        },
+    ),
+    "ddp, spectron of wide factors": (
+        2,
+        {
+            "model": {"hidden_size": 128, "intermediate_size": 320},
+            "reparam": {"rank": 48},
+            "optim": {"factors": "spectron", "state_bits": 8},
+            "train": {"global_batch": 4},
+        },
+    ),
+    "fsdp, muon": (
+        4,
+        {
+            "optim": {"factors": "muon", "master_weights": True, "state_bits": 32},
+            "parallel": {"engine": "fsdp", "replicas": 2},
+            "train": {"global_batch": 8},
+        },
+    ),
+    "fsdp of all, spectron, mixed": (
+        4,
+        {
+            "reparam": {"rank": 48},
+            "optim": {"factors": "spectron"},
+            "parallel": {"engine": "fsdp", "shard": "all"},
+            "train": {"dtype": "mixed", "global_batch": 8},
+        },
+    ),
     "fsdp on one rank": (1, {**_LARGE_LAYERS, "parallel": {"engine": "fsdp"}}),
 }
 """(ranks, values): engines' schedules. What is recorded is compared by tests/unit/memory/test_record.py."""
@@ -364,6 +406,17 @@ MOVES: dict[str, tuple[Values, Any]] = {
         0.1,
     ),
     "optim.update": ({}, "per_layer"),
+    "optim.factors": ({}, "muon"),
+    "optim.newton_schulz": (  # chunks of the momentum are smaller than these matrices
+        {
+            "model": {"hidden_size": 1024, "intermediate_size": 4096},
+            "reparam": {"method": "full"},
+            "optim": {"factors": "muon"},
+            "data": {"seq_len": 2},
+            "train": {"micro_batch": 1, "global_batch": 1},
+        },
+        "fp32",
+    ),
     "parallel.engine": ({"train": {"global_batch": 8}}, "fsdp"),
     "parallel.shard": (_FSDP, "all"),
     "parallel.accumulate": ({**_FSDP, "train": {"global_batch": 16}}, "local"),

@@ -45,7 +45,7 @@ def test_a_loss_in_chunks_of_tokens(weight_bits: int, monkeypatch: pytest.Monkey
 
 
 def test_an_optimizer_step_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sltrain_dist.optim.low_bit._CHUNK", 1 << 12)
+    monkeypatch.setattr("sltrain_dist.optim.low_bit_states._CHUNK", 1 << 12)
     config = build_config(merged(PLANNED, {"optim": {"state_bits": 8}}))
     arguments = (config, "bfloat16", TensorRange.whole("w", (100, 333)), False, False, "cuda")
     few = record_step(*arguments)

@@ -159,7 +159,7 @@ class TestUpdate:
         """A span begins with a scale of its own, whatever blocks the states have."""
         weights = []
         for span in (1 << 16, 512):
-            monkeypatch.setattr("sltrain_dist.optim.low_bit._CHUNK_CPU", span)
+            monkeypatch.setattr("sltrain_dist.optim.low_bit_states._CHUNK_CPU", span)
             weight = nn.Parameter(int8(made((10_007,), torch.float32, 1)))
             optimizer = make_optimizer([("V", weight)], OptimConfig(state_bits=4, lr=0.1))
             weight.grad = made((10_007,), torch.float32, 2)

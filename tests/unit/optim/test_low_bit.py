@@ -21,7 +21,7 @@ from sltrain_dist.config.schema import OptimConfig
 from sltrain_dist.errors import CheckpointError, ConfigError
 from sltrain_dist.models.build import build_model
 from sltrain_dist.numerics.tensor_range import TensorRange
-from sltrain_dist.optim import low_bit
+from sltrain_dist.optim import low_bit, low_bit_states
 from sltrain_dist.optim.factory import make_optimizer, parameter_groups
 from sltrain_dist.optim.low_bit import LowBitAdam
 from sltrain_dist.optim.state_layout import (
@@ -161,7 +161,7 @@ class TestStep:
     def test_chunks_do_not_matter(self, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
         optim = OptimConfig(state_bits=bits, weight_decay=0.1)  # type: ignore[arg-type]
         want = trained(1, optim)
-        monkeypatch.setattr(low_bit, "_CHUNK_CPU", 700)
+        monkeypatch.setattr(low_bit_states, "_CHUNK_CPU", 700)
         assert_same(trained(1, optim), want)
 
     def test_masters_follow_the_float32_run(self) -> None:

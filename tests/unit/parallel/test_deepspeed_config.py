@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sltrain_dist.config.load import load_config
-from sltrain_dist.parallel.zero import deepspeed_config
+from sltrain_dist.parallel.zero_start import deepspeed_config
 
 NUMEL = 10_753_128
 

@@ -111,6 +111,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "masters, rounded": {"optim": {"state_bits": 32, "master_weights": True}, "train": {"dtype": "bf16"}},
     "rounded": {"optim": {"stochastic_rounding": True}, "train": {"dtype": "bf16"}},
     "int8": {"optim": {"state_bits": 8}, "reparam": {"weight_bits": 8}},
+    "muon, masters": {
+        "optim": {"factors": "muon", "state_bits": 32, "master_weights": True},
+        "train": {"dtype": "bf16"},
+    },
+    "spectron, 8 bits": {"optim": {"factors": "spectron", "state_bits": 8}},
 }
 
 
@@ -124,7 +129,7 @@ def test_cleared_states_are_those_of_a_new_optimizer(form: str) -> None:
     new = Training(config)
     new.engine.load(lambda name, start, count: saved[name][start : start + count], 0)
     new.step, new.norm = training.step, training.norm
-    if form == "masters, rounded":
+    if "masters" in form:
         for piece in new.engine._replicas.pieces:  # masters are values: they are kept
             optimizer = new.engine._replicas._optimizer_of[piece.name]
             optimizer.state[piece.parameter] = optimizer.make_state(piece.parameter)
@@ -157,6 +162,8 @@ def test_states_of_the_factors_alone() -> None:
         ("masters, rounded", "factors"),
         ("rounded", "all"),
         ("int8", "factors"),
+        ("muon, masters", "factors"),
+        ("spectron, 8 bits", "all"),
     ],
 )
 def test_goes_on_bit_for_bit_around_a_restart(form: str, cleared: str) -> None:
@@ -194,7 +201,7 @@ def resumed(config: Config, saved: dict[str, Tensor], step: int) -> Training:
 def test_random_numbers_do_not_repeat_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding is keyed by the count of all updates, not by that of Adam's bias correction."""
     keys: list[int] = []
-    monkeypatch.setattr("sltrain_dist.optim.low_bit.rounding_key", lambda step, name: keys.append(step) or step)
+    monkeypatch.setattr("sltrain_dist.optim.low_bit_states.rounding_key", lambda step, name: keys.append(step) or step)
     training = Training(config_of(train={"dtype": "bf16"}, optim={"stochastic_rounding": True})).update(2)
     restart(training.engine, training.config, SINGLE)
     training.update(2)

@@ -104,9 +104,14 @@ def test_following_does_not_change_what_is_followed(case: str) -> None:
     assert sum(log.moments()[-1].components.values()) == peak
 
 
-def test_a_whole_preset_takes_what_it_takes() -> None:
+def test_layers_of_a_preset_take_what_they_take() -> None:
     config = build_config(
-        {"preset": "llama_60m", "parallel": {"engine": "ddp"}, "train": {"micro_batch": 1, "global_batch": 1}}
+        {
+            "preset": "llama_60m",
+            "model": {"num_layers": 2},
+            "parallel": {"engine": "ddp"},
+            "train": {"micro_batch": 1, "global_batch": 1},
+        }
     )
     assert replayed_timeline(config, device="cpu")[1:] == follow(config, SINGLE)[1:]
 

@@ -173,6 +173,7 @@ SLOWER: list[Callable[[Config], Config]] = [
     lambda config: changed(config, train={"micro_batch": 1}),
     lambda config: changed(config, train={"dtype": "fp32"}),
     lambda config: changed(config, optim={"state_bits": 8}),
+    lambda config: changed(config, optim={"factors": "muon"}),
     lambda config: changed(
         config, optim={"update": "per_layer", "clip": 1.0, "clip_mode": "two_pass"}, train={"micro_batch": 64}
     ),

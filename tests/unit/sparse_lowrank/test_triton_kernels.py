@@ -41,15 +41,28 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    """The tensor cores multiply, accesses are of 16 bytes, and no register is spilled."""
+    """For layers of 130M, 1B and 7B: the tensor cores multiply, accesses are of 16 bytes, and no register is spilled.
+
+    Narrow copies are those of window_inputs, and narrow stores those to rows of 5461 outputs, which are not aligned.
+    Products are those of Hopper (wgmma), except for runs below 64 outputs: its smallest tile is longer.
+    """
     out = run_apart(SUPPORT / "triton_compile.py", TRITON_CACHE_DIR=str(tmp_path))
     rows = [json.loads(line) for line in out.splitlines()]
-    assert len(rows) == 2 * 8 + 2
+    products = [row for row in rows if "layer" in row]
+    assert len(products) == 8 * 3 and len(rows) == 8 * 3 + 2 * (2 * 2 + 2) + 2
     for row in rows:
-        assert row["stack"] == 0 and row["shared"] <= SHARED_MEMORY
-        if row["kernel"] in ("outputs_kernel", "inputs_kernel", "values_kernel"):
-            assert (row["wgmma"] > 0) == (row["dtype"] == "bf16")
-            assert row["async16"] + row["load16"] > 0
+        assert row["stack"] == 0, f"registers are spilled: {row}"
+        assert row["shared"] <= SHARED_MEMORY
+    for row in products:
+        assert row["async16"] > 0
+        if row["dtype"] == "bf16":
+            short = row["layer"] == "130m q" and row["kernel"] == "values_kernel"
+            assert (row["wgmma"] > 0, row["mma"] > 0) == (not short, short)
+            assert row["async_narrow"] <= 3
+            is_narrow = row["layer"] == "1b gate" and row["kernel"] == "outputs_kernel"
+            assert is_narrow or (row["store2"] == 0 and row["store16"] > 0)
+        else:
+            assert row["wgmma"] == row["mma"] == 0 and row["fma"] > 0
     for row in rows[-2:]:  # steps of Adam, whose operations must each be rounded by itself
         assert row["fma"] == row["approximate"] == 0
 

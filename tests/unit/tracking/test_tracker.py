@@ -187,3 +187,39 @@ def test_a_full_disk_is_told_once_and_stops_nothing(tmp_path: Path, monkeypatch:
     assert text.getvalue().count("lines are missing from metrics.jsonl: ") == 1
     assert text.getvalue().count("loss 5.000") == 3
     assert len(FakeMlflow.made[0].calls) == 4
+
+
+def samples(run_dir: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    return [(line["step"], [each["continuation"] for each in line["samples"]]) for line in lines]
+
+
+def test_samples_are_recorded_once_and_follow_the_run(tmp_path: Path) -> None:
+    tracking = TrackingConfig(mlflow=False)
+    tracker, text = make(tmp_path, with_samples=True, tracking=tracking)
+    for step in (0, 10, 20):
+        tracker.samples(step, [("a prompt", " goes\non"), ("née", "")])
+    tracker.samples(20, [("a prompt", " of an evaluation that is repeated")])
+    assert "step 10  'a prompt' goes on with ' goes\\non'\n" in text.getvalue()
+    first = [(step, [" goes\non", ""]) for step in (0, 10, 20)]
+    assert samples(tmp_path) == first
+    tracker.go_back(10)
+    assert samples(tmp_path) == first[:2]
+    tracker.samples(20, [("a prompt", " again")])
+    tracker.close("KILLED")
+    tracker, _ = make(tmp_path, with_samples=True, tracking=tracking, resumed_step=10)
+    tracker.samples(20, [("a prompt", " after a resume")])
+    tracker.close("FINISHED")
+    assert samples(tmp_path) == [*first[:2], (20, [" after a resume"])]
+
+
+def test_samples_that_cannot_be_written_stop_nothing(tmp_path: Path) -> None:
+    tracker, text = make(tmp_path, with_samples=True, tracking=TrackingConfig(mlflow=False))
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "samples.jsonl").mkdir()
+    for step in (10, 20):
+        tracker.samples(step, [("a prompt", "")])
+        tracker.train({**TRAIN, "step": step})
+    tracker.close("FINISHED")
+    assert text.getvalue().count("lines are missing from samples.jsonl: ") == 1
+    assert [line["step"] for line in records(tmp_path)] == [10, 20]

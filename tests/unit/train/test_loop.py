@@ -39,10 +39,8 @@ from sltrain_dist.train.dry_run import made_up_rows
 from sltrain_dist.train.evaluate import EvalResult, evaluate
 from sltrain_dist.train.state import (
     TrainState,
-    changed_settings,
     check_resumable,
     check_schedule,
-    flatten,
     read_saved,
     restore_rng,
     rng_state,
@@ -364,14 +362,6 @@ class TestResumable:
         check_schedule(config(), config(optim={"schedule": "constant"}), saved, "old")
         with pytest.raises(CheckpointError, match=r"optim\.schedule: 'cosine' → 'wsd'"):
             check_schedule(config(), config(optim={"schedule": "wsd"}), saved, "old")
-
-    def test_every_key_is_compared(self) -> None:
-        assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
-        now = config(eval={"micro_batch": 3}, data={"cache_dir": "x"})
-        assert list(changed_settings(config(), now)) == [
-            ("data.cache_dir", None, "x"),
-            ("eval.micro_batch", None, 3),
-        ]
 
 
 def test_random_states_survive_json() -> None:

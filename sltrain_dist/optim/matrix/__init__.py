@@ -1,0 +1,1 @@
+"""Optimizers of matrices, which follow orthogonalized momentum (`optim.factors`)."""
