@@ -218,7 +218,7 @@ class TestRefused:
             optimizer_of({"up_proj.B": nn.Parameter(torch.zeros(7, 2))}, factors="spectron")
 
     def test_other_parameters_with_them(self) -> None:
-        with pytest.raises(ValueError, match="no other parameters with them"):
+        with pytest.raises(ValueError, match="the parameters need several optimizers"):
             optimizer_of({"up_proj.B": nn.Parameter(torch.zeros(7, 2)), "norm.weight": nn.Parameter(torch.zeros(7))})
 
 
