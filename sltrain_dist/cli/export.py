@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sltrain_dist.cli.options import OutputOption, print_table
-from sltrain_dist.config.paths import path_option
+from sltrain_dist.cli.options import CheckpointArgument, OutputOption, print_table
 from sltrain_dist.tracking.progress import status_line
 
 
@@ -21,12 +19,7 @@ class Dtype(StrEnum):
 
 
 def export(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."
-        ),
-    ],
+    checkpoint: CheckpointArgument,
     output: OutputOption,
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = Dtype.bf16,
 ) -> None:

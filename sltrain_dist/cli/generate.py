@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sltrain_dist.cli.export import Dtype
+from sltrain_dist.cli.options import CheckpointArgument
 from sltrain_dist.config.paths import path_option
 from sltrain_dist.errors import ConfigError, DataError
 from sltrain_dist.tracking.progress import status_line
@@ -30,12 +31,7 @@ class DeviceChoice(StrEnum):
 
 
 def generate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."
-        ),
-    ],
+    checkpoint: CheckpointArgument,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated.")
     ] = None,

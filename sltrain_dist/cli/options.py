@@ -21,6 +21,10 @@ InputOption = Annotated[
         ".gz, .bz2, .xz, .zst), Parquet, Arrow.",
     ),
 ]
+CheckpointArgument = Annotated[
+    Path,
+    typer.Argument(parser=path_option("CHECKPOINT"), help="A checkpoint, or a run directory (its newest checkpoint)."),
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", parser=path_option("--output"), metavar="PATH", help="Directory to create.")
 ]

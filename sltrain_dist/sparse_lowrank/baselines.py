@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sltrain_dist.numerics.keyed import Initial, draw_seed
-from sltrain_dist.sparse_lowrank.layer import check_rank
+from sltrain_dist.sparse_lowrank.layer import FactorLayer
 
 
-class ColaLinear(nn.Module):
+class ColaLinear(FactorLayer):
     """A layer that computes B·SiLU(A·x), two factors with an activation between them (CoLA, arXiv 2502.10940).
 
     The published `ColaLayer` (github.com/alvin-zyl/CoLA) stores Aᵀ and Bᵀ, with the same arithmetic. There is no scale.
@@ -46,19 +46,8 @@ class ColaLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_rank(rank, out_features, in_features)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.name, self.seed = name, seed
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        if not self.B.is_meta:
-            self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sets the initial values in place, by (seed, name); without a seed, draws new ones."""
-        for name, initial in self.initial_values().items():
-            initial.fill_(getattr(self, name))
+        super().__init__(in_features, out_features, rank, name=name, seed=seed)
+        self._make_factors(device, dtype)
 
     def initial_values(self) -> dict[str, Initial]:
         """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
@@ -70,11 +59,8 @@ class ColaLinear(nn.Module):
         """Maps (..., n) to (..., m)."""
         return F.linear(F.silu(F.linear(x, self.A)), self.B)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
-
-class ReloraLinear(nn.Module):
+class ReloraLinear(FactorLayer):
     """A layer with a frozen dense weight and low-rank factors, W + (alpha/rank)·BA (ReLoRA, arXiv 2307.05695).
 
     A restart adds the product to W, and draws A anew, see :func:`merge`. The published layer is `ReLoRaLinear`
@@ -114,26 +100,16 @@ class ReloraLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_rank(rank, out_features, in_features)
-        self.in_features, self.out_features, self.rank, self.alpha = in_features, out_features, rank, alpha
-        self.std, self.name, self.seed = std, name, seed
+        super().__init__(in_features, out_features, rank, name=name, seed=seed)
+        self.alpha, self.std = alpha, std
         weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        if not self.B.is_meta:
-            self.reset_parameters()
+        self._make_factors(device, dtype)
 
     @property
     def scale(self) -> float:
         """s = alpha / rank."""
         return self.alpha / self.rank
-
-    def reset_parameters(self) -> None:
-        """Sets the initial values in place, by (seed, name); without a seed, draws new ones."""
-        for name, initial in self.initial_values().items():
-            initial.fill_(getattr(self, name))
 
     def initial_values(self) -> dict[str, Initial]:
         """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
@@ -155,7 +131,7 @@ class ReloraLinear(nn.Module):
         return merge(self.weight, self.B, self.A, self.scale)[0]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}"
+        return f"{super().extra_repr()}, alpha={self.alpha}"
 
 
 def initial_A(in_features: int, seed: int, name: str, merges: int = 0) -> Initial:

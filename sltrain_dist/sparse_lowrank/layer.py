@@ -232,7 +232,52 @@ def apply_shared(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
-class LowRankLinear(nn.Module):
+class FactorLayer(nn.Module):
+    """Base of layers whose only low-rank part is a pair of factors, without a sparse matrix beside them.
+
+    A subclass sets its other attributes and parameters, then calls :meth:`_make_factors`, and says by
+    :meth:`initial_values` how its parameters start.
+
+    Args: as of :class:`SLLinear`.
+
+    Attributes:
+        B: (m, r).
+        A: (r, n).
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    B: nn.Parameter
+    A: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, name: str, seed: int | None) -> None:
+        super().__init__()
+        check_rank(rank, out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.name, self.seed = rank, name, seed
+
+    def _make_factors(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Adds B and A, and sets the initial values of all parameters, unless they are on the meta device."""
+        self.B = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=dtype))
+        self.A = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
+        if not self.B.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the initial values in place, by (seed, name); without a seed, draws new ones."""
+        for name, initial in self.initial_values().items():
+            initial.fill_(getattr(self, name))
+
+    def initial_values(self) -> dict[str, Initial]:
+        """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(FactorLayer):
     """A linear layer with the weight W = (alpha/rank)·BA alone, the paper's low-rank baseline.
 
     Here B cannot start at 0: with W = 0 in every layer, attention and MLP would pass neither signal nor gradient to
@@ -254,24 +299,14 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_rank(rank, out_features, in_features)
-        self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.name, self.seed = rank, alpha, name, seed
-        self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
-        if not self.B.is_meta:
-            self.reset_parameters()
+        super().__init__(in_features, out_features, rank, name=name, seed=seed)
+        self.alpha = alpha
+        self._make_factors(device, dtype)
 
     @property
     def scale(self) -> float:
         """s = alpha / rank."""
         return self.alpha / self.rank
-
-    def reset_parameters(self) -> None:
-        """Sets the initial values in place, by (seed, name); without a seed, draws new ones."""
-        for name, initial in self.initial_values().items():
-            initial.fill_(getattr(self, name))
 
     def initial_values(self) -> dict[str, Initial]:
         """Returns how each parameter is initialised, by (seed, name); a seed of None is drawn anew."""
@@ -292,7 +327,7 @@ class LowRankLinear(nn.Module):
         return (self.B @ self.A).mul_(self.scale)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}"
+        return f"{super().extra_repr()}, alpha={self.alpha}"
 
 
 def check_rank(rank: int, m: int, n: int) -> None:
