@@ -13,13 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarking import Run, median_times, peak_bytes, positive, sizes, some_of, table
+from benchmarking import (
+    Run,
+    add_measuring_options,
+    conditions,
+    median_times,
+    peak_bytes,
+    positive,
+    sizes,
+    some_of,
+    table,
+)
 from torch import nn
 
 from sltrain_dist.config.load import build_config
@@ -135,9 +144,7 @@ def main() -> None:
     usual = "random factored,random merged,blocks factored"
     parser.add_argument("--methods", type=some_of(METHODS), default=usual, help="comma-separated, in addition to dense")
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--threads", type=positive, default=None)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_measuring_options(parser)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -149,9 +156,7 @@ def main() -> None:
     report = {
         "preset": args.preset, "layers": args.layers, "all_layers": num_layers, "dtype": args.dtype,
         "batch": args.batch, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "load": os.getloadavg()[0],
-        "clock": "cpu" if args.cpu_time else "wall", "methods": rows,
+        **conditions(args.device, cpu_time=args.cpu_time), "methods": rows,
     }  # fmt: skip
     if args.json:
         print(json.dumps(report, indent=1))

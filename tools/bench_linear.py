@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarking import median_times, peak_bytes, positive, saved_bytes, sizes, some_of, table
+from benchmarking import (
+    add_measuring_options,
+    conditions,
+    median_times,
+    peak_bytes,
+    positive,
+    saved_bytes,
+    sizes,
+    some_of,
+    table,
+)
 from torch import Tensor, nn
 
 from sltrain_dist.config.load import build_config
@@ -163,9 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=positive, default=None, help="instead of the preset's")
     parser.add_argument("--repeats", type=positive, default=7)
-    parser.add_argument("--threads", type=positive, default=None)
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_measuring_options(parser)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -173,8 +180,7 @@ def main() -> None:
         keep_freed_memory()  # as in training
     methods = list(dict.fromkeys(["dense", *args.methods]))  # ratios are relative to dense
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "load": os.getloadavg()[0], "clock": "cpu" if args.cpu_time else "wall",
+        **conditions(args.device, cpu_time=args.cpu_time),
         "dtype": args.dtype, "tokens": args.tokens, "presets": {},
     }  # fmt: skip
     for preset in args.shapes:

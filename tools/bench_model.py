@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarking import median_times, peak_bytes, positive, sizes, some_of, table
+from benchmarking import add_measuring_options, conditions, median_times, peak_bytes, positive, sizes, some_of, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
@@ -70,10 +69,8 @@ def main() -> None:
     usual = "random auto,stratified auto,blocks auto"
     parser.add_argument("--methods", type=some_of(METHODS), default=usual, help="comma-separated, in addition to full")
     parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--threads", type=positive, default=None)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_measuring_options(parser)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -96,9 +93,7 @@ def main() -> None:
     ]
     report = {
         "preset": args.preset, "dtype": args.dtype, "micro_batch": args.micro_batch, "seq_len": args.seq_len,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "load": os.getloadavg()[0],
-        "clock": "cpu" if args.cpu_time else "wall", "methods": rows,
+        **conditions(device.type, cpu_time=args.cpu_time), "methods": rows,
     }  # fmt: skip
     if args.json:
         print(json.dumps(report, indent=1))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from benchmarking import interleaved, positive, sizes, table
+from benchmarking import device_name, interleaved, positive, sizes, table
 
 from sltrain_dist.config.load import build_config
 from sltrain_dist.models.build import build_model
@@ -99,10 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     rows = [compare(args, dtype, bits) for dtype, bits in itertools.product(args.dtypes, args.state_bits)]
-    is_cuda = torch.device(args.device).type == "cuda"
     report = {
         "preset": args.preset, "micro_batch": args.micro_batch, "seq_len": args.seq_len, "clip": args.clip,
-        "device": torch.cuda.get_device_name() if is_cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(torch.device(args.device).type),
         "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
     if args.json:

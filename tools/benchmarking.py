@@ -49,6 +49,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_measuring_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how is measured, and how the result is printed: --threads, --cpu-time and --json."""
+    parser.add_argument("--threads", type=positive, default=None)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a shared machine")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def device_name(kind: str) -> str:
+    """Returns what a report calls a device of a kind, "cpu" or "cuda"."""
+    return torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def conditions(kind: str, *, cpu_time: bool) -> dict[str, Any]:
+    """Returns what a report says of the conditions of its measurements, on a device of a kind, "cpu" or "cuda"."""
+    return {
+        "device": device_name(kind),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+        "clock": "cpu" if cpu_time else "wall",
+    }
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until the device has finished its work."""
     if device.type == "cuda":
