@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class DeviceChoice(StrEnum):
-    """Where the model computes."""
+    """The device that the model computes on."""
 
     auto = "auto"
     cpu = "cpu"

@@ -1,4 +1,4 @@
-"""From prompts as text to continuations as text."""
+"""Continues prompts that are given as text, and returns text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sltrain_dist.inference.sampling import Sampling
 from sltrain_dist.models.llama import LlamaForCausalLM
 
 _INCOMPLETE = "\ufffd"
-"""What SentencePiece decodes the bytes of an incomplete character to."""
+"""SentencePiece decodes the bytes of an incomplete character to this one."""
 
 
 @dataclass(frozen=True)

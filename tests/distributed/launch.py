@@ -33,7 +33,7 @@ def launch(module: ModuleType, *arguments: object, ranks: Sequence[int], timeout
 def launch_each(
     module: ModuleType, arguments: Sequence[Sequence[object]], *, ranks: Sequence[int], timeout_s: float = 900
 ) -> None:
-    """As :func:`launch`, with each of several lists of arguments."""
+    """Does the same as :func:`launch`, once with each of several lists of arguments."""
     lists = json.dumps([[str(argument) for argument in each] for each in arguments])
     command = [sys.executable, "-m", "tests.distributed.launch", module.__name__, ",".join(map(str, ranks)), lists]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -127,9 +127,14 @@ class Timeline:
         """Returns the bytes of the sum of losses in float64, and of the step counters of torch's fused Adam."""
         optim = self.optim
         is_low_bit = self.config.reparam.weight_bits == 8 or needs_low_bit(optim, self.width)
-        names = ((item.parameter.name, item) for item in self.holdings.items if not item.parameter.frozen)
-        fused = (item for name, item in names if not projects(optim, name) and not is_orthogonalized(name, optim))
-        counters = 0 if is_low_bit or optim.name not in ("adam", "adamw") else sum(item.count for item in fused)
+        if is_low_bit or optim.name not in ("adam", "adamw"):
+            return 8
+        trained = (item for item in self.holdings.items if not item.parameter.frozen)
+        counters = sum(
+            item.count
+            for item in trained
+            if not projects(optim, item.parameter.name) and not is_orthogonalized(item.parameter.name, optim)
+        )
         return 8 + 4 * counters
 
     @property
